@@ -1,0 +1,53 @@
+"""Train diffusion models with JAX and Flax on TPUs, in Hugging Face's formats.
+
+The classes that Diffusers removed are importable from here; they load on first use, so that the command line answers
+at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from flax_diffusion._version import __version__
+
+if TYPE_CHECKING:
+    from flax_diffusion.models import (
+        FlaxAutoencoderKL,
+        FlaxCLIPTextModel,
+        FlaxCLIPTextModelWithProjection,
+        FlaxUNet2DConditionModel,
+        FlaxUNet2DModel,
+    )
+    from flax_diffusion.schedulers import (
+        FlaxDDIMScheduler,
+        FlaxDDPMScheduler,
+        FlaxDPMSolverMultistepScheduler,
+        FlaxEulerDiscreteScheduler,
+        FlaxPNDMScheduler,
+    )
+
+__all__ = [
+    "FlaxAutoencoderKL",
+    "FlaxCLIPTextModel",
+    "FlaxCLIPTextModelWithProjection",
+    "FlaxDDIMScheduler",
+    "FlaxDDPMScheduler",
+    "FlaxDPMSolverMultistepScheduler",
+    "FlaxEulerDiscreteScheduler",
+    "FlaxPNDMScheduler",
+    "FlaxUNet2DConditionModel",
+    "FlaxUNet2DModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'flax_diffusion' has no attribute {name!r}")
+    module = "schedulers" if name.endswith("Scheduler") else "models"
+    return getattr(importlib.import_module(f"flax_diffusion.{module}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,66 @@
+"""What the training loop asks of a framework. JAX and PyTorch each implement it once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+"""Arrays of one optimizer step on the host, shaped (accumulation, images of this process, …)."""
+
+
+class Backend(Protocol):
+    """Owns models, optimizer state and devices; the loop owns order, time and files."""
+
+    process_index: int
+    process_count: int
+    device_count: int
+    """Devices over all processes; the batch is divided over them."""
+
+    def init_state(self) -> int:
+        """Loads or draws the weights, makes the optimizer state and returns the number of trained parameters."""
+        ...
+
+    def put(self, batch: Batch) -> Any:
+        """Starts the copy of a host batch to the devices and returns a handle for `train_step`."""
+        ...
+
+    def train_step(self, batch: Any, learning_rate: float, ema_decay: float) -> Any:
+        """Starts one optimizer step and returns a handle for `read`, without waiting for it."""
+        ...
+
+    def read(self, metrics: Any) -> dict[str, float]:
+        """Waits for a step and returns its `loss` and `grad_norm` (and `loss_scale` under fp16)."""
+        ...
+
+    def save(self, folder: Path, metadata: dict[str, Any]) -> None:
+        """Starts writing state and metadata; the folder gets its name only when it is complete."""
+        ...
+
+    def wait(self) -> None:
+        """Waits for the save in flight and raises what went wrong in it."""
+        ...
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Loads the state in place and returns the metadata.
+
+        Raises:
+            CheckpointError: If the checkpoint is of another architecture or optimizer.
+        """
+        ...
+
+    def sample(
+        self, *, prompts: list[str], num_images: int, num_inference_steps: int, guidance_scale: float, seed: int
+    ) -> np.ndarray:
+        """Draws images with the averaged weights if there are any.
+
+        Returns:
+            uint8 images shaped (prompts x num_images, height, width, channels), or (num_images, …) with no prompts.
+        """
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Writes the weights of every model of the pipeline, one subfolder each, in Diffusers' format."""
+        ...

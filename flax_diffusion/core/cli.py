@@ -1,0 +1,254 @@
+"""From command line and YAML file to a typed config, with one-line errors.
+
+Flags over file over defaults. argparse only splits the command line; every value, from either source, is checked
+by the same pydantic model, so that a mistake reads the same wherever it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import functools
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+import yaml
+from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from flax_diffusion.core.config import TASKS, TrainConfig
+from flax_diffusion.core.errors import ConfigError, UserError
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The phrase "; did you mean 'x'?" for the known name closest to `name`, or nothing."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{match[0]}'?" if match else ""
+
+
+def spellings(name: str, field: FieldInfo) -> list[str]:
+    """All names that a config field may be given by, its own first."""
+    alias = field.validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
+
+
+def _union_members(annotation: Any) -> tuple[Any, ...]:
+    if get_origin(annotation) in (types.UnionType, typing.Union):
+        return get_args(annotation)
+    return (annotation,)
+
+
+def _parse_flag(text: str, annotation: Any) -> Any:
+    """Prepares one command-line word for pydantic: `null` for optional fields, JSON for mappings."""
+    members = _union_members(annotation)
+    if type(None) in members and text.lower() in ("null", "none"):
+        return None
+    if any(get_origin(member) is dict for member in members) and text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{text!r} is not valid JSON ({error}): quote the mapping for the shell") from error
+    return text
+
+
+def build(model: type[BaseModel], values: dict[str, Any], origin: str) -> Any:
+    """Makes the config and turns pydantic's report into one line.
+
+    Args:
+        model: The config class.
+        values: Field name or alias to value.
+        origin: Where the values come from, for the message: a file name or "command line".
+
+    Raises:
+        ConfigError: For unknown names, wrong types or values, and rules between fields.
+    """
+    known = {spelling: name for name, field in model.model_fields.items() for spelling in spellings(name, field)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{origin}: unknown option '{name}'{nearest(name, known)}")
+    try:
+        return model(**values)
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from error
+
+
+def _describe(item: Any) -> str:
+    text = item["msg"].removeprefix("Value error, ")
+    if not item["loc"]:
+        return text
+    return f"--{item['loc'][0]}: {text[0].lower()}{text[1:]}, got {item['input']!r}"
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a recipe: a YAML mapping of option to value.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"--config {path}: holds {type(values).__name__}, must be a mapping of option: value")
+    return values
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose mistakes are `ConfigError`s with the nearest right name."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing usage and exiting."""
+        raise ConfigError(f"command line: {message}")
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Parses the words; only options that were given are in the result."""
+        known = [option for action in self._actions for option in action.option_strings]
+        values, extra = self.parse_known_args(argv)
+        for word in extra:
+            if word.startswith("--"):
+                flag = word.split("=")[0]
+                raise ConfigError(f"command line: unknown option '{flag}'{nearest(flag, known)}")
+            raise ConfigError(f"command line: unexpected word '{word}': quote values that hold spaces")
+        return vars(values)
+
+
+def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
+    """Adds a flag for every field of the config class; values stay words until `build` checks them."""
+    for name, field in model.model_fields.items():
+        flags = [f"--{spelling}" for spelling in spellings(name, field)]
+        kind = field.annotation
+        if kind is bool:
+            how: dict[str, Any] = {"action": _Switch, "nargs": "?", "metavar": "BOOL"}
+        else:
+            how = {"type": functools.partial(_parse_flag, annotation=kind), "metavar": _metavar(kind)}
+            if get_origin(kind) is list:
+                how["nargs"] = "+"
+        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
+
+
+class _Switch(argparse.Action):
+    """A boolean flag: `--use_ema`, `--no_use_ema` or `--use_ema false`."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any):
+        negative = [f"--no_{option[2:]}" for option in option_strings]
+        super().__init__(option_strings + negative, dest, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        negative = bool(option_string and option_string.startswith("--no_"))
+        if values is not None and negative:
+            raise ConfigError(f"command line: {option_string} takes no value, got {values!r}")
+        setattr(namespace, self.dest, (not negative) if values is None else values)
+
+
+def _metavar(annotation: Any) -> str:
+    words = []
+    for member in _union_members(annotation):
+        if member is type(None):
+            continue
+        if get_origin(member) is typing.Literal:
+            words.append("{" + ",".join(str(choice) for choice in get_args(member)) + "}")
+        elif get_origin(member) is dict:
+            words.append("JSON")
+        else:
+            words.append(getattr(member, "__name__", "str").upper().replace("LIST", "STR"))
+    return "|".join(words)
+
+
+def parse_train(argv: Sequence[str], prog: str) -> tuple[str, TrainConfig]:
+    """Reads `[TASK] [--config FILE.yaml] [flags]`.
+
+    The task may stand in the file instead (`task: unconditional`).
+
+    Returns:
+        The task's name and its config.
+
+    Raises:
+        ConfigError: For anything that does not fit, before any long work.
+        SystemExit: After `--help`.
+    """
+    first = Parser(prog=prog, add_help=False)
+    first.add_argument("task", nargs="?")
+    first.add_argument("--config")
+    leading, _ = first.parse_known_args(_leading_words(argv))
+    from_file = read_yaml(leading.config) if leading.config else {}
+    task = leading.task or from_file.get("task")
+    if leading.task and from_file.get("task", leading.task) != leading.task:
+        raise ConfigError(f"task {leading.task} on the command line, {from_file['task']} in {leading.config}: drop one")
+
+    parser = Parser(prog=prog, description=_DESCRIPTION, usage=f"{prog} TASK [--config FILE.yaml] [flags]")
+    parser.add_argument("task", nargs="?", metavar="TASK", help="one of: " + ", ".join(TASKS))
+    parser.add_argument("--config", metavar="FILE.yaml", help="Recipe; flags override it.")
+    if task is None and not {"-h", "--help"} & set(argv):
+        raise ConfigError(f"no task: name one of {', '.join(TASKS)}, e.g. `{prog} unconditional --dataset_name digits`")
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"unknown task '{task}'{nearest(str(task), TASKS)}; the tasks are {', '.join(TASKS)}")
+    model = TASKS[task] if task else TrainConfig
+    add_fields(parser, model)
+    flags = parser.parse(argv)
+    del flags["task"], flags["config"]
+    return str(task), merge(str(task), from_file, flags, str(leading.config))
+
+
+def _leading_words(argv: Sequence[str]) -> list[str]:
+    """The task (only as the first word) and `--config FILE`, which decide how the rest is read."""
+    words = [argv[0]] if argv and not argv[0].startswith("-") else []
+    for position, word in enumerate(argv):
+        if word == "--config":
+            words += list(argv[position : position + 2])
+        elif word.startswith("--config="):
+            words.append(word)
+    return words
+
+
+def merge(task: str, from_file: dict[str, Any], flags: dict[str, Any], file_name: str) -> TrainConfig:
+    """Flags over file over defaults, as one checked config.
+
+    A file's values are checked on their own first, so that the message names the file when the file is wrong.
+    """
+    model = TASKS[task]
+    canonical = {s: name for name, field in model.model_fields.items() for s in spellings(name, field)}
+    file_values = {key: value for key, value in from_file.items() if key != "task"}
+    for key in file_values:
+        if key not in canonical:
+            raise ConfigError(f"{file_name}: unknown option '{key}'{nearest(key, canonical)}")
+    merged = {canonical[key]: value for key, value in file_values.items()} | flags
+    origin = f"{file_name} and command line" if from_file and flags else file_name if from_file else "command line"
+    return build(model, {first_spelling(model, key): value for key, value in merged.items()}, origin)
+
+
+def first_spelling(model: type[BaseModel], name: str) -> str:
+    """The name that pydantic takes a field by."""
+    return spellings(name, model.model_fields[name])[0] if name in model.model_fields else name
+
+
+def main_guard(main: Callable[[], None]) -> None:
+    """Runs a command; a `UserError` becomes its one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from None
+
+
+_DESCRIPTION = """Train a diffusion model.
+
+  {tasks}
+
+`TASK --help` lists a task's own options and defaults.""".format(
+    tasks="\n  ".join(f"{name:16} {str(kind.__doc__).splitlines()[0]}" for name, kind in TASKS.items())
+)

@@ -1,0 +1,1 @@
+"""The data pipeline: sources → images → transforms → captions → noise → examples → batches."""

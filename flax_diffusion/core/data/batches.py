@@ -1,0 +1,81 @@
+"""One training example: record → pixels, timestep, noise, token ids, loss weight."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from flax_diffusion.core.data.captions import Tokenize
+from flax_diffusion.core.data.images import decode
+from flax_diffusion.core.data.noise import NoiseSpec, Stream, example_rng
+from flax_diffusion.core.data.sources import Record, Source
+from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.errors import DataError
+
+
+class MakeExample(Protocol):
+    """Makes one example's arrays. Pure: the arguments decide everything, including all random numbers."""
+
+    def __call__(self, source: Source, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
+        """Return the arrays of one example, among them `example_index`; see `ExampleFn.__call__`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExampleFn:
+    """The examples of unconditional and of captioned training. Picklable."""
+
+    transform: ImageTransform
+    noise: NoiseSpec
+    tokenize: Tokenize | None = None  # None: unconditional
+    proportion_empty_prompts: float = 0.0
+    loss_weights: np.ndarray | None = field(default=None, repr=False)  # float32 (num_train_timesteps,); None: ones
+
+    def __post_init__(self) -> None:
+        steps = self.noise.num_train_timesteps
+        if self.loss_weights is not None and self.loss_weights.shape != (steps,):
+            raise ValueError(f"loss_weights has shape {self.loss_weights.shape}; it must be ({steps},)")
+        if not 0 <= self.proportion_empty_prompts <= 1:
+            raise ValueError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must be in [0, 1]")
+
+    def __call__(self, source: Source, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
+        """Make one example.
+
+        Args:
+            source: of the records.
+            seed: of the run.
+            epoch: pass over the data, from 0.
+            index: of the example in the source, from 0.
+
+        Returns:
+            `pixel_values` float32 (channels, resolution, resolution) in [-1, 1]; what `NoiseSpec.draw` gives;
+            `input_ids` int32 (model_max_length,) unless unconditional; `loss_weights` float32 ();
+            `example_index` int64 ().
+
+        Raises:
+            DataError: the picture cannot be decoded, or there is no caption.
+        """
+
+        def rng(stream: Stream) -> np.random.Generator:
+            return example_rng(seed, stream, epoch, index)
+
+        record = source[index]
+        example = {"pixel_values": self.transform(decode(record), rng).pixel_values}
+        example |= self.noise.draw(rng)
+        if self.tokenize is not None:
+            example["input_ids"] = self.tokenize(self._caption(record, rng))
+        weight = 1.0 if self.loss_weights is None else self.loss_weights[example["timesteps"]]
+        example["loss_weights"] = np.asarray(weight, np.float32)
+        example["example_index"] = np.asarray(index, np.int64)
+        return example
+
+    def _caption(self, record: Record, rng: Callable[[Stream], np.random.Generator]) -> str:
+        caption = record.caption
+        if caption is None or caption == []:
+            raise DataError(f"{record.name} has no caption; give it one or remove it")
+        if self.proportion_empty_prompts and rng(Stream.DROPOUT_CAPTION).random() < self.proportion_empty_prompts:
+            return ""
+        if isinstance(caption, str):
+            return caption
+        return caption[int(rng(Stream.CAPTION).integers(len(caption)))]

@@ -1,0 +1,160 @@
+"""From caption text to CLIP token ids; loading and training CLIP's byte-pair tokenizer."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.trainers import BpeTrainer
+
+from flax_diffusion.core.errors import DataError, WeightsError
+
+if TYPE_CHECKING:  # transformers takes seconds to import, and worker processes need none of it
+    from transformers import CLIPTokenizer
+
+BYTE_SYMBOLS = 256
+SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
+_WORD_END = "</w>"
+_PRIVATE_USE = 0xE000  # Unicode characters that stand for "a byte at the end of a word" while training
+
+
+@dataclass(frozen=True)
+class Tokenize:
+    """Captions to ids of one length, as `CLIPTokenizer(caption, padding="max_length", truncation=True)` does.
+
+    Holds the Rust tokenizer alone, so that a worker process needs no transformers.
+    """
+
+    tokenizer: Tokenizer  # with padding and truncation set
+
+    @classmethod
+    def from_clip(cls, tokenizer: "CLIPTokenizer") -> "Tokenize":
+        """Take over a CLIPTokenizer, with tokens added to it so far.
+
+        Args:
+            tokenizer: whose `model_max_length` is the length of the ids.
+
+        Returns:
+            The callable.
+
+        Raises:
+            WeightsError: the tokenizer states no length.
+        """
+        length = tokenizer.model_max_length
+        if length > 1_000_000:  # transformers' stand-in for "none"
+            raise WeightsError(
+                "the tokenizer states no model_max_length; set it in tokenizer_config.json (77 for CLIP)"
+            )
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.enable_truncation(length, direction=tokenizer.truncation_side)
+        backend.enable_padding(
+            length=length,
+            direction=tokenizer.padding_side,
+            pad_id=tokenizer.pad_token_id,
+            pad_token=str(tokenizer.pad_token),
+        )
+        return cls(backend)
+
+    def __call__(self, caption: str) -> np.ndarray:
+        """Tokenize one caption.
+
+        Args:
+            caption: any text; the empty one gives start, end and padding.
+
+        Returns:
+            int32 (model_max_length,).
+        """
+        return np.array(self.tokenizer.encode(caption).ids, np.int32)
+
+
+def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
+    """Load a CLIP tokenizer from a local folder.
+
+    Args:
+        folder: holding tokenizer.json, or vocab.json and merges.txt.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        WeightsError: the folder or its files are missing or unreadable.
+    """
+    from transformers import CLIPTokenizer
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise WeightsError(f"tokenizer folder {folder} does not exist; give the pipeline's tokenizer subfolder")
+    has = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()}
+    # transformers would quietly make an empty tokenizer.
+    if "tokenizer.json" not in has and not {"vocab.json", "merges.txt"} <= has:
+        raise WeightsError(f"tokenizer folder {folder} needs tokenizer.json, or vocab.json and merges.txt")
+    try:
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the Rust reader raises bare Exception
+        raise WeightsError(f"tokenizer folder {folder} cannot be read ({error}); save it again") from error
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: int) -> "CLIPTokenizer":
+    """Learn CLIP's kind of byte-pair vocabulary from captions, the same one on every run.
+
+    Args:
+        captions: to learn from.
+        vocab_size: entries at most; fewer where the captions hold no more pairs to merge. 512 are the bytes, inside
+            and at the end of a word, and two are special.
+        model_max_length: of the ids, tokens.
+
+    Returns:
+        A tokenizer whose `save_pretrained` folder loads as a CLIPTokenizer with the same ids.
+
+    Raises:
+        DataError: `vocab_size` leaves no room.
+
+    Reference: Radford et al. 2021, section 2.4, and the layout of CLIP's vocab.json: bytes, bytes that end a word,
+    merges in the order learnt, start, end.
+    """
+    from transformers import CLIPTokenizer
+
+    fixed = 2 * BYTE_SYMBOLS + len(SPECIAL_TOKENS)
+    if vocab_size < fixed:
+        raise DataError(f"vocab_size is {vocab_size}; bytes and special tokens alone take {fixed}")
+    if model_max_length < 3:
+        raise DataError(f"model_max_length is {model_max_length}; start, end and one token take 3")
+    byte_letters = _byte_letters()
+    # The Rust trainer breaks ties by token id, and hands out the ids of word endings in an order that changes from
+    # run to run. So each ending is one private letter here, which has its id from the fixed alphabet.
+    endings = {letter: chr(_PRIVATE_USE + n) for n, letter in enumerate(byte_letters)}
+    spelled = {ending: letter + _WORD_END for letter, ending in endings.items()}
+
+    rules = CLIPTokenizer().backend_tokenizer  # for CLIP's normalization and splitting into words
+
+    def marked(caption: str) -> str:
+        text = rules.normalizer.normalize_str(caption)
+        words = [word for word, _ in rules.pre_tokenizer.pre_tokenize_str(text)]
+        return " ".join(word[:-1] + endings[word[-1]] for word in words)
+
+    learner = Tokenizer(BPE())
+    learner.pre_tokenizer = WhitespaceSplit()
+    alphabet = byte_letters + list(spelled)
+    learner.train_from_iterator(
+        map(marked, captions),
+        BpeTrainer(vocab_size=vocab_size - len(SPECIAL_TOKENS), initial_alphabet=alphabet, show_progress=False),
+    )
+    spell = str.maketrans(spelled)
+    learnt = json.loads(learner.to_str())["model"]["merges"]
+    merges = [(left.translate(spell), right.translate(spell)) for left, right in learnt]
+    tokens = [letter.translate(spell) for letter in alphabet] + [left + right for left, right in merges]
+    tokens = list(dict.fromkeys(tokens)) + list(SPECIAL_TOKENS)
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=model_max_length)  # type: ignore[arg-type]
+
+
+def _byte_letters() -> list[str]:
+    # GPT-2's letters for the 256 bytes: the printable ones stand for themselves, and come first in CLIP's vocabulary;
+    # the others are the letters from 256 on.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    return [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]

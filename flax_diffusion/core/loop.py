@@ -1,0 +1,373 @@
+"""The one training loop, for every task and both backends.
+
+It owns order, time and files: which examples make a step, when to log, sample, save and export. The backend owns
+models and devices. Nothing in a step waits for the devices: losses are read a few steps late.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from flax_diffusion.core import checkpoints, pipeline
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config import TextToImageConfig, TrainConfig
+from flax_diffusion.core.data.batches import ExampleFn
+from flax_diffusion.core.data.captions import Tokenize
+from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.data.noise import NoiseSpec
+from flax_diffusion.core.data.sources import Source, open_source
+from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError
+from flax_diffusion.core.files import write_text
+from flax_diffusion.core.pipeline import PipelineSpec
+from flax_diffusion.core.rates import ema_decay, learning_rate_schedule
+from flax_diffusion.core.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+READ_LAG = 2
+"""Steps that may be under way before the loop waits for a loss; enough to keep the devices busy."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a run's examples divide into steps. Progress is counted in examples, whatever the batch."""
+
+    num_examples: int  # in the dataset
+    batch_size: int  # a micro-batch over all devices
+    accumulation: int  # micro-batches a step
+    total_steps: int  # of the whole run
+
+    @property
+    def step_examples(self) -> int:
+        """Examples an optimizer step."""
+        return self.batch_size * self.accumulation
+
+    def ends_epoch(self, seen: int, every: int | None) -> bool:
+        """Whether an epoch divisible by `every` ended in the step that brought the examples to `seen`."""
+        if every is None:
+            return False
+        span = every * self.num_examples
+        return seen // span > (seen - self.step_examples) // span
+
+
+def make_schedule(config: TrainConfig, num_examples: int, device_count: int) -> Schedule:
+    """Divides the work over steps and devices.
+
+    Raises:
+        ConfigError: If the global batch cannot be divided.
+    """
+    accumulation = config.gradient_accumulation_steps
+    share = device_count * accumulation
+    if config.global_batch_size is None:
+        micro = config.train_batch_size * device_count
+    elif config.global_batch_size % share:
+        near = max(1, round(config.global_batch_size / share)) * share
+        raise ConfigError(
+            f"--global_batch_size {config.global_batch_size}: not divisible over {device_count} devices x "
+            f"{accumulation} accumulation steps; the nearest that is: {near}"
+        )
+    else:
+        micro = config.global_batch_size // accumulation
+    steps = config.max_train_steps or math.ceil(config.num_train_epochs * num_examples / (micro * accumulation))
+    return Schedule(num_examples=num_examples, batch_size=micro, accumulation=accumulation, total_steps=steps)
+
+
+def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, PipelineSpec], Backend]) -> Path:
+    """Trains, and leaves a Diffusers pipeline in `config.output_dir`.
+
+    Args:
+        task: Name of the task, kept in the run's config file.
+        config: The run's options.
+        make_backend: Builds the backend for a config and a pipeline; checks options it does not have.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: For input that cannot be used, before any long work where that can be known.
+    """
+    output_dir = Path(config.output_dir)
+    resume_from = _prepare_output(output_dir, config)
+    captioned = isinstance(config, TextToImageConfig)
+    source = open_source(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        image_column=config.image_column,
+        caption_column=config.caption_column if captioned else None,
+        max_train_samples=config.max_train_samples,
+        cache_dir=config.cache_dir,
+    )
+    spec = _make_spec(config, source)
+    backend = make_backend(config, spec)
+    schedule = make_schedule(config, len(source), backend.device_count)
+    example_fn = make_example_fn(config, spec)
+    parameters = backend.init_state()
+    first_step, first_example = 0, 0
+    if resume_from is not None:
+        metadata = _check_resume(backend.restore(resume_from), resume_from, task, config, len(source))
+        first_step, first_example = metadata["step"], metadata["examples_seen"]
+    main = backend.process_index == 0
+    if main:
+        values = {"task": task} | config.model_dump(mode="json")
+        write_text(output_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+        pipeline.save_tokenizer(spec, output_dir)
+    log.info(
+        "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
+        task, spec.kind, len(source), parameters, backend.device_count, schedule.step_examples,
+        first_step + 1, schedule.total_steps,
+    )  # fmt: skip
+
+    loader = Loader(
+        source,
+        example_fn,
+        seed=config.seed,
+        batch_size=schedule.batch_size // backend.process_count,
+        accumulation=schedule.accumulation,
+        process_index=backend.process_index,
+        process_count=backend.process_count,
+        start_example=first_example,
+        num_steps=max(0, schedule.total_steps - first_step),
+        num_workers=config.dataloader_num_workers,
+        skip_bad_images=config.skip_bad_images,
+    )
+    tracker = Tracker(
+        output_dir,
+        config.logging_dir if config.report_to == "tensorboard" else None,
+        first_step=first_step,
+        total_steps=schedule.total_steps,
+        main=main,
+    )
+    run = _Run(task, config, spec, backend, schedule, tracker, output_dir, first_step, first_example)
+    try:
+        with loader:
+            run.steps(loader)
+        if loader.skipped:
+            tracker.say(f"skipped {len(loader.skipped)} unreadable images: {', '.join(sorted(loader.skipped))}")
+        run.finish()
+    finally:
+        tracker.close()
+    return output_dir
+
+
+@dataclass
+class _Run:
+    """A run under way."""
+
+    task: str
+    config: TrainConfig
+    spec: PipelineSpec
+    backend: Backend
+    schedule: Schedule
+    tracker: Tracker
+    output_dir: Path
+    first_step: int
+    first_example: int
+
+    def __post_init__(self) -> None:
+        peak = self.config.learning_rate
+        if self.config.scale_lr:
+            peak *= self.schedule.step_examples
+        self.rate_of = learning_rate_schedule(self.config, self.schedule.total_steps, peak)
+        self.pending: deque[tuple[int, float, Any]] = deque()
+        self.last_saved = self.first_step
+
+    def steps(self, loader: Loader) -> None:
+        """Takes every step that is left."""
+        config = self.config
+        for done, batch in enumerate(_put_ahead(self.backend, loader), start=self.first_step):
+            rate, step = self.rate_of(done), done + 1
+            self.pending.append((step, rate, self.backend.train_step(batch, rate, ema_decay(config, done))))
+            while len(self.pending) > READ_LAG:
+                self._report()
+            if config.validation_steps:
+                sample = step % config.validation_steps == 0
+            else:
+                sample = self.schedule.ends_epoch(self._seen(step), config.validation_epochs)
+            if step == self.schedule.total_steps:
+                break
+            if step % config.checkpointing_steps == 0:
+                self._save(step)
+            if sample:
+                self._sample(step)
+            if self.schedule.ends_epoch(self._seen(step), config.save_model_epochs):
+                self._export()
+
+    def finish(self) -> None:
+        """Saves, samples and exports the end of the run."""
+        self._drain()
+        last = max(self.schedule.total_steps, self.first_step)
+        if self.last_saved < last:
+            self._save(last)
+        self._export()
+        self._sample(last)
+        self.backend.wait()
+        self._rotate()
+        self.tracker.say(f"pipeline, checkpoints and samples are in {self.output_dir}")
+
+    def _seen(self, step: int) -> int:
+        """Examples that the run has used up to a step, also across a resume with another batch size."""
+        return self.first_example + (step - self.first_step) * self.schedule.step_examples
+
+    def _report(self) -> None:
+        step, rate, handle = self.pending.popleft()
+        metrics = self.backend.read(handle)
+        if not math.isfinite(metrics["loss"]):
+            have = checkpoints.committed(self.output_dir)
+            raise NonFiniteError(
+                f"the loss is {metrics['loss']} at step {step}: lower --learning_rate, check the data, or use "
+                f"--mixed_precision bf16; {f'{have[-1].name} is good' if have else 'no checkpoint was saved yet'}"
+            )
+        self.tracker.step(step, metrics | {"learning_rate": rate}, self.schedule.step_examples)
+
+    def _drain(self) -> None:
+        while self.pending:
+            self._report()
+
+    def _save(self, step: int) -> None:
+        """Starts a checkpoint. Losses are read first, so that no state after a non-finite one is kept."""
+        self._drain()
+        self.backend.wait()
+        self._rotate()
+        metadata = {
+            "step": step,
+            "examples_seen": self._seen(step),
+            "num_examples": self.schedule.num_examples,
+            "task": self.task,
+            "seed": self.config.seed,
+        }
+        self.backend.save(checkpoints.checkpoint_folder(self.output_dir, step), metadata)
+        self.last_saved = step
+
+    def _rotate(self) -> None:
+        if self.backend.process_index == 0:
+            checkpoints.rotate(self.output_dir, self.config.checkpoints_total_limit)
+
+    def _sample(self, step: int) -> None:
+        config = self.config
+        text = isinstance(config, TextToImageConfig)
+        prompts = cast(TextToImageConfig, config).validation_prompts if text else []
+        if text and not prompts:
+            return
+        self._drain()
+        images = self.backend.sample(
+            prompts=prompts,
+            num_images=config.eval_batch_size,
+            num_inference_steps=config.validation_num_inference_steps,
+            guidance_scale=cast(TextToImageConfig, config).validation_guidance_scale if text else 1.0,
+            seed=config.seed,
+        )
+        self.tracker.grid(step, images, config.eval_batch_size if text else None)
+
+    def _export(self) -> None:
+        self._drain()
+        self.backend.export(self.output_dir)
+        if self.backend.process_index == 0:
+            pipeline.write_index(self.spec, self.output_dir)
+
+
+def _put_ahead(backend: Backend, loader: Loader) -> Iterator[Any]:
+    """Device batches, with the copy of the next one started before the current one is used."""
+    batches = (backend.put(batch) for batch in loader)
+    current = next(batches, None)
+    while current is not None:
+        following = next(batches, None)
+        yield current
+        current = following
+
+
+def make_example_fn(config: TrainConfig, spec: PipelineSpec) -> ExampleFn:
+    """The recipe that makes one training example of this run."""
+    captioned = isinstance(config, TextToImageConfig)
+    return ExampleFn(
+        transform=ImageTransform(
+            resolution=config.resolution,
+            resize_mode=config.resize_mode,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            interpolation=config.image_interpolation_mode,
+            channels=spec.image_channels,
+        ),
+        noise=NoiseSpec(
+            shape=spec.sample_shape,
+            num_train_timesteps=len(spec.alphas_cumprod),
+            noise_offset=config.noise_offset,
+            input_perturbation=config.input_perturbation,
+            latent_noise=spec.vae is not None,
+        ),
+        tokenize=Tokenize.from_clip(spec.tokenizer) if spec.tokenizer is not None else None,
+        proportion_empty_prompts=config.proportion_empty_prompts if captioned else 0.0,
+        loss_weights=pipeline.loss_weights(config, spec),
+    )
+
+
+def _make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
+    if not isinstance(config, TextToImageConfig):
+        return pipeline.unconditional(config)
+    captions = (_as_list(source[index].caption) for index in range(len(source)))
+    return pipeline.text_to_image(
+        config, itertools.chain.from_iterable(captions), Path(config.output_dir) / "tokenizer"
+    )
+
+
+def _as_list(caption: Any) -> list[str]:
+    return [caption] if isinstance(caption, str) else list(caption or [])
+
+
+_WRITTEN = ("config.yaml", "model_index.json")
+_WRITTEN_FOLDERS = ("samples", "logs", "unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
+
+
+def _prepare_output(output_dir: Path, config: TrainConfig) -> Path | None:
+    """Finds the checkpoint to resume from, or makes sure that no other run is in the way.
+
+    Raises:
+        ConfigError: If another run is in the folder, or it cannot be written.
+    """
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ConfigError(f"--output_dir {output_dir}: is a file; name a folder")
+    resume_from = checkpoints.to_resume(output_dir, config.resume_from_checkpoint)
+    has_run = bool(checkpoints.committed(output_dir)) or any((output_dir / name).exists() for name in _WRITTEN)
+    if has_run and config.resume_from_checkpoint is None:
+        if not config.overwrite_output_dir:
+            raise ConfigError(
+                f"--output_dir {output_dir}: holds another run; go on with it by --resume_from_checkpoint latest, "
+                "delete it by --overwrite_output_dir, or name another folder"
+            )
+        for path in checkpoints.committed(output_dir):
+            shutil.rmtree(path)
+        for name in (*_WRITTEN_FOLDERS, config.logging_dir):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+        for name in _WRITTEN:
+            (output_dir / name).unlink(missing_ok=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {output_dir}: cannot be made: {error.strerror}") from error
+    checkpoints.clear_leftovers(output_dir)
+    return resume_from
+
+
+def _check_resume(
+    metadata: dict[str, Any], folder: Path, task: str, config: TrainConfig, num_examples: int
+) -> dict[str, Any]:
+    """Refuses to go on where the next batch could not be the one that the interrupted run would have taken."""
+    now = {"task": task, "num_examples": num_examples, "seed": config.seed}
+    for name, value in now.items():
+        if metadata[name] != value:
+            raise CheckpointError(
+                f"{folder.name} was made with {name} {metadata[name]}, this run has {value}: resume with the same, or "
+                "start a new run in another --output_dir"
+            )
+    return metadata

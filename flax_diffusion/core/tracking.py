@@ -1,0 +1,135 @@
+"""Where a run shows itself: progress bar, TensorBoard and picture grids."""
+
+from __future__ import annotations
+
+import io
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+
+def image_grid(images: np.ndarray, columns: int | None = None, border: int = 0) -> Image.Image:
+    """Lays pictures out in rows.
+
+    Args:
+        images: uint8, (n, height, width, 1 or 3).
+        columns: Pictures a row; by default the grid is as square as it can be.
+        border: Pixels of white around each picture.
+
+    Returns:
+        One picture; cells left over are white.
+    """
+    count, height, width, channels = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    cell_h, cell_w = height + 2 * border, width + 2 * border
+    sheet = np.full((rows * cell_h, columns * cell_w, channels), 255, np.uint8)
+    for position, picture in enumerate(images):
+        top, left = (position // columns) * cell_h + border, (position % columns) * cell_w + border
+        sheet[top : top + height, left : left + width] = picture
+    return to_pillow(sheet)
+
+
+def to_pillow(image: np.ndarray) -> Image.Image:
+    """A uint8 (height, width, 1 or 3) array as a Pillow image, grey or RGB."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def enlarge(image: Image.Image, at_least: int) -> Image.Image:
+    """Scales a small picture up by a whole factor, so that a person can see its pixels."""
+    factor = max(1, math.ceil(at_least / max(image.size)))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+class TensorBoard:
+    """Writes scalars and images as TensorBoard event files, with nothing but the tensorboard package."""
+
+    def __init__(self, folder: Path):
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        self._writer = EventFileWriter(str(folder))
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Adds one point to each curve."""
+        summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()])
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def image(self, tag: str, picture: Image.Image, step: int) -> None:
+        """Adds a picture."""
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG")
+        image = self._summary.Image(
+            height=picture.height,
+            width=picture.width,
+            colorspace=len(picture.getbands()),
+            encoded_image_string=buffer.getvalue(),
+        )
+        summary = self._summary(value=[self._summary.Value(tag=tag, image=image)])
+        self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        """Writes what is left to disk."""
+        self._writer.close()
+
+
+class Tracker:
+    """One object for all that a run reports; on processes other than the first it reports nothing."""
+
+    def __init__(self, output_dir: Path, logging_dir: str | None, *, first_step: int, total_steps: int, main: bool):
+        self._samples = output_dir / "samples"
+        self._main = main
+        self._board = TensorBoard(output_dir / logging_dir) if main and logging_dir else None
+        self._bar = tqdm(
+            total=total_steps, initial=first_step, disable=not main, unit="step", dynamic_ncols=True, file=sys.stderr
+        )
+        self._last = time.perf_counter()
+
+    def step(self, step: int, metrics: dict[str, float], images: int) -> None:
+        """Reports a finished optimizer step.
+
+        Args:
+            step: Its number, from 1.
+            metrics: At least `loss` and `learning_rate`.
+            images: Images in it, over all devices.
+        """
+        now = time.perf_counter()
+        metrics = metrics | {"images_per_second": images / max(now - self._last, 1e-9)}
+        self._last = now
+        if self._board:
+            self._board.scalars({f"train/{name}": value for name, value in metrics.items()}, step)
+        self._bar.set_postfix(
+            loss=f"{metrics['loss']:.4f}",
+            lr=f"{metrics['learning_rate']:.2e}",
+            img_s=f"{images * (self._bar.format_dict['rate'] or 0):.1f}",
+            refresh=False,
+        )
+        self._bar.update()
+
+    def grid(self, step: int, images: np.ndarray, columns: int | None) -> None:
+        """Writes sampled images (uint8, NHWC) to `samples/` and TensorBoard."""
+        if not self._main:
+            return
+        picture = enlarge(image_grid(images, columns, border=max(1, images.shape[1] // 32)), 512)
+        self._samples.mkdir(parents=True, exist_ok=True)
+        picture.save(self._samples / f"{step:08d}.png")
+        if self._board:
+            self._board.image("samples", picture, step)
+        self._last = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._main:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        """Ends the bar and flushes the event file."""
+        self._bar.close()
+        if self._board:
+            self._board.close()

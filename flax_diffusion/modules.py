@@ -1,0 +1,138 @@
+"""The Flax modules of a pipeline, and the few functions that training and sampling compose them with.
+
+Shapes: B images, C channels, H W pixels, h w of what is denoised (pixels or latents), L tokens, D text features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.pipeline import Component, PipelineSpec
+from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, FlaxUNet2DModel
+from flax_diffusion.optimizer import Params
+from flax_diffusion.schedulers import FlaxDDPMScheduler
+
+COMPUTE_DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+
+_CLASSES: dict[str, Any] = {
+    "UNet2DModel": FlaxUNet2DModel,
+    "UNet2DConditionModel": FlaxUNet2DConditionModel,
+    "AutoencoderKL": FlaxAutoencoderKL,
+    "CLIPTextModel": FlaxCLIPTextModel,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """A pipeline's modules by component name, and the noise scheduler that trains it. Static under jit."""
+
+    spec: PipelineSpec
+    by_name: dict[str, Any]
+    scheduler: FlaxDDPMScheduler
+
+    @property
+    def vae_name(self) -> str:
+        """The autoencoder's component name: `vae` in Stable Diffusion, `vqvae` in LDMPipeline."""
+        return "vae" if "vae" in self.by_name else "vqvae"
+
+    def encode_images(self, params: Params, pixels: jax.Array, noise: jax.Array | None) -> jax.Array:
+        """Pixels (B,C,H,W) in -1..1 to scaled latents (B,C,h,w); pixels themselves where there is no VAE.
+
+        Args:
+            params: Weights of all components.
+            pixels: The images.
+            noise: Standard normal (B,C,h,w) that samples the posterior.
+        """
+        if self.spec.vae is None:
+            return pixels
+        vae = self.by_name[self.vae_name]
+        posterior = vae.apply({"params": params[self.vae_name]}, pixels, method=vae.encode).latent_dist
+        latents = posterior.sample_with(noise) * self.spec.vae["scaling_factor"]
+        return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
+
+    def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
+        """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
+        if self.spec.vae is None:
+            return latents
+        vae = self.by_name[self.vae_name]
+        scaled = latents / self.spec.vae["scaling_factor"]
+        return vae.apply({"params": params[self.vae_name]}, scaled, method=vae.decode).sample
+
+    def encode_text(self, params: Params, input_ids: jax.Array, dropout: jax.Array | None = None) -> jax.Array:
+        """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""
+        train = dropout is not None and self.spec.components["text_encoder"].train
+        return self.by_name["text_encoder"].apply(
+            {"params": params["text_encoder"]}, input_ids, train=train, rngs={"dropout": dropout} if train else None
+        )[0]
+
+    def predict(
+        self,
+        params: Params,
+        sample: jax.Array,
+        timesteps: jax.Array,
+        context: jax.Array | None,
+        dropout: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the UNet says of noisy samples (B,C,h,w) at timesteps (B,)."""
+        inputs = (sample, timesteps) if context is None else (sample, timesteps, context)
+        train = dropout is not None
+        return self.by_name["unet"].apply(
+            {"params": params["unet"]}, *inputs, train=train, rngs={"dropout": dropout} if train else None
+        )[0]
+
+    def add_noise(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+        """√ᾱ·clean + √(1−ᾱ)·noise."""
+        return self.scheduler.add_noise(self.scheduler.create_state(), clean, noise, timesteps)
+
+    def target(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+        """What the UNet should say: the noise, the velocity, or the clean sample."""
+        kind = self.spec.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return clean
+        return self.scheduler.get_velocity(self.scheduler.create_state(), clean, noise, timesteps)
+
+
+def build_modules(spec: PipelineSpec, mixed_precision: str = "no", *, gradient_checkpointing: bool = False) -> Modules:
+    """Makes the modules of a pipeline; no weights yet.
+
+    Args:
+        spec: What to build.
+        mixed_precision: Compute precision: no, bf16 or fp16. A VAE whose config says `force_upcast` stays float32.
+        gradient_checkpointing: Recompute activations of the trained modules in the backward pass.
+
+    Raises:
+        ConfigError: For a config field that the Flax modules do not support.
+    """
+    dtype = COMPUTE_DTYPES[mixed_precision]
+
+    def make(component: Component) -> Any:
+        upcast = component.kind == "AutoencoderKL" and component.config.get("force_upcast", True)
+        options: dict[str, Any] = {"dtype": jnp.float32 if upcast and mixed_precision == "fp16" else dtype}
+        if component.train:
+            options["gradient_checkpointing"] = gradient_checkpointing
+        return _CLASSES[component.kind].from_config(component.config, **options)
+
+    kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+    kept.add("rescale_betas_zero_snr")
+    scheduler = FlaxDDPMScheduler.from_config({key: value for key, value in spec.scheduler.items() if key in kept})
+    for name, component in spec.components.items():
+        if component.kind not in _CLASSES:
+            raise ConfigError(f"{name}: {component.kind} has no Flax class; known are {', '.join(_CLASSES)}")
+    return Modules(
+        spec=spec, by_name={name: make(component) for name, component in spec.components.items()}, scheduler=scheduler
+    )
+
+
+def load_pretrained(component: Component) -> Params:
+    """The float32 weights of a component, as NumPy arrays on the host."""
+    _, params = _CLASSES[component.kind].from_pretrained(
+        component.weights, subfolder=component.subfolder, revision=component.revision, variant=component.variant
+    )
+    return params

@@ -1,0 +1,81 @@
+"""Noise schedulers and samplers, state-based: every method is a pure function of the state it is given."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.schedulers.common import CommonSchedulerState, FlaxScheduler, FlaxSchedulerOutput
+from flax_diffusion.schedulers.config import SchedulerConfig, read_config
+from flax_diffusion.schedulers.ddim import DDIMSchedulerState, FlaxDDIMScheduler
+from flax_diffusion.schedulers.ddpm import DDPMSchedulerState, FlaxDDPMScheduler
+from flax_diffusion.schedulers.dpm_solver import DPMSolverMultistepSchedulerState, FlaxDPMSolverMultistepScheduler
+from flax_diffusion.schedulers.euler import EulerDiscreteSchedulerState, FlaxEulerDiscreteScheduler
+from flax_diffusion.schedulers.pndm import FlaxPNDMScheduler, PNDMSchedulerState
+
+SCHEDULERS: dict[str, type[FlaxScheduler]] = {
+    "ddpm": FlaxDDPMScheduler,
+    "ddim": FlaxDDIMScheduler,
+    "pndm": FlaxPNDMScheduler,
+    "euler": FlaxEulerDiscreteScheduler,
+    "dpm++": FlaxDPMSolverMultistepScheduler,
+}
+
+
+def scheduler_from_config(
+    config: Mapping[str, Any] | str | Path, kind: str | None = None, dtype: Any = jnp.float32
+) -> FlaxScheduler:
+    """Return the scheduler a configuration names, or another kind of scheduler with the same noise schedule.
+
+    Args:
+        config: the mapping, or the folder or file that holds `scheduler_config.json`.
+        kind: "ddpm", "ddim", "pndm", "euler" or "dpm++"; None for the class in `_class_name`.
+        dtype: precision of the tables.
+
+    Returns:
+        The scheduler.
+
+    Raises:
+        ConfigError: no or an unsupported class name, an unknown kind, key or value.
+    """
+    values = read_config(config) if isinstance(config, (str, Path)) else config
+    if kind is not None:
+        if kind not in SCHEDULERS:
+            raise ConfigError(f"scheduler {kind!r} is unknown; use one of {', '.join(SCHEDULERS)}")
+        return SCHEDULERS[kind].from_config(values, dtype)
+    name = values.get("_class_name")
+    classes = {cls.torch_class_name: cls for cls in SCHEDULERS.values()}
+    if name is None:
+        raise ConfigError(f"the scheduler config has no _class_name; add one of {', '.join(classes)}")
+    found = classes.get(str(name).removeprefix("Flax"))
+    if found is None:
+        near = difflib.get_close_matches(str(name), classes, n=1)
+        hint = f" (nearest: {near[0]})" if near else ""
+        raise ConfigError(f"scheduler class {name!r} is not supported{hint}; use one of {', '.join(classes)}")
+    return found.from_config(values, dtype)
+
+
+__all__ = [
+    "SCHEDULERS",
+    "CommonSchedulerState",
+    "DDIMSchedulerState",
+    "DDPMSchedulerState",
+    "DPMSolverMultistepSchedulerState",
+    "EulerDiscreteSchedulerState",
+    "FlaxDDIMScheduler",
+    "FlaxDDPMScheduler",
+    "FlaxDPMSolverMultistepScheduler",
+    "FlaxEulerDiscreteScheduler",
+    "FlaxPNDMScheduler",
+    "FlaxScheduler",
+    "FlaxSchedulerOutput",
+    "PNDMSchedulerState",
+    "SchedulerConfig",
+    "read_config",
+    "scheduler_from_config",
+]

@@ -1,0 +1,243 @@
+"""Scheduler configuration: typed fields, their checks, and Diffusers' `scheduler_config.json` both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self, Union
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_diffusion.core import noise_schedule
+from flax_diffusion.core.errors import ConfigError
+
+CONFIG_NAME = "scheduler_config.json"
+
+# Keys a configuration may carry over from PyTorch schedulers that have no Flax class, and two of Diffusers 0.1.
+_KEYS_OF_OTHER_SCHEDULERS = frozenset({
+    "disable_corrector", "noise_sampler_seed", "original_inference_steps", "predict_x0", "rho", "shift_terminal",
+    "sigma_data", "sigma_schedule", "solver_p", "tensor_format", "timestep_scaling", "timestep_values",
+})  # fmt: skip
+
+
+class SchedulerConfig(Mapping[str, Any]):
+    """A scheduler's configuration, read-only, by key or by attribute."""
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = dict(values)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_values" or name not in self._values:
+            raise AttributeError(f"the scheduler config has no {name!r}; it has {', '.join(self.__dict__['_values'])}")
+        return self._values[name]
+
+    def __repr__(self) -> str:
+        return f"SchedulerConfig({self._values})"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlaxSchedulerConfig:
+    """What every scheduler class shares: the fields of its noise schedule and the reading and writing of configs.
+
+    Args:
+        num_train_timesteps: T, the number of timesteps the model was trained with.
+        beta_start: first β.
+        beta_end: last β.
+        trained_betas: the T values of β themselves, in place of a named schedule.
+        steps_offset: added to the timesteps of "leading" spacing.
+        dtype: float32 or float64, the precision of the tables. Samples in half precision are computed in float32.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    trained_betas: Sequence[float] | None = None
+    steps_offset: int = 0
+    dtype: Any = jnp.float32
+
+    torch_class_name: ClassVar[str]
+    # Schedulers that divide by ᾱ keep it above 0 at zero terminal SNR.
+    smallest_alpha_cumprod: ClassVar[float] = 0.0
+    # Values that Diffusers replaces, when another class's configuration is converted.
+    replaced_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+
+    def __new__(cls, *args: Any, **given: Any) -> Self:
+        """Remember which fields were given: conversion leaves the others to the new class's defaults."""
+        self = super().__new__(cls)
+        object.__setattr__(self, "_given", frozenset(given))
+        return self
+
+    def __post_init__(self) -> None:
+        if self.trained_betas is not None:
+            object.__setattr__(self, "trained_betas", tuple(np.asarray(self.trained_betas, float).tolist()))
+        hints = typing.get_type_hints(type(self))
+        for name in self.field_names():
+            _check_value(type(self).__name__, name, getattr(self, name), hints[name])
+        if self.dtype not in (jnp.float32, jnp.float64):
+            raise ConfigError(
+                f"dtype is {self.dtype}; scheduler tables need float32 or float64 (samples may be bfloat16)"
+            )
+        if self.dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+            raise ConfigError("dtype is float64 but JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or use float32")
+        self._check_combination()
+        self.numpy_alphas_cumprod()  # an impossible noise schedule is an error here, not at the first use
+
+    def _check_combination(self) -> None:
+        """Raise ConfigError where two fields contradict each other."""
+
+    @classmethod
+    def field_names(cls) -> tuple[str, ...]:
+        """Return the names of the configuration keys, `dtype` aside."""
+        return tuple(field.name for field in dataclasses.fields(cls) if field.name != "dtype")
+
+    @property
+    def config(self) -> SchedulerConfig:
+        """The configuration with Diffusers' keys, `_class_name` and, as there, `_use_default_values`."""
+        values = {name: getattr(self, name) for name in self.field_names()}
+        not_given = [name for name in values if name not in getattr(self, "_given")]  # noqa: B009
+        return SchedulerConfig({"_class_name": self.torch_class_name, **values, "_use_default_values": not_given})
+
+    def numpy_alphas_cumprod(self) -> noise_schedule.Table:
+        """Return ᾱ, float32 (T,), straight from the configuration."""
+        bar = noise_schedule.alphas_cumprod_from_config(self.config)
+        if self.config.get("rescale_betas_zero_snr", False):
+            bar[-1] = self.smallest_alpha_cumprod
+        return bar
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> Self:
+        """Return the scheduler that a configuration describes.
+
+        Args:
+            config: a `scheduler_config.json` as a mapping, or the `.config` of any scheduler. Keys that belong to
+                other scheduler classes are dropped; keys that the other class filled with its own defaults, too.
+            dtype: precision of the tables.
+
+        Returns:
+            The scheduler.
+
+        Raises:
+            ConfigError: a key no scheduler has, or a value this class does not support.
+
+        Reference:
+            `ConfigMixin.from_config` in Diffusers, which drops the same keys, and unknown ones as well.
+        """
+        defaulted = config.get("_use_default_values", ())
+        given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
+        own = set(cls.field_names())
+        known = own | _KEYS_OF_OTHER_SCHEDULERS | _keys_of_all(FlaxSchedulerConfig)
+        for key in given:
+            if key not in known:
+                raise ConfigError(
+                    f"{cls.torch_class_name} config: unknown key {key!r}{_nearest(key, sorted(own))}; "
+                    "correct or remove it"
+                )
+        replaced = cls.replaced_values
+        kept: dict[str, Any] = {}
+        for key in own & set(given):
+            value = given[key]
+            kept[key] = replaced.get(key, {}).get(value, value) if isinstance(value, str) else value
+        return cls(**kept, dtype=dtype)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write `scheduler_config.json`, which Diffusers' PyTorch class reads.
+
+        Args:
+            save_directory: folder, made where missing.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        values = {key: value for key, value in self.config.items() if key != "_use_default_values"}
+        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_config(
+    path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None
+) -> dict[str, Any]:
+    """Return the configuration in a folder, a `.json` file or a Hub repository.
+
+    Args:
+        path_or_hub_id: the file, the folder that holds `scheduler_config.json`, or a Hub id.
+        subfolder: folder inside it, e.g. "scheduler" in a pipeline.
+        revision: branch, tag or commit of a Hub id.
+
+    Returns:
+        The mapping in the file.
+
+    Raises:
+        ConfigError: no such file, or not a JSON mapping.
+    """
+    path = Path(path_or_hub_id)
+    if not path.is_file():
+        if not path.is_dir():
+            from flax_diffusion.core import hub
+
+            path = Path(hub.resolve(path_or_hub_id, subfolder, revision, [CONFIG_NAME]))
+        elif subfolder:
+            path = path / subfolder
+        path = path / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the scheduler's folder (subfolder='scheduler'?)")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON ({error}); restore or rewrite it") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; a scheduler config is a JSON object")
+    return values
+
+
+def _keys_of_all(base: type[FlaxSchedulerConfig]) -> set[str]:
+    own = set(base.field_names())
+    return own.union(*(_keys_of_all(sub) for sub in base.__subclasses__()))
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f" (nearest: {near[0]!r})" if near else ""
+
+
+def _check_value(owner: str, name: str, value: Any, hint: Any) -> None:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if any(_fits(value, option) for option in options):
+        return
+    choices = [str(choice) for option in options for choice in _choices(option)]
+    rule = f"one of {', '.join(choices)}" if choices else " or ".join(_describe(option) for option in options)
+    near = _nearest(value, choices) if isinstance(value, str) else ""
+    raise ConfigError(f"{owner}: {name} is {value!r}{near}; it must be {rule}")
+
+
+def _choices(option: Any) -> tuple[Any, ...]:
+    return typing.get_args(option) if typing.get_origin(option) is Literal else ()
+
+
+def _describe(option: Any) -> str:
+    return "None" if option is type(None) else getattr(option, "__name__", str(option))
+
+
+def _fits(value: Any, option: Any) -> bool:
+    if _choices(option):
+        return isinstance(value, str) and value in _choices(option)
+    if option in (bool, type(None)):
+        return isinstance(value, option)
+    if option is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if option is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, tuple)  # trained_betas, made a tuple above

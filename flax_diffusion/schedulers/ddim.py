@@ -1,0 +1,147 @@
+"""DDIM: implicit sampling (arXiv:2010.02502)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+from jax.typing import ArrayLike
+
+from flax_diffusion.schedulers.common import (
+    CommonSchedulerState,
+    FlaxSchedulerOutput,
+    VariancePreservingScheduler,
+    check_inference_steps,
+    finish,
+    limit_original,
+    predict_noise,
+    predict_original,
+    previous_alpha_cumprod,
+    require_timesteps,
+    spaced_timesteps,
+    step_noise,
+    table_at,
+    working,
+)
+
+
+class DDIMSchedulerState(struct.PyTreeNode):
+    """State of `FlaxDDIMScheduler`.
+
+    Args:
+        common: the noise schedule.
+        final_alpha_cumprod: ᾱ after the last step.
+        init_noise_sigma: standard deviation of the first sample.
+        timesteps: int32, largest first.
+        num_inference_steps: None before `set_timesteps`.
+    """
+
+    common: CommonSchedulerState
+    final_alpha_cumprod: Array
+    init_noise_sigma: Array
+    timesteps: Array
+    num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlaxDDIMScheduler(VariancePreservingScheduler):
+    """Denoising diffusion implicit models; the fields are the keys of PyTorch's `DDIMScheduler`.
+
+    Args:
+        beta_schedule: named noise schedule.
+        clip_sample: clip the predicted x0 to ±`clip_sample_range`.
+        set_alpha_to_one: ᾱ after the last step is 1; else ᾱ_0.
+        prediction_type: what the model predicts.
+        thresholding: dynamic thresholding of x0, in place of clipping.
+        dynamic_thresholding_ratio: its quantile.
+        clip_sample_range: see `clip_sample`.
+        sample_max_value: upper limit of the dynamic threshold.
+        timestep_spacing: how inference timesteps are chosen.
+        rescale_betas_zero_snr: end the noise schedule in pure noise.
+    """
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    clip_sample: bool = True
+    set_alpha_to_one: bool = True
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    clip_sample_range: float = 1.0
+    sample_max_value: float = 1.0
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
+    rescale_betas_zero_snr: bool = False
+
+    torch_class_name = "DDIMScheduler"
+
+    def create_state(self, common: CommonSchedulerState | None = None) -> DDIMSchedulerState:
+        """Return the first state; `common` is a noise schedule to share, made here where None."""
+        common = CommonSchedulerState.create(self) if common is None else common
+        return DDIMSchedulerState(
+            common=common,
+            final_alpha_cumprod=jnp.asarray(1.0, self.dtype) if self.set_alpha_to_one else common.alphas_cumprod[0],
+            init_noise_sigma=jnp.asarray(1.0, self.dtype),
+            timesteps=jnp.arange(self.num_train_timesteps - 1, -1, -1, dtype=jnp.int32),
+        )
+
+    def set_timesteps(
+        self, state: DDIMSchedulerState, num_inference_steps: int, shape: tuple[int, ...] = ()
+    ) -> DDIMSchedulerState:
+        """Return the state for a trajectory of so many steps; arguments and errors as `FlaxDDPMScheduler`."""
+        del shape
+        check_inference_steps(num_inference_steps, self.num_train_timesteps)
+        timesteps = spaced_timesteps(
+            self.timestep_spacing, num_inference_steps, self.num_train_timesteps, self.steps_offset
+        )
+        return state.replace(timesteps=jnp.asarray(timesteps, jnp.int32), num_inference_steps=num_inference_steps)
+
+    def step(
+        self,
+        state: DDIMSchedulerState,
+        model_output: Array,
+        timestep: ArrayLike,
+        sample: Array,
+        key: Array | None = None,
+        variance_noise: Array | None = None,
+        return_dict: bool = True,
+        *,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+    ) -> FlaxSchedulerOutput[DDIMSchedulerState]:
+        """Return the sample one inference step less noisy.
+
+        Args:
+            state: from `set_timesteps`.
+            model_output: (B, C, …).
+            timestep: one of `state.timesteps`; may be traced.
+            sample: x_t, (B, C, …).
+            key: PRNG key of this step's noise, needed where `eta` > 0; or
+            variance_noise: the noise itself.
+            return_dict: a named tuple; else a plain one.
+            eta: η, the share of DDPM's noise: 0 is deterministic, 1 is DDPM.
+            use_clipped_model_output: derive ε from the clipped x0.
+
+        Raises:
+            ConfigError: `set_timesteps` not called, or noise missing.
+
+        Reference:
+            DDIM equations 12 and 16.
+        """
+        stride = self.num_train_timesteps // require_timesteps(state.num_inference_steps)
+        x_t, output = working(sample, model_output)
+        t = jnp.asarray(timestep)
+        bar = table_at(state.common.alphas_cumprod, t)
+        bar_previous = previous_alpha_cumprod(state.common.alphas_cumprod, t - stride, state.final_alpha_cumprod)
+
+        x0 = limit_original(self, predict_original(self.prediction_type, output, x_t, bar))
+        if use_clipped_model_output:
+            epsilon = predict_noise("sample", x0, x_t, bar)
+        else:
+            epsilon = predict_noise(self.prediction_type, output, x_t, bar)
+        deviation = eta * jnp.sqrt((1 - bar_previous) / (1 - bar) * (1 - bar / bar_previous))
+        previous = jnp.sqrt(bar_previous) * x0 + jnp.sqrt(1 - bar_previous - deviation**2) * epsilon
+        if eta > 0:
+            previous = previous + deviation * step_noise(key, variance_noise, x_t, f"DDIM sampling with eta={eta}")
+        return finish(previous, sample, state, return_dict)

@@ -1,0 +1,104 @@
+"""The coefficients of DPM-Solver's updates, in NumPy and float64.
+
+With λ = log α − log σ and h = λ_t − λ_s, all four algorithms have the same form in x, a multiple of h:
+
+    sample' = a·sample + s·(e^x − 1)·D0 + s·((e^x − 1)/x − 1)·D1 + s·((e^x − 1 − x)/x² − ½)·D2 + n·noise
+
+| algorithm       | x   | s    | a             | n                |
+|-----------------|-----|------|---------------|------------------|
+| dpmsolver++     | −h  | −α_t | σ_t/σ_s       | 0                |
+| dpmsolver       | h   | −σ_t | α_t/α_s       | 0                |
+| sde-dpmsolver++ | −2h | −α_t | σ_t/σ_s·e^−h  | σ_t·√(1 − e^−2h) |
+| sde-dpmsolver   | h   | −2σ_t| α_t/α_s       | σ_t·√(e^2h − 1)  |
+
+D0 is the newest output, D1 and D2 are divided differences of it and the two before. Second order with the
+"midpoint" form has ½·s·(e^x − 1) before D1. (arXiv:2206.00927, algorithms 1 and 2; arXiv:2211.01095, algorithm 2.)
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+from jax import Array
+
+Levels = TypeVar("Levels", np.ndarray, Array)
+
+_SMALL = 1e-4  # below it, two terms of the series are more exact than the quotients
+
+
+def alpha_sigma(sigmas: Levels, flow: bool | None) -> tuple[Levels, Levels]:
+    """Return α and σ of x = α·x0 + σ·ε from noise levels.
+
+    Args:
+        sigmas: σ/α where α² + σ² = 1, or σ itself in flow matching.
+        flow: flow matching, α = 1 − σ.
+    """
+    if flow:
+        return 1 - sigmas, sigmas
+    alpha = 1 / (sigmas**2 + 1) ** 0.5
+    return alpha, sigmas * alpha
+
+
+def update_coefficients(
+    sigmas: np.ndarray, algorithm_type: str, solver_type: str, solver_order: int, flow: bool | None
+) -> np.ndarray:
+    """Return the coefficients of every step at every order.
+
+    Args:
+        sigmas: noise levels, (steps + 1,); the last may be 0 for the "++" algorithms.
+        algorithm_type: one of the four in the table above.
+        solver_type: "midpoint" or "heun".
+        solver_order: highest order, 1 to 3.
+        flow: the noise levels are those of flow matching.
+
+    Returns:
+        float64 (solver_order, steps, 5): of the sample, the outputs from newest to oldest, and the noise. NaN where
+        a step is too early for the order, or where the last level 0 leaves the order undefined.
+    """
+    alpha, sigma = alpha_sigma(sigmas.astype(np.float64), flow)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        lam = np.log(alpha) - np.log(sigma)
+        h = np.diff(lam)
+        x, scale, keep, noise = _algorithm(algorithm_type, alpha, sigma, h)
+        growth = np.expm1(x)
+        d0, first = scale * growth, scale * _first_remainder(x, growth)
+        h0 = np.concatenate([[np.nan], h[:-1]])
+        h1 = np.concatenate([[np.nan], h0[:-1]])
+        zero = np.zeros_like(h)
+        orders = [np.stack([keep, d0, zero, zero, noise], axis=-1)]
+        if solver_order >= 2:
+            slope = (0.5 * d0 if solver_type == "midpoint" else first) * h / h0
+            orders.append(np.stack([keep, d0 + slope, -slope, zero, noise], axis=-1))
+        if solver_order >= 3:
+            # PyTorch's sde-dpmsolver++ has the sign of its last term so that −½ becomes +½; followed.
+            second = scale * (_second_remainder(x, growth) + (1 if algorithm_type == "sde-dpmsolver++" else 0))
+            near, far = h0 / h, h1 / h
+            bend = (first * near + second) / (near + far)
+            newest, middle = (first + bend) / near, bend / far
+            orders.append(np.stack([keep, d0 + newest, -newest - middle, middle, noise], axis=-1))
+    return np.stack(orders)
+
+
+def _algorithm(
+    name: str, alpha: np.ndarray, sigma: np.ndarray, h: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return x, s, a and n of the table above."""
+    quiet = np.zeros_like(h)
+    if name == "dpmsolver++":
+        return -h, -alpha[1:], sigma[1:] / sigma[:-1], quiet
+    if name == "dpmsolver":
+        return h, -sigma[1:], alpha[1:] / alpha[:-1], quiet
+    if name == "sde-dpmsolver++":
+        return -2 * h, -alpha[1:], sigma[1:] / sigma[:-1] * np.exp(-h), sigma[1:] * np.sqrt(-np.expm1(-2 * h))
+    return h, -2 * sigma[1:], alpha[1:] / alpha[:-1], sigma[1:] * np.sqrt(np.expm1(2 * h))
+
+
+def _first_remainder(x: np.ndarray, growth: np.ndarray) -> np.ndarray:
+    """Return (e^x − 1)/x − 1."""
+    return np.where(np.abs(x) < _SMALL, x / 2 + x**2 / 6, growth / x - 1)
+
+
+def _second_remainder(x: np.ndarray, growth: np.ndarray) -> np.ndarray:
+    """Return (e^x − 1 − x)/x² − ½."""
+    return np.where(np.abs(x) < _SMALL, x / 6 + x**2 / 24, (growth - x) / x**2 - 0.5)

@@ -1,0 +1,370 @@
+"""DPM-Solver and DPM-Solver++, multistep (arXiv:2206.00927, arXiv:2211.01095).
+
+Every update is linear in the sample, the converted model outputs of this and the two steps before, and the noise.
+`set_timesteps` computes these five coefficients for each step and each order in float64; `step` picks a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array
+from jax.typing import ArrayLike
+
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.schedulers import sigmas as levels
+from flax_diffusion.schedulers.common import (
+    CommonSchedulerState,
+    FlaxScheduler,
+    FlaxSchedulerOutput,
+    check_inference_steps,
+    check_shape,
+    dynamic_threshold,
+    expand,
+    finish,
+    next_index,
+    require_timesteps,
+    schedule_index,
+    step_noise,
+    table_at,
+    velocity,
+    working,
+)
+from flax_diffusion.schedulers.dpm_coefficients import alpha_sigma, update_coefficients
+
+# With fewer steps than this, `lower_order_final` ends the trajectory with lower orders.
+_FEW_STEPS = 15
+
+
+class SolverState(struct.PyTreeNode):
+    """The method and the memory of one trajectory.
+
+    Args:
+        coefficients: (order, steps, 5), of the sample, three outputs and the noise.
+        highest_order: (steps,), the order a step may have at most.
+        steps_taken: so many outputs are remembered.
+        outputs: (2, …), converted model outputs of the last two steps, newest first.
+    """
+
+    coefficients: Array
+    highest_order: Array
+    steps_taken: Array
+    outputs: Array
+
+
+class DPMSolverMultistepSchedulerState(struct.PyTreeNode):
+    """State of `FlaxDPMSolverMultistepScheduler`.
+
+    Args:
+        common: the noise schedule.
+        init_noise_sigma: standard deviation of the first sample.
+        timesteps: int32, largest first.
+        sigmas: noise level at each of them and after the last.
+        step_index: place of the next step; −1 before the first, which looks its timestep up.
+        solver: None before `set_timesteps`.
+        num_inference_steps: None before `set_timesteps`.
+    """
+
+    common: CommonSchedulerState
+    init_noise_sigma: Array
+    timesteps: Array
+    sigmas: Array
+    step_index: Array
+    solver: SolverState | None = None
+    num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlaxDPMSolverMultistepScheduler(FlaxScheduler):
+    """Fast multistep ODE and SDE solvers; the fields are the keys of PyTorch's `DPMSolverMultistepScheduler`.
+
+    Args:
+        beta_schedule: named noise schedule.
+        solver_order: 1, 2 or 3.
+        prediction_type: what the model predicts; "flow_prediction" goes with `use_flow_sigmas`.
+        thresholding: dynamic thresholding of x0.
+        dynamic_thresholding_ratio: its quantile.
+        sample_max_value: upper limit of the dynamic threshold.
+        algorithm_type: "++" integrates the predicted x0, the others the predicted noise; "sde-" adds noise.
+        solver_type: form of the second-order term.
+        lower_order_final: end trajectories of fewer than 15 steps with orders 2 and 1.
+        euler_at_final: end with order 1.
+        use_karras_sigmas: noise levels even in σ^(1/7).
+        use_exponential_sigmas: noise levels even in log σ.
+        use_beta_sigmas: noise levels at quantiles of a Beta distribution.
+        use_lu_lambdas: noise levels even in λ = log α − log σ.
+        use_flow_sigmas: noise levels of flow matching, x = (1 − σ)·x0 + σ·ε.
+        flow_shift: shift of these.
+        final_sigmas_type: level after the last step, 0 or that of timestep 0.
+        lambda_min_clipped: smallest λ to start from; −5.1 suits squaredcos_cap_v2.
+        variance_type: "learned" and "learned_range" models return twice the channels; the second half is dropped.
+        timestep_spacing: how inference timesteps are chosen.
+        rescale_betas_zero_snr: end the noise schedule in (almost) pure noise, ᾱ = 2⁻²⁴.
+        use_dynamic_shifting: `set_timesteps` may be given µ, for a flow shift of e^µ.
+        time_shift_type: form of that shift.
+    """
+
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    solver_order: int = 2
+    prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
+    thresholding: bool = False
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    algorithm_type: Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"] = "dpmsolver++"
+    solver_type: Literal["midpoint", "heun"] = "midpoint"
+    lower_order_final: bool = True
+    euler_at_final: bool = False
+    use_karras_sigmas: bool | None = False
+    use_exponential_sigmas: bool | None = False
+    use_beta_sigmas: bool | None = False
+    use_lu_lambdas: bool | None = False
+    use_flow_sigmas: bool | None = False
+    flow_shift: float = 1.0
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    lambda_min_clipped: float = -math.inf
+    variance_type: Literal["learned", "learned_range"] | None = None
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    rescale_betas_zero_snr: bool = False
+    use_dynamic_shifting: bool = False
+    time_shift_type: Literal["exponential"] = "exponential"
+
+    torch_class_name = "DPMSolverMultistepScheduler"
+    smallest_alpha_cumprod = 2**-24
+    replaced_values = {  # noqa: RUF012
+        "algorithm_type": {"deis": "dpmsolver++"},
+        "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+    }
+
+    def _check_combination(self) -> None:
+        spacings = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas", "flow_sigmas")
+        levels.check_one_spacing({f"use_{name}": getattr(self, f"use_{name}") for name in spacings})
+        data_prediction = self.algorithm_type.endswith("++")
+        if not 1 <= self.solver_order <= 3:
+            raise ConfigError(f"solver_order is {self.solver_order}; it must be 1, 2 or 3")
+        if self.algorithm_type == "sde-dpmsolver" and self.solver_order == 3:
+            raise ConfigError("algorithm_type 'sde-dpmsolver' has no solver_order 3; use order 2 or 'sde-dpmsolver++'")
+        if not data_prediction and self.final_sigmas_type == "zero":
+            raise ConfigError(
+                f"final_sigmas_type 'zero' does not go with algorithm_type {self.algorithm_type!r}; use 'sigma_min'"
+            )
+        if self.prediction_type == "flow_prediction" and not (data_prediction and self.use_flow_sigmas):
+            raise ConfigError(
+                "prediction_type 'flow_prediction' needs use_flow_sigmas and algorithm_type 'dpmsolver++' or "
+                f"'sde-dpmsolver++'; got use_flow_sigmas={self.use_flow_sigmas}, {self.algorithm_type!r}"
+            )
+
+    def create_state(self, common: CommonSchedulerState | None = None) -> DPMSolverMultistepSchedulerState:
+        """Return the first state, over all training timesteps; `common` is a noise schedule to share."""
+        training = levels.training_sigmas(self.numpy_alphas_cumprod())
+        return DPMSolverMultistepSchedulerState(
+            common=CommonSchedulerState.create(self) if common is None else common,
+            init_noise_sigma=jnp.asarray(1.0, self.dtype),
+            timesteps=jnp.arange(self.num_train_timesteps - 1, -1, -1, dtype=jnp.int32),
+            sigmas=jnp.asarray(np.append(training[::-1], np.float32(0)), self.dtype),
+            step_index=jnp.asarray(-1, jnp.int32),
+        )
+
+    def set_timesteps(
+        self,
+        state: DPMSolverMultistepSchedulerState,
+        num_inference_steps: int,
+        shape: tuple[int, ...] = (),
+        *,
+        mu: float | None = None,
+    ) -> DPMSolverMultistepSchedulerState:
+        """Return the state for a trajectory of so many steps.
+
+        Args:
+            state: any earlier state.
+            num_inference_steps: a Python int; "trailing" with `lambda_min_clipped` may give fewer.
+            shape: of the samples, which the state must hold.
+            mu: µ of the flow shift e^µ, with `use_dynamic_shifting`.
+
+        Raises:
+            ConfigError: a number of steps out of range, or `mu` where it has no effect.
+        """
+        check_inference_steps(num_inference_steps, self.num_train_timesteps)
+        if mu is not None and not (self.use_dynamic_shifting and self.use_flow_sigmas):
+            raise ConfigError(
+                f"mu is {mu}; it needs use_dynamic_shifting and use_flow_sigmas: set both or leave mu out"
+            )
+        shift = self.flow_shift if mu is None else math.exp(mu)
+        timesteps, sigmas = self._schedule(num_inference_steps, shift)
+        steps = len(timesteps)
+        coefficients = update_coefficients(
+            sigmas, self.algorithm_type, self.solver_type, self.solver_order, self.use_flow_sigmas
+        )
+        highest = np.full(steps, self.solver_order)
+        few = self.lower_order_final and steps < _FEW_STEPS
+        if few and steps >= 2:
+            highest[-2] = min(2, self.solver_order)
+        if few or self.euler_at_final or self.final_sigmas_type == "zero":
+            highest[-1] = 1
+        return state.replace(
+            timesteps=jnp.asarray(timesteps, jnp.int32),
+            sigmas=jnp.asarray(sigmas, self.dtype),
+            step_index=jnp.asarray(-1, jnp.int32),
+            solver=SolverState(
+                coefficients=jnp.asarray(coefficients, self.dtype),
+                highest_order=jnp.asarray(highest, jnp.int32),
+                steps_taken=jnp.asarray(0, jnp.int32),
+                outputs=jnp.zeros((2, *shape), self.dtype),
+            ),
+            num_inference_steps=steps,
+        )
+
+    def _schedule(self, count: int, flow_shift: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return the integer timesteps and the float32 noise levels, one more."""
+        training = levels.training_sigmas(self.numpy_alphas_cumprod())
+        log_training = np.log(training)
+        low, high = float(training[0]), float(training[-1])
+        last = levels.sigma_after_last(self.final_sigmas_type, training)
+        if self.use_flow_sigmas:
+            plain = 1.0 - np.linspace(1, 1 / self.num_train_timesteps, count + 1)
+            sigmas = (flow_shift * plain / (1 + (flow_shift - 1) * plain))[::-1][:-1]
+            timesteps = sigmas * self.num_train_timesteps
+        else:
+            if self.use_karras_sigmas:
+                sigmas = levels.karras_sigmas(low, high, count)
+            elif self.use_lu_lambdas:
+                ramp = np.linspace(0, 1, count)
+                sigmas = np.exp(log_training[-1].item() + ramp * (log_training[0].item() - log_training[-1].item()))
+            elif self.use_exponential_sigmas:
+                sigmas = levels.exponential_sigmas(low, high, count)
+            elif self.use_beta_sigmas:
+                sigmas = levels.beta_sigmas(low, high, count)
+            else:
+                timesteps = self._spaced_timesteps(count)
+                sigmas = np.interp(timesteps, np.arange(len(training)), training)
+                return timesteps, np.append(sigmas, last).astype(np.float32)
+            timesteps = levels.sigma_to_timestep(sigmas, log_training)
+            rounded = self.use_karras_sigmas or self.use_lu_lambdas
+            if rounded and self.beta_schedule != "squaredcos_cap_v2":
+                timesteps = timesteps.round()
+        return timesteps.astype(np.int64), np.append(sigmas, last).astype(np.float32)
+
+    def _spaced_timesteps(self, count: int) -> np.ndarray:
+        """Return timesteps spaced so that the interval after the last one ends at 0, unlike those of DDPM."""
+        bar = self.numpy_alphas_cumprod()
+        lam = np.log(np.sqrt(bar)) - np.log(np.sqrt(np.float32(1) - bar))
+        clipped = int(np.searchsorted(lam[::-1], np.float32(self.lambda_min_clipped)))
+        last = self.num_train_timesteps - clipped
+        if last < 1:
+            raise ConfigError(
+                f"lambda_min_clipped is {self.lambda_min_clipped}, above every level of this noise schedule; "
+                "lower it (-5.1 suits squaredcos_cap_v2)"
+            )
+        if self.timestep_spacing == "linspace":
+            ascending = np.linspace(0, last - 1, count + 1).round()[1:]
+        elif self.timestep_spacing == "leading":
+            ascending = np.arange(1, count + 1) * (last // (count + 1)) + self.steps_offset
+        else:
+            ascending = np.arange(last, 0, -self.num_train_timesteps / count).round()[::-1] - 1
+        return ascending[::-1].astype(np.int64)
+
+    def scale_model_input(
+        self, state: DPMSolverMultistepSchedulerState, sample: Array, timestep: ArrayLike | None = None
+    ) -> Array:
+        """Return the sample as the model wants it: unchanged."""
+        del state, timestep
+        return sample
+
+    def step(
+        self,
+        state: DPMSolverMultistepSchedulerState,
+        model_output: Array,
+        timestep: ArrayLike,
+        sample: Array,
+        key: Array | None = None,
+        variance_noise: Array | None = None,
+        return_dict: bool = True,
+    ) -> FlaxSchedulerOutput[DPMSolverMultistepSchedulerState]:
+        """Return the sample at the next noise level.
+
+        Args:
+            state: from `set_timesteps` with the sample's shape.
+            model_output: (B, C, …), twice the channels with a learned variance.
+            timestep: one of `state.timesteps`; may be traced. Read at the first step only, later ones are counted.
+            sample: α·x0 + σ·ε, (B, C, …).
+            key: PRNG key of this step's noise, needed by the "sde-" algorithms; or
+            variance_noise: the noise itself.
+            return_dict: a named tuple; else a plain one.
+
+        Raises:
+            ConfigError: `set_timesteps` not called or for another shape, noise missing, unknown first timestep.
+
+        Reference:
+            arXiv:2211.01095, algorithm 2; see `dpm_coefficients`.
+        """
+        solver = require_timesteps(state.solver)
+        check_shape(solver.outputs[0], sample)
+        if self.variance_type is not None:
+            model_output = model_output[:, : sample.shape[1]]
+        x, raw = working(sample, model_output)
+        index = next_index(state.timesteps, state.step_index, timestep)
+        output = self._convert_output(raw, x, table_at(state.sigmas, index))
+        order = jnp.minimum(solver.steps_taken + 1, solver.highest_order[index])
+        weights = solver.coefficients[order - 1].at[index].get(mode="fill", fill_value=jnp.nan)
+        previous = weights[0] * x + weights[1] * output
+        previous = previous + weights[2] * solver.outputs[0] + weights[3] * solver.outputs[1]
+        if self.algorithm_type.startswith("sde-"):
+            noise = step_noise(key, variance_noise, x, f"{self.algorithm_type} sampling")
+            previous = previous + weights[4] * noise
+        outputs = jnp.stack([output.astype(solver.outputs.dtype), solver.outputs[0]])
+        solver = solver.replace(steps_taken=solver.steps_taken + 1, outputs=outputs)
+        state = state.replace(step_index=index + 1, solver=solver)
+        return finish(previous, sample, state, return_dict)
+
+    def _convert_output(self, output: Array, x: Array, level: Array) -> Array:
+        """Return the predicted x0 ("++" algorithms) or noise."""
+        alpha, sigma = alpha_sigma(level, self.use_flow_sigmas)
+        kind = self.prediction_type
+        if self.algorithm_type.endswith("++") or self.thresholding:
+            if kind == "epsilon":
+                x0 = (x - sigma * output) / alpha
+            elif kind == "v_prediction":
+                x0 = alpha * x - sigma * output
+            elif kind == "flow_prediction":
+                x0 = x - sigma * output
+            else:
+                x0 = output
+            if self.thresholding:
+                x0 = dynamic_threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
+            return x0 if self.algorithm_type.endswith("++") else (x - alpha * x0) / sigma
+        if kind == "epsilon":
+            return output
+        if kind == "v_prediction":
+            return alpha * output + sigma * x
+        return (x - alpha * output) / sigma
+
+    def add_noise(
+        self, state: DPMSolverMultistepSchedulerState, original_samples: Array, noise: Array, timesteps: ArrayLike
+    ) -> Array:
+        """Return α·x0 + σ·ε.
+
+        PyTorch's class, before `set_timesteps`, reads its noise levels in reverse; not followed.
+
+        Args:
+            state: any state; its timesteps are those that may be asked for.
+            original_samples: x0, (B, …).
+            noise: ε, the same shape.
+            timesteps: a scalar or (B,), entries of `state.timesteps`.
+
+        Raises:
+            ConfigError: a timestep (not traced) that is not in the schedule.
+        """
+        x0, epsilon = working(original_samples, noise)
+        level = expand(table_at(state.sigmas, schedule_index(state.timesteps, timesteps)), x0)
+        alpha, sigma = alpha_sigma(level, self.use_flow_sigmas)
+        return (alpha * x0 + sigma * epsilon).astype(original_samples.dtype)
+
+    def get_velocity(
+        self, state: DPMSolverMultistepSchedulerState, sample: Array, noise: Array, timesteps: ArrayLike
+    ) -> Array:
+        """Return v = √ᾱ_t·ε − √(1 − ᾱ_t)·x0 at integer training timesteps."""
+        return velocity(state.common.alphas_cumprod, sample, noise, timesteps)

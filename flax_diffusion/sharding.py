@@ -1,0 +1,100 @@
+"""Where arrays live: a mesh with a data and an fsdp axis, and an ordered table of rules by parameter path."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_diffusion.core.errors import ConfigError
+
+DATA, FSDP = "data", "fsdp"
+
+RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
+    (r"/embedding$", (0, 1)),  # (rows, features): rows first, the vocabulary is the large side
+    (r"/kernel$", (-1, -2)),  # (…, in, out): output features, else input features
+    (r"", ()),  # norms, biases and scalars are small: a copy on every device
+)
+"""(path regex, axes to try in order): the first rule that matches decides, its first axis that divides is sharded.
+
+Optimizer moments and the moving average have the paths of their parameters as suffix, so the same rules place them.
+"""
+
+
+def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices as (data, fsdp).
+
+    Args:
+        data: Size of the data axis; -1 takes what fsdp leaves.
+        fsdp: Size of the fsdp axis.
+        devices: By default all of them.
+
+    Raises:
+        ConfigError: If the sizes do not multiply out to the number of devices.
+    """
+    devices = devices or jax.devices()
+    count = len(devices)
+    if data == -1 and count % fsdp == 0:
+        data = count // fsdp
+    if data * fsdp != count:
+        wanted = f"data {data} x fsdp {fsdp}" if data != -1 else f"fsdp {fsdp}"
+        sizes = [n for n in range(1, count + 1) if count % n == 0]
+        raise ConfigError(
+            f"a mesh of {wanted} does not fit {count} devices: --fsdp_parallelism must be one of "
+            f"{', '.join(map(str, sizes))}, and --data_parallelism -1 takes the rest"
+        )
+    return jax.make_mesh((data, fsdp), (DATA, FSDP), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def spec_of(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+    """The partition of one array by the first rule that matches its path."""
+    axes = next(axes for pattern, axes in RULES if re.search(pattern, path))
+    for axis in axes:
+        if len(shape) >= 2 and shape[axis] % fsdp == 0:
+            parts: list[str | None] = [None] * len(shape)
+            parts[axis] = FSDP
+            return PartitionSpec(*parts)
+    return PartitionSpec()
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """The sharding of every leaf of a (possibly abstract) train state."""
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh.shape[FSDP]))
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
+    """Splits the images over all devices; `leading` axes (accumulation) come before them."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, (DATA, FSDP)))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Starts the copy of this process's part of a batch (accumulation, images, …) to its devices."""
+    sharding = batch_sharding(mesh)
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Places host arrays, the same on every process, onto their shards."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index]),
+        tree,
+        shardings,
+    )
+
+
+def put_replicated(tree: Any, mesh: Mesh) -> Any:
+    """Places a copy of host arrays on every device."""
+    return put(tree, jax.tree.map(lambda _: replicated(mesh), tree))

@@ -1,0 +1,123 @@
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from flax_diffusion.core import cli
+from flax_diffusion.core.config import TASKS, TrainConfig, UnconditionalConfig
+from flax_diffusion.core.errors import ConfigError
+
+
+def parse(*argv):
+    return cli.parse_train(list(argv), "train")[1]
+
+
+def test_flags_over_file_over_defaults(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("task: unconditional\ndataset_name: digits\nlearning_rate: 3.0e-4\nnum_epochs: 7\n")
+    config = parse("--config", str(recipe), "--learning_rate", "5e-5", "--use_ema", "--vae", "null")
+    assert (config.learning_rate, config.num_train_epochs, config.train_batch_size) == (5e-5, 7, 16)
+    assert config.use_ema is True
+    assert config.vae is None
+
+
+def test_booleans_can_be_turned_off_on_the_command_line(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("dataset_name: digits\nuse_ema: true\ncenter_crop: true\n")
+    config = parse("unconditional", f"--config={recipe}", "--no_use_ema", "--center_crop", "false")
+    assert (config.use_ema, config.center_crop) == (False, False)
+
+
+def test_a_saved_config_reads_back_as_itself(tmp_path):
+    config = parse("unconditional", "--dataset_name", "digits", "--unet", '{"block_out_channels": [32, 64]}')
+    saved = tmp_path / "config.yaml"
+    saved.write_text(yaml.safe_dump({"task": "unconditional"} | config.model_dump(mode="json")))
+    assert parse("--config", str(saved)) == config
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_option_is_documented_and_read_somewhere(task, request):
+    package = request.config.rootpath / "flax_diffusion"
+    source = "".join(p.read_text() for p in package.rglob("*.py") if p.name not in ("config.py", "cli.py"))
+    rules = (package / "core" / "config.py").read_text()
+    for name, field in TASKS[task].model_fields.items():
+        assert field.description, name
+        assert re.search(rf"\.{name}\b", source) or re.search(rf"self\.{name}\b", rules), f"--{name} is read by no code"
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "no task: name one of unconditional, text_to_image"),
+        (["uncondtional"], "did you mean 'unconditional'?"),
+        (["unconditional", "--dataset_name", "digits", "--learning_rat", "1"], "did you mean '--learning_rate'?"),
+        (["unconditional", "--dataset_name", "digits", "--learning_rate=abc"], "--learning_rate: .*got 'abc'"),
+        (["unconditional", "--dataset_name", "digits", "--train_batch_size", "0"], "greater than or equal to 1, got '0'"),
+        (["unconditional", "--dataset_name", "digits", "--mixed_precision", "fp8"], "'no', 'bf16' or 'fp16', got 'fp8'"),
+        (["unconditional", "--dataset_name", "digits", "--learning_rate"], "expected one argument"),
+        (["unconditional", "--dataset_name", "digits", "--no_use_ema", "yes"], "takes no value"),
+        (["unconditional", "--dataset_name", "digits", "stray"], "unexpected word 'stray'"),
+        (["unconditional", "--dataset_name", "digits", "--unet", "{bad"], "not valid JSON"),
+        (["unconditional"], "no data: give --dataset_name"),
+        (["unconditional", "--dataset_name", "digits", "--train_data_dir", "x"], "exclude each other"),
+        (["unconditional", "--dataset_name", "digits", "--lr_scheduler", "piecewise_constant"], "needs --lr_step_rules"),
+        (["unconditional", "--dataset_name", "digits", "--lr_step_rules", "1"], "goes with piecewise_constant"),
+        (["unconditional", "--dataset_name", "digits", "--config", "/nowhere.yaml"], "No such file"),
+        (["unconditional", "--dataset_name", "digits", "--data_parallelism", "0"], "or -1 for what is left"),
+        (["text_to_image", "--dataset_name", "digits"], "nothing to train"),
+        (["text_to_image", "--dataset_name", "digits", "--unet", "{}", "--text_encoder", "{}"], "--vae pretrained needs"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_one_line_with_the_fix(argv, says):
+    with pytest.raises(ConfigError) as caught:
+        parse(*argv)
+    assert re.search(says, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("learning_rat: 1\n", r"recipe.yaml: unknown option 'learning_rat'; did you mean 'learning_rate'\?"),
+        ("dataset_name: digits\nlearning_rate: fast\n", r"recipe.yaml: --learning_rate: .*got 'fast'"),
+        ("- a\n- b\n", "holds list, must be a mapping"),
+        ("a: [\n", "not valid YAML"),
+        ("task: text_to_image\ndataset_name: digits\n", "task unconditional on the command line, text_to_image in"),
+        ("!!python/object/apply:os.system ['true']\n", "not valid YAML"),
+    ],
+)
+def test_mistakes_in_a_file_name_the_file(tmp_path, text, says):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        parse("unconditional", "--config", str(recipe))
+
+
+def test_exit_status_and_stream(request):
+    command = [sys.executable, "-m", "flax_diffusion.train", "unconditional", "--learning_rat", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=request.config.rootpath)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: command line: unknown option '--learning_rat'; did you mean '--learning_rate'?\n"
+
+
+@pytest.mark.parametrize("module", ["train", "generate"])
+def test_help_is_quick(module, request):
+    command = [sys.executable, "-m", f"flax_diffusion.{module}", "--help"]
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=request.config.rootpath, check=True)
+        times.append(time.perf_counter() - start)
+    assert "--seed" in done.stdout
+    assert min(times) < 2.0, times
+
+
+def test_config_classes_are_frozen():
+    config = UnconditionalConfig(dataset_name="digits")
+    with pytest.raises(ValueError, match="frozen"):
+        config.learning_rate = 1.0
+    assert issubclass(UnconditionalConfig, TrainConfig)
