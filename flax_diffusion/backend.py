@@ -27,11 +27,11 @@ from flax_diffusion.train_step import TrainState, create_state, train_step
 class JaxBackend:
     """Implements `core.backend.Backend` with Flax modules on a mesh of all devices."""
 
-    def __init__(self, config: TrainConfig, spec: PipelineSpec):
+    def __init__(self, config: TrainConfig, spec: PipelineSpec, devices: list[jax.Device] | None = None):
         self.config, self.spec = config, spec
-        self.mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism)
+        self.mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, devices)
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
-        self.device_count = jax.device_count()
+        self.device_count = self.mesh.size
         self.modules = build_modules(spec, config.mixed_precision, gradient_checkpointing=config.gradient_checkpointing)
         self.optimizer = make_optimizer(config)
         # Scheduler options are checked here, before any weight is read.
@@ -106,7 +106,7 @@ class JaxBackend:
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
         """Copies the state to the host and writes it in the background, under a temporary name until complete."""
         if self._checkpointer is None:
-            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._checkpointer = ocp.AsyncCheckpointer(_checkpoint_handler())
         if folder.exists():  # written by a run that resumed from before it
             shutil.rmtree(folder)
         self._checkpointer.save(
@@ -124,7 +124,7 @@ class JaxBackend:
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state
         )
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
             _check_same_tree(checkpointer, folder, target)
             restored = checkpointer.restore(
                 folder.resolve(),
@@ -162,6 +162,12 @@ def _cast(params: Params, dtype: Any) -> Params:
     return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), params)
 
 
+def _checkpoint_handler() -> ocp.CompositeCheckpointHandler:
+    return ocp.CompositeCheckpointHandler(
+        state=ocp.StandardCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
+    )
+
+
 def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) -> None:
     """Compares names, shapes and types before anything is read.
 
@@ -175,11 +181,14 @@ def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) 
     if saved is None:
         raise CheckpointError(f"{folder}: not a checkpoint of this backend: it holds no `state`; resume from another")
     have, want = _shapes(saved), _shapes(target)
-    differences = [f"{name} is missing in it" for name in want if name not in have]
-    differences += [f"{name} is not in this run" for name in have if name not in want]
-    differences += [
-        f"{name} is {have[name]}, here {want[name]}" for name in want if name in have and have[name] != want[name]
+    differences = [
+        f"{name} is {have[name]} there and {want[name]} here"
+        for name in want
+        if name in have and have[name] != want[name]
     ]
+    differences += [f"{name} is missing there" for name in want if name not in have]
+    differences += [f"{name} is not in this run" for name in have if name not in want]
+    differences.sort(key=lambda text: not text.startswith("params/"))  # moments only repeat what the weights say
     if differences:
         more = f", and {len(differences) - 3} more differences" if len(differences) > 3 else ""
         raise CheckpointError(

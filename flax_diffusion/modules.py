@@ -104,7 +104,7 @@ def build_modules(spec: PipelineSpec, mixed_precision: str = "no", *, gradient_c
 
     Args:
         spec: What to build.
-        mixed_precision: Compute precision: no, bf16 or fp16. A VAE whose config says `force_upcast` stays float32.
+        mixed_precision: Compute precision: no, bf16 or fp16. A VAE whose config says `force_upcast` (SDXL's) stays float32.
         gradient_checkpointing: Recompute activations of the trained modules in the backward pass.
 
     Raises:
@@ -113,8 +113,7 @@ def build_modules(spec: PipelineSpec, mixed_precision: str = "no", *, gradient_c
     dtype = COMPUTE_DTYPES[mixed_precision]
 
     def make(component: Component) -> Any:
-        upcast = component.kind == "AutoencoderKL" and component.config.get("force_upcast", True)
-        options: dict[str, Any] = {"dtype": jnp.float32 if upcast and mixed_precision == "fp16" else dtype}
+        options: dict[str, Any] = {"dtype": jnp.float32 if component.config.get("force_upcast") else dtype}
         if component.train:
             options["gradient_checkpointing"] = gradient_checkpointing
         return _CLASSES[component.kind].from_config(component.config, **options)

@@ -43,7 +43,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Arr
 
     Reference: `torch.nn.utils.clip_grad_norm_`; optax's own differs in the last digits.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     factor = jnp.minimum(1.0, max_norm / (norm + CLIP_EPSILON))
     return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
 

@@ -116,7 +116,8 @@ class Sampler:
         guided: bool,
     ) -> jax.Array:
         shape = self.modules.spec.sample_shape
-        state = self.scheduler.set_timesteps(self.scheduler.create_state(), num_inference_steps)
+        state = self.scheduler.create_state()
+        state = self.scheduler.set_timesteps(state, num_inference_steps, shape=(len(indices), *shape))
         timesteps = np.asarray(state.timesteps)
         state = jax.device_put(state, replicated(self.mesh))
         scale = jax.device_put(np.float32(guidance_scale), replicated(self.mesh))

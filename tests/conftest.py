@@ -2,7 +2,34 @@
 
 import os
 
-# Before jax is imported anywhere: the mesh tests need several devices, the others do not mind.
+# Before jax is imported anywhere: the mesh tests need several devices, the others do not mind. Tiny programs run for
+# milliseconds and compile for seconds, so LLVM's optimizer is off, which halves the latter.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Programs that several tests compile are compiled once a session."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    """Runs use one of the virtual devices; the mesh tests name theirs."""
+    import jax
+
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *args: first)

@@ -224,6 +224,7 @@ class _Run:
         step, rate, handle = self.pending.popleft()
         metrics = self.backend.read(handle)
         if not math.isfinite(metrics["loss"]):
+            self.backend.wait()  # a save in flight is of a state before this one
             have = checkpoints.committed(self.output_dir)
             raise NonFiniteError(
                 f"the loss is {metrics['loss']} at step {step}: lower --learning_rate, check the data, or use "

@@ -1,0 +1,230 @@
+"""The autoencoder of latent diffusion."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.models.blocks import AttentionConfig, DownBlock, MidBlock, UpBlock
+from flax_diffusion.models.layers import GroupNorm, LayerConfig, conv
+from flax_diffusion.models.modeling import Config, PretrainedModel
+from flax_diffusion.models.outputs import FlaxAutoencoderKLOutput, FlaxDecoderOutput, FlaxDiagonalGaussianDistribution
+from flax_diffusion.models.unet_checks import TIMESTEP_ACTS, check_blocks
+
+
+class Encoder(nn.Module):
+    """Images to the parameters of the posterior, before `quant_conv`.
+
+    Args:
+        channels: output channels of each block.
+        layers: residual blocks a block.
+        out_channels: width of the output, twice the latent channels.
+        attention: whether the mid block attends.
+        config: layer config.
+    """
+
+    channels: tuple[int, ...]
+    layers: int
+    out_channels: int
+    attention: bool
+    config: LayerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """Map (B, H, W, C) to (B, H/f, W/f, out_channels)."""
+        config = self.config
+        x = conv(self.channels[0], config, "conv_in")(x)
+        for i, channels in enumerate(self.channels):
+            sampler = "conv" if i < len(self.channels) - 1 else None
+            block = DownBlock(channels, self.layers, config, None, sampler, padding=0, name=f"down_blocks_{i}")
+            x, _ = block(x, None, None, deterministic)
+        x = _mid_block(self.channels[-1], self.attention, config)(x, None, None, deterministic)
+        x = jax.nn.silu(GroupNorm(config, config.eps, name="conv_norm_out")(x))
+        return conv(self.out_channels, config, "conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Latents, after `post_quant_conv`, to images.
+
+    Args:
+        channels: output channels of each of the encoder's blocks; they are walked in reverse.
+        layers: residual blocks a block, less one.
+        out_channels: image channels.
+        attention: whether the mid block attends.
+        config: layer config.
+    """
+
+    channels: tuple[int, ...]
+    layers: int
+    out_channels: int
+    attention: bool
+    config: LayerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
+        """Map (B, h, w, C) to (B, h*f, w*f, out_channels)."""
+        config = self.config
+        x = conv(self.channels[-1], config, "conv_in")(x)
+        x = _mid_block(self.channels[-1], self.attention, config)(x, None, None, deterministic)
+        for i, channels in enumerate(reversed(self.channels)):
+            sampler = "conv" if i < len(self.channels) - 1 else None
+            block = UpBlock(channels, self.layers + 1, config, None, sampler, name=f"up_blocks_{i}")
+            x = block(x, None, None, None, deterministic)
+        x = jax.nn.silu(GroupNorm(config, config.eps, name="conv_norm_out")(x))
+        return conv(self.out_channels, config, "conv_out")(x)
+
+
+def _mid_block(channels: int, attention: bool, config: LayerConfig) -> MidBlock:
+    """Return the mid block, whose attention has one head."""
+    attn = AttentionConfig(kind="spatial", head_dim=channels, groups=config.groups) if attention else None
+    return MidBlock(config, attn, name="mid_block")
+
+
+class FlaxAutoencoderKL(PretrainedModel, nn.Module):
+    """Autoencoder between images and latents, both NCHW, with a Gaussian posterior.
+
+    Fields are the config keys of Diffusers' AutoencoderKL. scaling_factor, shift_factor, latents_mean, latents_std
+    and force_upcast tell callers how to use the latents; `encode` and `decode` do not apply them, as upstream.
+
+    Args:
+        dtype: of matrix products and convolutions.
+        param_dtype: of newly initialised parameters.
+        gradient_checkpointing: recompute residual and attention blocks in the backward pass.
+
+    Reference: AutoencoderKL of Diffusers (PyTorch); Rombach et al. 2022.
+    """
+
+    torch_class: ClassVar[str] = "AutoencoderKL"
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {"act_fn": TIMESTEP_ACTS}
+
+    in_channels: int = 3
+    out_channels: int = 3
+    down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+    block_out_channels: tuple[int, ...] = (64,)
+    layers_per_block: int = 1
+    act_fn: str = "silu"
+    latent_channels: int = 4
+    norm_num_groups: int = 32
+    sample_size: Any = 32
+    scaling_factor: float = 0.18215
+    shift_factor: float | None = None
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+    force_upcast: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Raise ConfigError where fields contradict each other."""
+        check_blocks(config, ("DownEncoderBlock2D",), ("UpDecoderBlock2D",))
+
+    @staticmethod
+    def init_inputs(config: Config) -> tuple[Any, ...]:
+        """Return the smallest inputs that reach every parameter."""
+        size = 2 ** (len(config.block_out_channels) - 1)
+        return (jnp.zeros((1, config.in_channels, size, size)),)
+
+    def setup(self) -> None:
+        """Create the submodules."""
+        config = LayerConfig(
+            groups=self.norm_num_groups,
+            eps=1e-6,
+            act=self.act_fn,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            remat=self.gradient_checkpointing,
+        )
+        shared = (self.block_out_channels, self.layers_per_block)
+        attention, width = self.mid_block_add_attention, 2 * self.latent_channels
+        self.encoder = Encoder(*shared, width, attention, config)
+        self.decoder = Decoder(*shared, self.out_channels, attention, config)
+        if self.use_quant_conv:
+            self.quant_conv = conv(width, config, None, kernel=1)
+        if self.use_post_quant_conv:
+            self.post_quant_conv = conv(self.latent_channels, config, None, kernel=1)
+
+    def encode(
+        self, sample: jax.Array, return_dict: bool = True, train: bool = False
+    ) -> FlaxAutoencoderKLOutput | tuple[FlaxDiagonalGaussianDistribution]:
+        """Encode images to a distribution over latents.
+
+        Args:
+            sample: images in [-1, 1], (B, in_channels, H, W), H and W multiples of 2^(blocks - 1).
+            return_dict: False returns a tuple.
+            train: kept for upstream's signature; the autoencoder has no dropout.
+
+        Returns:
+            The posterior; its tensors are (B, latent_channels, h, w), without the scaling factor.
+
+        Raises:
+            ConfigError: for images with another number of channels.
+        """
+        if sample.shape[1] != self.in_channels:
+            raise ConfigError(f"images must be NCHW with {self.in_channels} channels: got shape {sample.shape}")
+        x = jnp.transpose(sample, (0, 2, 3, 1)).astype(self.dtype)
+        x = self.encoder(x, not train)
+        x = self.quant_conv(x) if self.use_quant_conv else x
+        mean, logvar = jnp.split(jnp.transpose(x, (0, 3, 1, 2)), 2, axis=1)
+        posterior = FlaxDiagonalGaussianDistribution(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))
+        return FlaxAutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    def decode(
+        self, latents: jax.Array, return_dict: bool = True, train: bool = False
+    ) -> FlaxDecoderOutput | tuple[jax.Array]:
+        """Decode latents to images.
+
+        Args:
+            latents: (B, latent_channels, h, w), already divided by the scaling factor.
+            return_dict: False returns a tuple.
+            train: kept for upstream's signature; the autoencoder has no dropout.
+
+        Returns:
+            Images, about [-1, 1], (B, out_channels, H, W).
+
+        Raises:
+            ConfigError: for latents with another number of channels.
+        """
+        if latents.shape[1] != self.latent_channels:
+            raise ConfigError(f"latents must be NCHW with {self.latent_channels} channels: got shape {latents.shape}")
+        x = jnp.transpose(latents, (0, 2, 3, 1)).astype(self.dtype)
+        x = self.post_quant_conv(x) if self.use_post_quant_conv else x
+        x = jnp.transpose(self.decoder(x, not train), (0, 3, 1, 2))
+        return FlaxDecoderOutput(sample=x) if return_dict else (x,)
+
+    def __call__(
+        self,
+        sample: jax.Array,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        train: bool = False,
+        noise: jax.Array | None = None,
+    ) -> FlaxDecoderOutput | tuple[jax.Array]:
+        """Encode and decode.
+
+        Args:
+            sample: images in [-1, 1], (B, in_channels, H, W).
+            sample_posterior: sample the latent, with `noise` or with the random key "gaussian"; else its mean.
+            return_dict: False returns a tuple.
+            train: kept for upstream's signature; the autoencoder has no dropout.
+            noise: standard normal, the latents' shape.
+
+        Returns:
+            Reconstructed images, (B, out_channels, H, W).
+        """
+        posterior = self.encode(sample, train=train)[0]
+        if noise is not None:
+            latents = posterior.sample_with(noise)
+        elif sample_posterior:
+            latents = posterior.sample(self.make_rng("gaussian"))
+        else:
+            latents = posterior.mode()
+        return self.decode(latents, return_dict=return_dict, train=train)

@@ -1,0 +1,269 @@
+"""Layers in PyTorch's form, channels last.
+
+Shape suffixes: B batch, H height, W width, C channels, L or S tokens, N heads, D channels a head.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "mish": jax.nn.mish,
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # PyTorch's default is the exact form
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """What all layers of a model, or of one of its blocks, share."""
+
+    groups: int  #                          of every GroupNorm
+    eps: float  #                           of the residual blocks' GroupNorm
+    act: str = "silu"  #                    key of ACTIVATIONS
+    dropout: float = 0.0  #                 in residual blocks only, as upstream
+    time_scale_shift: bool = False  #       timestep embedding scales and shifts (else: only shifts)
+    skip_time_act: bool = False  #          no activation before the timestep projection
+    output_scale: float = 1.0  #            divides the output of residual blocks
+    dtype: Any = jnp.float32  #             of matrix products and convolutions
+    param_dtype: Any = jnp.float32  #       of newly initialised parameters
+    remat: bool = False  #                  recompute residual and transformer blocks in the backward pass
+
+
+def dense(features: int, config: LayerConfig, name: str, *, bias: bool = True) -> nn.Dense:
+    """Return a linear layer, named as in PyTorch (`initial.draw` says how it starts)."""
+    return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
+
+
+def conv(
+    features: int,
+    config: LayerConfig,
+    name: str | None,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    padding: tuple[int, int] | None = None,
+) -> nn.Conv:
+    """Return a 2-D convolution over BHWC, by default padded to keep the size, as PyTorch's `(kernel - 1) // 2`.
+
+    The name is None in `setup`, where the attribute gives it.
+    """
+    padding = ((kernel - 1) // 2, (kernel - 1) // 2) if padding is None else padding
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        (stride, stride),
+        padding=(padding, padding),
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        name=name,
+    )
+
+
+def layer_norm(config: LayerConfig, name: str) -> nn.LayerNorm:
+    """Return a layer norm whose variance is computed in two passes, as PyTorch's is."""
+    return nn.LayerNorm(1e-5, dtype=config.dtype, param_dtype=config.param_dtype, use_fast_variance=False, name=name)
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over channels-last tensors, statistics in at least float32, variance in two passes.
+
+    Sums run over pixels first and over the channels of a group second, so that the channel axis, which TPUs lay
+    out in lanes, is never split on a full-size tensor.
+
+    Args:
+        config: number of groups and dtypes.
+        eps: added to the variance.
+    """
+
+    config: LayerConfig
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise (B, ..., C) over all axes but the first, within groups of channels."""
+        channels, groups = x.shape[-1], self.config.groups
+        scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.config.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros_init(), (channels,), self.config.param_dtype)
+        stat_dtype = jnp.promote_types(self.config.dtype, jnp.float32)
+        x = x.astype(stat_dtype)
+
+        def group_mean(values: jax.Array) -> jax.Array:
+            """Average to (B, 1, ..., C), equal within each group."""
+            per_channel = values.mean(axis=tuple(range(1, values.ndim - 1)))
+            grouped = per_channel.reshape(-1, groups, channels // groups)
+            mean = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
+            return mean.reshape(-1, *(1,) * (values.ndim - 2), channels)
+
+        centred = x - group_mean(x)
+        inverse_std = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.eps)
+        y = centred * (inverse_std * scale.astype(stat_dtype)) + bias.astype(stat_dtype)
+        return y.astype(self.config.dtype)
+
+
+def timestep_embedding(
+    timesteps: jax.Array, dim: int, *, flip_sin_to_cos: bool, freq_shift: float, dtype: Any = jnp.float32
+) -> jax.Array:
+    """Return sinusoidal embeddings of timesteps.
+
+    Args:
+        timesteps: (B,), integers or fractions.
+        dim: width of the embedding; an odd width gets a zero column.
+        flip_sin_to_cos: cosines first.
+        freq_shift: the highest frequency index is `dim // 2 - freq_shift`.
+        dtype: float64 computes in float64, anything else in float32.
+
+    Returns:
+        (B, dim) in float32 or float64.
+
+    Reference: Ho et al. 2020 (DDPM); operation order of Diffusers' get_timestep_embedding.
+    """
+    real = np.float64 if jnp.dtype(dtype) == jnp.float64 else np.float32
+    half = dim // 2
+    exponent = real(-math.log(10000)) * np.arange(half, dtype=real) / real(half - freq_shift)
+    # exp in double precision, then rounded: the frequencies are the correctly rounded ones on every platform.
+    frequencies = np.exp(exponent.astype(np.float64)).astype(real)
+    angles = timesteps.astype(real)[:, None] * frequencies
+    parts = (jnp.cos(angles), jnp.sin(angles)) if flip_sin_to_cos else (jnp.sin(angles), jnp.cos(angles))
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers on top of a timestep (or any other) embedding.
+
+    Args:
+        features: width of both layers.
+        config: dtypes.
+        act: activation between the layers.
+        post_act: activation after the second layer, or None.
+        with_condition: whether a `cond_proj` layer exists (`time_cond_proj_dim` is set).
+    """
+
+    features: int
+    config: LayerConfig
+    act: str = "silu"
+    post_act: str | None = None
+    with_condition: bool = False
+
+    @nn.compact
+    def __call__(self, x_BC: jax.Array, condition_BC: jax.Array | None = None) -> jax.Array:
+        """Map (B, C) to (B, features); `condition_BC` is projected to C and added first."""
+        x_BC = x_BC.astype(self.config.dtype)
+        if self.with_condition and condition_BC is not None:
+            x_BC = x_BC + dense(x_BC.shape[-1], self.config, "cond_proj", bias=False)(condition_BC)
+        x_BC = ACTIVATIONS[self.act](dense(self.features, self.config, "linear_1")(x_BC))
+        x_BC = dense(self.features, self.config, "linear_2")(x_BC)
+        return ACTIVATIONS[self.post_act](x_BC) if self.post_act else x_BC
+
+
+def upsample_nearest(x_BHWC: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+    """Enlarge to twice the height and width, or to `size`, by repeating the nearest pixel (as F.interpolate)."""
+    b, h, w, c = x_BHWC.shape
+    if size is None or size == (2 * h, 2 * w):
+        # A broadcast, not jnp.repeat: repeat is a gather, whose gradient is a slow scatter.
+        x = jnp.broadcast_to(x_BHWC[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        return x.reshape(b, 2 * h, 2 * w, c)
+    rows, columns = (np.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
+    return x_BHWC[:, rows][:, :, columns]
+
+
+def average_pool(x_BHWC: jax.Array) -> jax.Array:
+    """Halve height and width by averaging 2x2 pixels; an odd last row or column is dropped, as in PyTorch."""
+    b, h, w, c = x_BHWC.shape
+    x_BHWC = x_BHWC[:, : h // 2 * 2, : w // 2 * 2]
+    return x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+class Downsample2D(nn.Module):
+    """Halve height and width with a strided convolution.
+
+    Args:
+        features: output channels.
+        config: dtypes.
+        padding: 1 pads evenly; 0 pads one row below and one column right, as upstream.
+    """
+
+    features: int
+    config: LayerConfig
+    padding: int = 1
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+        """Map (B, H, W, C) to (B, H/2, W/2, features)."""
+        padding = (0, 1) if self.padding == 0 else (self.padding, self.padding)
+        return conv(self.features, self.config, "conv", stride=2, padding=padding)(x_BHWC)
+
+
+class Upsample2D(nn.Module):
+    """Double height and width by repetition, then convolve.
+
+    Args:
+        features: output channels.
+        config: dtypes.
+    """
+
+    features: int
+    config: LayerConfig
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        """Map (B, H, W, C) to (B, 2H, 2W, features), or to height and width `size`."""
+        return conv(self.features, self.config, "conv")(upsample_nearest(x_BHWC, size))
+
+
+class ResnetBlock2D(nn.Module):
+    """Residual block: two convolutions, conditioned on a timestep embedding, optionally resampling.
+
+    Args:
+        features: output channels.
+        config: normalisation, activation, conditioning and dtypes.
+        resample: "up" or "down" resamples inside the block by a factor of two; None keeps the size.
+
+    Reference: ResnetBlock2D of Diffusers (PyTorch).
+    """
+
+    features: int
+    config: LayerConfig
+    resample: str | None = None
+
+    @nn.compact
+    def __call__(self, x_BHWC: jax.Array, temb_BC: jax.Array | None, deterministic: bool) -> jax.Array:
+        """Map (B, H, W, C) to (B, H', W', features)."""
+        config, act = self.config, ACTIVATIONS[self.config.act]
+        resample = {"up": upsample_nearest, "down": average_pool, None: lambda x: x}[self.resample]
+
+        h = resample(act(GroupNorm(config, config.eps, name="norm1")(x_BHWC)))
+        residual = resample(x_BHWC)
+        h = conv(self.features, config, "conv1")(h)
+
+        scale_BHWC = None
+        if temb_BC is not None:
+            temb_BC = temb_BC if config.skip_time_act else act(temb_BC)
+            width = self.features * (2 if config.time_scale_shift else 1)
+            shift_BHWC = dense(width, config, "time_emb_proj")(temb_BC)[:, None, None, :]
+            if config.time_scale_shift:
+                scale_BHWC, shift_BHWC = jnp.split(shift_BHWC, 2, axis=-1)
+            else:
+                h = h + shift_BHWC
+            h = GroupNorm(config, config.eps, name="norm2")(h)
+            h = h if scale_BHWC is None else h * (1 + scale_BHWC) + shift_BHWC
+        else:
+            h = GroupNorm(config, config.eps, name="norm2")(h)
+
+        h = act(h)
+        if config.dropout > 0:
+            h = nn.Dropout(config.dropout)(h, deterministic=deterministic)
+        h = conv(self.features, config, "conv2")(h)
+        if residual.shape[-1] != self.features:
+            residual = conv(self.features, config, "conv_shortcut", kernel=1)(residual)
+        h = residual.astype(h.dtype) + h
+        return h if config.output_scale == 1.0 else h / config.output_scale

@@ -1,0 +1,192 @@
+"""What every model can do: be built from a config, initialised, loaded and saved, under upstream's names."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import jax
+import jax.numpy as jnp
+
+from flax_diffusion import weights
+from flax_diffusion.core import hub
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.models import initial
+
+# Fields of every model that say how to run it, not what it is; never saved.
+RUN_FIELDS = ("parent", "name", "dtype", "param_dtype", "gradient_checkpointing")
+
+
+class Config(dict[str, Any]):
+    """A model's configuration: a JSON-able dict whose keys also read as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self:
+            return self[name]
+        raise AttributeError(f"the config has no field {name!r}")
+
+
+def freeze(value: Any) -> Any:
+    """Turn lists into tuples, also inside each other: Linen fields must be hashable."""
+    return tuple(freeze(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def thaw(value: Any) -> Any:
+    """Turn tuples into lists, also inside each other, as JSON has them."""
+    return [thaw(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class PretrainedModel:
+    """Mixin for Linen modules whose fields are the config keys of a PyTorch class.
+
+    Attributes:
+        torch_class: name of the PyTorch class whose files the model reads and writes.
+        weights_name: base name of the weights file, without extension.
+        ignored_keys: config keys that describe the file or a behaviour that models here do not have.
+        allowed: config fields of which only some values are supported.
+    """
+
+    torch_class: ClassVar[str]
+    weights_name: ClassVar[str] = "diffusion_pytorch_model"
+    ignored_keys: ClassVar[frozenset[str]] = frozenset()
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+
+    def __post_init__(self) -> None:
+        for field in self.config_fields():
+            object.__setattr__(self, field, freeze(getattr(self, field)))
+        config = self.config
+        for field, values in self.allowed.items():
+            if config[field] not in values:
+                raise ConfigError(
+                    f"{type(self).__name__} does not support {field}={config[field]!r}: choose one of "
+                    + ", ".join(repr(value) for value in values)
+                )
+        self.check(config)
+        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]  (Linen's)
+
+    @classmethod
+    def config_fields(cls) -> list[str]:
+        """Return the names of the config fields."""
+        fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+        return [field.name for field in fields if field.name not in RUN_FIELDS]
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Raise ConfigError where fields contradict each other."""
+
+    @staticmethod
+    def init_inputs(config: Config) -> tuple[Any, ...]:
+        """Return the smallest inputs that reach every parameter."""
+        raise NotImplementedError
+
+    @property
+    def config(self) -> Config:
+        """The configuration, with every field."""
+        return Config({name: thaw(getattr(self, name)) for name in self.config_fields()})
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+        """Build the model that a configuration describes.
+
+        Args:
+            config: the fields of a config.json; keys that start with an underscore are metadata.
+            overrides: fields that replace the config's, and `dtype`, `param_dtype`, `gradient_checkpointing`.
+
+        Raises:
+            ConfigError: for a key or a value that the model does not know, and for a config of another class.
+        """
+        config = {**config, **overrides}
+        declared = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
+        if declared is not None and str(declared).removeprefix("Flax") != cls.torch_class:
+            raise ConfigError(f"the config is of a {declared}, not of a {cls.torch_class}: use the class it names")
+        known = [*cls.config_fields(), *RUN_FIELDS[2:]]
+        fields = {}
+        for key, value in config.items():
+            if key in known:
+                fields[key] = value
+            elif not key.startswith("_") and key not in cls.ignored_keys:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "remove it"
+                raise ConfigError(f"{cls.__name__} knows no config key {key!r} (value {value!r}): {hint}")
+        return cls(**fields)
+
+    def params_shape(self) -> dict[str, Any]:
+        """Return the tree of the parameters' shapes and dtypes, without computing anything."""
+        inputs = self.init_inputs(self.config)
+        init = self.init  # pyright: ignore[reportAttributeAccessIssue]  (Linen's)
+        return jax.eval_shape(lambda: init(jax.random.key(0), *inputs)["params"])
+
+    def normal_std(self, path: tuple[str, ...]) -> float | None:
+        """Return the standard deviation of a new parameter, where it is not PyTorch's default."""
+        del path
+        return None
+
+    def init_weights(self, rng: jax.Array) -> dict[str, Any]:
+        """Return newly initialised parameters, distributed as in the PyTorch class except that biases are zero.
+
+        Args:
+            rng: a JAX random key.
+
+        Returns:
+            Parameters in `param_dtype`; the same ones under jit, whatever their sharding.
+        """
+        shapes = self.params_shape()
+        return jax.jit(lambda rng: initial.draw(rng, shapes, self.normal_std))(rng)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_hub_id: str | Path,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: Any = jnp.float32,
+        **overrides: Any,
+    ) -> tuple[Self, dict[str, Any]]:
+        """Load a model and its weights from a folder or from the Hugging Face Hub.
+
+        Args:
+            path_or_hub_id: a folder, or `owner/name` on the Hub.
+            subfolder: such as "unet" in a pipeline folder.
+            revision: branch, tag or commit on the Hub.
+            variant: such as "fp16", for files named `….fp16.safetensors`.
+            dtype: of the computation.
+            overrides: config fields to replace, `gradient_checkpointing`, `param_dtype`.
+
+        Returns:
+            The model, and its parameters as NumPy arrays in `param_dtype` (float32), whatever the file holds.
+
+        Raises:
+            ConfigError: for a config that the model does not support.
+            WeightsError: for files that are missing or do not fit the config.
+        """
+        names = weights.file_patterns(cls.weights_name, variant)
+        folder = hub.resolve(path_or_hub_id, subfolder, revision, ["config.json", *names])
+        config = hub.read_json(folder / "config.json")
+        model = cls.from_config(config, dtype=dtype, **overrides)
+        if not weights.has_weights(folder, cls.weights_name, variant):  # perhaps only Flax files
+            folder = hub.resolve(path_or_hub_id, subfolder, revision, [*names, *weights.FLAX_FILES])
+        return model, weights.load(folder, model.params_shape(), cls.weights_name, variant)
+
+    def save_pretrained(
+        self, folder: str | Path, params: Mapping[str, Any], *, max_shard_bytes: int = weights.MAX_SHARD_BYTES
+    ) -> None:
+        """Write config.json and safetensors that Diffusers or Transformers load.
+
+        Args:
+            folder: created if it does not exist.
+            params: the parameters, of any float dtype, which the file keeps.
+            max_shard_bytes: larger models are split into several files.
+
+        Raises:
+            WeightsError: if the parameters do not fit the model.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights.save(folder, params, self.params_shape(), self.weights_name, max_shard_bytes)
+        hub.write_json(folder / "config.json", self.saved_config(params))
+
+    def saved_config(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what goes into config.json for these parameters."""
+        return {"_class_name": self.torch_class, **self.config}

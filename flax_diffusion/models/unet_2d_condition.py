@@ -1,0 +1,328 @@
+"""The text-conditional UNet of Stable Diffusion 1.x, 2.x and XL."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.models.blocks import (
+    DOWN_BLOCKS,
+    UP_BLOCKS,
+    AttentionConfig,
+    DownBlock,
+    MidBlock,
+    UpBlock,
+    block_layers,
+)
+from flax_diffusion.models.condition import check_condition, condition_inputs, embed_conditions
+from flax_diffusion.models.layers import ACTIVATIONS, GroupNorm, LayerConfig, conv, dense
+from flax_diffusion.models.modeling import Config, PretrainedModel
+from flax_diffusion.models.outputs import FlaxUNet2DConditionOutput
+from flax_diffusion.models.unet_checks import TIMESTEP_ACTS, check_blocks, check_lengths
+
+
+def per_block(value: Any, blocks: int) -> tuple[Any, ...]:
+    """Return one entry a block from one value for all, or from a tuple with one each."""
+    return value if isinstance(value, tuple) else (value,) * blocks
+
+
+class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
+    """UNet from noisy latents, a timestep and text embeddings to a prediction of the latents' size.
+
+    Fields are the config keys of Diffusers' UNet2DConditionModel; besides them:
+
+    Args:
+        dtype: of matrix products and convolutions.
+        param_dtype: of newly initialised parameters.
+        gradient_checkpointing: recompute residual and transformer blocks in the backward pass.
+
+    Reference: UNet2DConditionModel of Diffusers (PyTorch); Rombach et al. 2022.
+    """
+
+    torch_class: ClassVar[str] = "UNet2DConditionModel"
+    allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "num_attention_heads": (None,),  # as upstream: attention_head_dim is the number of heads
+        "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "UNetMidBlock2DSimpleCrossAttn", None),
+        "encoder_hid_dim_type": (None, "text_proj"),
+        "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
+        "addition_embed_type": (None, "text_time"),
+        "resnet_time_scale_shift": ("default", "scale_shift"),
+        "time_embedding_type": ("positional",),
+        "act_fn": TIMESTEP_ACTS,
+        "time_embedding_act_fn": (None, *TIMESTEP_ACTS),
+        "timestep_post_act": (None, *TIMESTEP_ACTS),
+        "attention_type": ("default",),
+        "cross_attention_norm": (None, "group_norm"),
+    }
+
+    sample_size: Any = None
+    in_channels: int = 4
+    out_channels: int = 4
+    center_input_sample: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: float = 0
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    only_cross_attention: bool | tuple[bool, ...] = False
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int | tuple[int, ...] = 2
+    downsample_padding: int = 1
+    mid_block_scale_factor: float = 1
+    dropout: float = 0.0
+    act_fn: str = "silu"
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int | tuple[int, ...] = 1280
+    transformer_layers_per_block: int | tuple[Any, ...] = 1
+    reverse_transformer_layers_per_block: tuple[Any, ...] | None = None
+    encoder_hid_dim: int | None = None
+    encoder_hid_dim_type: str | None = None
+    attention_head_dim: int | tuple[int, ...] = 8
+    num_attention_heads: int | None = None
+    dual_cross_attention: bool = False
+    use_linear_projection: bool = False
+    class_embed_type: str | None = None
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    num_class_embeds: int | None = None
+    upcast_attention: bool = False
+    resnet_time_scale_shift: str = "default"
+    resnet_skip_time_act: bool = False
+    resnet_out_scale_factor: float = 1.0
+    time_embedding_type: str = "positional"
+    time_embedding_dim: int | None = None
+    time_embedding_act_fn: str | None = None
+    timestep_post_act: str | None = None
+    time_cond_proj_dim: int | None = None
+    conv_in_kernel: int = 3
+    conv_out_kernel: int = 3
+    projection_class_embeddings_input_dim: int | None = None
+    attention_type: str = "default"
+    class_embeddings_concat: bool = False
+    mid_block_only_cross_attention: bool | None = None
+    cross_attention_norm: str | None = None
+    addition_embed_type_num_heads: int = 64
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    gradient_checkpointing: bool = False
+
+    @staticmethod
+    def check(config: Config) -> None:
+        """Raise ConfigError where fields contradict each other."""
+        check_blocks(config, DOWN_BLOCKS, UP_BLOCKS)
+        check_lengths(
+            config,
+            (
+                "only_cross_attention",
+                "layers_per_block",
+                "cross_attention_dim",
+                "transformer_layers_per_block",
+                "reverse_transformer_layers_per_block",
+                "attention_head_dim",
+            ),
+        )
+        nested = config.transformer_layers_per_block
+        if (
+            isinstance(nested, list)
+            and any(isinstance(depth, list) for depth in nested)
+            and config.reverse_transformer_layers_per_block is None
+        ):
+            raise ConfigError(
+                f"transformer_layers_per_block={nested} lists layers within a block: "
+                "set reverse_transformer_layers_per_block for the up blocks too"
+            )
+        check_condition(config)
+
+    @staticmethod
+    def init_inputs(config: Config) -> tuple[Any, ...]:
+        """Return the smallest inputs that reach every parameter."""
+        return condition_inputs(config)
+
+    @nn.compact
+    def __call__(
+        self,
+        sample: jax.Array,
+        timesteps: jax.Array | float | int,
+        encoder_hidden_states: jax.Array,
+        added_cond_kwargs: Mapping[str, jax.Array] | None = None,
+        down_block_additional_residuals: Sequence[jax.Array] | None = None,
+        mid_block_additional_residual: jax.Array | None = None,
+        return_dict: bool = True,
+        train: bool = False,
+        class_labels: jax.Array | None = None,
+        timestep_cond: jax.Array | None = None,
+    ) -> FlaxUNet2DConditionOutput | tuple[jax.Array]:
+        """Predict the noise (or whatever the scheduler's prediction type says).
+
+        Args:
+            sample: noisy latents, (B, in_channels, H, W).
+            timesteps: (B,) or one number for all.
+            encoder_hidden_states: text embeddings, (B, S, cross_attention_dim).
+            added_cond_kwargs: "text_embeds" (B, E) and "time_ids" (B, 6), where addition_embed_type is "text_time".
+            down_block_additional_residuals: a ControlNet's outputs for the skip connections, NCHW.
+            mid_block_additional_residual: a ControlNet's output for the mid block, NCHW.
+            return_dict: False returns a tuple.
+            train: apply dropout, with the random key "dropout".
+            class_labels: what class_embed_type asks for: (B,) classes or noise levels, or (B, E) embeddings.
+            timestep_cond: (B, time_cond_proj_dim), such as an embedded guidance scale.
+
+        Returns:
+            The prediction, (B, out_channels, H, W), in `dtype`.
+
+        Raises:
+            ConfigError: for conditions that are missing or not expected.
+        """
+        layers = self._layers()
+        x = jnp.transpose(sample, (0, 2, 3, 1)).astype(self.dtype)
+        if self.center_input_sample:
+            x = 2 * x - 1
+        timesteps = jnp.broadcast_to(timesteps, sample.shape[:1])
+        temb = embed_conditions(self.config, layers, timesteps, class_labels, timestep_cond, added_cond_kwargs)
+        context = encoder_hidden_states.astype(self.dtype)
+        if self.encoder_hid_dim is not None:
+            assert isinstance(self.cross_attention_dim, int)
+            context = dense(self.cross_attention_dim, layers, "encoder_hid_proj")(context)
+        x = conv(self.block_out_channels[0], layers, "conv_in", kernel=self.conv_in_kernel)(x)
+
+        skips, deterministic = (x,), not train
+        for i in range(len(self.down_block_types)):
+            x, outputs = self._down_block(i, layers)(x, temb, context, deterministic)
+            skips += outputs
+        if self.mid_block_type is not None:
+            x = self._mid_block()(x, temb, context, deterministic)
+        x, skips = _add_residuals(x, skips, mid_block_additional_residual, down_block_additional_residuals)
+        for i in range(len(self.up_block_types)):
+            block = self._up_block(i, layers)
+            used, skips = skips[-block.layers :], skips[: -block.layers]
+            # Sizes that do not divide by two on the way down come back as they were, as upstream.
+            size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
+            x = block(x, used, temb, context, deterministic, size)
+
+        x = ACTIVATIONS[self.act_fn](GroupNorm(layers, self.norm_eps, name="conv_norm_out")(x))
+        x = conv(self.out_channels, layers, "conv_out", kernel=self.conv_out_kernel)(x)
+        x = jnp.transpose(x, (0, 3, 1, 2))
+        return FlaxUNet2DConditionOutput(sample=x) if return_dict else (x,)
+
+    def _layers(self) -> LayerConfig:
+        return LayerConfig(
+            groups=self.norm_num_groups,
+            eps=self.norm_eps,
+            act=self.act_fn,
+            dropout=self.dropout,
+            time_scale_shift=self.resnet_time_scale_shift == "scale_shift",
+            skip_time_act=self.resnet_skip_time_act,
+            output_scale=self.resnet_out_scale_factor,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            remat=self.gradient_checkpointing,
+        )
+
+    def _attention(
+        self, kind: Any, *, block: int, depths: tuple[int, ...], only_cross: bool, head_dim: int
+    ) -> AttentionConfig | None:
+        """Describe a block's attention; `block` counts down blocks, whose number of heads it takes."""
+        if kind is None:
+            return None
+        return AttentionConfig(
+            kind=kind,
+            heads=per_block(self.attention_head_dim, len(self.block_out_channels))[block],
+            head_dim=head_dim,
+            depths=depths,
+            groups=self.norm_num_groups,
+            linear_projection=self.use_linear_projection,
+            only_cross=only_cross,
+            upcast=self.upcast_attention,
+            dual=self.dual_cross_attention,
+            cross_norm=self.cross_attention_norm == "group_norm",
+        )
+
+    def _down_block(self, index: int, layers: LayerConfig) -> DownBlock:
+        blocks = len(self.block_out_channels)
+        kind, sampler = DOWN_BLOCKS[self.down_block_types[index]]
+        channels = self.block_out_channels[index]
+        number = per_block(self.layers_per_block, blocks)[index]
+        attention = self._attention(
+            kind,
+            block=index,
+            depths=per_block(per_block(self.transformer_layers_per_block, blocks)[index], number),
+            only_cross=per_block(self.only_cross_attention, blocks)[index],
+            head_dim=per_block(self.attention_head_dim, blocks)[index],
+        )
+        return DownBlock(
+            features=channels,
+            layers=number,
+            config=block_layers(layers, self.down_block_types[index]),
+            attention=attention,
+            downsampler=None if index == blocks - 1 else sampler or "conv",
+            padding=self.downsample_padding,
+            name=f"down_blocks_{index}",
+        )
+
+    def _up_block(self, index: int, layers: LayerConfig) -> UpBlock:
+        blocks = len(self.block_out_channels)
+        mirror = blocks - 1 - index
+        kind, sampler = UP_BLOCKS[self.up_block_types[index]]
+        channels = self.block_out_channels[mirror]
+        number = per_block(self.layers_per_block, blocks)[mirror] + 1
+        depth = per_block(self.transformer_layers_per_block, blocks)[mirror]
+        if self.reverse_transformer_layers_per_block is not None:
+            depth = self.reverse_transformer_layers_per_block[index]
+        attention = self._attention(
+            kind,
+            block=mirror,
+            depths=per_block(depth, number),
+            only_cross=per_block(self.only_cross_attention, blocks)[mirror],
+            head_dim=per_block(self.attention_head_dim, blocks)[index],  # upstream does not reverse this one
+        )
+        return UpBlock(
+            features=channels,
+            layers=number,
+            config=block_layers(layers, self.up_block_types[index]),
+            attention=attention,
+            upsampler=None if index == blocks - 1 else sampler or "conv",
+            name=f"up_blocks_{index}",
+        )
+
+    def _mid_block(self) -> MidBlock:
+        blocks = len(self.block_out_channels)
+        simple = self.mid_block_type == "UNetMidBlock2DSimpleCrossAttn"
+        kind = {"UNetMidBlock2DCrossAttn": "cross", "UNetMidBlock2D": None}.get(str(self.mid_block_type), "added_kv")
+        only_cross = self.mid_block_only_cross_attention
+        if only_cross is None:
+            only_cross = self.only_cross_attention is True  # a list does not reach the mid block
+        attention = self._attention(
+            kind,
+            block=blocks - 1,
+            depths=per_block(per_block(self.transformer_layers_per_block, blocks)[-1], 1),
+            only_cross=simple and only_cross,  # UNetMidBlock2DCrossAttn always holds self-attention
+            head_dim=per_block(self.attention_head_dim, blocks)[-1],
+        )
+        config = replace(
+            self._layers(), output_scale=self.mid_block_scale_factor, skip_time_act=simple and self.resnet_skip_time_act
+        )
+        # Upstream's UNetMidBlock2D is a single residual block here.
+        return MidBlock(config, attention, layers=0 if kind is None else 1, name="mid_block")
+
+
+def _add_residuals(
+    x: jax.Array, skips: tuple[jax.Array, ...], mid: jax.Array | None, down: Sequence[jax.Array] | None
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """Add a ControlNet's NCHW outputs to the mid block's output and to the skip connections."""
+    if mid is None and down is None:
+        return x, skips
+    if mid is None or down is None or len(down) != len(skips):
+        raise ConfigError(
+            f"a ControlNet gives mid_block_additional_residual and {len(skips)} down_block_additional_residuals: "
+            f"got {'no' if mid is None else 'a'} mid residual and {len(down or ())} down residuals; pass all of them"
+        )
+
+    def channels_last(residual: jax.Array) -> jax.Array:
+        return jnp.transpose(residual, (0, 2, 3, 1)).astype(x.dtype)
+
+    summed = (skip + channels_last(residual) for skip, residual in zip(skips, down, strict=True))
+    return x + channels_last(mid), tuple(summed)

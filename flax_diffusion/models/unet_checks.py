@@ -1,0 +1,45 @@
+"""Checks that both UNets' configs share."""
+
+from collections.abc import Iterable
+
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.models.modeling import Config
+
+TIMESTEP_ACTS = ("silu", "swish", "mish", "gelu", "relu")
+
+
+def check_blocks(config: Config, down_types: Iterable[str], up_types: Iterable[str]) -> None:
+    """Raise ConfigError for block types that the model does not have, or lists that disagree in length.
+
+    Args:
+        config: the model's configuration.
+        down_types: the supported names in `down_block_types`.
+        up_types: the supported names in `up_block_types`.
+    """
+    for field, types in (("down_block_types", down_types), ("up_block_types", up_types)):
+        for name in config[field]:
+            if name not in types:
+                raise ConfigError(f"{name!r} in {field} is not supported: choose from " + ", ".join(types))
+    blocks = len(config.block_out_channels)
+    for field in ("down_block_types", "up_block_types"):
+        if len(config[field]) != blocks:
+            raise ConfigError(
+                f"{field} has {len(config[field])} entries and block_out_channels {blocks}: make them equally long"
+            )
+    groups = config.norm_num_groups
+    if not isinstance(groups, int) or any(channels % groups for channels in config.block_out_channels):
+        raise ConfigError(
+            f"norm_num_groups={groups!r} must be an integer that divides every entry of "
+            f"block_out_channels={config.block_out_channels}"
+        )
+
+
+def check_lengths(config: Config, fields: Iterable[str]) -> None:
+    """Raise ConfigError for per-block lists whose length is not the number of blocks."""
+    blocks = len(config.block_out_channels)
+    for field in fields:
+        if isinstance(config[field], list) and len(config[field]) != blocks:
+            raise ConfigError(
+                f"{field}={config[field]} has {len(config[field])} entries: give one number, or one for each of "
+                f"the {blocks} blocks"
+            )

@@ -1,0 +1,210 @@
+"""Layers whose form matters, initialisation, and how the models run: dtypes, dropout, rematerialisation."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from cases import CASES, QUICK, draw, random_params
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Reference
+from diffusers.models.embeddings import get_timestep_embedding
+
+from flax_diffusion import weights
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.models.attention import attention
+from flax_diffusion.models.layers import GroupNorm, LayerConfig, timestep_embedding, upsample_nearest
+from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
+
+
+def made(name: str, **changes: Any) -> tuple[Any, Any, dict[str, Any]]:
+    case = CASES[name]
+    model = case.flax.from_config(case.config, **changes)
+    return model, random_params(model), draw(case)
+
+
+def apply(model: Any, params: Any, inputs: dict[str, Any], **options: Any) -> Any:
+    """Run a model; `options` are arguments that need not be traced."""
+    run = jax.jit(lambda params, inputs: model.apply({"params": params}, **inputs, **options), compiler_options=QUICK)
+    return run(params, inputs)
+
+
+@pytest.mark.parametrize(("dim", "flip", "shift"), [(320, True, 0), (128, False, 1), (7, True, 0)])
+def test_timestep_embedding(dim: int, flip: bool, shift: int) -> None:
+    steps = np.arange(1000)
+    ours = timestep_embedding(jnp.array(steps), dim, flip_sin_to_cos=flip, freq_shift=shift)
+    theirs = get_timestep_embedding(torch.from_numpy(steps), dim, flip, shift).numpy()
+    # One unit in the last place of a frequency is 6e-8 of it: 6e-5 radians at timestep 999.
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=7e-5)
+    assert ours.dtype == jnp.float32
+
+
+def test_nearest_upsampling_to_any_size() -> None:
+    x = np.random.default_rng(0).standard_normal((1, 4, 5, 3)).astype(np.float32)
+    for size in ((8, 10), (7, 9), (8, 9)):
+        theirs = torch.nn.functional.interpolate(torch.from_numpy(x).permute(0, 3, 1, 2), size=size, mode="nearest")
+        np.testing.assert_array_equal(upsample_nearest(jnp.array(x), size), theirs.permute(0, 2, 3, 1))
+
+
+def test_group_norm_of_large_means() -> None:
+    # The one-pass variance E[x²] − E[x]² would lose every digit here.
+    x = 1e4 + np.random.default_rng(0).standard_normal((2, 6, 6, 8)).astype(np.float32)
+    norm = GroupNorm(LayerConfig(groups=4, eps=1e-5), 1e-5)
+    ours = norm.apply({"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}, x)
+    exact = torch.nn.functional.group_norm(torch.from_numpy(x).double().permute(0, 3, 1, 2), 4, eps=1e-5)
+    np.testing.assert_allclose(ours, exact.permute(0, 2, 3, 1), atol=2e-3)
+
+
+def test_attention_masks() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((2, 5, 3, 4)).astype(np.float32) for _ in range(3))
+    mask = np.tril(np.ones((5, 5), bool))[None, None]
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(torch.from_numpy(t).double().transpose(1, 2) for t in (q, k, v)), attn_mask=torch.from_numpy(mask)
+    ).transpose(1, 2)
+    np.testing.assert_allclose(attention(q, k, v, mask), theirs, atol=1e-6)
+    with jax.enable_x64(True):
+        ours = attention(*(jnp.array(t, jnp.float64) for t in (q, k, v)), mask)
+        np.testing.assert_allclose(ours, theirs, atol=1e-14)
+
+
+def test_initialisation() -> None:
+    model = CASES["tutorial"].flax.from_config(
+        CASES["tutorial"].config, block_out_channels=(32, 64), add_attention=False
+    )
+    params = model.init_weights(jax.random.key(0))
+    again = jax.jit(model.init_weights)(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+    other = model.init_weights(jax.random.key(1))
+    kernel = params["mid_block"]["resnets_0"]["conv1"]["kernel"]
+    bound = (9 * 64) ** -0.5
+    assert float(jnp.abs(kernel).max()) == pytest.approx(bound, rel=1e-3)
+    assert float(kernel.std()) == pytest.approx(bound / 3**0.5, rel=0.01)
+    for values in (other["mid_block"]["resnets_0"]["conv1"], params["mid_block"]["resnets_0"]["conv2"]):
+        assert abs(np.corrcoef(kernel.ravel(), values["kernel"].ravel())[0, 1]) < 0.02
+    shifted = np.corrcoef(kernel.ravel()[1:], kernel.ravel()[:-1])[0, 1]
+    assert abs(shifted) < 0.02
+    assert not params["conv_in"]["bias"].any()
+    clip = CASES["clip"].flax.from_config(CASES["clip"].config, vocab_size=2000)
+    table = clip.init_weights(jax.random.key(0))["text_model"]["embeddings"]["token_embedding"]["embedding"]
+    assert float(table.std()) == pytest.approx(0.02, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["sd2", "clip"])
+def test_bfloat16_keeps_close_to_float32(name: str) -> None:
+    model, params, inputs = made(name)
+    full = apply(model, params, inputs)[0]
+    half = apply(model.clone(dtype=jnp.bfloat16), params, inputs)[0]
+    assert half.dtype == jnp.bfloat16
+    assert np.linalg.norm(half.astype(np.float32) - full) < 0.03 * np.linalg.norm(full)
+
+
+@pytest.mark.parametrize("name", ["tutorial", "sd1", "vae", "clip"])
+def test_gradient_checkpointing_is_in_the_program(name: str) -> None:
+    model, params, inputs = made(name)
+
+    def program(model: Any) -> str:
+        return str(jax.make_jaxpr(lambda params: model.apply({"params": params}, **inputs)[0])(params))
+
+    assert "remat" not in program(model)
+    assert "remat" in program(model.clone(gradient_checkpointing=True))
+    assert model.clone(gradient_checkpointing=True).config == model.config
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    model, params, inputs = made("clip")
+
+    def gradient(model: Any) -> Any:
+        def loss(params: Any) -> jax.Array:
+            return jnp.square(model.apply({"params": params}, **inputs)[0]).mean()
+
+        return jax.jit(jax.grad(loss), compiler_options=QUICK)(params)
+
+    results = gradient(model), gradient(model.clone(gradient_checkpointing=True))
+    flat = [jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree)]) for tree in results]
+    assert jnp.linalg.norm(flat[0] - flat[1]) <= 1e-6 * jnp.linalg.norm(flat[0])
+
+
+def test_dropout_needs_training_and_a_key() -> None:
+    model, params, inputs = made("tutorial", dropout=0.5)
+    plain = apply(model, params, inputs).sample
+    np.testing.assert_array_equal(plain, apply(made("tutorial")[0], params, inputs).sample)
+    run = jax.jit(
+        lambda key: model.apply({"params": params}, **inputs, train=True, rngs={"dropout": key}).sample,
+        compiler_options=QUICK,
+    )
+    first, again, other = (run(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert not np.allclose(first, other)
+    assert not np.allclose(first, plain)
+
+
+def test_controlnet_residuals() -> None:
+    case = CASES["sd1"]
+    torch.manual_seed(0)
+    reference = case.torch(**case.config).eval()
+    model, params, inputs = made("sd1")
+    named = {key: torch.from_numpy(np.array(value)) for key, value in inputs.items()}
+    named["timestep"] = named.pop("timesteps")
+    shapes = [(2, 8, 8, 8), (2, 8, 8, 8), (2, 8, 4, 4), (2, 16, 4, 4)]
+    rng = np.random.default_rng(3)
+    down = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    mid = rng.standard_normal((2, 16, 4, 4)).astype(np.float32)
+    state = {name: torch.from_numpy(np.array(value)) for name, value in weights.to_torch(params)}
+    reference.load_state_dict(state)
+    with torch.no_grad():
+        theirs = reference(
+            **named,
+            down_block_additional_residuals=[torch.from_numpy(d) for d in down],
+            mid_block_additional_residual=torch.from_numpy(mid),
+        ).sample.numpy()
+    residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    ours = apply(model, params, inputs | residuals).sample
+    assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
+    with pytest.raises(ConfigError, match="no mid residual and 4 down"):
+        model.apply({"params": params}, **inputs, down_block_additional_residuals=down)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("tutorial", {"class_labels": np.zeros(2, int)}, "without class embedding"),
+        ("tutorial", {"sample": np.zeros((2, 3, 7, 8))}, "multiples of 2"),
+        ("classes", {"class_labels": None}, "pass class_labels"),
+        ("sd1", {"class_labels": np.zeros(2, int)}, "takes no class_labels"),
+        ("sd1", {"added_cond_kwargs": {"text_embeds": np.zeros((2, 3))}}, "addition_embed_type is None"),
+        ("sd1", {"timestep_cond": np.zeros((2, 3))}, "time_cond_proj_dim is None"),
+        ("sdxl", {"added_cond_kwargs": {"text_embeds": np.zeros((2, 10))}}, "'time_ids'"),
+        ("vae", {"sample": np.zeros((2, 8, 8, 3))}, "NCHW"),
+        ("clip", {"input_ids": np.zeros((1, 10), int), "attention_mask": None}, "10 tokens exceed"),
+    ],
+)
+def test_wrong_inputs(name: str, change: dict[str, Any], message: str) -> None:
+    case = CASES[name]
+    model = case.flax.from_config(case.config)
+    with pytest.raises(ConfigError, match=message):
+        jax.eval_shape(lambda params: model.apply({"params": params}, **(draw(case) | change)), model.params_shape())
+
+
+def test_posterior() -> None:
+    rng = np.random.default_rng(0)
+    mean, logvar, noise = (jnp.array(rng.standard_normal((2, 4, 3, 3)), jnp.float32) for _ in range(3))
+    posterior = FlaxDiagonalGaussianDistribution(mean=mean, logvar=logvar)
+    np.testing.assert_allclose(posterior.sample_with(noise), mean + jnp.exp(0.5 * logvar) * noise, rtol=1e-6)
+    np.testing.assert_allclose(posterior.var, posterior.std**2, rtol=1e-5)
+    key = jax.random.key(0)
+    expected = posterior.sample_with(jax.random.normal(key, mean.shape))
+    np.testing.assert_array_equal(posterior.sample(key), expected)
+    stacked = torch.from_numpy(np.concatenate([mean, logvar], axis=1))
+    np.testing.assert_allclose(posterior.kl(), Reference(stacked).kl(), rtol=1e-5)
+
+
+def test_outputs_index_like_tuples() -> None:
+    model, params, inputs = made("clip")
+    output = jax.eval_shape(lambda: model.apply({"params": params}, **inputs, output_hidden_states=True))
+    assert output[0] is output.last_hidden_state
+    assert output["pooler_output"] is output[1]
+    assert len(output[2]) == 3
+    short = jax.eval_shape(lambda: model.apply({"params": params}, **inputs, return_dict=False))
+    assert [value.shape for value in short] == [output[0].shape, output[1].shape]

@@ -1,0 +1,115 @@
+"""Tiny models, pipelines and runs that many tests share."""
+
+from pathlib import Path
+
+UNET = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+CONDITION_UNET = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+}
+TEXT_ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 8,
+}
+VAE = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+    "norm_num_groups": 4,
+    "latent_channels": 4,
+    "layers_per_block": 1,
+    "sample_size": 16,
+}
+RUN = {
+    "dataset_name": "digits",
+    "resolution": 8,
+    "unet": UNET,
+    "train_batch_size": 8,
+    "max_train_steps": 6,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 2,
+    "eval_batch_size": 4,
+    "validation_num_inference_steps": 2,
+    "max_train_samples": 40,
+}
+TEXT_RUN = RUN | {
+    "unet": CONDITION_UNET,
+    "text_encoder": TEXT_ENCODER,
+    "train_text_encoder": True,
+    "vae": None,
+    "proportion_empty_prompts": 0.2,
+    "validation_prompts": ["a handwritten seven", "a handwritten two"],
+    "validation_guidance_scale": 2.0,
+}
+
+
+def stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """A Stable Diffusion pipeline with random weights, written by Diffusers and Transformers."""
+    import torch
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from flax_diffusion.core.data.captions import train_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["a handwritten seven", "a photo of a dog"], 700, 8)
+    encoder = CLIPTextModel(
+        CLIPTextConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **TEXT_ENCODER)
+    ).eval()
+    unet = UNet2DConditionModel(**CONDITION_UNET | {"in_channels": 4, "out_channels": 4, "sample_size": 8})
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=AutoencoderKL(**VAE),
+        text_encoder=encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
+    """A folder of drawn RGB pictures with metadata.jsonl captions."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (size, size + number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        rows.append(json.dumps({"file_name": f"{number}.png", "text": f"a photo of a dog number {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder

@@ -1,0 +1,206 @@
+"""Whole runs through the public function: what they leave on disk, and what they refuse."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import CONDITION_UNET, RUN, TEXT_RUN, UNET, pictures, stable_diffusion
+
+from flax_diffusion.backend import JaxBackend
+from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, WeightsError
+from flax_diffusion.train import train
+
+
+def picture(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def scalars(folder):
+    """{tag: {step: value}} of a run's event files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}, events.Tags()
+
+
+def test_unconditional_run_leaves_everything(tmp_path, caplog):
+    out = train(
+        "unconditional", **RUN, output_dir=str(tmp_path / "run"), checkpointing_steps=2, checkpoints_total_limit=2,
+        use_ema=True, validation_steps=3,
+    )  # fmt: skip
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(p.name for p in (out / "samples").iterdir()) == ["00000003.png", "00000006.png"]
+    assert picture(out / "samples/00000006.png").shape[1] >= 512
+    assert json.loads((out / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    saved = yaml.safe_load((out / "config.yaml").read_text())
+    assert (saved["task"], saved["train_batch_size"], saved["unet"]) == ("unconditional", 8, UNET)
+    curves, tags = scalars(out / "logs")
+    assert set(curves) == {f"train/{n}" for n in ("loss", "grad_norm", "learning_rate", "images_per_second")}
+    assert list(curves["train/loss"]) == [1, 2, 3, 4, 5, 6]
+    assert curves["train/learning_rate"][1] == 0.0
+    assert tags["images"] == ["samples"]
+
+
+def test_text_to_image_from_scratch(tmp_path):
+    out = train("text_to_image", **TEXT_RUN, output_dir=str(tmp_path / "run"))
+    index = json.loads((out / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["vae"] == [None, None]
+    assert (out / "tokenizer/tokenizer.json").is_file()
+    grid = picture(out / "samples/00000006.png")
+    assert grid.ndim == 2
+    assert grid.shape[1] == 2 * grid.shape[0]  # two prompts, four images each
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_fine_tuning_a_stable_diffusion_pipeline(tmp_path, prediction_type):
+    base = stable_diffusion(tmp_path / "base", prediction_type)
+    out = train(
+        "text_to_image", pretrained_model_name_or_path=str(base), train_data_dir=str(pictures(tmp_path / "data")),
+        resolution=16, train_batch_size=2, max_train_steps=3, output_dir=str(tmp_path / "run"),
+        validation_prompts=["a dog"], eval_batch_size=2, validation_num_inference_steps=3, snr_gamma=5.0,
+        noise_offset=0.1, input_perturbation=0.1, gradient_accumulation_steps=2, random_flip=True,
+    )  # fmt: skip
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    assert pipe.scheduler.config.prediction_type == prediction_type
+    assert pipe("a dog", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
+    before = StableDiffusionPipeline.from_pretrained(base)
+    moved = {n: (dict(before.unet.named_parameters())[n] - p).abs().max() for n, p in pipe.unet.named_parameters()}
+    assert max(moved.values()) > 0
+    for name, parameter in pipe.vae.named_parameters():
+        assert parameter.equal(dict(before.vae.named_parameters())[name]), f"frozen {name} moved"
+
+
+@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
+def test_mixed_precision_learns_about_as_well(tmp_path, mixed_precision):
+    losses = {}
+    for precision in ("no", mixed_precision):
+        out = train(
+            "unconditional", **RUN, mixed_precision=precision, output_dir=str(tmp_path / precision),
+            gradient_checkpointing=precision != "no", lr_scheduler="constant",
+        )  # fmt: skip
+        losses[precision] = scalars(out / "logs")[0]["train/loss"][6]
+    assert losses[mixed_precision] == pytest.approx(losses["no"], rel=0.02)
+    assert losses[mixed_precision] != losses["no"]
+
+
+def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    original = JaxBackend.put
+
+    def poisoned(self, batch):
+        poisoned.count += 1
+        if poisoned.count == 5:
+            batch = batch | {"noise": np.full_like(batch["noise"], np.nan)}
+        return original(self, batch)
+
+    poisoned.count = 0
+    monkeypatch.setattr(JaxBackend, "put", poisoned)
+    with pytest.raises(NonFiniteError, match="the loss is nan at step 5: .*checkpoint-4 is good"):
+        train("unconditional", **RUN, output_dir=str(tmp_path / "run"), checkpointing_steps=2)
+    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_another_run_in_the_folder(tmp_path):
+    run = RUN | {"max_train_steps": 1, "output_dir": str(tmp_path)}
+    train("unconditional", **run)
+    with pytest.raises(ConfigError, match="holds another run; go on with it by --resume_from_checkpoint latest"):
+        train("unconditional", **run)
+    (tmp_path / "notes.txt").write_text("mine")
+    train("unconditional", **run, overwrite_output_dir=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_resuming_with_another_architecture_or_data_names_the_difference(tmp_path):
+    run = RUN | {"max_train_steps": 1, "output_dir": str(tmp_path)}
+    train("unconditional", **run)
+    again = run | {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 is of another model or optimizer: params/unet/.* is \(.*\) there and \(.*\) here"):
+        train("unconditional", **again | {"unet": UNET | {"block_out_channels": [16, 16]}})
+    with pytest.raises(CheckpointError, match="checkpoint-1 is of another model or optimizer: .*ema"):
+        train("unconditional", **again, use_ema=True)
+    with pytest.raises(CheckpointError, match="num_examples 40, this run has 41"):
+        train("unconditional", **again | {"max_train_samples": 41})
+    with pytest.raises(CheckpointError, match="seed 0, this run has 1"):
+        train("unconditional", **again, seed=1)
+
+
+def test_a_broken_checkpoint_is_one_line(tmp_path):
+    run = RUN | {"max_train_steps": 1, "output_dir": str(tmp_path)}
+    train("unconditional", **run)
+    for file in (tmp_path / "checkpoint-1/state").rglob("*"):
+        if file.is_file():
+            file.unlink()
+    with pytest.raises(CheckpointError, match="checkpoint-1"):
+        train("unconditional", **run | {"max_train_steps": 2}, resume_from_checkpoint="latest")
+
+
+BAD = [
+    ({"resolution": 9}, ConfigError, "--resolution 9: .* multiple of 2: 8 or 10"),
+    ({"global_batch_size": 9, "gradient_accumulation_steps": 2}, ConfigError, "not divisible over 1 devices x 2"),
+    ({"data_parallelism": 3}, ConfigError, "mesh of data 3 x fsdp 1 does not fit 1 devices"),
+    ({"data_parallelism": -1, "fsdp_parallelism": 3}, ConfigError, "must be one of 1,"),
+    ({"unet": UNET | {"block_out_chanels": [8, 16]}}, ConfigError, "block_out_chanels.*block_out_channels"),
+    ({"unet": UNET | {"out_channels": 2}}, ConfigError, "in_channels 1 and out_channels 2"),
+    ({"unet": UNET | {"in_channels": 2, "out_channels": 2}}, ConfigError, r"takes 1 \(grey\) or 3"),
+    ({"unet": UNET | {"down_block_types": ["DownBlock", "AttnDownBlock2D"]}}, ConfigError, "DownBlock"),
+    ({"unet": "nowhere/config.json"}, UserError, "nowhere/config.json"),
+    ({"ddpm_beta_schedule": "quadratic"}, ConfigError, "quadratic"),
+    ({"noise_scheduler": {"rescale_betas_zero_snr": True}}, ConfigError, "use v_prediction"),
+    ({"noise_scheduler": {"num_train_timestep": 10}}, ConfigError, "num_train_timestep"),
+    ({"dataset_name": None, "train_data_dir": "/nowhere"}, DataError, "/nowhere"),
+    ({"resume_from_checkpoint": "checkpoint-7"}, CheckpointError, "checkpoint-7: not in"),
+    ({"pretrained_model_name_or_path": "/nowhere", "unet": None}, WeightsError, "/nowhere"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "says"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_line_before_any_training(tmp_path, change, kind, says):
+    with pytest.raises(kind, match=says) as caught:
+        train("unconditional", **RUN | {"output_dir": str(tmp_path / "run")} | change)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_bad_text_models_are_named(tmp_path):
+    run = TEXT_RUN | {"output_dir": str(tmp_path / "run")}
+    with pytest.raises(ConfigError, match="hidden_size 16 and UNet of cross_attention_dim 24"):
+        train("text_to_image", **run | {"unet": CONDITION_UNET | {"cross_attention_dim": 24}})
+    sdxl = {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 32}
+    with pytest.raises(ConfigError, match="SDXL"):
+        train("text_to_image", **run | {"unet": CONDITION_UNET | sdxl})
+
+
+def test_missing_and_misshapen_weights_are_all_listed(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    base = stable_diffusion(tmp_path / "base")
+    path = base / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["conv_in.bias"]
+    tensors["conv_out.bias"] = np.zeros(5, np.float32)
+    save_file(tensors, path)
+    with pytest.raises(WeightsError, match="(?s)conv_in.bias.*conv_out.bias|conv_out.bias.*conv_in.bias"):
+        train(
+            "text_to_image", pretrained_model_name_or_path=str(base), train_data_dir=str(pictures(tmp_path / "data")),
+            resolution=16, output_dir=str(tmp_path / "run"), train_batch_size=2,
+        )  # fmt: skip
+
+
+def test_bad_images_stop_the_run_or_are_counted(tmp_path, caplog):
+    data = pictures(tmp_path / "data", count=8)
+    (data / "3.png").write_bytes((data / "3.png").read_bytes()[:200])
+    unet = UNET | {"in_channels": 3, "out_channels": 3}
+    run = RUN | {"dataset_name": None, "train_data_dir": str(data), "unet": unet, "max_train_steps": 2}
+    with pytest.raises(DataError, match="3.png"):
+        train("unconditional", **run, output_dir=str(tmp_path / "a"))
+    with caplog.at_level(logging.WARNING):
+        train("unconditional", **run, output_dir=str(tmp_path / "b"), skip_bad_images=True)
+    assert any("3.png" in record.getMessage() for record in caplog.records)

@@ -1,0 +1,75 @@
+"""The same run on one device and on eight, however the mesh is laid out."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tiny import RUN, UNET
+
+from flax_diffusion.backend import JaxBackend
+from flax_diffusion.core import pipeline
+from flax_diffusion.core.config import UnconditionalConfig
+from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.data.sources import open_source
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.loop import make_example_fn, make_schedule
+from flax_diffusion.sharding import make_mesh, spec_of
+
+STEPS = 20
+EIGHT = jax.devices()  # other tests see the first of them only
+
+
+def losses(devices, **options):
+    values = RUN | {"global_batch_size": 16, "use_ema": True, "max_train_steps": STEPS} | options
+    config = UnconditionalConfig(**values)
+    spec = pipeline.unconditional(config)
+    backend = JaxBackend(config, spec, EIGHT[:devices])
+    backend.init_state()
+    source = open_source(dataset_name="digits", caption_column=None)
+    schedule = make_schedule(config, len(source), backend.device_count)
+    loader = Loader(
+        source, make_example_fn(config, spec), seed=0, batch_size=schedule.batch_size,
+        accumulation=schedule.accumulation, num_steps=STEPS,
+    )  # fmt: skip
+    with loader:
+        metrics = [backend.train_step(backend.put(batch), 1e-3, 0.9) for batch in loader]
+    assert backend._step._cache_size() == 1, "the step compiled more than once"
+    return np.array([backend.read(m)["loss"] for m in metrics]), backend
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    return losses(1)[0]
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), (1, 8), (2, 4)])
+def test_eight_devices_equal_one(one_device, data, fsdp):
+    eight, backend = losses(8, data_parallelism=data, fsdp_parallelism=fsdp)
+    np.testing.assert_allclose(eight, one_device, rtol=1e-5)
+    state = backend.state
+    kernel = state.params["unet"]["conv_in"]["kernel"]
+    moment = state.opt_state[0].mu["unet"]["conv_in"]["kernel"]
+    for leaf in (kernel, moment, state.ema["unet"]["conv_in"]["kernel"]):
+        assert leaf.addressable_shards[0].data.size * fsdp == leaf.size
+
+
+def test_accumulation_in_a_loop_equals_one_batch(one_device):
+    accumulated, _ = losses(1, gradient_accumulation_steps=4)
+    np.testing.assert_allclose(accumulated, one_device, rtol=1e-5)
+
+
+def test_rules():
+    assert spec_of("params/unet/conv_in/kernel", (3, 3, 1, 8), 4) == P(None, None, None, "fsdp")
+    assert spec_of("opt_state/0/mu/unet/conv_out/kernel", (3, 3, 8, 1), 4) == P(None, None, "fsdp", None)
+    assert spec_of("params/unet/conv_out/kernel", (3, 3, 3, 1), 4) == P()
+    assert spec_of("params/unet/norm/scale", (8,), 4) == P()
+    assert spec_of("params/text_encoder/token_embedding/embedding", (64, 6), 4) == P("fsdp", None)
+
+
+def test_a_mesh_that_does_not_fit():
+    with pytest.raises(
+        ConfigError, match="fsdp 3 does not fit 8 devices: --fsdp_parallelism must be one of 1, 2, 4, 8"
+    ):
+        make_mesh(-1, 3, EIGHT)
+    assert make_mesh(-1, 2, EIGHT).shape == {"data": 4, "fsdp": 2}
+    assert UNET["block_out_channels"] == [8, 16]  # the sizes above rely on it
