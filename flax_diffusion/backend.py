@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from flax_diffusion.train_step import TrainState, create_state, train_step
 class JaxBackend:
     """Implements `core.backend.Backend` with Flax modules on a mesh of all devices."""
 
-    def __init__(self, config: TrainConfig, spec: PipelineSpec, devices: list[jax.Device] | None = None):
+    def __init__(self, config: TrainConfig, spec: PipelineSpec, devices: Sequence[Any] | None = None):
         self.config, self.spec = config, spec
         self.mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, devices)
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
@@ -163,9 +164,7 @@ def _cast(params: Params, dtype: Any) -> Params:
 
 
 def _checkpoint_handler() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(
-        state=ocp.StandardCheckpointHandler(), metadata=ocp.JsonCheckpointHandler()
-    )
+    return ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), metadata=ocp.JsonCheckpointHandler())
 
 
 def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) -> None:
@@ -175,9 +174,10 @@ def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) 
         CheckpointError: Naming the first differences.
     """
     try:
-        saved = checkpointer.metadata(folder.resolve()).item_metadata["state"]
+        items = checkpointer.metadata(folder.resolve()).item_metadata
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error
+    saved = items["state"] if items is not None else None
     if saved is None:
         raise CheckpointError(f"{folder}: not a checkpoint of this backend: it holds no `state`; resume from another")
     have, want = _shapes(saved), _shapes(target)

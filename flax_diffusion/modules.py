@@ -104,7 +104,8 @@ def build_modules(spec: PipelineSpec, mixed_precision: str = "no", *, gradient_c
 
     Args:
         spec: What to build.
-        mixed_precision: Compute precision: no, bf16 or fp16. A VAE whose config says `force_upcast` (SDXL's) stays float32.
+        mixed_precision: Compute precision: no, bf16 or fp16. A VAE whose config says `force_upcast`
+            (SDXL's) stays float32.
         gradient_checkpointing: Recompute activations of the trained modules in the backward pass.
 
     Raises:

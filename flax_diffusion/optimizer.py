@@ -5,12 +5,12 @@ Learning rate and EMA decay are arguments of the step (see `core.rates`), so no 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from flax_diffusion.core.config import TrainConfig
 
@@ -53,8 +53,7 @@ def update_ema(ema: Params, params: Params, decay: jax.Array) -> Params:
     return jax.tree.map(lambda e, p: e - (1.0 - decay).astype(e.dtype) * (e - p), ema, params)
 
 
-@flax.struct.dataclass
-class LossScale:
+class LossScale(struct.PyTreeNode):
     """Dynamic loss scale of fp16 training, with the constants of `torch.amp.GradScaler`.
 
     Reference: Micikevicius et al., https://arxiv.org/abs/1710.03740, section 3.2.
@@ -63,9 +62,9 @@ class LossScale:
     scale: jax.Array
     good_steps: jax.Array
 
-    GROWTH_INTERVAL = 2000
-    GROWTH = 2.0
-    BACKOFF = 0.5
+    GROWTH_INTERVAL: ClassVar[int] = 2000
+    GROWTH: ClassVar[float] = 2.0
+    BACKOFF: ClassVar[float] = 0.5
 
     @classmethod
     def create(cls) -> LossScale:

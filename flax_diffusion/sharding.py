@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ Optimizer moments and the moving average have the paths of their parameters as s
 """
 
 
-def make_mesh(data: int, fsdp: int, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
     """Arranges the devices as (data, fsdp).
 
     Args:

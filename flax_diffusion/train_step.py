@@ -10,10 +10,10 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import flax
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
 
 from flax_diffusion.modules import Modules
 from flax_diffusion.optimizer import LossScale, Params, clip_by_global_norm, update_ema
@@ -21,8 +21,7 @@ from flax_diffusion.optimizer import LossScale, Params, clip_by_global_norm, upd
 Batch = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that a run must keep to go on: what a checkpoint holds."""
 
     step: jax.Array  # int32, optimizer steps taken

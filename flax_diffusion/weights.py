@@ -15,6 +15,7 @@ import numpy as np
 
 from flax_diffusion.core import hub
 from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.files import write_json
 
 # Modules that PyTorch keeps in lists: `resnets_0` here, `resnets.0` there (whereas `linear_1` is a plain name).
 LISTS = (
@@ -283,7 +284,7 @@ def save(
     single, pattern, index = file_patterns(base, None)
     if count > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        hub.write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / index, {"metadata": {"total_size": total}, "weight_map": weight_map})
         names.append(index)
     # An earlier save of another number of files must not be read instead of this one.
     for path in {folder / single, folder / index, *folder.glob(pattern)} - {folder / name for name in names}:

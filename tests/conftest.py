@@ -1,6 +1,10 @@
 """Shared by all tests: a CPU with eight virtual devices, and tiny pipelines."""
 
 import os
+import sys
+from pathlib import Path
+
+import pytest
 
 # Before jax is imported anywhere: the mesh tests need several devices, the others do not mind. Tiny programs run for
 # milliseconds and compile for seconds, so LLVM's optimizer is off, which halves the latter.
@@ -8,11 +12,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import sys
-from pathlib import Path
-
-import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 

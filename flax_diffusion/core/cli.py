@@ -7,13 +7,12 @@ by the same pydantic model, so that a mistake reads the same wherever it was mad
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
@@ -22,13 +21,7 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from flax_diffusion.core.config import TASKS, TrainConfig
-from flax_diffusion.core.errors import ConfigError, UserError
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The phrase "; did you mean 'x'?" for the known name closest to `name`, or nothing."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{match[0]}'?" if match else ""
+from flax_diffusion.core.errors import ConfigError, UserError, nearest
 
 
 def spellings(name: str, field: FieldInfo) -> list[str]:
@@ -234,12 +227,12 @@ def first_spelling(model: type[BaseModel], name: str) -> str:
 
 
 def main_guard(main: Callable[[], None]) -> None:
-    """Runs a command; a `UserError` becomes its one line on stderr and exit status 2."""
+    """Runs a command; a `UserError` becomes its one line on stderr and an exit status."""
     try:
         main()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(2) from None
+        raise SystemExit(error.exit_status) from None
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         raise SystemExit(130) from None

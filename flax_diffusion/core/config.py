@@ -37,7 +37,7 @@ class TrainConfig(BaseModel):
     unet: dict[str, Any] | str | None = Field(
         None,
         validation_alias=_also("unet", "model_config_name_or_path"),
-        description="From scratch: the UNet's Diffusers config, as a mapping or the folder or .json file that holds it.",
+        description="From scratch: the UNet's Diffusers config, as a mapping, or the folder or .json file of one.",
     )
     vae: str | None = Field(None, description="Folder or Hub id of an AutoencoderKL. None: train on pixels.")
     noise_scheduler: dict[str, Any] | None = Field(

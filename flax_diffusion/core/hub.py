@@ -1,50 +1,28 @@
-"""Model folders, local or on the Hugging Face Hub, and the safetensors format, in NumPy alone."""
+"""Model folders, local or on the Hugging Face Hub, and their safetensors, without a framework."""
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from flax_diffusion.core.errors import WeightsError
-
-# Names in a safetensors header. BF16, which NumPy lacks, is stored as its 16 bits.
-DTYPES: dict[str, type[np.generic]] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": np.uint16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+from flax_diffusion.core.files import replacing
 
 
-@dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a mapped file.
+    """A tensor in an open safetensors file; its values are read when asked for."""
 
-    Args:
-        dtype: as the header names it.
-        shape: as the header gives it.
-        data: the mapped values; for BF16 their bits.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    data: np.ndarray
+    def __init__(self, file: Any, name: str):
+        self._file, self._name = file, name
+        self.shape: tuple[int, ...] = tuple(file.get_slice(name).get_shape())
 
     def array(self) -> np.ndarray:
-        """Return the values: a view of the file, except for BF16, which is widened to float32."""
-        if self.dtype == "BF16":
-            return (self.data.astype(np.uint32) << 16).view(np.float32)
-        return self.data
+        """Return the values; bfloat16 is ml_dtypes' type of that name."""
+        return self._file.get_tensor(self._name)
 
 
 def resolve(
@@ -118,91 +96,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an indented JSON file, whole or not at all."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file under a temporary name in its folder, flush it to disk and rename it.
-
-    Args:
-        path: final name.
-        write: writes the content to the file it is given.
-    """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = os.umask(0)  # mkstemp makes files private; give this one the usual mode
-        os.umask(mode)
-        os.chmod(temporary, 0o666 & ~mode)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Map a safetensors file; nothing is read until it is used.
+    """Open a safetensors file; no value is read until it is used.
 
     Raises:
         WeightsError: if the file is not a whole safetensors file.
-
-    Reference: the format's description at huggingface.co/docs/safetensors.
     """
-    broken = WeightsError(f"{path} is not a whole safetensors file: fetch or save it again")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or 8 + length > size:
-            raise broken
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:
-            raise broken from None
-    header.pop("__metadata__", None)
-    if 8 + length == size:
-        return {}
-    mapped = np.memmap(path, np.uint8, "r", offset=8 + length)
-    tensors = {}
-    for name, entry in header.items():
-        start, end = entry["data_offsets"]
-        if entry["dtype"] not in DTYPES:
-            raise WeightsError(f"{path} holds {name} in {entry['dtype']}: save it in float16, bfloat16 or float32")
-        dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-        if end > mapped.size or end - start != int(np.prod(shape)) * np.dtype(dtype).itemsize:
-            raise broken
-        tensors[name] = StoredTensor(entry["dtype"], shape, mapped[start:end].view(dtype).reshape(shape))
-    return tensors
+    try:
+        file = safe_open(path, framework="numpy")
+        return {name: StoredTensor(file, name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from error
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file, one tensor at a time, whole or not at all.
-
-    Args:
-        path: final name.
-        tensors: arrays of the dtypes in DTYPES; a bfloat16 array is one whose dtype is so named.
-    """
-    names = {np.dtype(dtype): name for name, dtype in DTYPES.items() if name != "BF16"}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # Transformers refuses files without a format
-    offset = 0
-    for name, tensor in tensors.items():
-        dtype = "BF16" if tensor.dtype.name == "bfloat16" else names[tensor.dtype]
-        span = [offset, offset + tensor.nbytes]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": span}
-        offset = span[1]
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)
-
-    def write(file: BinaryIO) -> None:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for tensor in tensors.values():
-            file.write(np.ascontiguousarray(tensor).data if tensor.dtype.name != "bfloat16" else tensor.tobytes())
-
-    write_atomically(path, write)
+    """Write a safetensors file, whole or not at all."""
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        save_file(contiguous, partial, metadata={"format": "pt"})  # Transformers refuses files without a format

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -91,7 +91,7 @@ class PipelineSpec:
         return self.scheduler.get("prediction_type", "epsilon")
 
     @property
-    def image_channels(self) -> int:
+    def image_channels(self) -> Literal[1, 3]:
         """Channels of the images that the pipeline makes."""
         return (self.vae or self.unet)["in_channels"]
 
@@ -308,17 +308,18 @@ def _checked(
         )
     if vae and vae["latent_channels"] != unet["in_channels"]:
         raise ConfigError(
-            f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {unet['in_channels']}: they must match"
+            f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {unet['in_channels']}: use "
+            "a pair made for each other"
         )
-    if not vae and unet["in_channels"] not in (1, 3):
+    if spec.image_channels not in (1, 3):
         raise ConfigError(
-            f"in pixel space a UNet takes 1 (grey) or 3 (RGB) channels, this one {unet['in_channels']}: set in_channels, "
-            "or give --vae to train on latents"
+            f"images have 1 (grey) or 3 (RGB) channels, this pipeline makes {spec.image_channels}: set the UNet's "
+            "in_channels, or give --vae to train on latents"
         )
     if unet["addition_embed_type"] is not None:
         raise ConfigError(
-            f"UNet with addition_embed_type {unet['addition_embed_type']!r} (SDXL): the models are here, training them is "
-            "not yet; use a Stable Diffusion 1.x or 2.x pipeline"
+            f"UNet with addition_embed_type {unet['addition_embed_type']!r} (SDXL): the models are here, training "
+            "them is not yet; use a Stable Diffusion 1.x or 2.x pipeline"
         )
     if encoder and encoder["hidden_size"] != unet["cross_attention_dim"]:
         raise ConfigError(

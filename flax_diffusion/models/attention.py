@@ -31,12 +31,14 @@ def attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, mask: jax
 
     Reference: Vaswani et al. 2017, eq. 1; torch.nn.functional.scaled_dot_product_attention.
     """
-    if q_BLND.dtype != jnp.float64:
+    dtype = q_BLND.dtype
+    half_on_cpu = dtype == jnp.float16 and jax.default_backend() == "cpu"  # JAX has no such product there
+    if dtype != jnp.float64 and not half_on_cpu:  # and in float64 its softmax would be in float32
         return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, mask=mask)
-    # JAX's function computes the softmax in float32 even then.
-    scores_BNLS = jnp.einsum("blnd,bsnd->bnls", q_BLND, k_BSND) / math.sqrt(q_BLND.shape[-1])
-    weights_BNLS = jax.nn.softmax(scores_BNLS, where=mask)
-    return jnp.einsum("bnls,bsnd->blnd", weights_BNLS, v_BSND)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    scores_BNLS = jnp.einsum("blnd,bsnd->bnls", q_BLND.astype(wide), k_BSND.astype(wide))
+    weights_BNLS = jax.nn.softmax(scores_BNLS / math.sqrt(q_BLND.shape[-1]), where=mask)
+    return jnp.einsum("bnls,bsnd->blnd", weights_BNLS, v_BSND.astype(wide)).astype(dtype)
 
 
 def split_heads(x_BLC: jax.Array, heads: int) -> jax.Array:

@@ -1,7 +1,6 @@
 """What every model can do: be built from a config, initialised, loaded and saved, under upstream's names."""
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -11,7 +10,8 @@ import jax.numpy as jnp
 
 from flax_diffusion import weights
 from flax_diffusion.core import hub
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.files import write_json
 from flax_diffusion.models import initial
 
 # Fields of every model that say how to run it, not what it is; never saved.
@@ -106,9 +106,10 @@ class PretrainedModel:
             if key in known:
                 fields[key] = value
             elif not key.startswith("_") and key not in cls.ignored_keys:
-                near = difflib.get_close_matches(key, known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "remove it"
-                raise ConfigError(f"{cls.__name__} knows no config key {key!r} (value {value!r}): {hint}")
+                raise ConfigError(
+                    f"{cls.__name__} knows no config key {key!r} (value {value!r}): correct or remove it"
+                    f"{nearest(key, known)}"
+                )
         return cls(**fields)
 
     def params_shape(self) -> dict[str, Any]:
@@ -185,7 +186,7 @@ class PretrainedModel:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights.save(folder, params, self.params_shape(), self.weights_name, max_shard_bytes)
-        hub.write_json(folder / "config.json", self.saved_config(params))
+        write_json(folder / "config.json", self.saved_config(params))
 
     def saved_config(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return what goes into config.json for these parameters."""

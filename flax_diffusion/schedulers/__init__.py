@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.schedulers.common import CommonSchedulerState, FlaxScheduler, FlaxSchedulerOutput
 from flax_diffusion.schedulers.config import SchedulerConfig, read_config
 from flax_diffusion.schedulers.ddim import DDIMSchedulerState, FlaxDDIMScheduler
@@ -54,9 +53,9 @@ def scheduler_from_config(
         raise ConfigError(f"the scheduler config has no _class_name; add one of {', '.join(classes)}")
     found = classes.get(str(name).removeprefix("Flax"))
     if found is None:
-        near = difflib.get_close_matches(str(name), classes, n=1)
-        hint = f" (nearest: {near[0]})" if near else ""
-        raise ConfigError(f"scheduler class {name!r} is not supported{hint}; use one of {', '.join(classes)}")
+        raise ConfigError(
+            f"scheduler class {name!r} is not supported; use one of {', '.join(classes)}{nearest(name, classes)}"
+        )
     return found.from_config(values, dtype)
 
 

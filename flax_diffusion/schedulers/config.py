@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_diffusion.core import noise_schedule
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, nearest
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -145,8 +144,8 @@ class FlaxSchedulerConfig:
         for key in given:
             if key not in known:
                 raise ConfigError(
-                    f"{cls.torch_class_name} config: unknown key {key!r}{_nearest(key, sorted(own))}; "
-                    "correct or remove it"
+                    f"{cls.torch_class_name} config: unknown key {key!r}, correct or remove it"
+                    f"{nearest(key, sorted(own))}"
                 )
         replaced = cls.replaced_values
         kept: dict[str, Any] = {}
@@ -208,19 +207,13 @@ def _keys_of_all(base: type[FlaxSchedulerConfig]) -> set[str]:
     return own.union(*(_keys_of_all(sub) for sub in base.__subclasses__()))
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f" (nearest: {near[0]!r})" if near else ""
-
-
 def _check_value(owner: str, name: str, value: Any, hint: Any) -> None:
     options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     if any(_fits(value, option) for option in options):
         return
     choices = [str(choice) for option in options for choice in _choices(option)]
     rule = f"one of {', '.join(choices)}" if choices else " or ".join(_describe(option) for option in options)
-    near = _nearest(value, choices) if isinstance(value, str) else ""
-    raise ConfigError(f"{owner}: {name} is {value!r}{near}; it must be {rule}")
+    raise ConfigError(f"{owner}: {name} is {value!r}; it must be {rule}{nearest(value, choices)}")
 
 
 def _choices(option: Any) -> tuple[Any, ...]:

@@ -23,7 +23,7 @@ def test_what_to_resume(run, tmp_path_factory):
     assert checkpoints.to_resume(run, "checkpoint-40") == run / "checkpoint-40"
     assert checkpoints.to_resume(run, str(run / "checkpoint-5")) == run / "checkpoint-5"
     assert checkpoints.to_resume(tmp_path_factory.mktemp("empty"), "latest") is None
-    with pytest.raises(CheckpointError, match="checkpoint-41: not in .*checkpoint-40"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-41: not in .*checkpoint-40"):
         checkpoints.to_resume(run, "checkpoint-41")
 
 

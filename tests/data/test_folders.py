@@ -101,7 +101,7 @@ def test_captions_missing(tmp_path):
     ("row", "message"),
     [
         ({"file_name": "a.png", "txt": "x"}, r"caption_column is text, but .*metadata.jsonl has the columns "
-         r"file_name, txt; did you mean txt\?"),
+         r"file_name, txt; did you mean 'txt'\?"),
         ({"name": "a.png", "text": "x"}, r"metadata.jsonl has no column file_name; it has name, text"),
         ({"file_name": "../a.png", "text": "x"}, r"row 1: file_name ../a.png leaves the folder"),
         ({"file_name": "/etc/a.png", "text": "x"}, r"row 1: file_name /etc/a.png leaves the folder"),

@@ -102,7 +102,7 @@ def test_several_captions(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"img": [b""], "text": ["x"]}, r"image_column is image, but .* has the columns img, text; did you mean img\?"),
+        ({"img": [b""], "text": ["x"]}, r"image_column is image, but .* columns img, text; did you mean 'img'\?"),
         ({"image": [b""], "zzz": ["x"]}, r"caption_column is text, but .* has the columns image, zzz$"),
         ({"image": [1], "text": ["x"]}, r"image_column image in .* is of type int64; it must hold image files"),
         ({"image": [b""], "text": [1]}, r"caption_column text in .* is of type int64; it must be text"),

@@ -16,8 +16,8 @@ from cases import CASES, CLIP, Case, random_params
 from safetensors.torch import load_file, save_file
 
 from flax_diffusion import weights
-from flax_diffusion.core import hub
 from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.files import replacing, write_text
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DModel
 
 FILES = {"FlaxCLIPTextModel": "model.safetensors", "FlaxCLIPTextModelWithProjection": "model.safetensors"}
@@ -233,15 +233,16 @@ def test_bfloat16_parameters_are_written_as_such(tmp_path: Path) -> None:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "value"
-    hub.write_atomically(path, lambda file: file.write(b"old"))
+    write_text(path, "old")
 
-    def fail(file: Any) -> None:
-        file.write(b"new")
-        raise OSError("disk full")
+    def fail() -> None:
+        with replacing(path) as partial:
+            partial.write_text("new")
+            raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        hub.write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
+        fail()
+    assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["value"]
 
 

@@ -102,7 +102,7 @@ def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_p
 
     poisoned.count = 0
     monkeypatch.setattr(JaxBackend, "put", poisoned)
-    with pytest.raises(NonFiniteError, match="the loss is nan at step 5: .*checkpoint-4 is good"):
+    with pytest.raises(NonFiniteError, match=r"the loss is nan at step 5: .*checkpoint-4 is good"):
         train("unconditional", **RUN, output_dir=str(tmp_path / "run"), checkpointing_steps=2)
     assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
 
@@ -122,9 +122,12 @@ def test_resuming_with_another_architecture_or_data_names_the_difference(tmp_pat
     run = RUN | {"max_train_steps": 1, "output_dir": str(tmp_path)}
     train("unconditional", **run)
     again = run | {"resume_from_checkpoint": "latest", "max_train_steps": 2}
-    with pytest.raises(CheckpointError, match=r"checkpoint-1 is of another model or optimizer: params/unet/.* is \(.*\) there and \(.*\) here"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"checkpoint-1 is of another model or optimizer: params/unet/.* is \(.*\) there and \(.*\) here",
+    ):
         train("unconditional", **again | {"unet": UNET | {"block_out_channels": [16, 16]}})
-    with pytest.raises(CheckpointError, match="checkpoint-1 is of another model or optimizer: .*ema"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 is of another model or optimizer: .*ema"):
         train("unconditional", **again, use_ema=True)
     with pytest.raises(CheckpointError, match="num_examples 40, this run has 41"):
         train("unconditional", **again | {"max_train_samples": 41})
@@ -149,7 +152,7 @@ BAD = [
     ({"data_parallelism": -1, "fsdp_parallelism": 3}, ConfigError, "must be one of 1,"),
     ({"unet": UNET | {"block_out_chanels": [8, 16]}}, ConfigError, "block_out_chanels.*block_out_channels"),
     ({"unet": UNET | {"out_channels": 2}}, ConfigError, "in_channels 1 and out_channels 2"),
-    ({"unet": UNET | {"in_channels": 2, "out_channels": 2}}, ConfigError, r"takes 1 \(grey\) or 3"),
+    ({"unet": UNET | {"in_channels": 2, "out_channels": 2}}, ConfigError, r"1 \(grey\) or 3"),
     ({"unet": UNET | {"down_block_types": ["DownBlock", "AttnDownBlock2D"]}}, ConfigError, "DownBlock"),
     ({"unet": "nowhere/config.json"}, UserError, "nowhere/config.json"),
     ({"ddpm_beta_schedule": "quadratic"}, ConfigError, "quadratic"),
@@ -187,7 +190,7 @@ def test_missing_and_misshapen_weights_are_all_listed(tmp_path):
     del tensors["conv_in.bias"]
     tensors["conv_out.bias"] = np.zeros(5, np.float32)
     save_file(tensors, path)
-    with pytest.raises(WeightsError, match="(?s)conv_in.bias.*conv_out.bias|conv_out.bias.*conv_in.bias"):
+    with pytest.raises(WeightsError, match=r"(?s)conv_in.bias.*conv_out.bias|conv_out.bias.*conv_in.bias"):
         train(
             "text_to_image", pretrained_model_name_or_path=str(base), train_data_dir=str(pictures(tmp_path / "data")),
             resolution=16, output_dir=str(tmp_path / "run"), train_batch_size=2,
@@ -199,7 +202,7 @@ def test_bad_images_stop_the_run_or_are_counted(tmp_path, caplog):
     (data / "3.png").write_bytes((data / "3.png").read_bytes()[:200])
     unet = UNET | {"in_channels": 3, "out_channels": 3}
     run = RUN | {"dataset_name": None, "train_data_dir": str(data), "unet": unet, "max_train_steps": 2}
-    with pytest.raises(DataError, match="3.png"):
+    with pytest.raises(DataError, match=r"3\.png"):
         train("unconditional", **run, output_dir=str(tmp_path / "a"))
     with caplog.at_level(logging.WARNING):
         train("unconditional", **run, output_dir=str(tmp_path / "b"), skip_bad_images=True)

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from PIL import Image
 
-from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.errors import DataError, nearest
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -132,9 +131,8 @@ def require_column(column: str, columns: Iterable[str], *, option: str, where: s
     """
     columns = list(columns)
     if column not in columns:
-        near = get_close_matches(column, columns, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise DataError(f"{option} is {column}, but {where} has the columns {', '.join(columns) or '(none)'}{hint}")
+        has = ", ".join(columns) or "(none)"
+        raise DataError(f"{option} is {column}, but {where} has the columns {has}{nearest(column, columns)}")
 
 
 def first_few(names: list[str]) -> str:
