@@ -37,7 +37,7 @@ def resolve(
         path_or_hub_id: an existing folder, or `owner/name` on the Hub.
         subfolder: folder inside it.
         revision: branch, tag or commit on the Hub.
-        allow_patterns: file names or globs in the (sub)folder to download.
+        allow_patterns: file names or globs in the (sub)folder to download; all of it where empty.
 
     Returns:
         The (sub)folder, in place or in the Hub's cache.
@@ -62,9 +62,9 @@ def _download(name: str, subfolder: str | None, revision: str | None, allow_patt
 
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise WeightsError(f"there is no folder {name}: check the path")
-    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in allow_patterns]
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in allow_patterns or ["*"]]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns or None))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except LocalEntryNotFoundError as error:
         raise WeightsError(
             f"{name} is neither a folder nor in the Hub's cache, and the Hub cannot be reached: "

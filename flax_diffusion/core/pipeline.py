@@ -143,7 +143,7 @@ def text_to_image(config: TextToImageConfig, captions: Iterable[str], run_tokeni
         unet = Component(kind="UNet2DConditionModel", config=unet_config, train=True)
 
     if config.tokenizer_name:
-        tokenizer = text.load_tokenizer(hub.resolve(config.tokenizer_name))
+        tokenizer = text.load_tokenizer(hub.resolve(config.tokenizer_name, allow_patterns=["*.json", "*.txt"]))
     elif pretrained:
         folder = hub.resolve(pretrained, "tokenizer", config.revision)
         tokenizer = text.load_tokenizer(folder)

@@ -33,7 +33,8 @@ def scheduler_from_config(
 
     Args:
         config: the mapping, or the folder or file that holds `scheduler_config.json`.
-        kind: "ddpm", "ddim", "pndm", "euler" or "dpm++"; None for the class in `_class_name`.
+        kind: "ddpm", "ddim", "pndm", "euler" or "dpm++"; None for the class in `_class_name`. "dpm++" on a cosine
+            schedule starts at λ = −5.1 unless the configuration says otherwise, as Diffusers' documentation advises.
         dtype: precision of the tables.
 
     Returns:
@@ -46,6 +47,9 @@ def scheduler_from_config(
     if kind is not None:
         if kind not in SCHEDULERS:
             raise ConfigError(f"scheduler {kind!r} is unknown; use one of {', '.join(SCHEDULERS)}")
+        if kind == "dpm++" and values.get("beta_schedule") == "squaredcos_cap_v2":
+            # There the first levels hold almost no signal, and without clipping x0 the solver divides by it.
+            values = {"lambda_min_clipped": -5.1} | dict(values)
         return SCHEDULERS[kind].from_config(values, dtype)
     name = values.get("_class_name")
     classes = {cls.torch_class_name: cls for cls in SCHEDULERS.values()}

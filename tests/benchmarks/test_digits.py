@@ -34,7 +34,7 @@ def test_the_measure_itself():
 
 def test_unconditional(request, tmp_path):
     seconds = train(request, "digits_unconditional", tmp_path / "run")
-    images = generate(tmp_path / "run", num_images=1790, num_inference_steps=100, batch_size=256)
+    images = generate(tmp_path / "run", num_images=1790, num_inference_steps=50, batch_size=256)
     distance = frechet(to_vectors(images), real_digits()[0])
     print(f"\ndigits, unconditional: Fréchet distance {distance:.3f} of 1,790 samples (bound 0.10)")
     print(f"training with compilation, samples and export: {seconds:.0f} s (bound 360 on two idle cores)")

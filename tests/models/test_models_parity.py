@@ -142,6 +142,19 @@ def _working_dual_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DualTransformer2DModel, "forward", forward)
 
 
+@pytest.mark.acceptance
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", CASES)
+def test_everything(name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs and gradients of all families in both precisions; the quick tests below leave some out."""
+    if dtype == "float32":
+        compare(CASES[name], tmp_path, jnp.float32, 1e-5, gradients=True)
+        return
+    monkeypatch.setattr(diffusers.models.embeddings, "get_timestep_embedding", double_timestep_embedding)
+    with jax.enable_x64(True):
+        compare(CASES[name], tmp_path, jnp.float64, 1e-10, gradients=True)
+
+
 @pytest.mark.parametrize(
     "name", ["tutorial", "ddpm", "scale_shift", "sd1", "sdxl", "simple_cross", "vae", "clip", "clip_projection"]
 )

@@ -139,3 +139,12 @@ def test_broken_json(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(ConfigError, match="holds a list"):
         scheduler_from_config(tmp_path)
+
+
+def test_dpm_solver_on_a_cosine_schedule_starts_where_there_is_signal() -> None:
+    config = {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2"}
+    assert scheduler_from_config(config, "dpm++").config["lambda_min_clipped"] == -5.1
+    given = scheduler_from_config(config | {"lambda_min_clipped": -3.0}, "dpm++")
+    assert given.config["lambda_min_clipped"] == -3.0
+    linear = scheduler_from_config({"_class_name": "DDPMScheduler"}, "dpm++")
+    assert linear.config["lambda_min_clipped"] == -float("inf")

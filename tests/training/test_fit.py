@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny import CONDITION_UNET, RUN, TEXT_RUN, UNET, pictures, stable_diffusion
+from tiny import CONDITION_UNET, RUN, TEXT_RUN, UNET, VAE, pictures, stable_diffusion
 
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, WeightsError
@@ -76,6 +76,20 @@ def test_fine_tuning_a_stable_diffusion_pipeline(tmp_path, prediction_type):
     assert max(moved.values()) > 0
     for name, parameter in pipe.vae.named_parameters():
         assert parameter.equal(dict(before.vae.named_parameters())[name]), f"frozen {name} moved"
+
+
+def test_latent_unconditional_model_opens_in_diffusers(tmp_path):
+    from diffusers import AutoencoderKL, LDMPipeline
+
+    AutoencoderKL(**VAE).save_pretrained(tmp_path / "vae")
+    unet = UNET | {"in_channels": 4, "out_channels": 4, "sample_size": 8}
+    out = train(
+        "unconditional", **RUN | {"unet": unet, "dataset_name": None, "resolution": 16, "max_train_steps": 2},
+        train_data_dir=str(pictures(tmp_path / "data")), vae=str(tmp_path / "vae"), output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    images = LDMPipeline.from_pretrained(out)(batch_size=2, num_inference_steps=2, output_type="np").images
+    assert images.shape == (2, 16, 16, 3)
+    assert picture(out / "samples/00000002.png").ndim == 3
 
 
 @pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])

@@ -114,7 +114,7 @@ def test_mistakes(digits, text, tmp_path, request):
         generate(digits, prompt="a dog")
     with pytest.raises(ConfigError, match="give at least one --prompt"):
         generate(text)
-    with pytest.raises(ConfigError, match="did you mean .num_images."):
+    with pytest.raises(ConfigError, match=r"did you mean .num_images."):
         generate(digits, num_image=1)
     with pytest.raises(WeightsError, match=r"model_index\.json"):
         generate(tmp_path)
