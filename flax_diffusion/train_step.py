@@ -55,7 +55,7 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
     Returns:
         Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
 
-    Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; targets as in `design` of the project.
+    Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; `Modules.target` for the other targets.
     """
     clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
     noise, timesteps = batch["noise"], batch["timesteps"]

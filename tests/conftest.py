@@ -25,10 +25,12 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-@pytest.fixture(autouse=True)
-def _one_device(monkeypatch):
-    """Runs use one of the virtual devices; the mesh tests name theirs."""
+@pytest.fixture(scope="session", autouse=True)
+def _one_device():
+    """Runs use one of the virtual devices; the mesh tests, which ask before this is set up, name theirs."""
     import jax
 
     first = jax.devices()[:1]
-    monkeypatch.setattr(jax, "devices", lambda *args: first)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *args: first)
+        yield

@@ -216,7 +216,8 @@ def merge(task: str, from_file: dict[str, Any], flags: dict[str, Any], file_name
     for key in file_values:
         if key not in canonical:
             raise ConfigError(f"{file_name}: unknown option '{key}'{nearest(key, canonical)}")
-    merged = {canonical[key]: value for key, value in file_values.items()} | flags
+    merged = {canonical[key]: value for key, value in file_values.items()}
+    merged |= {canonical.get(key, key): value for key, value in flags.items()}
     origin = f"{file_name} and command line" if from_file and flags else file_name if from_file else "command line"
     return build(model, {first_spelling(model, key): value for key, value in merged.items()}, origin)
 

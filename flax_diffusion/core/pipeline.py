@@ -263,7 +263,7 @@ def _read_config(given: dict[str, Any] | str | None, option: str) -> dict[str, A
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
-def _scheduler(config: TrainConfig) -> dict[str, Any]:
+def _scheduler(config: TrainConfig, kind: str) -> dict[str, Any]:
     if config.noise_scheduler is not None:
         values = {"_class_name": "DDPMScheduler"} | config.noise_scheduler
     elif config.pretrained_model_name_or_path:
@@ -274,6 +274,10 @@ def _scheduler(config: TrainConfig) -> dict[str, Any]:
             "_class_name": "DDPMScheduler",
             "num_train_timesteps": config.ddpm_num_steps,
             "beta_schedule": config.ddpm_beta_schedule,
+            # Latents have no bounds to clip to, and Diffusers' StableDiffusionPipeline turns clipping off and the
+            # offset on in whatever it opens: written so, both sample alike.
+            "clip_sample": kind == "DDPMPipeline",
+            "steps_offset": int(kind == "StableDiffusionPipeline"),
         }
     if config.prediction_type:
         values = values | {"prediction_type": config.prediction_type}
@@ -283,7 +287,7 @@ def _scheduler(config: TrainConfig) -> dict[str, Any]:
 def _checked(
     kind: str, components: dict[str, Component], config: TrainConfig, tokenizer: CLIPTokenizer | None = None
 ) -> PipelineSpec:
-    scheduler = _scheduler(config)
+    scheduler = _scheduler(config, kind)
     spec = PipelineSpec(
         kind=kind,
         components=components,

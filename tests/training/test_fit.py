@@ -1,7 +1,6 @@
 """Whole runs through the public function: what they leave on disk, and what they refuse."""
 
 import json
-import logging
 
 import numpy as np
 import pytest
@@ -9,8 +8,7 @@ import yaml
 from PIL import Image
 from tiny import CONDITION_UNET, RUN, TEXT_RUN, UNET, VAE, pictures, stable_diffusion
 
-from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError, UserError, WeightsError
+from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
 from flax_diffusion.train import train
 
 
@@ -57,9 +55,8 @@ def test_text_to_image_from_scratch(tmp_path):
     assert grid.shape[1] == 2 * grid.shape[0]  # two prompts, four images each
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_fine_tuning_a_stable_diffusion_pipeline(tmp_path, prediction_type):
-    base = stable_diffusion(tmp_path / "base", prediction_type)
+def test_fine_tuning_a_stable_diffusion_pipeline(tmp_path):
+    base = stable_diffusion(tmp_path / "base", "v_prediction")
     out = train(
         "text_to_image", pretrained_model_name_or_path=str(base), train_data_dir=str(pictures(tmp_path / "data")),
         resolution=16, train_batch_size=2, max_train_steps=3, output_dir=str(tmp_path / "run"),
@@ -69,7 +66,7 @@ def test_fine_tuning_a_stable_diffusion_pipeline(tmp_path, prediction_type):
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(out)
-    assert pipe.scheduler.config.prediction_type == prediction_type
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
     assert pipe("a dog", num_inference_steps=2, output_type="np").images.shape == (1, 16, 16, 3)
     before = StableDiffusionPipeline.from_pretrained(base)
     moved = {n: (dict(before.unet.named_parameters())[n] - p).abs().max() for n, p in pipe.unet.named_parameters()}
@@ -92,47 +89,27 @@ def test_latent_unconditional_model_opens_in_diffusers(tmp_path):
     assert picture(out / "samples/00000002.png").ndim == 3
 
 
+def last_loss(folder, precision):
+    out = train(
+        "unconditional", **RUN, mixed_precision=precision, output_dir=str(folder), lr_scheduler="constant",
+        gradient_checkpointing=precision != "no",
+    )  # fmt: skip
+    return scalars(out / "logs")[0]["train/loss"][6]
+
+
+@pytest.fixture(scope="module")
+def float32_loss(tmp_path_factory):
+    return last_loss(tmp_path_factory.mktemp("float32"), "no")
+
+
 @pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
-def test_mixed_precision_learns_about_as_well(tmp_path, mixed_precision):
-    losses = {}
-    for precision in ("no", mixed_precision):
-        out = train(
-            "unconditional", **RUN, mixed_precision=precision, output_dir=str(tmp_path / precision),
-            gradient_checkpointing=precision != "no", lr_scheduler="constant",
-        )  # fmt: skip
-        losses[precision] = scalars(out / "logs")[0]["train/loss"][6]
-    assert losses[mixed_precision] == pytest.approx(losses["no"], rel=0.02)
-    assert losses[mixed_precision] != losses["no"]
+def test_mixed_precision_learns_about_as_well(tmp_path, float32_loss, mixed_precision):
+    loss = last_loss(tmp_path, mixed_precision)
+    assert loss == pytest.approx(float32_loss, rel=0.02)
+    assert loss != float32_loss
 
 
-def test_non_finite_loss_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    original = JaxBackend.put
-
-    def poisoned(self, batch):
-        poisoned.count += 1
-        if poisoned.count == 5:
-            batch = batch | {"noise": np.full_like(batch["noise"], np.nan)}
-        return original(self, batch)
-
-    poisoned.count = 0
-    monkeypatch.setattr(JaxBackend, "put", poisoned)
-    with pytest.raises(NonFiniteError, match=r"the loss is nan at step 5: .*checkpoint-4 is good"):
-        train("unconditional", **RUN, output_dir=str(tmp_path / "run"), checkpointing_steps=2)
-    assert sorted(p.name for p in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
-
-
-def test_another_run_in_the_folder(tmp_path):
-    run = RUN | {"max_train_steps": 1, "output_dir": str(tmp_path)}
-    train("unconditional", **run)
-    with pytest.raises(ConfigError, match="holds another run; go on with it by --resume_from_checkpoint latest"):
-        train("unconditional", **run)
-    (tmp_path / "notes.txt").write_text("mine")
-    train("unconditional", **run, overwrite_output_dir=True)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
-    assert (tmp_path / "checkpoint-1").is_dir()
-
-
-def test_resuming_with_another_architecture_or_data_names_the_difference(tmp_path):
+def test_resuming_with_another_architecture_names_the_difference(tmp_path):
     run = RUN | {"max_train_steps": 1, "output_dir": str(tmp_path)}
     train("unconditional", **run)
     again = run | {"resume_from_checkpoint": "latest", "max_train_steps": 2}
@@ -143,10 +120,6 @@ def test_resuming_with_another_architecture_or_data_names_the_difference(tmp_pat
         train("unconditional", **again | {"unet": UNET | {"block_out_channels": [16, 16]}})
     with pytest.raises(CheckpointError, match=r"checkpoint-1 is of another model or optimizer: .*ema"):
         train("unconditional", **again, use_ema=True)
-    with pytest.raises(CheckpointError, match="num_examples 40, this run has 41"):
-        train("unconditional", **again | {"max_train_samples": 41})
-    with pytest.raises(CheckpointError, match="seed 0, this run has 1"):
-        train("unconditional", **again, seed=1)
 
 
 def test_a_broken_checkpoint_is_one_line(tmp_path):
@@ -209,15 +182,3 @@ def test_missing_and_misshapen_weights_are_all_listed(tmp_path):
             "text_to_image", pretrained_model_name_or_path=str(base), train_data_dir=str(pictures(tmp_path / "data")),
             resolution=16, output_dir=str(tmp_path / "run"), train_batch_size=2,
         )  # fmt: skip
-
-
-def test_bad_images_stop_the_run_or_are_counted(tmp_path, caplog):
-    data = pictures(tmp_path / "data", count=8)
-    (data / "3.png").write_bytes((data / "3.png").read_bytes()[:200])
-    unet = UNET | {"in_channels": 3, "out_channels": 3}
-    run = RUN | {"dataset_name": None, "train_data_dir": str(data), "unet": unet, "max_train_steps": 2}
-    with pytest.raises(DataError, match=r"3\.png"):
-        train("unconditional", **run, output_dir=str(tmp_path / "a"))
-    with caplog.at_level(logging.WARNING):
-        train("unconditional", **run, output_dir=str(tmp_path / "b"), skip_bad_images=True)
-    assert any("3.png" in record.getMessage() for record in caplog.records)

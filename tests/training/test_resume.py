@@ -39,52 +39,47 @@ def run(folder, **options):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """The final state of a run never stopped, and a folder with its checkpoints of every step."""
-    folder = tmp_path_factory.mktemp("every")
-    every = run(folder, checkpointing_steps=1)
-    never = run(tmp_path_factory.mktemp("never"), checkpointing_steps=STEPS)
-    for a, b in zip(every, never, strict=True):
-        np.testing.assert_array_equal(a, b)
-    return never, folder
+    """The final state of a run that saved nothing before its end."""
+    return run(tmp_path_factory.mktemp("never"), checkpointing_steps=STEPS)
 
 
-def check(uninterrupted, tmp_path, stop, workers):
-    expected, every = uninterrupted
-    shutil.copytree(every / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
-    (tmp_path / f"checkpoint-{stop + 1}.orbax-checkpoint-tmp").mkdir()
-    final = run(tmp_path, resume_from_checkpoint="latest", checkpointing_steps=STEPS, dataloader_num_workers=workers)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, uninterrupted):
+    """A folder with checkpoints 4, 8, … of the same run."""
+    return checkpoints_of_a_run(tmp_path_factory.mktemp("some"), uninterrupted, 4)
+
+
+@pytest.fixture(scope="module")
+def all_saved(tmp_path_factory, uninterrupted):
+    """A folder with the checkpoint of every step of the same run."""
+    return checkpoints_of_a_run(tmp_path_factory.mktemp("every"), uninterrupted, 1)
+
+
+def checkpoints_of_a_run(folder, expected, every):
+    assert_same(run(folder, checkpointing_steps=every), expected)
+    return folder
+
+
+def assert_same(final, expected):
     assert len(final) == len(expected)
     for a, b in zip(final, expected, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize(("stop", "workers"), [(1, 0), (4, 0), (7, 2), (10, 0)])
-def test_resume_is_bitwise(uninterrupted, tmp_path, stop, workers):
-    check(uninterrupted, tmp_path, stop, workers)
+def check(expected, saved, tmp_path, stop, workers):
+    shutil.copytree(saved / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
+    (tmp_path / f"checkpoint-{stop + 1}.orbax-checkpoint-tmp").mkdir()
+    final = run(tmp_path, resume_from_checkpoint="latest", checkpointing_steps=STEPS, dataloader_num_workers=workers)
+    assert_same(final, expected)
+
+
+@pytest.mark.parametrize(("stop", "workers"), [(4, 0), (8, 2), (STEPS, 0)])
+def test_resume_is_bitwise(uninterrupted, saved, tmp_path, stop, workers):
+    check(uninterrupted, saved, tmp_path, stop, workers)
 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop", range(1, 11))
-def test_resume_is_bitwise_at_every_step(uninterrupted, tmp_path, stop, workers):
-    check(uninterrupted, tmp_path, stop, workers)
-
-
-def test_a_finished_run_resumes_to_its_end(uninterrupted, tmp_path):
-    check(uninterrupted, tmp_path, STEPS, 0)
-
-
-def test_progress_is_counted_in_examples_when_the_batch_changes(uninterrupted, tmp_path, monkeypatch):
-    _, every = uninterrupted
-    shutil.copytree(every / "checkpoint-4", tmp_path / "checkpoint-4")
-    seen = []
-    original = JaxBackend.put
-    monkeypatch.setattr(
-        JaxBackend, "put", lambda self, batch: seen.append(batch["example_index"]) or original(self, batch)
-    )
-    run(tmp_path, resume_from_checkpoint="latest", train_batch_size=4, max_train_steps=6)
-    smaller = np.concatenate([part.ravel() for part in seen])
-    seen.clear()
-    run(tmp_path / "other", max_train_steps=6)
-    whole = np.concatenate([part.ravel() for part in seen])
-    np.testing.assert_array_equal(smaller, whole[4 * 16 : 4 * 16 + len(smaller)])
+def test_resume_is_bitwise_at_every_step(uninterrupted, all_saved, tmp_path, stop, workers):
+    check(uninterrupted, all_saved, tmp_path, stop, workers)

@@ -1,0 +1,169 @@
+"""The training loop with a backend that computes nothing: order, cadence, files and refusals."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+from tiny import RUN, UNET, pictures
+
+from flax_diffusion.core.config import UnconditionalConfig
+from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from flax_diffusion.core.loop import fit
+from flax_diffusion.core.rates import ema_decay
+
+
+class Recorder:
+    """Implements `core.backend.Backend`; remembers what the loop asked for."""
+
+    process_index, process_count, device_count = 0, 1, 1
+
+    def __init__(self, config, spec, nan_at=None):
+        self.nan_at = nan_at
+        self.taken, self.saved, self.sampled, self.exported = 0, [], [], []
+        self.examples, self.rates = [], []
+
+    def init_state(self):
+        return 1
+
+    def put(self, batch):
+        self.examples += batch["example_index"].ravel().tolist()
+        return batch
+
+    def train_step(self, batch, learning_rate, ema_decay):
+        self.taken += 1
+        self.rates.append((learning_rate, ema_decay))
+        return {"loss": float("nan") if self.taken == self.nan_at else 1.0, "grad_norm": 1.0}
+
+    def read(self, metrics):
+        return metrics
+
+    def save(self, folder, metadata):
+        folder.mkdir()
+        (folder / "state.json").write_text(json.dumps(metadata | {"taken": self.taken}))
+        self.saved.append(metadata["step"])
+
+    def wait(self):
+        pass
+
+    def restore(self, folder):
+        metadata = json.loads((folder / "state.json").read_text())
+        self.taken = metadata.pop("taken")
+        return metadata
+
+    def sample(self, *, prompts, num_images, num_inference_steps, guidance_scale, seed):
+        self.sampled.append(self.taken)
+        return np.zeros((num_images, 8, 8, 1), np.uint8)
+
+    def export(self, folder):
+        (folder / "unet").mkdir(exist_ok=True)
+        self.exported.append(self.taken)
+
+
+def run(folder, nan_at=None, **options):
+    made = []
+
+    def make(config, spec):
+        made.append(Recorder(config, spec, nan_at))
+        return made[-1]
+
+    config = UnconditionalConfig(**RUN | {"output_dir": str(folder), "report_to": "none"} | options)
+    fit("unconditional", config, make)
+    return made[-1]
+
+
+def checkpoints(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def test_cadence(tmp_path):
+    # 40 examples in batches of 8: an epoch is five steps.
+    seen = run(
+        tmp_path, max_train_steps=11, checkpointing_steps=4, checkpoints_total_limit=2, validation_epochs=1,
+        save_model_epochs=2,
+    )  # fmt: skip
+    assert (seen.taken, seen.saved, seen.sampled, seen.exported) == (11, [4, 8, 11], [5, 10, 11], [10, 11])
+    assert checkpoints(tmp_path) == ["checkpoint-11", "checkpoint-8"]
+    assert sorted(seen.examples[:40]) == sorted(seen.examples[40:80]) == list(range(40))
+    assert seen.examples[:40] != seen.examples[40:80]
+
+
+def test_validation_steps_count_steps(tmp_path):
+    seen = run(tmp_path, max_train_steps=9, validation_steps=4)
+    assert seen.sampled == [4, 8, 9]
+
+
+def test_epochs_give_the_length(tmp_path):
+    seen = run(tmp_path, max_train_steps=None, num_train_epochs=3, train_batch_size=16)
+    assert seen.taken == 8  # ceil(3 x 40 / 16): batches cross the end of an epoch
+
+
+def test_rates(tmp_path):
+    options = {"learning_rate": 1e-3, "lr_warmup_steps": 2, "lr_scheduler": "linear", "use_ema": True}
+    seen = run(tmp_path / "a", **options, max_train_steps=4)
+    assert [rate for rate, _ in seen.rates] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
+    config = UnconditionalConfig(**RUN | {"use_ema": True})
+    assert [decay for _, decay in seen.rates] == [ema_decay(config, step) for step in range(4)]
+    scaled = run(tmp_path / "b", **options, max_train_steps=4, scale_lr=True, gradient_accumulation_steps=2)
+    assert scaled.rates[2][0] == pytest.approx(16e-3)  # 2 accumulated x 8 images
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_non_finite_loss_names_the_step_and_is_never_saved(tmp_path, every):
+    with pytest.raises(NonFiniteError, match=r"the loss is nan at step 5: .*checkpoint-4 is good"):
+        run(tmp_path, nan_at=5, checkpointing_steps=every)
+    assert checkpoints(tmp_path)[-1] == "checkpoint-4"
+
+
+def test_another_run_in_the_folder(tmp_path):
+    run(tmp_path, max_train_steps=1)
+    with pytest.raises(ConfigError, match="holds another run; go on with it by --resume_from_checkpoint latest"):
+        run(tmp_path, max_train_steps=2)
+    (tmp_path / "notes.txt").write_text("mine")
+    run(tmp_path, max_train_steps=2, overwrite_output_dir=True)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
+def test_resume_takes_the_next_examples(tmp_path):
+    whole = run(tmp_path / "whole", max_train_steps=12)
+    run(tmp_path / "part", max_train_steps=12, checkpointing_steps=5)
+    shutil.rmtree(tmp_path / "part/checkpoint-12")
+    again = run(tmp_path / "part", max_train_steps=12, resume_from_checkpoint="latest")
+    assert again.taken == 12
+    assert again.examples == whole.examples[10 * 8 :]
+    assert again.rates == whole.rates[10:]
+    finished = run(tmp_path / "part", max_train_steps=12, resume_from_checkpoint="latest")
+    assert (finished.rates, finished.saved, finished.exported) == ([], [], [12])
+
+
+def test_progress_is_counted_in_examples_when_the_batch_changes(tmp_path):
+    whole = run(tmp_path / "whole", max_train_steps=7)
+    run(tmp_path / "part", max_train_steps=4)
+    smaller = run(tmp_path / "part", max_train_steps=7, train_batch_size=4, resume_from_checkpoint="checkpoint-4")
+    assert smaller.examples == whole.examples[4 * 8 : 4 * 8 + 3 * 4]
+    again = run(tmp_path / "part", max_train_steps=8, resume_from_checkpoint="latest")
+    assert again.examples == whole.examples[4 * 8 + 3 * 4 :][:8]
+
+
+def test_resuming_other_data_or_another_seed_is_refused(tmp_path):
+    run(tmp_path, max_train_steps=1)
+    again = {"max_train_steps": 2, "resume_from_checkpoint": "latest"}
+    with pytest.raises(CheckpointError, match="num_examples 40, this run has 41"):
+        run(tmp_path, **again, max_train_samples=41)
+    with pytest.raises(CheckpointError, match="seed 0, this run has 1"):
+        run(tmp_path, **again, seed=1)
+
+
+def test_bad_images_stop_the_run_or_are_counted(tmp_path, caplog, capsys):
+    data = pictures(tmp_path / "data", count=8)
+    (data / "3.png").write_bytes((data / "3.png").read_bytes()[:200])
+    unet = UNET | {"in_channels": 3, "out_channels": 3}
+    options = {"dataset_name": None, "train_data_dir": str(data), "unet": unet, "max_train_steps": 2}
+    with pytest.raises(DataError, match=r"3\.png"):
+        run(tmp_path / "a", **options)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path / "b", **options, skip_bad_images=True)
+    assert any("3.png" in record.getMessage() for record in caplog.records)
+    assert "skipped 1 unreadable images" in capsys.readouterr().err
