@@ -29,12 +29,14 @@ def svm():
 
 
 def frechet(a, b):
-    """Fréchet distance of two sets of vectors under a normal fit: |μa − μb|² + tr(Σa + Σb − 2(ΣaΣb)^½).
+    """Fréchet distance of two sets of vectors under a normal fit: |μa − μb|² + tr(Σa + Σb − 2(Σa^½ Σb Σa^½)^½).
 
     Reference: Heusel et al., https://arxiv.org/abs/1706.08500, equation 6.
     """
-    from scipy.linalg import sqrtm
-
     cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = sqrtm(cov_a @ cov_b).real
-    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a + cov_b - 2 * root))
+    # Some pixels are white in every scan, so the covariances are singular: roots by symmetric eigenvalues.
+    values, vectors = np.linalg.eigh(cov_a)
+    root_a = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+    of_product = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
+    trace_of_root = np.sqrt(np.clip(of_product, 0, None)).sum()
+    return float(np.sum((a.mean(0) - b.mean(0)) ** 2) + np.trace(cov_a + cov_b) - 2 * trace_of_root)
