@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from flax_diffusion.core.backend import Batch
+from flax_diffusion.core import portable
+from flax_diffusion.core.backend import Batch, refuse
+from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import CheckpointError
 from flax_diffusion.core.pipeline import PipelineSpec
+from flax_diffusion.core.torch_names import from_torch_layout
 from flax_diffusion.modules import COMPUTE_DTYPES, build_modules, load_pretrained
 from flax_diffusion.optimizer import Params, make_optimizer
 from flax_diffusion.sampling import Sampler
@@ -24,16 +28,44 @@ from flax_diffusion.schedulers import scheduler_from_config
 from flax_diffusion.sharding import make_mesh, put, put_batch, replicated, state_shardings
 from flax_diffusion.train_step import TrainState, create_state, train_step
 
+log = logging.getLogger(__name__)
+
+PYTORCH_ONLY = {
+    "use_8bit_adam": "use --fsdp_parallelism to divide the moments over devices",
+    "enable_xformers_memory_efficient_attention": "use --gradient_checkpointing to save memory",
+    "allow_tf32": "set the environment variable JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32",
+    "channels_last": "drop it, XLA chooses the layouts",
+    "torch_compile": "drop it, the step is always compiled",
+}
+"""Options of `python -m torch_backend.train`, and what to use here."""
+
 
 class JaxBackend:
-    """Implements `core.backend.Backend` with Flax modules on a mesh of all devices."""
+    """Implements `core.backend.Backend` with Flax modules on a mesh of all devices.
 
-    def __init__(self, config: TrainConfig, spec: PipelineSpec, devices: Sequence[Any] | None = None):
+    Args:
+        config: The run's options.
+        spec: The pipeline.
+        devices: By default all of them.
+        dtype: Of the trained weights and, without mixed precision, of all computation; float64 needs jax_enable_x64.
+
+    Raises:
+        ConfigError: For an option that this backend does not have, or that does not fit the devices.
+    """
+
+    def __init__(
+        self, config: TrainConfig, spec: PipelineSpec, devices: Sequence[Any] | None = None, dtype: Any = jnp.float32
+    ):
+        refuse(config, PYTORCH_ONLY, "PyTorch")
+        if config.set_grads_to_none:
+            log.info("--set_grads_to_none: nothing to do, JAX keeps no gradients between steps")
         self.config, self.spec = config, spec
         self.mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, devices)
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         self.device_count = self.mesh.size
-        self.modules = build_modules(spec, config.mixed_precision, gradient_checkpointing=config.gradient_checkpointing)
+        self.dtype = dtype
+        self.compute_dtype = dtype if config.mixed_precision == "no" else COMPUTE_DTYPES[config.mixed_precision]
+        self.modules = build_modules(spec, self.compute_dtype, gradient_checkpointing=config.gradient_checkpointing)
         self.optimizer = make_optimizer(config)
         # Scheduler options are checked here, before any weight is read.
         self._sampler = Sampler(self.modules, scheduler_from_config(spec.scheduler), self.mesh)
@@ -46,25 +78,17 @@ class JaxBackend:
         """Loads or draws the weights straight onto their shards."""
         trained = {name: part for name, part in self.spec.components.items() if part.train}
         loaded = {name: load_pretrained(part) for name, part in self.spec.components.items() if part.weights}
-        drawn = {name: self.modules.by_name[name] for name in trained if name not in loaded}
-
-        def draw(key: jax.Array) -> Params:
-            return {
-                name: module.init_weights(jax.random.fold_in(key, position))
-                for position, (name, module) in enumerate(sorted(drawn.items()))
-            }
-
         create = functools.partial(
             create_state,
             optimizer=self.optimizer,
             use_ema=self.config.use_ema,
             fp16=self.config.mixed_precision == "fp16",
         )
-        key = jax.device_put(jax.random.key(self.config.seed), replicated(self.mesh))
         place = functools.partial(state_shardings, mesh=self.mesh)
-        abstract = jax.eval_shape(draw, key)
-        params = jax.jit(draw, out_shardings=place({"params": abstract})["params"])(key)
-        params |= {name: put(loaded[name], place(loaded[name])) for name in trained if name in loaded}
+        params = {}
+        for name in trained:
+            host = loaded[name] if name in loaded else self.modules.by_name[name].init_weights(self.config.seed)
+            params[name] = put(_cast(host, self.dtype), place(host))
         shardings = place(jax.eval_shape(create, params))
         # The weights are donated: state and weights never stand side by side.
         self.state = jax.jit(create, donate_argnums=0, out_shardings=shardings)(params)
@@ -78,21 +102,24 @@ class JaxBackend:
         )
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
 
-        dtype = COMPUTE_DTYPES[self.config.mixed_precision]
         self.frozen = {}
         for name, params_of in loaded.items():
             if name not in trained:
-                keep = self.modules.by_name[name].dtype == jnp.float32
-                self.frozen[name] = put(_cast(params_of, jnp.float32 if keep else dtype), place(params_of))
+                self.frozen[name] = put(_cast(params_of, self.modules.by_name[name].dtype), place(params_of))
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """Starts the copy of this process's examples to its devices; names of examples stay on the host."""
-        return put_batch({key: value for key, value in batch.items() if key != "example_index"}, self.mesh)
+        wanted = {key: value for key, value in batch.items() if key != "example_index"}
+        if self.dtype != jnp.float32:
+            wanted = {
+                key: value.astype(self.dtype) if value.dtype.kind == "f" else value for key, value in wanted.items()
+            }
+        return put_batch(wanted, self.mesh)
 
     def train_step(self, batch: dict[str, jax.Array], learning_rate: float, ema_decay: float) -> dict[str, jax.Array]:
         """Dispatches the compiled step."""
-        real = np.float64 if jax.config.read("jax_enable_x64") else np.float32
+        real = np.promote_types(self.dtype, np.float32).type
         rates = jax.device_put(
             {"learning_rate": real(learning_rate), "ema_decay": real(ema_decay)}, replicated(self.mesh)
         )
@@ -121,7 +148,11 @@ class JaxBackend:
             self._checkpointer.wait_until_finished()
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Loads a checkpoint onto the shards of this mesh, whatever mesh wrote it."""
+        """Loads a checkpoint of either backend onto the shards of this mesh, whatever mesh wrote it."""
+        if portable.is_portable(folder):
+            arrays, metadata = portable.read(folder)
+            self._load(arrays, metadata["step"], folder)
+            return metadata
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state
         )
@@ -133,6 +164,25 @@ class JaxBackend:
             )
         self.state = restored["state"]
         return restored["metadata"]
+
+    def state_arrays(self) -> portable.Arrays:
+        """The whole state as plain arrays on the host, by portable name."""
+        leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(self.state))[0]
+        return portable.from_tree((_keys(path), np.asarray(leaf)) for path, leaf in leaves)
+
+    def _load(self, arrays: portable.Arrays, step: int, folder: Path) -> None:
+        """Takes over a state by portable name: the inverse of `state_arrays`."""
+        want = {name: array.shape for name, array in self.state_arrays().items()}
+        check_same_shapes({name: array.shape for name, array in arrays.items()}, want, folder)
+
+        def take(path: Any, leaf: jax.Array) -> jax.Array:
+            named = portable.portable_name(_keys(path))
+            value = np.asarray(step) if named is None else arrays[named[0]]
+            if named is not None and named[1]:
+                value = from_torch_layout(named[1], value, leaf.ndim)
+            return put(np.array(value, leaf.dtype, order="C"), leaf.sharding)
+
+        self.state = jax.tree_util.tree_map_with_path(take, self.state)
 
     def sample(
         self, *, prompts: list[str], num_images: int, num_inference_steps: int, guidance_scale: float, seed: int
@@ -159,6 +209,10 @@ class JaxBackend:
         return self.state.params if self.state.ema is None else self.state.ema
 
 
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+
+
 def _cast(params: Params, dtype: Any) -> Params:
     return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), params)
 
@@ -180,21 +234,7 @@ def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) 
     saved = items["state"] if items is not None else None
     if saved is None:
         raise CheckpointError(f"{folder}: not a checkpoint of this backend: it holds no `state`; resume from another")
-    have, want = _shapes(saved), _shapes(target)
-    differences = [
-        f"{name} is {have[name]} there and {want[name]} here"
-        for name in want
-        if name in have and have[name] != want[name]
-    ]
-    differences += [f"{name} is missing there" for name in want if name not in have]
-    differences += [f"{name} is not in this run" for name in have if name not in want]
-    differences.sort(key=lambda text: not text.startswith("params/"))  # moments only repeat what the weights say
-    if differences:
-        more = f", and {len(differences) - 3} more differences" if len(differences) > 3 else ""
-        raise CheckpointError(
-            f"{folder.name} is of another model or optimizer: {'; '.join(differences[:3])}{more}; resume with the "
-            "config it was made with"
-        )
+    check_same_shapes(_shapes(saved), _shapes(target), folder)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

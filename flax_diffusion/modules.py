@@ -99,29 +99,28 @@ class Modules:
         return self.scheduler.get_velocity(self.scheduler.create_state(), clean, noise, timesteps)
 
 
-def build_modules(spec: PipelineSpec, mixed_precision: str = "no", *, gradient_checkpointing: bool = False) -> Modules:
+def build_modules(spec: PipelineSpec, dtype: Any = jnp.float32, *, gradient_checkpointing: bool = False) -> Modules:
     """Makes the modules of a pipeline; no weights yet.
 
     Args:
         spec: What to build.
-        mixed_precision: Compute precision: no, bf16 or fp16. A VAE whose config says `force_upcast`
-            (SDXL's) stays float32.
+        dtype: Compute precision. A VAE whose config says `force_upcast` (SDXL's) computes in float32 at least.
         gradient_checkpointing: Recompute activations of the trained modules in the backward pass.
 
     Raises:
         ConfigError: For a config field that the Flax modules do not support.
     """
-    dtype = COMPUTE_DTYPES[mixed_precision]
+    wide = jnp.promote_types(dtype, jnp.float32)
 
     def make(component: Component) -> Any:
-        options: dict[str, Any] = {"dtype": jnp.float32 if component.config.get("force_upcast") else dtype}
+        options: dict[str, Any] = {"dtype": wide if component.config.get("force_upcast") else dtype}
         if component.train:
             options["gradient_checkpointing"] = gradient_checkpointing
         return _CLASSES[component.kind].from_config(component.config, **options)
 
     kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
     kept.add("rescale_betas_zero_snr")
-    scheduler = FlaxDDPMScheduler.from_config({key: value for key, value in spec.scheduler.items() if key in kept})
+    scheduler = FlaxDDPMScheduler.from_config({key: spec.scheduler[key] for key in kept & set(spec.scheduler)}, wide)
     for name, component in spec.components.items():
         if component.kind not in _CLASSES:
             raise ConfigError(f"{name}: {component.kind} has no Flax class; known are {', '.join(_CLASSES)}")

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.noise import sampling_noise
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.pipeline import check_prompts
 from flax_diffusion.modules import Modules
 from flax_diffusion.optimizer import Params
 from flax_diffusion.schedulers import FlaxDDPMScheduler
@@ -72,7 +72,7 @@ class Sampler:
 
         Reference: Ho and Salimans, https://arxiv.org/abs/2207.12598, in Diffusers' scale: ε_∅ + w·(ε_c − ε_∅).
         """
-        self.check_prompts(prompts)
+        check_prompts(self.modules.spec, prompts)
         tokenizer = self.modules.spec.tokenizer
         guided = tokenizer is not None and guidance_scale > 1
         count = num_images * max(1, len(prompts))
@@ -94,13 +94,6 @@ class Sampler:
             images = self._draw(params, context, indices, num_inference_steps, guidance_scale, seed, guided)
             done.append(np.asarray(images)[: count - first])
         return np.concatenate(done)
-
-    def check_prompts(self, prompts: list[str]) -> None:
-        """Raises ConfigError unless there are prompts exactly where the pipeline takes them."""
-        captioned = self.modules.spec.tokenizer is not None
-        if captioned != bool(prompts):
-            fix = "give at least one --prompt" if captioned else "drop --prompt"
-            raise ConfigError(f"a {self.modules.spec.kind} with {len(prompts)} prompts: {fix}")
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return jax.device_put(array, batch_sharding(self.mesh, leading=0))

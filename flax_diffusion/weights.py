@@ -1,11 +1,7 @@
-"""Weights between Linen's parameter trees and the files of Diffusers and Transformers.
-
-Parameter names are PyTorch's, mechanically: `down_blocks.0.attentions.1.to_out.0.weight` is
-`down_blocks_0/attentions_1/to_out_0/kernel`. What has to be known besides is the few tables below.
-"""
+"""Weights between Linen's parameter trees and the files of Diffusers and Transformers."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,25 +12,7 @@ import numpy as np
 from flax_diffusion.core import hub
 from flax_diffusion.core.errors import WeightsError
 from flax_diffusion.core.files import write_json
-
-# Modules that PyTorch keeps in lists: `resnets_0` here, `resnets.0` there (whereas `linear_1` is a plain name).
-LISTS = (
-    "attentions",
-    "down_blocks",
-    "downsamplers",
-    "layers",
-    "net",
-    "resnets",
-    "to_out",
-    "transformer_blocks",
-    "transformers",
-    "up_blocks",
-    "upsamplers",
-)
-LIST_ITEM = re.compile(rf"\b({'|'.join(LISTS)})_(\d+)\b")
-
-# Last part of a parameter's name here, and in PyTorch.
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+from flax_diffusion.core.torch_names import from_torch_layout, to_torch_layout, torch_name, torch_shape
 
 # Spellings of old files, tried on names that the model does not have.
 ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -62,33 +40,6 @@ class Tensor(Protocol):
     def array(self) -> np.ndarray:
         """Return its values."""
         ...
-
-
-def torch_name(path: Iterable[str]) -> str:
-    """Return PyTorch's name of the parameter at a path of the tree."""
-    *modules, leaf = path
-    return LIST_ITEM.sub(r"\1.\2", ".".join((*modules, LEAVES[leaf])))
-
-
-def to_torch_layout(path: Sequence[str], array: np.ndarray) -> np.ndarray:
-    """Return a view in PyTorch's layout: HWIO to OIHW, linear kernels transposed."""
-    if path[-1] != "kernel":
-        return array
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-
-
-def from_torch_layout(path: Sequence[str], array: np.ndarray, ndim: int) -> np.ndarray:
-    """Return a view in Linen's layout; a 1x1 convolution may stand for a linear layer."""
-    if path[-1] != "kernel":
-        return array
-    if array.ndim == 4 and ndim == 2:
-        array = array[:, :, 0, 0]
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
-
-
-def torch_shape(path: Sequence[str], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape in PyTorch's layout of a parameter of the given shape."""
-    return to_torch_layout(path, np.broadcast_to(np.float32(0), shape)).shape
 
 
 def _flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.portable import Arrays
+
 Batch = dict[str, np.ndarray]
 """Arrays of one optimizer step on the host, shaped (accumulation, images of this process, …)."""
+
+
+def refuse(config: TrainConfig, options: Mapping[str, str], backend: str) -> None:
+    """Raises ConfigError for the first option that is set but that only the other backend has.
+
+    Args:
+        config: The run's options.
+        options: Name to what to use instead.
+        backend: The one that has them: "JAX" or "PyTorch".
+    """
+    fields = type(config).model_fields
+    for name, instead in options.items():
+        if getattr(config, name) != fields[name].default:
+            raise ConfigError(f"--{name}: only the {backend} backend has it; {instead}")
 
 
 class Backend(Protocol):
@@ -49,6 +68,10 @@ class Backend(Protocol):
         Raises:
             CheckpointError: If the checkpoint is of another architecture or optimizer.
         """
+        ...
+
+    def state_arrays(self) -> Arrays:
+        """Returns the whole state as plain arrays on the host, by the names of `core.portable`."""
         ...
 
     def sample(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from flax_diffusion.core.errors import CheckpointError
@@ -12,7 +13,7 @@ from flax_diffusion.core.errors import CheckpointError
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"checkpoint-\d+\.orbax-checkpoint-tmp.*")
+_LEFTOVER = re.compile(r"checkpoint-\d+\.(orbax-checkpoint-tmp.*|\d+\.partial)")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -79,3 +80,25 @@ def clear_leftovers(output_dir: Path) -> None:
         for path in output_dir.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path)
+
+
+def check_same_shapes(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Compares names and shapes of a checkpoint's arrays with those of this run.
+
+    Raises:
+        CheckpointError: Naming the first differences.
+    """
+    differences = [
+        f"{name} is {have[name]} there and {want[name]} here"
+        for name in want
+        if name in have and have[name] != want[name]
+    ]
+    differences += [f"{name} is missing there" for name in want if name not in have]
+    differences += [f"{name} is not in this run" for name in have if name not in want]
+    differences.sort(key=lambda text: not text.startswith("params/"))  # moments only repeat what the weights say
+    if differences:
+        more = f", and {len(differences) - 3} more differences" if len(differences) > 3 else ""
+        raise CheckpointError(
+            f"{folder.name} is of another model or optimizer: {'; '.join(differences[:3])}{more}; resume with the "
+            "config it was made with"
+        )

@@ -107,6 +107,16 @@ class TrainConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
+    # What only PyTorch has, most of it on CUDA; the JAX side says what to use instead
+    use_8bit_adam: bool = Field(False, description="PyTorch: AdamW with 8-bit moments, by bitsandbytes.")
+    enable_xformers_memory_efficient_attention: bool = Field(
+        False, description="PyTorch: attention by xformers instead of PyTorch's own."
+    )
+    set_grads_to_none: bool = Field(False, description="PyTorch: free gradients between steps instead of zeroing them.")
+    allow_tf32: bool = Field(False, description="PyTorch: TF32 matrix products on Ampere and newer.")
+    channels_last: bool = Field(False, description="PyTorch: NHWC convolutions, faster on tensor cores.")
+    torch_compile: bool = Field(False, description="PyTorch: compile the trained models.")
+
     # Loss
     prediction_type: PredictionType | None = Field(
         None, description="What the UNet predicts. None: what the scheduler's config says."

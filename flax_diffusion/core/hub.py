@@ -111,6 +111,6 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write a safetensors file, whole or not at all."""
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with replacing(path) as partial:
         save_file(contiguous, partial, metadata={"format": "pt"})  # Transformers refuses files without a format

@@ -99,20 +99,10 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
     """
     output_dir = Path(config.output_dir)
     resume_from = _prepare_output(output_dir, config)
-    captioned = isinstance(config, TextToImageConfig)
-    source = open_source(
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        image_column=config.image_column,
-        caption_column=config.caption_column if captioned else None,
-        max_train_samples=config.max_train_samples,
-        cache_dir=config.cache_dir,
-    )
-    spec = _make_spec(config, source)
+    source = open_run_source(config)
+    spec = make_spec(config, source)
     backend = make_backend(config, spec)
     schedule = make_schedule(config, len(source), backend.device_count)
-    example_fn = make_example_fn(config, spec)
     parameters = backend.init_state()
     first_step, first_example = 0, 0
     if resume_from is not None:
@@ -129,18 +119,15 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         first_step + 1, schedule.total_steps,
     )  # fmt: skip
 
-    loader = Loader(
+    loader = make_loader(
+        config,
+        spec,
         source,
-        example_fn,
-        seed=config.seed,
-        batch_size=schedule.batch_size // backend.process_count,
-        accumulation=schedule.accumulation,
+        schedule,
         process_index=backend.process_index,
         process_count=backend.process_count,
         start_example=first_example,
         num_steps=max(0, schedule.total_steps - first_step),
-        num_workers=config.dataloader_num_workers,
-        skip_bad_images=config.skip_bad_images,
     )
     tracker = Tracker(
         output_dir,
@@ -176,10 +163,7 @@ class _Run:
     first_example: int
 
     def __post_init__(self) -> None:
-        peak = self.config.learning_rate
-        if self.config.scale_lr:
-            peak *= self.schedule.step_examples
-        self.rate_of = learning_rate_schedule(self.config, self.schedule.total_steps, peak)
+        self.rate_of = make_rate(self.config, self.schedule)
         self.pending: deque[tuple[int, float, Any]] = deque()
         self.last_saved = self.first_step
 
@@ -288,6 +272,62 @@ def _put_ahead(backend: Backend, loader: Loader) -> Iterator[Any]:
         current = following
 
 
+def open_run_source(config: TrainConfig) -> Source:
+    """The examples that a config names."""
+    return open_source(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        image_column=config.image_column,
+        caption_column=config.caption_column if isinstance(config, TextToImageConfig) else None,
+        max_train_samples=config.max_train_samples,
+        cache_dir=config.cache_dir,
+    )
+
+
+def make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
+    """The pipeline that a config names; the source's captions make a tokenizer where there is none."""
+    if not isinstance(config, TextToImageConfig):
+        return pipeline.unconditional(config)
+    captions = (_as_list(source[index].caption) for index in range(len(source)))
+    return pipeline.text_to_image(
+        config, itertools.chain.from_iterable(captions), Path(config.output_dir) / "tokenizer"
+    )
+
+
+def make_rate(config: TrainConfig, schedule: Schedule) -> Callable[[int], float]:
+    """The learning rate by optimizer step."""
+    peak = config.learning_rate * (schedule.step_examples if config.scale_lr else 1)
+    return learning_rate_schedule(config, schedule.total_steps, peak)
+
+
+def make_loader(
+    config: TrainConfig,
+    spec: PipelineSpec,
+    source: Source,
+    schedule: Schedule,
+    *,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_example: int = 0,
+) -> Loader:
+    """The batches of one process of a run."""
+    return Loader(
+        source,
+        make_example_fn(config, spec),
+        seed=config.seed,
+        batch_size=schedule.batch_size // process_count,
+        accumulation=schedule.accumulation,
+        process_index=process_index,
+        process_count=process_count,
+        start_example=start_example,
+        num_steps=num_steps,
+        num_workers=config.dataloader_num_workers,
+        skip_bad_images=config.skip_bad_images,
+    )
+
+
 def make_example_fn(config: TrainConfig, spec: PipelineSpec) -> ExampleFn:
     """The recipe that makes one training example of this run."""
     captioned = isinstance(config, TextToImageConfig)
@@ -310,15 +350,6 @@ def make_example_fn(config: TrainConfig, spec: PipelineSpec) -> ExampleFn:
         tokenize=Tokenize.from_clip(spec.tokenizer) if spec.tokenizer is not None else None,
         proportion_empty_prompts=config.proportion_empty_prompts if captioned else 0.0,
         loss_weights=pipeline.loss_weights(config, spec),
-    )
-
-
-def _make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
-    if not isinstance(config, TextToImageConfig):
-        return pipeline.unconditional(config)
-    captions = (_as_list(source[index].caption) for index in range(len(source)))
-    return pipeline.text_to_image(
-        config, itertools.chain.from_iterable(captions), Path(config.output_dir) / "tokenizer"
     )
 
 

@@ -338,6 +338,13 @@ def _checked(
     return spec
 
 
+def check_prompts(spec: PipelineSpec, prompts: list[str]) -> None:
+    """Raises ConfigError unless there are prompts exactly where the pipeline takes them."""
+    if (spec.tokenizer is not None) != bool(prompts):
+        fix = "drop --prompt" if prompts else "give at least one --prompt"
+        raise ConfigError(f"a {spec.kind} with {len(prompts)} prompts: {fix}")
+
+
 def loss_weights(config: TrainConfig, spec: PipelineSpec) -> np.ndarray:
     """The loss weight of each timestep, float32 of shape (num_train_timesteps,)."""
     if config.snr_gamma is not None:

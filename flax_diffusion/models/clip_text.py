@@ -235,17 +235,6 @@ class CLIPTextBase(CLIPPretrained, nn.Module):
     param_dtype: Any = jnp.float32
     gradient_checkpointing: bool = False
 
-    def normal_std(self, path: tuple[str, ...]) -> float | None:
-        """Return the standard deviation of a new parameter.
-
-        Reference: CLIPPreTrainedModel._init_weights of Transformers; the embeddings' 0.02 is a constant there, too.
-        """
-        inner = self.hidden_size**-0.5 * (2 * self.num_hidden_layers) ** -0.5
-        stds = {"token_embedding": 0.02, "position_embedding": 0.02, "fc1": (2 * self.hidden_size) ** -0.5}
-        stds |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc2"), inner)
-        stds |= dict.fromkeys(("out_proj", "text_projection"), self.hidden_size**-0.5)
-        return stds[path[-2]] * self.initializer_factor if path[-2] in stds else None
-
 
 def _layer_config(model: CLIPTextBase) -> CLIPConfig:
     return CLIPConfig(**{field.name: getattr(model, field.name) for field in fields(CLIPConfig)})

@@ -40,7 +40,7 @@ class LayerConfig:
 
 
 def dense(features: int, config: LayerConfig, name: str, *, bias: bool = True) -> nn.Dense:
-    """Return a linear layer, named as in PyTorch (`initial.draw` says how it starts)."""
+    """Return a linear layer, named as in PyTorch (`core.initial` says how it starts)."""
     return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 

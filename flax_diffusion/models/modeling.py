@@ -7,12 +7,14 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_diffusion import weights
-from flax_diffusion.core import hub
+from flax_diffusion.core import hub, initial
 from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.core.files import write_json
-from flax_diffusion.models import initial
+from flax_diffusion.core.torch_names import from_torch_layout, torch_name, torch_shape
 
 # Fields of every model that say how to run it, not what it is; never saved.
 RUN_FIELDS = ("parent", "name", "dtype", "param_dtype", "gradient_checkpointing")
@@ -118,22 +120,23 @@ class PretrainedModel:
         init = self.init  # pyright: ignore[reportAttributeAccessIssue]  (Linen's)
         return jax.eval_shape(lambda: init(jax.random.key(0), *inputs)["params"])
 
-    def normal_std(self, path: tuple[str, ...]) -> float | None:
-        """Return the standard deviation of a new parameter, where it is not PyTorch's default."""
-        del path
-        return None
-
-    def init_weights(self, rng: jax.Array) -> dict[str, Any]:
+    def init_weights(self, rng: jax.Array | int) -> dict[str, Any]:
         """Return newly initialised parameters, distributed as in the PyTorch class except that biases are zero.
 
         Args:
-            rng: a JAX random key.
+            rng: a JAX random key, or a seed. They are drawn on the host, so not under jit.
 
         Returns:
-            Parameters in `param_dtype`; the same ones under jit, whatever their sharding.
+            NumPy arrays in `param_dtype`; those of a seed are the same on every backend.
         """
-        shapes = self.params_shape()
-        return jax.jit(lambda rng: initial.draw(rng, shapes, self.normal_std))(rng)
+        seed = rng if isinstance(rng, int) else int(jax.random.bits(rng, dtype="uint32"))
+        flat: dict[tuple[str, ...], Any] = flatten_dict(self.params_shape())  # pyright: ignore[reportAssignmentType]
+        params = {}
+        for path, leaf in flat.items():
+            shape = torch_shape(path, leaf.shape)
+            values = initial.draw(seed, self.torch_class, self.config, torch_name(path), shape)
+            params[path] = np.array(from_torch_layout(path, values, values.ndim), leaf.dtype, order="C")
+        return unflatten_dict(params)
 
     @classmethod
     def from_pretrained(

@@ -40,9 +40,10 @@ def test_a_saved_config_reads_back_as_itself(tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_option_is_documented_and_read_somewhere(task, request):
-    package = request.config.rootpath / "flax_diffusion"
-    source = "".join(p.read_text() for p in package.rglob("*.py") if p.name not in ("config.py", "cli.py"))
-    rules = (package / "core" / "config.py").read_text()
+    root = request.config.rootpath
+    files = [*(root / "flax_diffusion").rglob("*.py"), *(root / "torch_backend").rglob("*.py")]
+    source = "".join(path.read_text() for path in files if path.name not in ("config.py", "cli.py"))
+    rules = (root / "flax_diffusion/core/config.py").read_text()
     for name, field in TASKS[task].model_fields.items():
         assert field.description, name
         assert re.search(rf"\.{name}\b", source) or re.search(rf"self\.{name}\b", rules), f"--{name} is read by no code"

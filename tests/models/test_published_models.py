@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import flax_diffusion
-from flax_diffusion import weights
+from flax_diffusion.core.torch_names import torch_name, torch_shape
 
 CONFIGS = Path(__file__).parent / "configs"
 # Known from the model cards, to tell a wrong config from a right one.
@@ -53,7 +53,7 @@ def test_names_and_shapes(name: str) -> None:
     prefix = "text_model." if theirs is transformers.CLIPTextModel else ""
     expected = {prefix + key: tuple(value.shape) for key, value in reference.named_parameters()}
     flat = flax.traverse_util.flatten_dict(ours.from_config(config).params_shape())
-    assert {weights.torch_name(path): weights.torch_shape(path, leaf.shape) for path, leaf in flat.items()} == expected
+    assert {torch_name(path): torch_shape(path, leaf.shape) for path, leaf in flat.items()} == expected
     if name in MILLIONS:
         assert sum(leaf.size for leaf in flat.values()) / 1e6 == pytest.approx(MILLIONS[name], abs=0.1)
 

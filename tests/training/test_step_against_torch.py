@@ -14,7 +14,7 @@ from flax_diffusion.core import pipeline
 from flax_diffusion.core.config import TextToImageConfig, UnconditionalConfig
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import open_source
-from flax_diffusion.core.loop import _make_spec, make_example_fn
+from flax_diffusion.core.loop import make_example_fn, make_spec
 from flax_diffusion.core.rates import ema_decay, learning_rate_schedule
 from flax_diffusion.weights import to_torch
 
@@ -135,7 +135,7 @@ def test_fine_tuning_stable_diffusion(tmp_path):
     }  # fmt: skip
     config = TextToImageConfig(**options)
     source = open_source(train_data_dir=config.train_data_dir, caption_column="text")
-    spec = _make_spec(config, source)
+    spec = make_spec(config, source)
     _, metrics, final, ema, batches = run_ours(config, spec, source)
 
     pipe = StableDiffusionPipeline.from_pretrained(base)

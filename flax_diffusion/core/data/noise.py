@@ -30,6 +30,7 @@ class Stream(IntEnum):
     DROPOUT_CAPTION = 8
     SHUFFLE = 9  # the order of an epoch; its index is 0
     SAMPLE = 10  # noise of a generated image; its epoch is the denoising step
+    WEIGHTS = 11  # first values of a parameter; its index is made of the parameter's name
 
 
 class _NoEntropy(np.random.bit_generator.ISeedSequence):

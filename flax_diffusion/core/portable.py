@@ -1,0 +1,109 @@
+"""Checkpoints that either backend can go on from.
+
+The JAX side writes Orbax folders, sharded and in the background; the PyTorch side writes one safetensors file. Both are
+read here, into the same plain arrays, by names that no framework owns:
+
+    params/unet/conv_in.weight   a trained weight, by component and PyTorch name, in PyTorch's layout
+    ema/…  mu/…  nu/…            its moving average and AdamW's moments
+    count                        optimizer updates so far (steps that fp16 skipped do not count)
+    loss_scale  good_steps       of fp16
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_diffusion.core import hub
+from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.files import write_json
+from flax_diffusion.core.torch_names import to_torch_layout, torch_name
+
+Arrays = dict[str, np.ndarray]
+
+ARRAYS, METADATA = "state.safetensors", "metadata.json"
+SCALARS = {("opt_state", "0", "count"): "count", ("loss_scale", "scale"): "loss_scale"}
+SCALARS[("loss_scale", "good_steps")] = "good_steps"
+
+
+def portable_name(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
+    """The name of a leaf of the JAX side's train state, and its path inside its module; None for `step`.
+
+    Args:
+        path: Keys from the root, such as ("opt_state", "0", "mu", "unet", "conv_in", "kernel").
+    """
+    if path == ("step",):  # stands in the metadata
+        return None
+    if path in SCALARS:
+        return SCALARS[path], ()
+    kind, component, *inside = path[2:] if path[:2] == ("opt_state", "0") else path
+    return f"{kind}/{component}/{torch_name(inside)}", tuple(inside)
+
+
+def from_tree(leaves: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> Arrays:
+    """Names and lays out the leaves of the JAX side's train state as PyTorch does."""
+    arrays = {}
+    for path, leaf in leaves:
+        named = portable_name(path)
+        if named is not None:
+            name, inside = named
+            arrays[name] = to_torch_layout(inside, leaf) if inside else leaf
+    return arrays
+
+
+def is_portable(folder: Path) -> bool:
+    """Whether a checkpoint is of the PyTorch side."""
+    return (folder / ARRAYS).is_file()
+
+
+def write(folder: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
+    """Writes the PyTorch side's checkpoint; the folder gets its name when it is complete."""
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
+    hub.write_safetensors(partial / ARRAYS, arrays)
+    write_json(partial / METADATA, dict(metadata))
+    if folder.exists():  # written by a run that resumed from before it
+        shutil.rmtree(folder)
+    partial.rename(folder)
+
+
+def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
+    """Reads a checkpoint of either backend.
+
+    Returns:
+        The arrays, and the loop's metadata.
+
+    Raises:
+        CheckpointError: If the folder is not a complete checkpoint.
+    """
+    try:
+        if is_portable(folder):
+            stored = hub.read_safetensors(folder / ARRAYS)
+            metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+            return {name: tensor.array() for name, tensor in stored.items()}, metadata
+        tree = json.loads((folder / "state" / "_METADATA").read_text(encoding="utf-8"))
+        paths = [
+            tuple(key["key"] for key in leaf["key_metadata"])
+            for leaf in tree["tree_metadata"].values()
+            if leaf["value_metadata"]["value_type"] == "jax.Array"  # else an empty place in the tree
+        ]
+        metadata = json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
+        return from_tree(_read_orbax(folder / "state", paths)), metadata
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error
+
+
+def _read_orbax(folder: Path, paths: Iterable[tuple[str, ...]]) -> Iterable[tuple[tuple[str, ...], np.ndarray]]:
+    """Reads the leaves that Orbax stored, without Orbax, which would bring jax in."""
+    import tensorstore
+
+    base = {"driver": "ocdbt", "base": f"file://{folder.resolve()}/"}
+    for path in paths:
+        spec = {"driver": "zarr", "kvstore": base | {"path": ".".join(path) + "/"}, "open": True}
+        yield path, np.asarray(tensorstore.open(spec).result().read().result())

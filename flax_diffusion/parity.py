@@ -1,0 +1,210 @@
+"""Both backends side by side: `python -m flax_diffusion.parity [TASK] --config FILE --steps N [--dtype float64]`.
+
+The same weights, batches and rates go through the JAX and the PyTorch train step; losses, gradient norms, weights and
+moving averages are compared after every step.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from flax_diffusion.core import cli
+from flax_diffusion.core.backend import Backend, Batch
+from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.files import write_json
+from flax_diffusion.core.portable import Arrays
+
+BOUNDS = {"float64": {"loss": 1e-10, "state": 1e-9}, "float32": {"loss": 1e-4, "state": 1e-4}}
+"""Largest relative differences for a verdict of equal, over a run of 50 steps."""
+
+
+class ParityOptions(BaseModel):
+    """Options of `parity`; all options of `train` go with them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(10, ge=1, description="Optimizer steps to compare.")
+    dtype: Literal["float32", "float64"] = Field("float64", description="Precision of weights and computation.")
+    report_dir: str = Field("parity", description="Folder for parity.json and parity.png.")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer step on both backends, and their largest relative differences after it."""
+
+    step: int
+    loss_jax: float
+    loss_torch: float
+    grad_norm_jax: float
+    grad_norm_torch: float
+    params: float
+    ema: float
+
+    @property
+    def loss(self) -> float:
+        """Relative difference of the losses."""
+        return abs(self.loss_jax - self.loss_torch) / max(abs(self.loss_jax), 1e-300)
+
+
+def difference(ours: Arrays, theirs: Arrays, kind: str) -> float:
+    """The largest difference of any weight, relative to the root mean square of its model's weights.
+
+    Not relative to the weight itself: some have no gradient (the bias of an attention key moves every score alike), and
+    what they hold is rounding.
+
+    Args:
+        ours: Arrays of one backend, by portable name.
+        theirs: Those of the other.
+        kind: `params` or `ema`.
+    """
+    models: dict[str, list[str]] = {}
+    for name in ours:
+        if name.startswith(f"{kind}/"):
+            models.setdefault(name.split("/")[1], []).append(name)
+    largest = 0.0
+    for names in models.values():
+        apart = max(float(np.abs(ours[name].astype(np.float64) - theirs[name]).max()) for name in names)
+        squares = sum(float(np.sum(np.square(ours[name], dtype=np.float64))) for name in names)
+        largest = max(largest, apart / math.sqrt(squares / sum(ours[name].size for name in names)))
+    return largest
+
+
+def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator[Row]:
+    """Runs both backends, a step at a time.
+
+    Args:
+        config: A run's options; nothing is written to its output folder.
+        steps: Optimizer steps.
+        dtype: float32 or float64.
+
+    Raises:
+        ConfigError: If a framework is missing, or the run draws numbers on the device.
+    """
+    for package, extra in (("jax", ""), ("torch", "[torch]"), ("diffusers", "[torch]"), ("accelerate", "[torch]")):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"parity needs both frameworks, and {package} is missing: pip install 'flax-diffusion{extra}'"
+            )
+    if dtype == "float64" and config.mixed_precision != "no":
+        raise ConfigError(f"--dtype float64 with --mixed_precision {config.mixed_precision}: drop one of them")
+    import jax
+    import torch
+
+    from flax_diffusion.backend import JaxBackend
+    from flax_diffusion.core import loop, rates
+    from torch_backend.backend import TorchBackend
+
+    with jax.enable_x64(dtype == "float64"):
+        source = loop.open_run_source(config)
+        spec = loop.make_spec(config, source)
+        for name, component in spec.components.items():
+            if component.train and component.config.get("dropout"):
+                raise ConfigError(
+                    f"{name}: dropout {component.config['dropout']} draws different masks on the two backends: set it "
+                    "to 0 in the model's config"
+                )
+        ours = JaxBackend(config, spec, jax.devices()[:1], np.dtype(dtype))
+        theirs = TorchBackend(config, spec, getattr(torch, dtype))
+        backends: tuple[Backend, Backend] = (ours, theirs)
+        for backend in backends:
+            backend.init_state()
+        schedule = loop.make_schedule(config, len(source), 1)
+        rate = loop.make_rate(config, schedule)
+        with loop.make_loader(config, spec, source, schedule, num_steps=steps) as loader:
+            for done, batch in enumerate(loader):
+                yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done))
+
+
+def _row(backends: tuple[Backend, Backend], batch: Batch, done: int, rate: float, decay: float) -> Row:
+    ours, theirs = (backend.read(backend.train_step(backend.put(batch), rate, decay)) for backend in backends)
+    a, b = (backend.state_arrays() for backend in backends)
+    return Row(
+        done + 1,
+        ours["loss"],
+        theirs["loss"],
+        ours["grad_norm"],
+        theirs["grad_norm"],
+        difference(a, b, "params"),
+        difference(a, b, "ema"),
+    )
+
+
+def verdict(rows: Sequence[Row], dtype: str) -> tuple[bool, str]:
+    """Whether the rows keep to the bounds of `dtype`, and a line that says so."""
+    bounds = BOUNDS[dtype]
+    loss = max(row.loss for row in rows)
+    state = max(max(row.params, row.ema) for row in rows)
+    equal = loss <= bounds["loss"] and state <= bounds["state"]
+    return equal, (
+        f"{'EQUAL' if equal else 'DIFFERENT'} in {dtype} over {len(rows)} steps: losses within {loss:.1e} "
+        f"(bound {bounds['loss']:.0e}), weights and averages within {state:.1e} (bound {bounds['state']:.0e})"
+    )
+
+
+def _plot(rows: Sequence[Row], path: Path) -> None:
+    """Draws both loss curves, and below them the differences on a logarithmic scale."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = [row.step for row in rows]
+    figure, (top, bottom) = pyplot.subplots(2, 1, sharex=True, figsize=(7, 6), layout="constrained")
+    top.plot(steps, [row.loss_jax for row in rows], label="JAX")
+    top.plot(steps, [row.loss_torch for row in rows], "--", label="PyTorch")
+    top.set_ylabel("loss")
+    for name in ("loss", "params", "ema"):
+        bottom.semilogy(steps, [getattr(row, name) or np.nan for row in rows], label=name)
+    bottom.set_ylabel("relative difference")
+    bottom.set_xlabel("step")
+    for axes in (top, bottom):
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; exit status 1 if the backends differ."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = cli.Parser(prog="python -m flax_diffusion.parity", description=__doc__, add_help=False)
+    cli.add_fields(parser, ParityOptions)
+    given, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(argv):
+        sys.stdout.write(parser.format_help() + "\nAll options of `train` go with these; they are:\n\n")
+    _, config = cli.parse_train(rest, "python -m flax_diffusion.parity")
+    options: ParityOptions = cli.build(ParityOptions, vars(given), "command line")
+
+    rows: list[Row] = []
+    header = f"{'step':>5} {'loss JAX':>14} {'loss PyTorch':>14} {'norm JAX':>12} {'norm PyTorch':>12}"
+    sys.stdout.write(f"{header} {'loss diff':>9} {'weights':>9} {'average':>9}\n")
+    for row in compare(config, options.steps, options.dtype):
+        rows.append(row)
+        sys.stdout.write(
+            f"{row.step:>5} {row.loss_jax:>14.10f} {row.loss_torch:>14.10f} {row.grad_norm_jax:>12.6f} "
+            f"{row.grad_norm_torch:>12.6f} {row.loss:>9.1e} {row.params:>9.1e} {row.ema:>9.1e}\n"
+        )
+        sys.stdout.flush()
+    equal, line = verdict(rows, options.dtype)
+    folder = Path(options.report_dir)
+    write_json(
+        folder / "parity.json",
+        {"dtype": options.dtype, "equal": equal, "bounds": BOUNDS[options.dtype], "steps": [asdict(r) for r in rows]},
+    )
+    _plot(rows, folder / "parity.png")
+    sys.stdout.write(f"{line}\n")
+    if not equal:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    cli.main_guard(main)

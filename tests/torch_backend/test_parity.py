@@ -1,0 +1,186 @@
+"""Both backends compute the same run: losses, weights, averages, samples, and a run that moves between them."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from tiny import RUN, TEXT_RUN, pictures, stable_diffusion
+
+from flax_diffusion import generate as jax_generate
+from flax_diffusion.backend import JaxBackend
+from flax_diffusion.core.cli import merge
+from flax_diffusion.core.errors import CheckpointError, ConfigError
+from flax_diffusion.core.loop import fit
+from flax_diffusion.parity import compare, difference, main, verdict
+from torch_backend import generate as torch_generate
+from torch_backend.backend import TorchBackend
+
+STEPS = 6
+QUIET = {"report_to": "none", "validation_epochs": None, "save_model_epochs": None}
+
+CASES = {
+    "epsilon": {},
+    "sample": {"prediction_type": "sample", "lr_scheduler": "linear"},
+    "v_min_snr": {"prediction_type": "v_prediction", "snr_gamma": 5.0, "lr_scheduler": "cosine_with_restarts"},
+    "everything": {
+        "snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "gradient_accumulation_steps": 4,
+        "ema_warmup": False, "max_grad_norm": 0.05, "lr_scheduler": "polynomial", "gradient_checkpointing": True,
+        "random_flip": True,
+    },
+}  # fmt: skip
+
+
+def make_config(task, **options):
+    base = TEXT_RUN if task == "text_to_image" else RUN
+    return merge(task, {}, base | QUIET | {"use_ema": True, "max_train_steps": STEPS} | options, "test")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_unconditional_float64(case):
+    rows = list(compare(make_config("unconditional", **CASES[case]), STEPS))
+    assert len(rows) == STEPS
+    assert rows[-1].loss_jax != rows[0].loss_jax
+    equal, line = verdict(rows, "float64")
+    assert equal, line
+
+
+def test_text_to_image_float64():
+    equal, line = verdict(list(compare(make_config("text_to_image", noise_offset=0.1), STEPS)), "float64")
+    assert equal, line
+
+
+def test_fine_tuning_float32(tmp_path):
+    base = stable_diffusion(tmp_path / "base", "v_prediction")
+    config = merge("text_to_image", {}, QUIET | {
+        "pretrained_model_name_or_path": str(base), "train_data_dir": str(pictures(tmp_path / "data")),
+        "resolution": 16, "train_batch_size": 2, "max_train_steps": STEPS, "learning_rate": 1e-4, "use_ema": True,
+        "train_text_encoder": True,
+    }, "test")  # fmt: skip
+    equal, line = verdict(list(compare(config, STEPS, "float32")), "float32")
+    assert equal, line
+
+
+SCHEDULES = {
+    "linear": {}, "cosine": {}, "cosine_with_restarts": {"lr_num_cycles": 2}, "polynomial": {"lr_power": 2.0},
+    "constant": {}, "constant_with_warmup": {}, "piecewise_constant": {"lr_step_rules": "1:10,0.1:30,0.01"},
+}  # fmt: skip
+LONG = [
+    (task, prediction, schedule, dtype)
+    for task in ("unconditional", "text_to_image")
+    for dtype in ("float64", "float32")
+    for prediction, schedule in [
+        *[("epsilon", name) for name in SCHEDULES],
+        ("v_prediction", "cosine"),
+        ("sample", "linear"),
+    ]
+]
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("task", "prediction", "schedule", "dtype"), LONG)
+def test_fifty_steps(task, prediction, schedule, dtype):
+    number = list(SCHEDULES).index(schedule)
+    config = make_config(
+        task, max_train_steps=50, prediction_type=prediction, lr_scheduler=schedule, lr_warmup_steps=5,
+        gradient_accumulation_steps=1 if number % 2 else 4, max_grad_norm=1.0 if number % 3 else 0.05,
+        ema_warmup=bool(number % 2), snr_gamma=5.0 if number % 2 else None, noise_offset=0.1 if number % 3 else 0.0,
+        **SCHEDULES[schedule],
+    )  # fmt: skip
+    equal, line = verdict(list(compare(config, 50, dtype)), dtype)
+    print(f"\n{task} {prediction} {schedule}: {line}")
+    assert equal, line
+
+
+def test_the_measure_sees_a_difference():
+    a = {"params/unet/a": np.ones(4), "params/unet/b": np.zeros(4)}
+    assert difference(a, a, "params") == 0.0
+    b = a | {"params/unet/b": np.array([0, 0, 1e-6, 0])}
+    assert difference(a, b, "params") == pytest.approx(1e-6 * 2**0.5)
+    assert difference(a, b, "ema") == 0.0
+
+
+def test_command_line(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(json.dumps({"task": "unconditional"} | RUN))
+    report = tmp_path / "report"
+    main(["--config", str(config), "--steps", "2", "--report_dir", str(report)])
+    assert "EQUAL in float64 over 2 steps" in capsys.readouterr().out
+    assert [row["step"] for row in json.loads((report / "parity.json").read_text())["steps"]] == [1, 2]
+    assert (report / "parity.png").stat().st_size > 1000
+
+
+def test_mistakes():
+    with pytest.raises(ConfigError, match="--dtype float64 with --mixed_precision bf16: drop one"):
+        list(compare(make_config("unconditional", mixed_precision="bf16"), 1))
+    with pytest.raises(ConfigError, match=r"unet: dropout 0\.1 draws different masks"):
+        list(compare(make_config("unconditional", unet=RUN["unet"] | {"dropout": 0.1}), 1))
+
+
+class Kept:
+    """Makes backends of one kind in float64 and keeps the last."""
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self, config, spec):
+        if self.kind == "jax":
+            self.last = JaxBackend(config, spec, jax.devices()[:1], np.float64)
+        else:
+            self.last = TorchBackend(config, spec, torch.float64)
+        return self.last
+
+
+def run(kind, folder, **options):
+    kept = Kept(kind)
+    with jax.enable_x64(True):
+        fit("unconditional", make_config("unconditional", output_dir=str(folder), **options), kept)
+        return kept.last.state_arrays()
+
+
+def test_a_run_that_moves_ends_where_one_that_stays_does(tmp_path):
+    stayed = run("jax", tmp_path / "stayed", max_train_steps=9)
+    moving = tmp_path / "moving"
+    # Interrupted after each checkpoint: what was saved later is gone.
+    run("jax", moving, max_train_steps=9, checkpointing_steps=3)
+    for name in ("checkpoint-6", "checkpoint-9"):
+        (moving / name).rename(tmp_path / name)
+    run("torch", moving, max_train_steps=9, checkpointing_steps=3, resume_from_checkpoint="latest")
+    (moving / "checkpoint-9").rename(tmp_path / "torch-9")
+    moved = run("jax", moving, max_train_steps=9, resume_from_checkpoint="checkpoint-6")
+    assert set(moved) == set(stayed)
+    assert int(moved["count"]) == 9
+    for kind in ("params", "ema", "mu", "nu"):
+        assert difference(stayed, moved, kind) <= 1e-9, kind
+
+
+def test_a_checkpoint_of_another_architecture_is_named(tmp_path):
+    run("jax", tmp_path, max_train_steps=1)
+    wider = RUN["unet"] | {"block_out_channels": [16, 16]}
+    again = {"max_train_steps": 2, "resume_from_checkpoint": "latest", "unet": wider}
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 is of another model .*: params/unet/\S+ is \(.*\) there"):
+        run("torch", tmp_path, **again)
+    run("torch", tmp_path / "other", max_train_steps=1)
+    again["resume_from_checkpoint"] = str(tmp_path / "other/checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 is of another model .*: params/unet/\S+ is \(.*\) there"):
+        run("jax", tmp_path / "third", **again)
+
+
+# Diffusers hands tensors to np.array.
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.parametrize("scheduler", [None, "ddpm", "ddim", "euler", "dpm++"])
+def test_same_seed_same_images(pipeline, scheduler):
+    options = {
+        "prompt": ["a handwritten seven", "a photo of a dog"], "num_images": 2, "num_inference_steps": 6,
+        "guidance_scale": 3.0, "seed": 4, "scheduler": scheduler,
+    }  # fmt: skip
+    ours, theirs = jax_generate.generate(pipeline, **options), torch_generate.generate(pipeline, **options)
+    assert ours.shape == theirs.shape
+    assert ours.std() > 5
+    assert np.abs(ours.astype(int) - theirs).mean() < 1
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return stable_diffusion(tmp_path_factory.mktemp("base"))

@@ -1,0 +1,202 @@
+"""The PyTorch modules of a pipeline, and the few functions that training and sampling compose them with.
+
+The twin of `flax_diffusion.modules`, function for function; shapes as there.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel  # pyright: ignore[reportPrivateImportUsage]  (made at run time)
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from flax_diffusion.core import initial
+from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
+from flax_diffusion.core.pipeline import Component, PipelineSpec
+
+COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_CLASSES: dict[str, Any] = {
+    "UNet2DModel": UNet2DModel,
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "AutoencoderKL": AutoencoderKL,
+    "CLIPTextModel": CLIPTextModel,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """A pipeline's modules by component name, and the noise table that trains it."""
+
+    spec: PipelineSpec
+    by_name: dict[str, Any]
+    alphas_cumprod: Tensor  # ᾱ, (T,)
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder: `vae` in Stable Diffusion, `vqvae` in LDMPipeline."""
+        return self.by_name.get("vae") or self.by_name.get("vqvae")
+
+    def encode_images(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
+        """Pixels (B,C,H,W) in -1..1 to scaled latents (B,C,h,w); pixels themselves where there is no VAE."""
+        if self.spec.vae is None:
+            return pixels
+        with torch.no_grad():
+            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+            latents = (posterior.mean + posterior.std * noise) * self.spec.vae["scaling_factor"]
+        return latents.to(torch.promote_types(latents.dtype, torch.float32))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
+        if self.spec.vae is None:
+            return latents
+        return self.vae.decode((latents / self.spec.vae["scaling_factor"]).to(self.vae.dtype)).sample
+
+    def encode_text(self, input_ids: Tensor) -> Tensor:
+        """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""
+        return self.by_name["text_encoder"](input_ids)[0]
+
+    def predict(self, sample: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
+        """What the UNet says of noisy samples (B,C,h,w) at timesteps (B,)."""
+        unet = self.by_name["unet"]
+        sample = sample.to(unet.dtype)
+        if context is None:
+            return unet(sample, timesteps).sample
+        return unet(sample, timesteps, context.to(unet.dtype)).sample
+
+    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """√ᾱ·clean + √(1−ᾱ)·noise."""
+        bar = self.alphas_cumprod[timesteps][:, None, None, None]
+        return bar.sqrt() * clean + (1 - bar).sqrt() * noise
+
+    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet should say: the noise, the velocity, or the clean sample."""
+        kind = self.spec.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return clean
+        bar = self.alphas_cumprod[timesteps][:, None, None, None]
+        return bar.sqrt() * noise - (1 - bar).sqrt() * clean
+
+
+def build_modules(
+    spec: PipelineSpec, *, seed: int, frozen_dtype: torch.dtype, trained_dtype: torch.dtype, device: torch.device
+) -> Modules:
+    """Makes the modules of a pipeline, with their weights: read, or drawn from the seed as the JAX side draws them.
+
+    Args:
+        spec: What to build.
+        seed: Of weights that are drawn.
+        frozen_dtype: Of components that do not train. A VAE whose config says `force_upcast` stays in `trained_dtype`.
+        trained_dtype: Of the others.
+        device: Where they live.
+
+    Raises:
+        ConfigError: For a config that the PyTorch class does not take.
+        WeightsError: For weights that do not fit, or no class of that name.
+    """
+    by_name = {}
+    for name, component in spec.components.items():
+        if component.kind not in _CLASSES:
+            raise ConfigError(f"{name}: {component.kind} has no class here; known are {', '.join(_CLASSES)}")
+        module = load(component) if component.weights else _draw(component, seed)
+        wide = component.train or component.config.get("force_upcast")
+        # PyTorch's own `to`: Diffusers' warns about modules to keep in float32 where there are none.
+        nn.Module.to(module, device=device, dtype=trained_dtype if wide else frozen_dtype)
+        if trained_dtype == torch.float64 and hasattr(module, "time_proj"):
+            module.time_proj = Float64Timesteps(module.time_proj)
+        by_name[name] = module.train(component.train).requires_grad_(component.train)
+    table = torch.from_numpy(spec.alphas_cumprod).to(device=device, dtype=trained_dtype)
+    return Modules(spec=spec, by_name=by_name, alphas_cumprod=table)
+
+
+class Float64Timesteps(nn.Module):
+    """Sinusoidal embeddings in float64, where Diffusers' `Timesteps` computes in float32 whatever the model's dtype.
+
+    Args:
+        original: Gives width, order and shift.
+
+    Reference: Ho et al., https://arxiv.org/abs/2006.11239; Vaswani et al., https://arxiv.org/abs/1706.03762.
+    """
+
+    def __init__(self, original: Any):
+        super().__init__()
+        half = original.num_channels // 2
+        exponents = torch.arange(half, dtype=torch.float64) / (half - original.downscale_freq_shift)
+        self.frequencies = torch.exp(-math.log(10000) * exponents)
+        self.flip = original.flip_sin_to_cos
+        self.odd = original.num_channels % 2
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Maps (B,) to (B, channels)."""
+        angles = timesteps.double()[:, None] * self.frequencies.to(timesteps.device)
+        parts = (angles.cos(), angles.sin()) if self.flip else (angles.sin(), angles.cos())
+        return nn.functional.pad(torch.cat(parts, dim=1), (0, self.odd))
+
+
+def load(component: Component) -> Any:
+    """Reads a component in float32.
+
+    Raises:
+        WeightsError: Naming every tensor that is missing or of another shape.
+    """
+    options: dict[str, Any] = {"subfolder": component.subfolder or "", "revision": component.revision}
+    try:
+        module, report = _CLASSES[component.kind].from_pretrained(
+            component.weights, variant=component.variant, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{component.weights}/{component.subfolder or ''}: {error}") from error
+    problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
+    problems += [f"misshapen {name}" for name in sorted(str(key) for key in report["mismatched_keys"])]
+    if problems:
+        raise WeightsError(
+            f"{component.weights}/{component.subfolder or ''} does not fit the model's config, use the weights and the "
+            f"config of one model: {'; '.join(problems)}"
+        )
+    return module.float()
+
+
+def file_name(kind: str, name: str) -> str:
+    """The name of a parameter in files and on the JAX side: Transformers 5 leaves CLIP's `text_model` out in memory."""
+    inner = name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
+    return f"text_model.{name}" if kind.startswith("CLIP") and inner else name
+
+
+def make(component: Component) -> Any:
+    """A module of a component's config, with PyTorch's own random weights.
+
+    Raises:
+        ConfigError: For a key that the class does not know, or values that do not go together.
+    """
+    kind = _CLASSES[component.kind]
+    if kind is CLIPTextModel:
+        known = set(CLIPTextConfig().to_dict()) | {"dropout", "torch_dtype"}  # the latter two in files of old releases
+    else:
+        known = set(kind._get_init_keys(kind)) - {"self"}  # as Diffusers reads its own configs
+    for key in component.config:
+        if key not in known:
+            raise ConfigError(f"{component.kind} knows no config key '{key}'{nearest(key, known)}")
+    try:
+        if kind is CLIPTextModel:
+            return CLIPTextModel(CLIPTextConfig(**component.config))
+        return kind(**component.config)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{component.kind}: {error}") from error
+
+
+def _draw(component: Component, seed: int) -> Any:
+    module = make(component)
+    config = module.config.to_dict() if component.kind == "CLIPTextModel" else dict(module.config)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            file = file_name(component.kind, name)
+            drawn = initial.draw(seed, component.kind, config, file, tuple(parameter.shape))
+            parameter.copy_(torch.from_numpy(np.ascontiguousarray(drawn)))
+    return module

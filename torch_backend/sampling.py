@@ -1,0 +1,125 @@
+"""Images from noise with Diffusers' schedulers; all noise comes from the host, keyed by (seed, image, step)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from flax_diffusion.core.data.captions import Tokenize
+from flax_diffusion.core.data.noise import sampling_noise
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.pipeline import check_prompts
+from torch_backend.modules import Modules
+
+KINDS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}
+
+
+def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> Any:
+    """Diffusers' scheduler of a config, or another sampler for the same noise schedule.
+
+    Raises:
+        ConfigError: For a class that Diffusers does not have here, or values that it does not take.
+    """
+    name = KINDS[kind] if kind else str(config["_class_name"]).removeprefix("Flax")
+    if name not in KINDS.values():
+        raise ConfigError(f"scheduler {name}: known are {', '.join(KINDS.values())}")
+    try:
+        return getattr(diffusers, name).from_config(config)
+    except (ValueError, NotImplementedError) as error:
+        raise ConfigError(f"scheduler {name}: {error}") from error
+
+
+class HostNoise(TorchFunctionMode):
+    """Answers a scheduler's `torch.randn` with given noise: its random numbers are then those of the JAX side."""
+
+    def __init__(self, draw: Callable[[], Tensor]):
+        super().__init__()
+        self.draw = draw
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.randn:
+            return self.draw()
+        return func(*args, **(kwargs or {}))
+
+
+class Sampler:
+    """Draws images from a pipeline's modules; the twin of `flax_diffusion.sampling.Sampler`."""
+
+    def __init__(self, modules: Modules, scheduler: Any, device: torch.device):
+        self.modules, self.scheduler, self.device = modules, scheduler, device
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        *,
+        prompts: list[str],
+        num_images: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        negative_prompt: str = "",
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        """Draws `num_images` for each prompt, or in all where the pipeline takes no prompts.
+
+        Args and errors as on the JAX side.
+
+        Returns:
+            uint8 (images, H, W, C), prompt by prompt.
+        """
+        spec = self.modules.spec
+        check_prompts(spec, prompts)
+        guided = spec.tokenizer is not None and guidance_scale > 1
+        count = num_images * max(1, len(prompts))
+        ids = None
+        if spec.tokenizer is not None:
+            tokenize = Tokenize.from_clip(spec.tokenizer)
+            ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])).long()
+        done = []
+        for first in range(0, count, batch_size):
+            indices = np.arange(first, min(first + batch_size, count))
+            context = None
+            if ids is not None:
+                rows = ids[indices // num_images]
+                rows = torch.cat([ids[-1:].expand(len(rows), -1), rows]) if guided else rows
+                context = self.modules.encode_text(rows.to(self.device))
+            done.append(self._draw(context, indices, num_inference_steps, guidance_scale if guided else None, seed))
+        return np.concatenate(done)
+
+    def _draw(
+        self, context: Tensor | None, indices: np.ndarray, steps: int, guidance_scale: float | None, seed: int
+    ) -> np.ndarray:
+        shape = self.modules.spec.sample_shape
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps, device=self.device)
+        drawn = 0
+
+        def noise() -> Tensor:
+            return torch.from_numpy(sampling_noise(seed, indices, drawn, shape)).to(self.device)
+
+        sample = noise() * scheduler.init_noise_sigma
+        for timestep in scheduler.timesteps:
+            drawn += 1
+            model_input = scheduler.scale_model_input(sample, timestep)
+            model_input = model_input if guidance_scale is None else torch.cat([model_input, model_input])
+            predicted = self.modules.predict(model_input, timestep.expand(len(model_input)), context).to(sample.dtype)
+            if guidance_scale is not None:
+                without, with_prompt = predicted.chunk(2)
+                predicted = without + guidance_scale * (with_prompt - without)
+            with HostNoise(noise):
+                sample = scheduler.step(predicted, timestep, sample).prev_sample
+        images = self.modules.decode_latents(sample).float()
+        images = (images / 2 + 0.5).clamp(0, 1)
+        return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

@@ -1,0 +1,56 @@
+"""The loss of a micro-batch, as a module that holds what trains, so that DDP, FSDP and DeepSpeed can wrap it.
+
+Shapes: B images of a micro-batch on this process, C channels, H W pixels, h w of what is denoised, L tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torch_backend.modules import Modules
+
+Batch = dict[str, Tensor]
+
+
+class DiffusionLoss(nn.Module):
+    """The weighted denoising loss, Σ_i w_i · mean((prediction_i − target_i)²) / B.
+
+    Args:
+        modules: The pipeline. Those of its modules that train are this module's children; the others stay outside.
+
+    Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the twin of the JAX side's `diffusion_loss`.
+    """
+
+    def __init__(self, modules: Modules):
+        super().__init__()
+        self._modules_of = [modules]  # in a list, so that frozen modules are not registered as children
+        for name, component in modules.spec.components.items():
+            if component.train:
+                self.add_module(name, modules.by_name[name])
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Computes the loss in float32 at least.
+
+        Args:
+            batch: pixel_values (B,C,H,W), noise (B,C,h,w), timesteps (B,), loss_weights (B,), and where the pipeline
+                needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L).
+        """
+        modules = self._modules_of[0]
+        clean = modules.encode_images(batch["pixel_values"], batch.get("latent_noise"))
+        noise, timesteps = batch["noise"], batch["timesteps"]
+        added = noise + batch["perturbation"] if "perturbation" in batch else noise
+        noisy = modules.add_noise(clean, added, timesteps)
+        context = modules.encode_text(batch["input_ids"]) if "input_ids" in batch else None
+        predicted = modules.predict(noisy, timesteps, context)
+        target = modules.target(clean, noise, timesteps)
+        wide = torch.promote_types(predicted.dtype, torch.float32)
+        error = (predicted.to(wide) - target.to(wide)).square().mean(dim=(1, 2, 3))
+        return (error * batch["loss_weights"]).mean()
+
+
+@torch.no_grad()
+def update_ema(ema: dict[str, Tensor], params: dict[str, Tensor], decay: float) -> None:
+    """One step of the moving average in place: ema − (1 − decay) · (ema − params)."""
+    for name, average in ema.items():
+        average.sub_((1.0 - decay) * (average - params[name]))
