@@ -18,7 +18,7 @@ from flax_diffusion.core import portable
 from flax_diffusion.core.backend import Batch, refuse
 from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
-from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.torch_names import from_torch_layout
 from flax_diffusion.modules import COMPUTE_DTYPES, build_modules, load_pretrained
@@ -31,7 +31,6 @@ from flax_diffusion.train_step import TrainState, create_state, train_step
 log = logging.getLogger(__name__)
 
 PYTORCH_ONLY = {
-    "use_8bit_adam": "use --fsdp_parallelism to divide the moments over devices",
     "enable_xformers_memory_efficient_attention": "use --gradient_checkpointing to save memory",
     "allow_tf32": "set the environment variable JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32",
     "channels_last": "drop it, XLA chooses the layouts",
@@ -57,6 +56,8 @@ class JaxBackend:
         self, config: TrainConfig, spec: PipelineSpec, devices: Sequence[Any] | None = None, dtype: Any = jnp.float32
     ):
         refuse(config, PYTORCH_ONLY, "PyTorch")
+        if config.use_8bit_adam:
+            raise ConfigError("--use_8bit_adam: not here yet; --fsdp_parallelism divides the moments over devices")
         if config.set_grads_to_none:
             log.info("--set_grads_to_none: nothing to do, JAX keeps no gradients between steps")
         self.config, self.spec = config, spec

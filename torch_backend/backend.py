@@ -54,6 +54,7 @@ class TorchBackend:
         self.accelerator: Any = Accelerator(
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
         )
+        options.check_distribution(self.accelerator)
         self.process_index: int = self.accelerator.process_index
         self.process_count: int = self.accelerator.num_processes
         self.device_count: int = self.process_count
@@ -107,7 +108,8 @@ class TorchBackend:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # Dropout is drawn on the device; seeded by the step, it does not depend on where the run was interrupted.
-        torch.manual_seed((self.config.seed << 32 | self.steps) * self.process_count + self.process_index)
+        entropy = np.random.SeedSequence([self.config.seed, self.steps, self.process_index])
+        torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
         losses, norm = [], torch.zeros(())
         for micro in batch:
             with self.accelerator.accumulate(self.loss):

@@ -15,21 +15,12 @@ from flax_diffusion.core.errors import ConfigError
 from torch_backend.modules import Modules
 
 JAX_ONLY = {
-    "data_parallelism": "start several processes with `accelerate launch --num_processes N -m torch_backend.train`",
-    "fsdp_parallelism": "configure FSDP with `accelerate config` and start with `accelerate launch`",
+    "data_parallelism": "start several processes with `accelerate launch -m torch_backend.train` or torchrun",
+    "fsdp_parallelism": "the PyTorch side keeps the whole state in every process; sharding it is not here yet",
 }
 """Options of `python -m flax_diffusion.train`, and what to use here."""
 
-PACKAGES = {
-    "use_8bit_adam": ("bitsandbytes", "pip install bitsandbytes, or drop the option"),
-    "enable_xformers_memory_efficient_attention": (
-        "xformers",
-        "pip install xformers, or drop the option: PyTorch's own attention is as lean",
-    ),
-}
-"""Options that need a package, and the fix."""
-
-CUDA_ONLY = ("use_8bit_adam", "enable_xformers_memory_efficient_attention", "allow_tf32")
+CUDA_ONLY = ("enable_xformers_memory_efficient_attention", "allow_tf32")
 
 
 def check(config: TrainConfig) -> None:
@@ -39,15 +30,30 @@ def check(config: TrainConfig) -> None:
         ConfigError: Naming the option and the fix.
     """
     refuse(config, JAX_ONLY, "JAX")
-    for name, (package, fix) in PACKAGES.items():
-        if getattr(config, name) and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"--{name}: needs the package {package}, which is not installed: {fix}")
+    if config.use_8bit_adam:
+        raise ConfigError("--use_8bit_adam: not here yet, neither on PyTorch nor on JAX: drop the option")
+    if config.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
+        raise ConfigError(
+            "--enable_xformers_memory_efficient_attention: needs the package xformers, which is not installed: pip "
+            "install xformers, or drop the option, PyTorch's own attention is as lean"
+        )
     if not torch.cuda.is_available():
         for name in CUDA_ONLY:
             if getattr(config, name):
                 raise ConfigError(f"--{name}: needs a CUDA device, and there is none: drop the option")
         if config.mixed_precision == "fp16":
             raise ConfigError("--mixed_precision fp16: PyTorch needs a CUDA device for it: use bf16 or no")
+
+
+def check_distribution(accelerator: Any) -> None:
+    """Refuses launchers that shard the state, which this backend cannot save or average yet.
+
+    Raises:
+        ConfigError: Naming the kind of distribution.
+    """
+    kind = str(accelerator.distributed_type).removeprefix("DistributedType.")
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
+        raise ConfigError(f"Accelerate is configured for {kind}: not here yet; use plain data-parallel processes")
 
 
 def set_globals(config: TrainConfig) -> None:
@@ -73,16 +79,12 @@ def apply(config: TrainConfig, modules: Modules) -> None:
             module.compile()
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[Tensor]) -> Any:
-    """AdamW, or its 8-bit form; the learning rate is set at every step."""
-    values = {
-        "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
-        "eps": config.adam_epsilon,
-        "weight_decay": config.adam_weight_decay,
-    }
-    if config.use_8bit_adam:
-        import bitsandbytes  # pyright: ignore[reportMissingImports]  (optional)
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **values)
-    return torch.optim.AdamW(parameters, **values)
+def make_optimizer(config: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    """AdamW; the learning rate is set at every step."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        weight_decay=config.adam_weight_decay,
+    )

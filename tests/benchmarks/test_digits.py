@@ -12,12 +12,13 @@ from digits_quality import WORDS, frechet, real_digits, svm, to_vectors
 from flax_diffusion.generate import generate
 
 pytestmark = pytest.mark.acceptance
+BACKENDS = ("flax_diffusion", "torch_backend")
 
 
-def train(request, recipe, out):
+def train(request, backend, recipe, out):
     """Runs the README's command in a process of its own, as a user would; returns its wall time in seconds."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "flax_diffusion.train", "--config", f"configs/{recipe}.yaml"]
+    command = [sys.executable, "-m", f"{backend}.train", "--config", f"configs/{recipe}.yaml"]
     start = time.perf_counter()
     subprocess.run([*command, "--output_dir", str(out)], check=True, cwd=request.config.rootpath, env=environment)
     return time.perf_counter() - start
@@ -32,25 +33,27 @@ def test_the_measure_itself():
     assert svm()[1] >= 0.96
 
 
-def test_unconditional(request, tmp_path):
-    seconds = train(request, "digits_unconditional", tmp_path / "run")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unconditional(request, tmp_path, backend):
+    seconds = train(request, backend, "digits_unconditional", tmp_path / "run")
     images = generate(tmp_path / "run", num_images=1790, num_inference_steps=50, batch_size=256)
     distance = frechet(to_vectors(images), real_digits()[0])
-    print(f"\ndigits, unconditional: Fréchet distance {distance:.3f} of 1,790 samples (bound 0.10)")
+    print(f"\n{backend}, digits, unconditional: Fréchet distance {distance:.3f} of 1,790 samples (bound 0.10)")
     print(f"training with compilation, samples and export: {seconds:.0f} s (bound 360 on two idle cores)")
     assert distance <= 0.10
     assert seconds <= 360
 
 
-def test_text_to_image(request, tmp_path):
-    seconds = train(request, "digits_text_to_image", tmp_path / "run")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_text_to_image(request, tmp_path, backend):
+    seconds = train(request, backend, "digits_text_to_image", tmp_path / "run")
     prompts = [f"a handwritten {word}" for word in WORDS]
     images = generate(
         tmp_path / "run", prompt=prompts, num_images=100, num_inference_steps=50, guidance_scale=2.0, batch_size=200
     )
     judge, accuracy = svm()
     right = judge.predict(to_vectors(images) * 2 - 1).reshape(10, 100) == np.arange(10)[:, None]
-    print(f"\ndigits, text to image: {right.mean():.1%} of 1,000 samples are the prompted digit (bound 98%)")
+    print(f"\n{backend}, digits, text to image: {right.mean():.1%} of 1,000 samples are the prompted digit (bound 98%)")
     print("by digit: " + " ".join(f"{word} {share:.0%}" for word, share in zip(WORDS, right.mean(1), strict=True)))
     print(f"the judge is right on {accuracy:.1%} of the real digits it has not seen")
     print(f"training with compilation, samples and export: {seconds:.0f} s (bound 360 on two idle cores)")

@@ -21,11 +21,10 @@ STEPS = 6
 QUIET = {"report_to": "none", "validation_epochs": None, "save_model_epochs": None}
 
 CASES = {
-    "epsilon": {},
     "sample": {"prediction_type": "sample", "lr_scheduler": "linear"},
     "v_min_snr": {"prediction_type": "v_prediction", "snr_gamma": 5.0, "lr_scheduler": "cosine_with_restarts"},
     "everything": {
-        "snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "gradient_accumulation_steps": 4,
+        "snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "gradient_accumulation_steps": 2,
         "ema_warmup": False, "max_grad_norm": 0.05, "lr_scheduler": "polynomial", "gradient_checkpointing": True,
         "random_flip": True,
     },

@@ -103,7 +103,6 @@ def check(metrics, final, ema, unet, theirs):
 
 
 CASES = {
-    "epsilon": {},
     "sample": {"prediction_type": "sample"},
     "v_min_snr_ema": {"prediction_type": "v_prediction", "snr_gamma": 5.0, "use_ema": True, "ema_warmup": False},
     "all": {
