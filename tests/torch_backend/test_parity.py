@@ -1,6 +1,7 @@
 """Both backends compute the same run: losses, weights, averages, samples, and a run that moves between them."""
 
 import json
+import re
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core.cli import merge
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.loop import fit
-from flax_diffusion.parity import compare, difference, main, verdict
+from flax_diffusion.parity import NO_GRADIENT, compare, difference, main, verdict
 from torch_backend import generate as torch_generate
 from torch_backend.backend import TorchBackend
 
@@ -98,6 +99,23 @@ def test_the_measure_sees_a_difference():
     b = a | {"params/unet/b": np.array([0, 0, 1e-6, 0])}
     assert difference(a, b, "params") == pytest.approx(1e-6 * 2**0.5)
     assert difference(a, b, "ema") == 0.0
+    assert difference(a, b, "params", re.compile("b$")) == 0.0
+
+
+def test_key_biases_change_nothing():
+    """What float32 parity leaves out has no influence: the loss is the same whatever these weights are."""
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    unet = UNet2DModel(**{"sample_size": 8} | RUN["unet"]).double()
+    sample, step = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.tensor([3, 500])
+    before = unet(sample, step).sample
+    names = [name for name, _ in unet.named_parameters() if NO_GRADIENT.search(name)]
+    assert len(names) == 4
+    with torch.no_grad():
+        for name in names:
+            unet.get_parameter(name).normal_()
+    torch.testing.assert_close(unet(sample, step).sample, before, rtol=1e-12, atol=1e-12)
 
 
 def test_command_line(tmp_path, capsys):
