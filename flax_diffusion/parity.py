@@ -60,9 +60,11 @@ class Row:
 
 
 NO_GRADIENT = re.compile(r"\.(to_k|k_proj)\.bias$")
-"""The bias of an attention key adds the same to all scores of a query, which the softmax takes out again: its gradient
-is zero but for rounding. Adam divides a gradient by its size, so in float32 rounding alone moves these weights, by up to
-the learning rate a step; nothing that the model computes depends on them. In float64 they keep to the bounds."""
+"""The bias of an attention key adds the same to all scores of a query, which the softmax takes out again: its
+gradient is zero but for rounding. Adam divides a gradient by its size, so in float32 rounding alone moves these
+weights, by up to the learning rate a step; nothing that the model computes depends on them. In float64 they keep to
+the bounds.
+"""
 
 
 def difference(ours: Arrays, theirs: Arrays, kind: str, leave_out: re.Pattern[str] | None = None) -> float:
