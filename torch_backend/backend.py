@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
 
 from flax_diffusion.core import portable
 from flax_diffusion.core.backend import Batch
@@ -25,14 +20,16 @@ from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.pipeline import PipelineSpec
 from torch_backend import options
-from torch_backend.modules import COMPUTE_DTYPES, build_modules, file_name, load
+from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
+from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, file_name, load, make
 from torch_backend.sampling import Sampler, scheduler_from_config
 from torch_backend.train_step import DiffusionLoss, update_ema
 
-MOMENTS = {"mu": "exp_avg", "nu": "exp_avg_sq"}
-"""AdamW's moments, by the portable name and by PyTorch's."""
+PORTABLE = {"exp_avg": "mu", "exp_avg_sq": "nu"}
+"""AdamW's moments, by PyTorch's name and by the portable one. The 8-bit ones have no other name than their own."""
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+EIGHT_BIT_TABLES = ("absmax", "qmap")
+"""What bitsandbytes keeps beside its moments; a small parameter has none."""
 
 
 class TorchBackend:
@@ -51,10 +48,7 @@ class TorchBackend:
         options.check(config)
         self.config, self.spec, self.dtype = config, spec, dtype
         AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-        self.accelerator: Any = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-        )
-        options.check_distribution(self.accelerator)
+        self.accelerator = make_accelerator(config)
         self.process_index: int = self.accelerator.process_index
         self.process_count: int = self.accelerator.num_processes
         self.device_count: int = self.process_count
@@ -76,6 +70,7 @@ class TorchBackend:
         self.loss: Any
         self.optimizer: Any
         self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
+        self.placement = placement_of(self.accelerator, self.optimizer)
         self.ema: dict[str, Tensor] | None = None
         if config.use_ema:
             self.ema = {name: p.detach().clone() for name, p in self._parameters().items()}
@@ -116,7 +111,9 @@ class TorchBackend:
                 loss = self.loss(micro)
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.max_grad_norm)
+                    norm = torch.as_tensor(
+                        self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.max_grad_norm)
+                    )
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=self.config.set_grads_to_none)
             losses.append(loss.detach())
@@ -127,8 +124,9 @@ class TorchBackend:
                 update_ema(self.ema, self._parameters(), ema_decay)
         mean = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
         metrics = {"loss": mean, "grad_norm": norm}
-        if self.accelerator.scaler is not None:
-            metrics["loss_scale"] = torch.tensor(self.accelerator.scaler.get_scale())
+        scale = self.placement.loss_scale()
+        if scale is not None:
+            metrics["loss_scale"] = torch.tensor(scale.scale)
         return metrics
 
     def read(self, metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -137,52 +135,45 @@ class TorchBackend:
 
     def state_arrays(self) -> portable.Arrays:
         """The whole state as plain arrays on the host; nothing on processes other than the first."""
-        weights, optimizer = get_state_dict(self.loss, self.optimizer.optimizer, options=WHOLE)
-        if self.process_index != 0:
-            return {}
-        arrays = {f"params/{self._portable(name)}": value for name, value in weights.items()}
-        for name, values in cast("dict[str, Any]", optimizer)["state"].items():
-            for short, key in MOMENTS.items():
-                arrays[f"{short}/{self._portable(name)}"] = values[key]
-        if self.ema is not None:
-            arrays |= {f"ema/{name}": value for name, value in self.ema.items()}
-        host = {name: cast("Tensor", value).detach().cpu().numpy().copy() for name, value in arrays.items()}
-        return host | self._scalars()
+        arrays: portable.Arrays = {}
+
+        def keep(name: str, value: Tensor) -> None:
+            if self.process_index == 0:
+                arrays[name] = value.detach().cpu().numpy().copy()
+
+        for name, parameter in self._parameters().items():
+            keep(f"params/{name}", self.placement.weight(parameter))
+            for key, value in self.placement.moments(parameter).items():
+                keep(f"{PORTABLE.get(key, key)}/{name}", value)
+            if self.ema is not None:
+                keep(f"ema/{name}", whole(self.ema[name]))
+        return arrays | self._scalars() if self.process_index == 0 else {}
 
     def _scalars(self) -> portable.Arrays:
         scalars: portable.Arrays = {"count": np.asarray(self.count, np.int32)}
-        if self.accelerator.scaler is not None:
-            scale = self.accelerator.scaler.state_dict()
-            scalars["loss_scale"] = np.asarray(scale["scale"], np.float32)
-            scalars["good_steps"] = np.asarray(scale["_growth_tracker"], np.int32)
+        scale = self.placement.loss_scale()
+        if scale is not None:
+            scalars["loss_scale"] = np.asarray(scale.scale, np.float32)
+            scalars["good_steps"] = np.asarray(scale.good_steps, np.int32)
         return scalars
 
     def _load(self, arrays: portable.Arrays, step: int) -> None:
         """Takes over a state: the inverse of `state_arrays`, on every process."""
-        count = torch.tensor(float(arrays["count"]))
-        weights, moments = {}, {}
-        for wrapped, parameter in self.loss.named_parameters():
-            if parameter.requires_grad:
-                name, short = wrapped.removeprefix("module."), self._portable(wrapped)
-                weights[name] = torch.tensor(arrays[f"params/{short}"])
-                moments[name] = {key: torch.tensor(arrays[f"{kind}/{short}"]) for kind, key in MOMENTS.items()}
-                moments[name]["step"] = count.clone()
-        groups = get_optimizer_state_dict(self.loss, self.optimizer.optimizer)["param_groups"]
-        set_state_dict(
-            self.loss,
-            self.optimizer.optimizer,
-            model_state_dict=weights,
-            optim_state_dict=cast("Any", {"state": moments, "param_groups": groups}),
-            options=StateDictOptions(full_state_dict=True),
-        )
-        if self.ema is not None:
-            for name, average in self.ema.items():
-                average.copy_(torch.tensor(arrays[f"ema/{name}"]))
-        if self.accelerator.scaler is not None:
-            scaler = self.accelerator.scaler
-            values = {"scale": float(arrays["loss_scale"]), "_growth_tracker": int(arrays["good_steps"])}
-            scaler.load_state_dict(scaler.state_dict() | values)
         self.count, self.steps = int(arrays["count"]), step
+        # In one order on every process: each `put` is a collective operation.
+        kinds = sorted({name.partition("/")[0] for name in arrays if "/" in name} - {"params", "ema"})
+        torch_keys = {kind: next((key for key, short in PORTABLE.items() if short == kind), kind) for kind in kinds}
+        for name, parameter in self._parameters().items():
+            moments = {
+                key: torch.tensor(arrays[f"{kind}/{name}"])
+                for kind, key in torch_keys.items()
+                if f"{kind}/{name}" in arrays
+            }
+            self.placement.put(parameter, torch.tensor(arrays[f"params/{name}"]), moments, self.count)
+            if self.ema is not None:
+                self.ema[name].copy_(divided_as(self.ema[name], torch.tensor(arrays[f"ema/{name}"])))
+        if "loss_scale" in arrays:
+            self.placement.set_loss_scale(LossScale(float(arrays["loss_scale"]), int(arrays["good_steps"])))
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
         """Writes the state; the folder gets its name only when it is complete."""
@@ -197,10 +188,12 @@ class TorchBackend:
     def restore(self, folder: Path) -> dict[str, Any]:
         """Loads a checkpoint of either backend."""
         arrays, metadata = portable.read(folder)
-        kinds = ["params", *MOMENTS, *(["ema"] if self.ema is not None else [])]
+        moments = ("state1", "state2") if self.config.use_8bit_adam else tuple(PORTABLE.values())
+        kinds = ["params", *moments, *(["ema"] if self.ema is not None else [])]
         want = {f"{kind}/{name}": tuple(p.shape) for kind in kinds for name, p in self._parameters().items()}
         want |= dict.fromkeys(self._scalars(), ())
-        check_same_shapes({name: tuple(array.shape) for name, array in arrays.items()}, want, folder)
+        have = {name: tuple(array.shape) for name, array in arrays.items() if not name.startswith(EIGHT_BIT_TABLES)}
+        check_same_shapes(have, want, folder)
         self._load(arrays, metadata["step"])
         return metadata
 
@@ -208,8 +201,8 @@ class TorchBackend:
         self, *, prompts: list[str], num_images: int, num_inference_steps: int, guidance_scale: float, seed: int
     ) -> np.ndarray:
         """Draws images with the moving average, or with the weights themselves where there is none."""
-        with self._averaged():
-            return Sampler(self.modules, self._scheduler, self.device)(
+        with self._to_sample() as modules:
+            return Sampler(modules, self._scheduler, self.device)(
                 prompts=prompts,
                 num_images=num_images,
                 num_inference_steps=num_inference_steps,
@@ -219,27 +212,42 @@ class TorchBackend:
 
     def export(self, folder: Path) -> None:
         """Writes every component's float32 weights."""
-        with self._averaged():
-            for name, component in self.spec.components.items():
-                if self.process_index == 0:
-                    module = self.modules.by_name[name] if component.train else load(component)
-                    module.save_pretrained(folder / name, safe_serialization=True)
+        for name, component in self.spec.components.items():
+            module = self._finished(name) if component.train else load(component)
+            if self.process_index == 0:
+                module.save_pretrained(folder / name, safe_serialization=True)
+
+    @torch.no_grad()
+    def _finished(self, name: str) -> Any:
+        """A new module of a trained component on the host, with its averaged weights if there are any."""
+        component = self.spec.components[name]
+        module = make(component)
+        targets = {f"{name}/{file_name(component.kind, inside)}": p for inside, p in module.named_parameters()}
+        for full, parameter in self._parameters().items():
+            if full in targets:
+                value = self.placement.weight(parameter) if self.ema is None else whole(self.ema[full])
+                targets[full].copy_(value)
+        return module
 
     @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The trained modules hold the moving average meanwhile, if there is one."""
-        parameters = self._parameters() if self.ema is not None else {}
-        kept = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-        modes = {name: module.training for name, module in self.modules.by_name.items()}
+    def _to_sample(self) -> Iterator[Modules]:
+        """The modules, holding the moving average meanwhile if there is one."""
+        trained = [name for name, component in self.spec.components.items() if component.train]
         with torch.no_grad(), self.accelerator.autocast():
+            if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what it wraps cannot be called
+                copies = {name: self._finished(name).to(self.device).eval() for name in trained}
+                yield replace(self.modules, by_name=self.modules.by_name | copies)
+                return
+            parameters = self._parameters() if self.ema is not None else {}
+            kept = {name: parameter.clone() for name, parameter in parameters.items()}
             for name, parameter in parameters.items():
                 parameter.copy_((self.ema or {})[name])
-            for module in self.modules.by_name.values():
-                module.eval()
+            for name in trained:
+                self.modules.by_name[name].eval()
             try:
-                yield
+                yield self.modules
             finally:
                 for name, parameter in parameters.items():
                     parameter.copy_(kept[name])
-                for name, module in self.modules.by_name.items():
-                    module.train(modes[name])
+                for name in trained:
+                    self.modules.by_name[name].train()

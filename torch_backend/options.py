@@ -16,11 +16,21 @@ from torch_backend.modules import Modules
 
 JAX_ONLY = {
     "data_parallelism": "start several processes with `accelerate launch -m torch_backend.train` or torchrun",
-    "fsdp_parallelism": "the PyTorch side keeps the whole state in every process; sharding it is not here yet",
+    "fsdp_parallelism": "use accelerate launch --config_file configs/accelerate/fsdp.yaml -m torch_backend.train",
 }
 """Options of `python -m flax_diffusion.train`, and what to use here."""
 
 CUDA_ONLY = ("enable_xformers_memory_efficient_attention", "allow_tf32")
+
+
+PACKAGES = {
+    "use_8bit_adam": ("bitsandbytes", "drop the option"),
+    "enable_xformers_memory_efficient_attention": (
+        "xformers",
+        "drop the option, PyTorch's own attention needs as little memory",
+    ),
+}
+"""Options that another package brings: its name, and what to do without."""
 
 
 def check(config: TrainConfig) -> None:
@@ -30,30 +40,17 @@ def check(config: TrainConfig) -> None:
         ConfigError: Naming the option and the fix.
     """
     refuse(config, JAX_ONLY, "JAX")
-    if config.use_8bit_adam:
-        raise ConfigError("--use_8bit_adam: not here yet, neither on PyTorch nor on JAX: drop the option")
-    if config.enable_xformers_memory_efficient_attention and importlib.util.find_spec("xformers") is None:
-        raise ConfigError(
-            "--enable_xformers_memory_efficient_attention: needs the package xformers, which is not installed: pip "
-            "install xformers, or drop the option, PyTorch's own attention is as lean"
-        )
+    for name, (package, instead) in PACKAGES.items():
+        if getattr(config, name) and importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"--{name}: needs the package {package}, which is not installed: pip install {package}, or {instead}"
+            )
     if not torch.cuda.is_available():
         for name in CUDA_ONLY:
             if getattr(config, name):
                 raise ConfigError(f"--{name}: needs a CUDA device, and there is none: drop the option")
         if config.mixed_precision == "fp16":
             raise ConfigError("--mixed_precision fp16: PyTorch needs a CUDA device for it: use bf16 or no")
-
-
-def check_distribution(accelerator: Any) -> None:
-    """Refuses launchers that shard the state, which this backend cannot save or average yet.
-
-    Raises:
-        ConfigError: Naming the kind of distribution.
-    """
-    kind = str(accelerator.distributed_type).removeprefix("DistributedType.")
-    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
-        raise ConfigError(f"Accelerate is configured for {kind}: not here yet; use plain data-parallel processes")
 
 
 def set_globals(config: TrainConfig) -> None:
@@ -80,8 +77,13 @@ def apply(config: TrainConfig, modules: Modules) -> None:
 
 
 def make_optimizer(config: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """AdamW; the learning rate is set at every step."""
-    return torch.optim.AdamW(
+    """AdamW, with 8-bit moments where asked for; the learning rate is set at every step."""
+    kind: Any = torch.optim.AdamW
+    if config.use_8bit_adam:
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
+    return kind(
         parameters,
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),

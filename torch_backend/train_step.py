@@ -12,6 +12,9 @@ from torch_backend.modules import Modules
 
 Batch = dict[str, Tensor]
 
+FSDP_UNITS = {"ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer"}
+"""What FSDP gathers at a time."""
+
 
 class DiffusionLoss(nn.Module):
     """The weighted denoising loss, Σ_i w_i · mean((prediction_i − target_i)²) / B.
@@ -28,6 +31,8 @@ class DiffusionLoss(nn.Module):
         for name, component in modules.spec.components.items():
             if component.train:
                 self.add_module(name, modules.by_name[name])
+        present = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(present & FSDP_UNITS)  # where Accelerate looks for them
 
     def forward(self, batch: Batch) -> Tensor:
         """Computes the loss in float32 at least.

@@ -108,7 +108,7 @@ class TrainConfig(BaseModel):
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
     # What only PyTorch has, most of it on CUDA; the JAX side says what to use instead
-    use_8bit_adam: bool = Field(False, description="AdamW with 8-bit moments: not here yet.")
+    use_8bit_adam: bool = Field(False, description="PyTorch: AdamW with 8-bit moments, by bitsandbytes.")
     enable_xformers_memory_efficient_attention: bool = Field(
         False, description="PyTorch: attention by xformers instead of PyTorch's own."
     )

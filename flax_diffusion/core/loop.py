@@ -113,11 +113,11 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         values = {"task": task} | config.model_dump(mode="json")
         write_text(output_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
         pipeline.save_tokenizer(spec, output_dir)
-    log.info(
-        "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
-        task, spec.kind, len(source), parameters, backend.device_count, schedule.step_examples,
-        first_step + 1, schedule.total_steps,
-    )  # fmt: skip
+        log.info(
+            "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
+            task, spec.kind, len(source), parameters, backend.device_count, schedule.step_examples,
+            first_step + 1, schedule.total_steps,
+        )  # fmt: skip
 
     loader = make_loader(
         config,

@@ -99,9 +99,8 @@ def test_two_processes_equal_one(request, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"fsdp_parallelism": 2}, "--fsdp_parallelism: only the JAX backend has it; the PyTorch side"),
+        ({"fsdp_parallelism": 2}, "--fsdp_parallelism: only the JAX backend has it; use accelerate launch"),
         ({"data_parallelism": 1}, "--data_parallelism: only the JAX backend has it; start several processes"),
-        ({"use_8bit_adam": True}, "--use_8bit_adam: not here yet"),
         ({"enable_xformers_memory_efficient_attention": True}, "--enable_xformers_memory_efficient_attention: needs"),
         ({"allow_tf32": True}, "--allow_tf32: needs a CUDA device"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16: PyTorch needs a CUDA device for it: use bf16"),
@@ -128,6 +127,15 @@ def test_speed_options_change_no_number(tmp_path):
     other = run(tmp_path / "b", **options, channels_last=True, gradient_checkpointing=True, set_grads_to_none=True)
     for name, array in plain.items():
         np.testing.assert_allclose(other[name], array, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.acceptance
+def test_compiling_changes_no_number(tmp_path):
+    folders = [
+        train("unconditional", **RUN, torch_compile=compiled, output_dir=str(tmp_path / str(compiled)))
+        for compiled in (False, True)
+    ]
+    np.testing.assert_allclose(losses(folders[1]), losses(folders[0]), rtol=1e-4)
 
 
 def test_every_recipe_is_taken_by_both(request):

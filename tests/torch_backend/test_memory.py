@@ -1,0 +1,113 @@
+"""Options that save memory: 8-bit moments, FSDP and DeepSpeed, each resumed exactly and held to the plain run."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from test_torch_run import losses, run
+from tiny import RUN
+
+from flax_diffusion.core import portable
+from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.parity import NO_GRADIENT
+from torch_backend.train import train
+
+WIDE = RUN["unet"] | {"block_out_channels": [8, 64]}  # its largest parameters are long enough for 8-bit moments
+
+
+def test_8bit_adam_resumes_bitwise(tmp_path):
+    options = {"use_8bit_adam": True, "unet": WIDE, "use_ema": False}
+    whole = run(tmp_path / "whole", checkpointing_steps=3, **options)
+    assert {array.dtype for name, array in whole.items() if name.startswith("state1/")} == {
+        np.dtype(np.uint8),
+        np.dtype(np.float32),
+    }
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "part/checkpoint-3")
+    resumed = run(tmp_path / "part", resume_from_checkpoint="latest", **options)
+    assert set(resumed) == set(whole)
+    for name, array in whole.items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+    with pytest.raises(CheckpointError, match=r"checkpoint-8 is of another model or optimizer: mu/.* is missing there"):
+        run(tmp_path / "part", resume_from_checkpoint="latest", **options | {"use_8bit_adam": False})
+
+
+def test_8bit_adam_trains_as_adam_does(tmp_path):
+    plain = train("unconditional", **RUN | {"unet": WIDE}, output_dir=str(tmp_path / "plain"))
+    eight = train("unconditional", **RUN | {"unet": WIDE, "use_8bit_adam": True}, output_dir=str(tmp_path / "eight"))
+    np.testing.assert_allclose(losses(eight), losses(plain), rtol=2e-2)
+    assert losses(eight)[-1] != losses(plain)[-1]
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+
+
+def launch_fsdp(request, *words):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    script = str(request.config.rootpath / "tests/torch_backend/fsdp_on_cpu.py")
+    path = {"PYTHONPATH": str(request.config.rootpath), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, script, *words], check=True, env=os.environ | FSDP | path)
+
+
+def launch_deepspeed(request, *words):
+    pytest.importorskip("deepspeed")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    config = str(request.config.rootpath / "configs/accelerate/deepspeed_zero2_offload.yaml")
+    command = [*launcher, "--config_file", config, "-m", "torch_backend.train", *words]
+    subprocess.run(command, check=True, cwd=request.config.rootpath)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize(
+    ("launch", "processes", "use_ema"),
+    [(launch_fsdp, 2, True), (launch_deepspeed, 1, False)],
+    ids=["fsdp", "deepspeed"],
+)
+def test_divided_state(request, tmp_path, launch, processes, use_ema):
+    """FSDP and DeepSpeed take the steps of a plain run, resume exactly, and hand over to a plain run."""
+    values = RUN | {
+        "task": "unconditional", "use_ema": use_ema, "gradient_accumulation_steps": 2, "checkpointing_steps": 3,
+        "validation_epochs": None, "save_model_epochs": None, "global_batch_size": 32,
+    }  # fmt: skip
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(json.dumps(values))
+    del values["task"]
+    plain = train("unconditional", **values, output_dir=str(tmp_path / "plain"))
+    launch(request, "--config", str(recipe), "--output_dir", str(tmp_path / "whole"))
+    np.testing.assert_allclose(losses(tmp_path / "whole"), losses(plain), rtol=1e-5)
+    whole = portable.read(tmp_path / "whole/checkpoint-6")[0]
+    ours = portable.read(plain / "checkpoint-6")[0]
+    assert set(whole) == set(ours)
+    for name, array in ours.items():
+        if not NO_GRADIENT.search(name):
+            np.testing.assert_allclose(whole[name], array, rtol=1e-3, atol=1e-5, err_msg=name)
+
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "part/checkpoint-3")
+    resume = ("--resume_from_checkpoint", "latest")
+    launch(request, "--config", str(recipe), "--output_dir", str(tmp_path / "part"), *resume)
+    for name, array in portable.read(tmp_path / "part/checkpoint-6")[0].items():
+        np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+    shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "moved/checkpoint-3")
+    moved = train("unconditional", **values, output_dir=str(tmp_path / "moved"), resume_from_checkpoint="latest")
+    np.testing.assert_allclose(losses(moved), losses(plain)[3:], rtol=1e-5)
+
+
+def test_accelerate_configured_for_a_package_that_is_missing(request, tmp_path):
+    recipe = tmp_path / "run.yaml"
+    recipe.write_text(json.dumps(RUN | {"task": "unconditional", "output_dir": str(tmp_path / "run")}))
+    code = (
+        "import sys; sys.modules['deepspeed'] = None;"
+        "from flax_diffusion.core.cli import main_guard; from torch_backend.train import main; main_guard(main)"
+    )
+    command = [sys.executable, "-c", code, "--config", str(recipe)]
+    environment = os.environ | {"ACCELERATE_USE_DEEPSPEED": "true"}
+    ran = subprocess.run(command, env=environment, cwd=request.config.rootpath, capture_output=True, text=True)
+    assert ran.returncode == 2
+    assert "Accelerate's configuration does not work here: DeepSpeed is not installed" in ran.stderr.splitlines()[-1]
