@@ -198,10 +198,12 @@ class JaxBackend:
             seed=seed,
         )
 
-    def export(self, folder: Path) -> None:
-        """Writes every component's float32 weights."""
+    def export(self, folder: Path, *, only_trained: bool = False) -> None:
+        """Writes the components' float32 weights."""
         trained = self._exported()
         for name, component in self.spec.components.items():
+            if only_trained and not component.train:
+                continue
             params = jax.device_get(trained[name]) if name in trained else load_pretrained(component)
             if self.process_index == 0:
                 self.modules.by_name[name].save_pretrained(folder / name, params)

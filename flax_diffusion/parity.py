@@ -127,7 +127,8 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         backends: tuple[Backend, Backend] = (ours, theirs)
         for backend in backends:
             backend.init_state()
-        schedule = loop.make_schedule(config, len(source), 1)
+        schedule = loop.make_schedule(config, loop.count_examples(config, source), 1)
+        source = loop.complete_source(config, source, ours)
         rate = loop.make_rate(config, schedule)
         with loop.make_loader(config, spec, source, schedule, num_steps=steps) as loader:
             for done, batch in enumerate(loader):

@@ -210,9 +210,11 @@ class TorchBackend:
                 seed=seed,
             )
 
-    def export(self, folder: Path) -> None:
-        """Writes every component's float32 weights."""
+    def export(self, folder: Path, *, only_trained: bool = False) -> None:
+        """Writes the components' float32 weights."""
         for name, component in self.spec.components.items():
+            if only_trained and not component.train:
+                continue
             module = self._finished(name) if component.train else load(component)
             if self.process_index == 0:
                 module.save_pretrained(folder / name, safe_serialization=True)

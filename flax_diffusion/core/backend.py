@@ -84,6 +84,6 @@ class Backend(Protocol):
         """
         ...
 
-    def export(self, folder: Path) -> None:
-        """Writes the weights of every model of the pipeline, one subfolder each, in Diffusers' format."""
+    def export(self, folder: Path, *, only_trained: bool = False) -> None:
+        """Writes the weights of the pipeline's models, one subfolder each, in Diffusers' format."""
         ...

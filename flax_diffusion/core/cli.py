@@ -41,12 +41,18 @@ def _parse_flag(text: str, annotation: Any) -> Any:
     members = _union_members(annotation)
     if type(None) in members and text.lower() in ("null", "none"):
         return None
-    if any(get_origin(member) is dict for member in members) and text.lstrip().startswith("{"):
+    if any(_takes_mapping(member) for member in members) and text.lstrip().startswith("{"):
         try:
             return json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{text!r} is not valid JSON ({error}): quote the mapping for the shell") from error
     return text
+
+
+def _takes_mapping(annotation: Any) -> bool:
+    if get_origin(annotation) is list:
+        return any(_takes_mapping(member) for member in get_args(annotation))
+    return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
 
 
 def build(model: type[BaseModel], values: dict[str, Any], origin: str) -> Any:
@@ -74,7 +80,9 @@ def _describe(item: Any) -> str:
     text = item["msg"].removeprefix("Value error, ")
     if not item["loc"]:
         return text
-    return f"--{item['loc'][0]}: {text[0].lower()}{text[1:]}, got {item['input']!r}"
+    name, *inside = item["loc"]
+    place = "".join(f".{part}" for part in inside) if inside and isinstance(inside[0], int) else ""  # in a list
+    return f"--{name}{place}: {text[0].lower()}{text[1:]}, got {item['input']!r}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -152,7 +160,7 @@ def _metavar(annotation: Any) -> str:
             continue
         if get_origin(member) is typing.Literal:
             words.append("{" + ",".join(str(choice) for choice in get_args(member)) + "}")
-        elif get_origin(member) is dict:
+        elif _takes_mapping(member):
             words.append("JSON")
         else:
             words.append(getattr(member, "__name__", "str").upper().replace("LIST", "STR"))

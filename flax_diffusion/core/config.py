@@ -1,13 +1,13 @@
 """The typed configuration of a run, one frozen class a task.
 
 Fields are named as the flags of the Diffusers training scripts, so that their commands keep working, and a YAML
-file holds the same names. `core.cli` fills these classes from file and flags; every rule that joins two fields
-stands in one place, `TrainConfig._check`.
+file holds the same names. `core.cli` fills these classes from file and flags; the rules that join fields stand in the
+class that has the fields, in its `_check…`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
@@ -47,14 +47,6 @@ class TrainConfig(BaseModel):
     ddpm_beta_schedule: str = Field("linear", description="Beta schedule, when the scheduler is ours to choose.")
 
     # Data
-    dataset_name: str | None = Field(None, description="Hub dataset id, or the built-in `digits`.")
-    dataset_config_name: str | None = Field(None, description="Configuration of that dataset.")
-    train_data_dir: str | None = Field(
-        None, description="Folder of images (metadata.jsonl/.csv, .txt captions or none) or of .parquet files."
-    )
-    image_column: str = Field("image", description="Column that holds the images.")
-    max_train_samples: int | None = Field(None, ge=1, description="Use only the first so many examples.")
-    cache_dir: str | None = Field(None, description="Where Hub downloads are kept.")
     resolution: int = Field(64, ge=1, description="Height and width of the training images, in pixels.")
     resize_mode: Literal["crop", "stretch"] = Field(
         "crop", description="crop: scale the short side, then crop. stretch: scale both sides to the resolution."
@@ -148,6 +140,9 @@ class TrainConfig(BaseModel):
         None, ge=1, description="Write the pipeline every so many epochs. None: only at the end."
     )
     checkpointing_steps: int = Field(500, ge=1, description="Optimizer steps between checkpoints.")
+    checkpoint_models: bool = Field(
+        False, description="Each checkpoint also holds the trained models, in Diffusers' format."
+    )
     checkpoints_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep. None: all.")
     resume_from_checkpoint: str | None = Field(None, description="`latest`, or the name of one: checkpoint-1500.")
     report_to: Literal["tensorboard", "none"] = Field(
@@ -159,10 +154,6 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         """Every rule that joins two fields. A ValueError's text is the error line."""
-        if not self.dataset_name and not self.train_data_dir:
-            raise ValueError("no data: give --dataset_name (a Hub id or `digits`) or --train_data_dir (a folder)")
-        if self.dataset_name and self.dataset_name != "imagefolder" and self.train_data_dir:
-            raise ValueError("--dataset_name and --train_data_dir exclude each other: drop one")
         if self.pretrained_model_name_or_path and self.unet is not None:
             raise ValueError("--unet is for training from scratch: drop it or --pretrained_model_name_or_path")
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
@@ -176,7 +167,53 @@ class TrainConfig(BaseModel):
         return self
 
 
-class UnconditionalConfig(TrainConfig):
+class DatasetConfig(TrainConfig):
+    """Of the tasks that train on a dataset."""
+
+    dataset_name: str | None = Field(None, description="Hub dataset id, or the built-in `digits`.")
+    dataset_config_name: str | None = Field(None, description="Configuration of that dataset.")
+    train_data_dir: str | None = Field(
+        None, description="Folder of images (metadata.jsonl/.csv, .txt captions or none) or of .parquet files."
+    )
+    image_column: str = Field("image", description="Column that holds the images.")
+    max_train_samples: int | None = Field(None, ge=1, description="Use only the first so many examples.")
+    cache_dir: str | None = Field(None, description="Where Hub downloads are kept.")
+
+    @model_validator(mode="after")
+    def _check_data(self) -> DatasetConfig:
+        if not self.dataset_name and not self.train_data_dir:
+            raise ValueError("no data: give --dataset_name (a Hub id or `digits`) or --train_data_dir (a folder)")
+        if self.dataset_name and self.dataset_name != "imagefolder" and self.train_data_dir:
+            raise ValueError("--dataset_name and --train_data_dir exclude each other: drop one")
+        return self
+
+
+class TextConfig(TrainConfig):
+    """Of the tasks whose images follow a text."""
+
+    vae: str | None = Field(
+        "pretrained", description="`pretrained`: the pipeline's own; else a folder or Hub id. None: train on pixels."
+    )
+    tokenizer_name: str | None = Field(
+        None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
+    )
+    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
+    resolution: int = Field(512, ge=1, description="Height and width of the training images, in pixels.")
+    validation_prompts: list[str] = Field(
+        [],
+        validation_alias=_also("validation_prompts", "validation_prompt"),
+        description="Prompts to sample during training.",
+    )
+    validation_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of those samples.")
+    eval_batch_size: int = Field(
+        4,
+        ge=1,
+        validation_alias=_also("eval_batch_size", "num_validation_images"),
+        description="Images in the grid (a prompt).",
+    )
+
+
+class UnconditionalConfig(DatasetConfig):
     """Images from noise alone: `train unconditional`."""
 
     lr_scheduler: LrScheduler = Field("cosine", description="Shape of the rate over the run.")
@@ -198,28 +235,17 @@ class UnconditionalConfig(TrainConfig):
     save_model_epochs: int | None = Field(10, ge=1, description="Write the pipeline every so many epochs.")
 
 
-class TextToImageConfig(TrainConfig):
+class TextToImageConfig(DatasetConfig, TextConfig):
     """Images from captions: `train text_to_image`. Fine-tunes Stable Diffusion 1.x and 2.x, or starts from scratch."""
 
-    vae: str | None = Field(
-        "pretrained", description="`pretrained`: the pipeline's own; else a folder or Hub id. None: train on pixels."
-    )
     text_encoder: dict[str, Any] | str | None = Field(
         None, description="From scratch: the CLIP text config, as a mapping or the folder or .json file that holds it."
     )
-    tokenizer_name: str | None = Field(
-        None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
-    )
-    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
     caption_column: str = Field("text", description="Column that holds the captions.")
     proportion_empty_prompts: float = Field(
         0.0, ge=0, le=1, description="Share of captions replaced by the empty one, which guidance needs."
     )
-    resolution: int = Field(512, ge=1, description="Height and width of the training images, in pixels.")
     image_interpolation_mode: Interpolation = Field("lanczos", description="Filter that resizes.")
-    validation_prompts: list[str] = Field([], description="Prompts to sample during training.")
-    validation_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of those samples.")
-    eval_batch_size: int = Field(4, ge=1, description="Images in the grid (a prompt).")
     output_dir: str = Field("sd-model-finetuned", description="Folder of the run.")
 
     @model_validator(mode="after")
@@ -239,4 +265,93 @@ class TextToImageConfig(TrainConfig):
         return self
 
 
-TASKS: dict[str, type[TrainConfig]] = {"unconditional": UnconditionalConfig, "text_to_image": TextToImageConfig}
+class Concept(BaseModel):
+    """One new thing for DreamBooth to learn, and the class that it belongs to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instance_data_dir: str  # folder of pictures of the new thing
+    instance_prompt: str  # "a photo of sks dog"
+    class_data_dir: str | None = None  # folder of pictures of its class; what is missing is drawn
+    class_prompt: str | None = None  # "a photo of dog"
+    repeats: Annotated[int, Field(ge=1)] = 1  # times each picture stands in an epoch
+
+
+class DreamBoothConfig(TextConfig):
+    """A new thing from a handful of its pictures: `train dreambooth`."""
+
+    instance_data_dir: str | None = Field(None, description="Folder of pictures of the new thing.")
+    instance_prompt: str | None = Field(None, description="Prompt that names it, such as 'a photo of sks dog'.")
+    with_prior_preservation: bool = Field(False, description="Keep what its class looks like, by pictures of it.")
+    class_data_dir: str | None = Field(None, description="Folder of pictures of the class; filled up as needed.")
+    class_prompt: str | None = Field(None, description="Prompt that names the class, such as 'a photo of dog'.")
+    num_class_images: int = Field(100, ge=1, description="Pictures of each class; the model draws those missing.")
+    prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the class pictures' loss.")
+    sample_batch_size: int = Field(4, ge=1, description="Class pictures a device draws at a time.")
+    concepts: list[Concept] = Field(
+        [], description="Several concepts at once: a list of mappings with the five options of one, and repeats."
+    )
+    train_batch_size: int = Field(
+        4, ge=1, description="Images of the new thing a device in one forward pass; as many of the class go with them."
+    )
+    num_train_epochs: int = Field(1, ge=1, description="Passes over the data.")
+    learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate.")
+    validation_steps: int | None = Field(100, ge=1, description="Sample every so many steps.")
+    checkpoint_models: bool = Field(
+        True, description="Each checkpoint also holds the trained models, in Diffusers' format."
+    )
+    output_dir: str = Field("dreambooth-model", description="Folder of the run.")
+
+    @property
+    def all_concepts(self) -> list[Concept]:
+        """The concepts, whichever way they were given."""
+        if self.concepts:
+            return self.concepts
+        return [
+            Concept(
+                instance_data_dir=str(self.instance_data_dir),
+                instance_prompt=str(self.instance_prompt),
+                class_data_dir=self.class_data_dir,
+                class_prompt=self.class_prompt,
+            )
+        ]
+
+    @model_validator(mode="after")
+    def _check_concepts(self) -> DreamBoothConfig:
+        if self.pretrained_model_name_or_path is None:
+            raise ValueError("dreambooth starts from a model: give --pretrained_model_name_or_path")
+        single = {
+            "instance_data_dir": self.instance_data_dir,
+            "instance_prompt": self.instance_prompt,
+            "class_data_dir": self.class_data_dir,
+            "class_prompt": self.class_prompt,
+        }
+        given = [name for name, value in single.items() if value is not None]
+        if self.concepts and given:
+            raise ValueError(f"--{given[0]} and concepts exclude each other: put it into the list, or drop the list")
+        if not self.concepts:
+            for name in ("instance_data_dir", "instance_prompt"):
+                if not single[name]:
+                    raise ValueError(f"dreambooth needs --{name}, or a list of concepts")
+        for concept in self.all_concepts:
+            missing = [name for name in ("class_data_dir", "class_prompt") if not getattr(concept, name)]
+            if self.with_prior_preservation and missing:
+                raise ValueError(f"--with_prior_preservation needs --{missing[0]} for '{concept.instance_prompt}'")
+            if not self.with_prior_preservation and len(missing) < 2:
+                raise ValueError(
+                    f"--class_data_dir and --class_prompt go with --with_prior_preservation: add it, or drop them for "
+                    f"'{concept.instance_prompt}'"
+                )
+            if concept.class_prompt == concept.instance_prompt:
+                raise ValueError(
+                    f"'{concept.instance_prompt}' names both the new thing and its class: put a rare word into "
+                    "--instance_prompt, as in 'a photo of sks dog'"
+                )
+        return self
+
+
+TASKS: dict[str, type[TrainConfig]] = {
+    "unconditional": UnconditionalConfig,
+    "text_to_image": TextToImageConfig,
+    "dreambooth": DreamBoothConfig,
+}

@@ -18,11 +18,12 @@ from typing import Any, cast
 
 import yaml
 
-from flax_diffusion.core import checkpoints, pipeline
+from flax_diffusion.core import checkpoints, class_images, pipeline
 from flax_diffusion.core.backend import Backend
-from flax_diffusion.core.config import TextToImageConfig, TrainConfig
+from flax_diffusion.core.config import DatasetConfig, DreamBoothConfig, TextConfig, TextToImageConfig, TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.data.captions import Tokenize
+from flax_diffusion.core.data.concepts import PromptedSource, open_instances, open_pairs
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.noise import NoiseSpec
 from flax_diffusion.core.data.sources import Source, open_source
@@ -102,11 +103,13 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
     source = open_run_source(config)
     spec = make_spec(config, source)
     backend = make_backend(config, spec)
-    schedule = make_schedule(config, len(source), backend.device_count)
+    num_examples = count_examples(config, source)
+    schedule = make_schedule(config, num_examples, backend.device_count)
     parameters = backend.init_state()
+    source = complete_source(config, source, backend)
     first_step, first_example = 0, 0
     if resume_from is not None:
-        metadata = _check_resume(backend.restore(resume_from), resume_from, task, config, len(source))
+        metadata = _check_resume(backend.restore(resume_from), resume_from, task, config, num_examples)
         first_step, first_example = metadata["step"], metadata["examples_seen"]
     main = backend.process_index == 0
     if main:
@@ -115,7 +118,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         pipeline.save_tokenizer(spec, output_dir)
         log.info(
             "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
-            task, spec.kind, len(source), parameters, backend.device_count, schedule.step_examples,
+            task, spec.kind, num_examples, parameters, backend.device_count, schedule.step_examples,
             first_step + 1, schedule.total_steps,
         )  # fmt: skip
 
@@ -232,7 +235,11 @@ class _Run:
             "task": self.task,
             "seed": self.config.seed,
         }
-        self.backend.save(checkpoints.checkpoint_folder(self.output_dir, step), metadata)
+        folder = checkpoints.checkpoint_folder(self.output_dir, step)
+        self.backend.save(folder, metadata)
+        if self.config.checkpoint_models:
+            self.backend.wait()
+            self.backend.export(folder, only_trained=True)
         self.last_saved = step
 
     def _rotate(self) -> None:
@@ -241,8 +248,8 @@ class _Run:
 
     def _sample(self, step: int) -> None:
         config = self.config
-        text = isinstance(config, TextToImageConfig)
-        prompts = cast(TextToImageConfig, config).validation_prompts if text else []
+        text = isinstance(config, TextConfig)
+        prompts = config.validation_prompts if text else []
         if text and not prompts:
             return
         self._drain()
@@ -250,7 +257,7 @@ class _Run:
             prompts=prompts,
             num_images=config.eval_batch_size,
             num_inference_steps=config.validation_num_inference_steps,
-            guidance_scale=cast(TextToImageConfig, config).validation_guidance_scale if text else 1.0,
+            guidance_scale=config.validation_guidance_scale if text else 1.0,
             seed=config.seed,
         )
         self.tracker.grid(step, images, config.eval_batch_size if text else None)
@@ -273,7 +280,10 @@ def _put_ahead(backend: Backend, loader: Loader) -> Iterator[Any]:
 
 
 def open_run_source(config: TrainConfig) -> Source:
-    """The examples that a config names."""
+    """The examples that a config names; DreamBooth's without those of the classes, which may still have to be drawn."""
+    if isinstance(config, DreamBoothConfig):
+        return open_instances(config)
+    assert isinstance(config, DatasetConfig)
     return open_source(
         dataset_name=config.dataset_name,
         dataset_config_name=config.dataset_config_name,
@@ -285,9 +295,26 @@ def open_run_source(config: TrainConfig) -> Source:
     )
 
 
+def count_examples(config: TrainConfig, source: Source) -> int:
+    """Examples an epoch, those that `complete_source` adds among them."""
+    if isinstance(config, DreamBoothConfig) and config.with_prior_preservation:
+        for concept in config.all_concepts:
+            class_images.missing(concept, config.num_class_images)  # a folder that cannot be filled is found now
+        return max(len(source), config.num_class_images * sum(concept.repeats for concept in config.all_concepts))
+    return len(source)
+
+
+def complete_source(config: TrainConfig, source: Source, backend: Backend) -> Source:
+    """Adds the examples that the models themselves draw."""
+    if not (isinstance(config, DreamBoothConfig) and config.with_prior_preservation):
+        return source
+    class_images.draw_missing(config, backend)
+    return open_pairs(config, cast(PromptedSource, source))
+
+
 def make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
     """The pipeline that a config names; the source's captions make a tokenizer where there is none."""
-    if not isinstance(config, TextToImageConfig):
+    if not isinstance(config, TextConfig):
         return pipeline.unconditional(config)
     captions = (_as_list(source[index].caption) for index in range(len(source)))
     return pipeline.text_to_image(
@@ -325,6 +352,7 @@ def make_loader(
         num_steps=num_steps,
         num_workers=config.dataloader_num_workers,
         skip_bad_images=config.skip_bad_images,
+        rows=2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1,
     )
 
 

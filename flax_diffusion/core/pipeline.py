@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from flax_diffusion.core import hub, noise_schedule
-from flax_diffusion.core.config import TextToImageConfig, TrainConfig
+from flax_diffusion.core.config import TextConfig, TextToImageConfig, TrainConfig
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.files import write_json
 
@@ -121,8 +121,8 @@ def unconditional(config: TrainConfig) -> PipelineSpec:
     return _checked(kind, components, config)
 
 
-def text_to_image(config: TextToImageConfig, captions: Iterable[str], run_tokenizer: Path) -> PipelineSpec:
-    """The pipeline that `train text_to_image` trains: Stable Diffusion 1.x or 2.x, or one from scratch.
+def text_to_image(config: TextConfig, captions: Iterable[str], run_tokenizer: Path) -> PipelineSpec:
+    """The pipeline of every task with prompts: Stable Diffusion 1.x or 2.x, or one from scratch.
 
     Args:
         config: The run's options.
@@ -136,6 +136,7 @@ def text_to_image(config: TextToImageConfig, captions: Iterable[str], run_tokeni
         encoder = _pretrained(config, "text_encoder", "CLIPTextModel", train=config.train_text_encoder)
         unet = _pretrained(config, "unet", "UNet2DConditionModel", train=True)
     else:
+        assert isinstance(config, TextToImageConfig)
         encoder = Component(
             kind="CLIPTextModel", config=_read_config(config.text_encoder, "--text_encoder"), train=True
         )

@@ -56,7 +56,7 @@ class Recorder:
         self.sampled.append(self.taken)
         return np.zeros((num_images, 8, 8, 1), np.uint8)
 
-    def export(self, folder):
+    def export(self, folder, *, only_trained=False):
         (folder / "unet").mkdir(exist_ok=True)
         self.exported.append(self.taken)
 

@@ -66,7 +66,7 @@ class ExampleFn:
         if self.tokenize is not None:
             example["input_ids"] = self.tokenize(self._caption(record, rng))
         weight = 1.0 if self.loss_weights is None else self.loss_weights[example["timesteps"]]
-        example["loss_weights"] = np.asarray(weight, np.float32)
+        example["loss_weights"] = np.asarray(weight * record.weight, np.float32)
         example["example_index"] = np.asarray(index, np.int64)
         return example
 

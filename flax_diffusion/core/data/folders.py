@@ -83,7 +83,7 @@ def open_folder(
         root = root / split
 
     files = list(_walk(root))
-    images = [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)]
+    images = _images(files)
     tables = [name for name in files if name.lower().endswith(".parquet")]
     metadata = [name for name in files if os.path.basename(name) in METADATA_FILES]
     if tables and images:
@@ -117,6 +117,15 @@ def _walk(root: Path) -> Iterator[str]:
         for name in sorted(names):
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def image_files(root: Path) -> list[str]:
+    """Give the images below a folder, relative to it, in order."""
+    return _images(_walk(root))
+
+
+def _images(files: Iterable[str]) -> list[str]:
+    return [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)]
 
 
 def _text_file(name: str) -> str:

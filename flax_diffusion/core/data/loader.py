@@ -85,6 +85,7 @@ class _MicroBatches:
     start_example: int
     shuffle: bool
     skip_bad_images: bool
+    rows: int
     length: int
 
     def __len__(self) -> int:
@@ -94,20 +95,22 @@ class _MicroBatches:
         """Return the arrays, and for each bad example passed over its name and what is wrong with it."""
         skipped: list[tuple[str, str]] = []
         first = self.start_example + (index * self.process_count + self.process_index) * self.batch_size
-        examples = [self._example(first + row, skipped) for row in range(self.batch_size)]
+        places = [first + place for place in range(self.batch_size)]
+        examples = [self._example(place, row, skipped) for place in places for row in range(self.rows)]
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}, skipped
 
-    def _example(self, position: int, skipped: list[tuple[str, str]]) -> dict[str, np.ndarray]:
-        count = len(self.source)
+    def _example(self, position: int, row: int, skipped: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+        count = len(self.source) // self.rows
         epoch, index = example_at(position, count=count, seed=self.seed, shuffle=self.shuffle)
         limit = min(count, MAX_CONSECUTIVE_BAD + 1) if self.skip_bad_images else 1
         for attempt in range(limit):
+            record = (index + attempt) % count * self.rows + row
             try:
-                return self.example_fn(self.source, self.seed, epoch, (index + attempt) % count)
+                return self.example_fn(self.source, self.seed, epoch, record)
             except DataError as error:
                 if not self.skip_bad_images:
                     raise
-                skipped.append((_name(self.source, (index + attempt) % count), str(error)))
+                skipped.append((_name(self.source, record), str(error)))
         raise DataError(
             f"{limit} examples in a row cannot be used; look over the dataset. The last one: {skipped[-1][1]}"
         )
@@ -156,6 +159,7 @@ class Loader:
         num_threads: that make micro-batches in each of those processes; 0 makes them when asked for.
         prefetch: micro-batches held ready in each of those processes.
         skip_bad_images: put the next good example in place of one that cannot be used; else that is an error.
+        rows: records that make one example; each is a row of the batch, which so has batch_size times as many.
     """
 
     def __init__(
@@ -175,6 +179,7 @@ class Loader:
         num_threads: int = 2,
         prefetch: int = 2,
         skip_bad_images: bool = False,
+        rows: int = 1,
     ):
         if len(source) == 0:
             raise DataError("the dataset holds no examples")
@@ -191,6 +196,7 @@ class Loader:
             start_example=start_example,
             shuffle=shuffle,
             skip_bad_images=skip_bad_images,
+            rows=rows,
             # Python's own limit on a length; there is no end.
             length=sys.maxsize if num_steps is None else num_steps * accumulation,
         )

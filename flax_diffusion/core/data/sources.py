@@ -20,6 +20,7 @@ class Record:
     image: bytes | Path | Image.Image | np.ndarray  # encoded file, path of one, decoded, or uint8 (H, W[, 3 or 4])
     caption: str | list[str] | None
     name: str  # for messages
+    weight: float = 1.0  # of its loss
 
 
 class Source(Protocol):

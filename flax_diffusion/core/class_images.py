@@ -1,0 +1,85 @@
+"""Prior preservation's pictures: what a class folder is short of, the model draws before it trains.
+
+Reference: Ruiz et al., https://arxiv.org/abs/2208.12242, section 3.2.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from pathlib import Path
+
+from tqdm import tqdm
+
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config import Concept, DreamBoothConfig
+from flax_diffusion.core.data.folders import image_files
+from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.tracking import to_pillow
+
+log = logging.getLogger(__name__)
+
+NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 50, 7.5
+"""As Diffusers' pipelines draw by default."""
+
+
+def missing(concept: Concept, wanted: int) -> int:
+    """How many pictures a concept's class folder is short of; makes the folder.
+
+    Raises:
+        DataError: If it cannot be made, or is short of pictures and cannot be written.
+    """
+    folder = Path(str(concept.class_data_dir))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"class_data_dir {folder}: cannot be made ({error.strerror}); name another") from error
+    have = len(image_files(folder))
+    if have < wanted and not os.access(folder, os.W_OK):
+        raise DataError(
+            f"class_data_dir {folder}: holds {have} of {wanted} pictures and cannot be written; make it writable, or "
+            f"give --num_class_images {have}"
+        )
+    return max(0, wanted - have)
+
+
+def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
+    """Fills every class folder up to `num_class_images`; what is there stays.
+
+    Args:
+        config: The run's options.
+        backend: With the weights that the run starts from.
+    """
+    batch_size = config.sample_batch_size * backend.device_count
+    for concept in config.all_concepts:
+        folder = Path(str(concept.class_data_dir))
+        short = missing(concept, config.num_class_images)
+        have = config.num_class_images - short
+        if not short:
+            continue
+        main = backend.process_index == 0
+        if main:
+            log.info("drawing %d pictures of '%s' into %s", short, concept.class_prompt, folder)
+        with tqdm(total=short, unit="picture", disable=not main) as bar:
+            while have < config.num_class_images:
+                # A whole batch each time, so that one program does; the seed moves on with what is there, so that a
+                # run which was interrupted draws no picture twice.
+                images = backend.sample(
+                    prompts=[str(concept.class_prompt)],
+                    num_images=batch_size,
+                    num_inference_steps=NUM_INFERENCE_STEPS,
+                    guidance_scale=GUIDANCE_SCALE,
+                    seed=(config.seed + have) % 2**32,
+                )[: config.num_class_images - have]
+                if main:
+                    for image in images:
+                        to_pillow(image).save(_unused_name(folder))
+                have += len(images)
+                bar.update(len(images))
+        backend.wait()  # no process reads the folder before it is full
+
+
+def _unused_name(folder: Path) -> Path:
+    names = (folder / f"class-{number:05d}.png" for number in itertools.count())
+    return next(path for path in names if not path.exists())

@@ -1,0 +1,155 @@
+"""DreamBooth: pairs of new thing and class, class pictures drawn once, checkpoints that load, bad input."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+from tiny import pictures, stable_diffusion
+
+from flax_diffusion.core import class_images, loop
+from flax_diffusion.core.config import DreamBoothConfig
+from flax_diffusion.core.errors import ConfigError, DataError
+from flax_diffusion.train import main, train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def options(model, tmp_path):
+    pictures(tmp_path / "new", 3)
+    return {
+        "pretrained_model_name_or_path": str(model),
+        "instance_data_dir": str(tmp_path / "new"),
+        "instance_prompt": "a photo of sks dog",
+        "with_prior_preservation": True,
+        "class_data_dir": str(tmp_path / "class"),
+        "class_prompt": "a photo of dog",
+        "num_class_images": 5,
+        "prior_loss_weight": 0.5,
+        "resolution": 16,
+        "train_batch_size": 2,
+        "sample_batch_size": 2,
+        "output_dir": str(tmp_path / "run"),
+        "report_to": "none",
+    }
+
+
+class Painter:
+    """Draws pictures whose colour is their seed."""
+
+    process_index, process_count, device_count = 0, 1, 2
+
+    def __init__(self):
+        self.asked = []
+
+    def sample(self, *, prompts, num_images, seed, **_):
+        self.asked.append((prompts, num_images, seed))
+        return np.stack([np.full((16, 16, 3), seed + i, np.uint8) for i in range(num_images)])
+
+    def wait(self):
+        pass
+
+
+def test_the_shortfall_is_drawn_and_nothing_is_overwritten(options, tmp_path):
+    folder = tmp_path / "class"
+    folder.mkdir()
+    (folder / "class-00001.png").write_bytes((tmp_path / "new/0.png").read_bytes())
+    before = (folder / "class-00001.png").read_bytes()
+    config, painter = DreamBoothConfig(**options | {"num_class_images": 8}), Painter()
+    class_images.draw_missing(config, painter)
+    assert painter.asked == [(["a photo of dog"], 4, 1), (["a photo of dog"], 4, 5)]
+    assert len(list(folder.iterdir())) == 8
+    assert (folder / "class-00001.png").read_bytes() == before
+    colours = {np.asarray(Image.open(path)).flat[0] for path in folder.glob("*.png") if path.name != "class-00001.png"}
+    assert colours == {1, 2, 3, 4, 5, 6, 7}
+    class_images.draw_missing(config, painter)
+    assert len(painter.asked) == 2
+
+
+def test_pairs_make_the_mean_of_one_plus_lambda_times_the_mean_of_the_other(options):
+    config = DreamBoothConfig(**options)
+    instances = loop.open_run_source(config)
+    assert loop.count_examples(config, instances) == 5  # the longer side
+    source = loop.complete_source(config, instances, Painter())
+    spec = loop.make_spec(config, source)
+    schedule = loop.make_schedule(config, 5, 1)
+    with loop.make_loader(config, spec, source, schedule, num_steps=5) as loader:
+        batches = list(loader)
+    weights = np.concatenate([batch["loss_weights"].ravel() for batch in batches])
+    np.testing.assert_array_equal(weights, np.tile([2.0, 1.0], 10))
+    losses = np.random.default_rng(0).random(4)
+    mean = losses[::2].mean() + 0.5 * losses[1::2].mean()
+    np.testing.assert_allclose((losses * weights[:4]).mean(), mean, rtol=1e-6)
+    records = np.concatenate([batch["example_index"].ravel() for batch in batches])
+    assert sorted(records[:10]) == list(range(10))  # every pair once an epoch
+    noise = np.concatenate([batch["noise"][0] for batch in batches])
+    assert len(np.unique(noise[:, 0, 0, 0])) == 20  # no two rows share their noise
+
+
+def test_several_concepts(options, tmp_path):
+    pictures(tmp_path / "cat", 2)
+    concepts = [
+        {"instance_data_dir": options["instance_data_dir"], "instance_prompt": "a photo of sks dog"},
+        {"instance_data_dir": str(tmp_path / "cat"), "instance_prompt": "a photo of ktn cat", "repeats": 3},
+    ]
+    given = {k: v for k, v in options.items() if not k.startswith(("instance", "class")) and "prior" not in k}
+    source = loop.open_run_source(DreamBoothConfig(**given, concepts=concepts))
+    prompts = [source[index].caption for index in range(len(source))]
+    assert prompts == ["a photo of sks dog"] * 3 + ["a photo of ktn cat"] * 6
+    assert source[3].name == source[5].name != source[4].name
+
+
+def test_a_run(options, tmp_path):
+    """Checkpoints hold models for plain Diffusers; resuming passes them by; the text encoder trains too."""
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    values = options | {"train_text_encoder": True, "checkpointing_steps": 2, "max_train_steps": 4}
+    out = train("dreambooth", **values)
+    checkpoint = out / "checkpoint-2"
+    unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+    encoder = CLIPTextModel.from_pretrained(checkpoint / "text_encoder")
+    model = options["pretrained_model_name_or_path"]
+    pipeline = DiffusionPipeline.from_pretrained(model, unet=unet, text_encoder=encoder, safety_checker=None)
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    again = train("dreambooth", **values | {"resume_from_checkpoint": "checkpoint-2"})
+    assert yaml.safe_load((again / "config.yaml").read_text())["task"] == "dreambooth"
+    assert (out / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"instance_prompt": None}, "dreambooth needs --instance_prompt"),
+        ({"pretrained_model_name_or_path": None}, "dreambooth starts from a model"),
+        ({"class_prompt": None}, "--with_prior_preservation needs --class_prompt"),
+        ({"with_prior_preservation": False}, "go with --with_prior_preservation: add it"),
+        ({"class_prompt": "a photo of sks dog"}, "names both the new thing and its class"),
+        ({"concepts": [{"instance_data_dir": "a"}]}, "--concepts.0.instance_prompt: field required"),
+    ],
+)
+def test_options_that_do_not_go_together(options, changes, says):
+    with pytest.raises(ConfigError, match=says):
+        train("dreambooth", **options | changes)
+
+
+def test_folders_that_cannot_be_used(options, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"class_data_dir .*file/class: cannot be made"):
+        train("dreambooth", **options | {"class_data_dir": str(tmp_path / "file/class")})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no images"):
+        train("dreambooth", **options | {"instance_data_dir": str(tmp_path / "empty")})
+    assert not (tmp_path / "class").exists()
+
+
+def test_concepts_on_the_command_line(options, tmp_path):
+    concept = {"instance_data_dir": str(tmp_path / "nowhere"), "instance_prompt": "sks"}
+    model = ["--pretrained_model_name_or_path", options["pretrained_model_name_or_path"]]
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        main(["dreambooth", *model, "--concepts", json.dumps(concept), "--output_dir", str(tmp_path / "out")])
