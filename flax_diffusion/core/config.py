@@ -235,7 +235,7 @@ class UnconditionalConfig(DatasetConfig):
     save_model_epochs: int | None = Field(10, ge=1, description="Write the pipeline every so many epochs.")
 
 
-class TextToImageConfig(DatasetConfig, TextConfig):
+class TextToImageConfig(TextConfig, DatasetConfig):
     """Images from captions: `train text_to_image`. Fine-tunes Stable Diffusion 1.x and 2.x, or starts from scratch."""
 
     text_encoder: dict[str, Any] | str | None = Field(
