@@ -14,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from flax_diffusion import adapters
 from flax_diffusion.core import portable
 from flax_diffusion.core.backend import Batch, refuse
 from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.pipeline import PipelineSpec
+from flax_diffusion.core.rates import rate_factors
 from flax_diffusion.core.torch_names import from_torch_layout
 from flax_diffusion.modules import COMPUTE_DTYPES, build_modules, load_pretrained
 from flax_diffusion.optimizer import Params, make_optimizer
-from flax_diffusion.sampling import Sampler
+from flax_diffusion.sampling import Sampler, to_uint8
 from flax_diffusion.schedulers import scheduler_from_config
 from flax_diffusion.sharding import make_mesh, put, put_batch, replicated, state_shardings
 from flax_diffusion.train_step import TrainState, create_state, train_step
@@ -69,7 +71,10 @@ class JaxBackend:
         self.modules = build_modules(spec, self.compute_dtype, gradient_checkpointing=config.gradient_checkpointing)
         self.optimizer = make_optimizer(config)
         # Scheduler options are checked here, before any weight is read.
-        self._sampler = Sampler(self.modules, scheduler_from_config(spec.scheduler), self.mesh)
+        if spec.scheduler:
+            self._sampler = Sampler(self.modules, scheduler_from_config(spec.scheduler), self.mesh)
+        self._encode = jax.jit(self.modules.encode_images)
+        self._decode = jax.jit(functools.partial(to_uint8, self.modules))
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self.state: TrainState
         self.frozen: Params
@@ -77,7 +82,7 @@ class JaxBackend:
 
     def init_state(self) -> int:
         """Loads or draws the weights straight onto their shards."""
-        trained = {name: part for name, part in self.spec.components.items() if part.train}
+        trained = {name: part for name, part in self.spec.components.items() if part.trains}
         loaded = {name: load_pretrained(part) for name, part in self.spec.components.items() if part.weights}
         create = functools.partial(
             create_state,
@@ -87,8 +92,9 @@ class JaxBackend:
         )
         place = functools.partial(state_shardings, mesh=self.mesh)
         params = {}
-        for name in trained:
+        for name, part in trained.items():
             host = loaded[name] if name in loaded else self.modules.by_name[name].init_weights(self.config.seed)
+            host = adapters.draw(part, host, self.config.seed) if part.adapted else host
             params[name] = put(_cast(host, self.dtype), place(host))
         shardings = place(jax.eval_shape(create, params))
         # The weights are donated: state and weights never stand side by side.
@@ -98,6 +104,7 @@ class JaxBackend:
             modules=self.modules,
             optimizer=self.optimizer,
             max_grad_norm=self.config.max_grad_norm,
+            rate_factors=rate_factors(self.config),
             seed=self.config.seed,
             unroll=self.mesh.devices.flat[0].platform == "cpu",
         )
@@ -105,7 +112,7 @@ class JaxBackend:
 
         self.frozen = {}
         for name, params_of in loaded.items():
-            if name not in trained:
+            if name not in trained or trained[name].adapted:
                 self.frozen[name] = put(_cast(params_of, self.modules.by_name[name].dtype), place(params_of))
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
@@ -190,13 +197,30 @@ class JaxBackend:
     ) -> np.ndarray:
         """Draws images with the moving average, or with the weights themselves where there is none."""
         return self._sampler(
-            self.frozen | self._exported(),
+            adapters.merge(self.frozen, self._exported()),
             prompts=prompts,
             num_images=num_images,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             seed=seed,
         )
+
+    def trained_arrays(self) -> portable.Arrays:
+        """What trains, averaged if there is an average, by component and PyTorch name."""
+        leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(self._exported()))[0]
+        named = portable.from_tree((("params", *_keys(path)), np.asarray(leaf)) for path, leaf in leaves)
+        return {name.removeprefix("params/"): array for name, array in named.items()}
+
+    def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Encodes images to scaled latents."""
+        params = adapters.merge(self.frozen, self._exported())
+        placed = (jax.device_put(array, replicated(self.mesh)) for array in (pixels, noise))
+        return np.asarray(self._encode(params, *placed))
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Decodes scaled latents to pictures."""
+        params = adapters.merge(self.frozen, self._exported())
+        return np.asarray(self._decode(params, jax.device_put(latents, replicated(self.mesh))))
 
     def export(self, folder: Path, *, only_trained: bool = False) -> None:
         """Writes the components' float32 weights."""

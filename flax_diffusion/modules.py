@@ -5,15 +5,19 @@ Shapes: B images, C channels, H W pixels, h w of what is denoised (pixels or lat
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 
+from flax_diffusion.adapters import interceptor
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, FlaxUNet2DModel
+from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.optimizer import Params
 from flax_diffusion.schedulers import FlaxDDPMScheduler
 
@@ -48,27 +52,30 @@ class Modules:
             pixels: The images.
             noise: Standard normal (B,C,h,w) that samples the posterior.
         """
-        if self.spec.vae is None:
+        if self.spec.vae is None or noise is None:
             return pixels
-        vae = self.by_name[self.vae_name]
-        posterior = vae.apply({"params": params[self.vae_name]}, pixels, method=vae.encode).latent_dist
-        latents = posterior.sample_with(noise) * self.spec.vae["scaling_factor"]
+        latents = self.posterior(params, pixels).sample_with(noise) * self.spec.vae["scaling_factor"]
         return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
+
+    def posterior(self, params: Params, pixels: jax.Array) -> FlaxDiagonalGaussianDistribution:
+        """The distribution of the latents of images, not scaled."""
+        vae = self.by_name[self.vae_name]
+        return vae.apply({"params": params[self.vae_name]}, pixels, method=vae.encode).latent_dist
 
     def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
         """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
         if self.spec.vae is None:
             return latents
+        return self.decode(params, latents / self.spec.vae["scaling_factor"])
+
+    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+        """Latents that are not scaled to images."""
         vae = self.by_name[self.vae_name]
-        scaled = latents / self.spec.vae["scaling_factor"]
-        return vae.apply({"params": params[self.vae_name]}, scaled, method=vae.decode).sample
+        return vae.apply({"params": params[self.vae_name]}, latents, method=vae.decode).sample
 
     def encode_text(self, params: Params, input_ids: jax.Array, dropout: jax.Array | None = None) -> jax.Array:
         """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""
-        train = dropout is not None and self.spec.components["text_encoder"].train
-        return self.by_name["text_encoder"].apply(
-            {"params": params["text_encoder"]}, input_ids, train=train, rngs={"dropout": dropout} if train else None
-        )[0]
+        return self._call("text_encoder", params, dropout, input_ids)[0]
 
     def predict(
         self,
@@ -80,10 +87,15 @@ class Modules:
     ) -> jax.Array:
         """What the UNet says of noisy samples (B,C,h,w) at timesteps (B,)."""
         inputs = (sample, timesteps) if context is None else (sample, timesteps, context)
-        train = dropout is not None
-        return self.by_name["unet"].apply(
-            {"params": params["unet"]}, *inputs, train=train, rngs={"dropout": dropout} if train else None
-        )[0]
+        return self._call("unet", params, dropout, *inputs)[0]
+
+    def _call(self, name: str, params: Params, dropout: jax.Array | None, *inputs: jax.Array) -> Any:
+        """Calls a model, with its adapters; what does not train has no dropout."""
+        component = self.spec.components[name]
+        train = dropout is not None and component.trains
+        rngs = {"dropout": dropout} if train else None
+        with nn.intercept_methods(interceptor(component, train=train)) if component.adapted else nullcontext():
+            return self.by_name[name].apply({"params": params[name]}, *inputs, train=train, rngs=rngs)
 
     def add_noise(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
         """√ᾱ·clean + √(1−ᾱ)·noise."""
@@ -105,7 +117,7 @@ def build_modules(spec: PipelineSpec, dtype: Any = jnp.float32, *, gradient_chec
     Args:
         spec: What to build.
         dtype: Compute precision. A VAE whose config says `force_upcast` (SDXL's) computes in float32 at least.
-        gradient_checkpointing: Recompute activations of the trained modules in the backward pass.
+        gradient_checkpointing: Recompute activations in the backward pass, of all that gradients pass through.
 
     Raises:
         ConfigError: For a config field that the Flax modules do not support.
@@ -114,16 +126,16 @@ def build_modules(spec: PipelineSpec, dtype: Any = jnp.float32, *, gradient_chec
 
     def make(component: Component) -> Any:
         options: dict[str, Any] = {"dtype": wide if component.config.get("force_upcast") else dtype}
-        if component.train:
+        if component.trains or component is spec.components.get("unet"):
             options["gradient_checkpointing"] = gradient_checkpointing
         return _CLASSES[component.kind].from_config(component.config, **options)
 
-    kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
-    kept.add("rescale_betas_zero_snr")
-    scheduler = FlaxDDPMScheduler.from_config({key: spec.scheduler[key] for key in kept & set(spec.scheduler)}, wide)
     for name, component in spec.components.items():
         if component.kind not in _CLASSES:
             raise ConfigError(f"{name}: {component.kind} has no Flax class; known are {', '.join(_CLASSES)}")
+    kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
+    kept.add("rescale_betas_zero_snr")
+    scheduler = FlaxDDPMScheduler.from_config({key: spec.scheduler[key] for key in kept & set(spec.scheduler)}, wide)
     return Modules(
         spec=spec, by_name={name: make(component) for name, component in spec.components.items()}, scheduler=scheduler
     )

@@ -110,14 +110,14 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
     import torch
 
     from flax_diffusion.backend import JaxBackend
-    from flax_diffusion.core import loop, rates
+    from flax_diffusion.core import rates, recipe
     from torch_backend.backend import TorchBackend
 
     with jax.enable_x64(dtype == "float64"):
-        source = loop.open_run_source(config)
-        spec = loop.make_spec(config, source)
+        source = recipe.open_run_source(config)
+        spec = recipe.make_spec(config, source)
         for name, component in spec.components.items():
-            if component.train and component.config.get("dropout"):
+            if component.trains and component.config.get("dropout"):
                 raise ConfigError(
                     f"{name}: dropout {component.config['dropout']} draws different masks on the two backends: set it "
                     "to 0 in the model's config"
@@ -127,10 +127,10 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         backends: tuple[Backend, Backend] = (ours, theirs)
         for backend in backends:
             backend.init_state()
-        schedule = loop.make_schedule(config, loop.count_examples(config, source), 1)
-        source = loop.complete_source(config, source, ours)
-        rate = loop.make_rate(config, schedule)
-        with loop.make_loader(config, spec, source, schedule, num_steps=steps) as loader:
+        schedule = recipe.make_schedule(config, recipe.count_examples(config, source), 1)
+        source = recipe.complete_source(config, source, ours)
+        rate = recipe.make_rate(config, schedule)
+        with recipe.make_loader(config, spec, source, schedule, num_steps=steps) as loader:
             for done, batch in enumerate(loader):
                 leave_out = NO_GRADIENT if dtype == "float32" else None
                 yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done), leave_out)

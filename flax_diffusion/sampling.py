@@ -6,6 +6,7 @@ devices nor backend.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.noise import sampling_noise
 from flax_diffusion.core.pipeline import check_prompts
 from flax_diffusion.modules import Modules
@@ -38,7 +38,7 @@ class Sampler:
         self.stochastic = isinstance(scheduler, FlaxDDPMScheduler) or algorithm.startswith("sde")
         self._denoise = jax.jit(self._denoise_step, static_argnames="guided", donate_argnames=("state", "sample"))
         self._encode = jax.jit(modules.encode_text)
-        self._finish = jax.jit(self._to_uint8)
+        self._finish = jax.jit(functools.partial(to_uint8, modules))
 
     def __call__(
         self,
@@ -73,14 +73,13 @@ class Sampler:
         Reference: Ho and Salimans, https://arxiv.org/abs/2207.12598, in Diffusers' scale: ε_∅ + w·(ε_c − ε_∅).
         """
         check_prompts(self.modules.spec, prompts)
-        tokenizer = self.modules.spec.tokenizer
-        guided = tokenizer is not None and guidance_scale > 1
+        tokenize = self.modules.spec.tokenize
+        guided = tokenize is not None and guidance_scale > 1
         count = num_images * max(1, len(prompts))
         devices = self.mesh.size
         batch_size = -(-min(batch_size, count) // devices) * devices
         ids = None
-        if tokenizer is not None:
-            tokenize = Tokenize.from_clip(tokenizer)
+        if tokenize is not None:
             ids = np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])
         done: list[np.ndarray] = []
         for first in range(0, count, batch_size):
@@ -154,8 +153,9 @@ class Sampler:
         output = self.scheduler.step(state, predicted, timestep, sample, **options)
         return output.state, output.prev_sample
 
-    def _to_uint8(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Denoised samples to pictures: BCHW in -1..1 to BHWC in 0..255, rounded as Diffusers does."""
-        images = self.modules.decode_latents(params, latents).astype(jnp.float32)
-        images = jnp.clip(images / 2 + 0.5, 0, 1)
-        return jnp.round(images * 255).astype(jnp.uint8).transpose(0, 2, 3, 1)
+
+def to_uint8(modules: Modules, params: Params, latents: jax.Array) -> jax.Array:
+    """Denoised samples to pictures: BCHW in -1..1 to BHWC in 0..255, rounded as Diffusers does."""
+    images = modules.decode_latents(params, latents).astype(jnp.float32)
+    images = jnp.clip(images / 2 + 0.5, 0, 1)
+    return jnp.round(images * 255).astype(jnp.uint8).transpose(0, 2, 3, 1)

@@ -7,7 +7,7 @@ Shapes: A accumulation, B images of a micro-batch over all devices, C channels, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from flax_diffusion.adapters import merge
 from flax_diffusion.modules import Modules
 from flax_diffusion.optimizer import LossScale, Params, clip_by_global_norm, update_ema
 
@@ -69,6 +70,32 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
     return jnp.mean(error * batch["loss_weights"])
 
 
+def autoencoder_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
+    """The autoencoder's loss of a micro-batch: reconstruction, and the posterior's divergence from a normal one.
+
+    Args:
+        modules: With the autoencoder alone.
+        params: Its weights.
+        batch: pixel_values (B,C,H,W), latent_noise (B,c,h,w), loss_weights (B,).
+        dropout: Not used; the autoencoder has none.
+
+    Returns:
+        Σ_i w_i · (mean of the errors of image i + kl_scale · KL_i) / B, in float32 at least.
+
+    Reference: Kingma and Welling, https://arxiv.org/abs/1312.6114, equation 10; the scales of Diffusers'
+    train_autoencoderkl.
+    """
+    loss = modules.spec.autoencoder_loss
+    assert loss is not None
+    pixels = batch["pixel_values"]
+    posterior = modules.posterior(params, pixels)
+    made = modules.decode(params, posterior.sample_with(batch["latent_noise"]))
+    wide = jnp.promote_types(made.dtype, jnp.float32)
+    error = made.astype(wide) - pixels.astype(wide)
+    error = (jnp.abs(error) if loss.rec_loss == "l1" else jnp.square(error)).mean(axis=(1, 2, 3))
+    return jnp.mean((error + loss.kl_scale * posterior.kl().astype(wide)) * batch["loss_weights"])
+
+
 def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...], *, unroll: bool) -> Any:
     """Adds up a function of each micro-batch, along the leading axis of `inputs`.
 
@@ -104,6 +131,7 @@ def train_step(
     modules: Modules,
     optimizer: optax.GradientTransformation,
     max_grad_norm: float,
+    rate_factors: Mapping[str, float],
     seed: int,
     unroll: bool,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -117,18 +145,20 @@ def train_step(
         modules: Static; the pipeline.
         optimizer: Static; gives the update before the learning rate.
         max_grad_norm: Static; global norm to clip to.
+        rate_factors: Static; by which the learning rate of some components is multiplied.
         seed: Static; of dropout.
         unroll: Static; see `sum_over_micro_batches`.
 
     Returns:
         The new state and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
     """
-    count = batch["timesteps"].shape[0]
+    count = batch["loss_weights"].shape[0]
+    loss_of = diffusion_loss if modules.spec.autoencoder_loss is None else autoencoder_loss
     scale = state.loss_scale.scale if state.loss_scale else 1.0
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
 
     def scaled_loss(params: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        loss = diffusion_loss(modules, frozen | params, micro, key)
+        loss = loss_of(modules, merge(frozen, params), micro, key)
         return loss * scale, loss
 
     def micro_step(micro: Batch, key: jax.Array) -> tuple[jax.Array, Params]:
@@ -141,8 +171,11 @@ def train_step(
 
     clipped, norm = clip_by_global_norm(grads, max_grad_norm)
     updates, opt_state = optimizer.update(clipped, state.opt_state, state.params)
-    rate = rates["learning_rate"]
-    params = jax.tree.map(lambda p, u: p - rate.astype(p.dtype) * u, state.params, updates)
+    params = {}
+    changes: Any = updates
+    for name, weights in state.params.items():
+        rate = rates["learning_rate"] * rate_factors.get(name, 1.0)
+        params[name] = jax.tree.map(lambda p, u, rate=rate: p - rate.astype(p.dtype) * u, weights, changes[name])
     ema = None if state.ema is None else update_ema(state.ema, params, rates["ema_decay"])
     new = state.replace(params=params, opt_state=opt_state, ema=ema)
     metrics = {"loss": loss, "grad_norm": norm}

@@ -22,8 +22,8 @@ from flax_diffusion.core.pipeline import PipelineSpec
 from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
 from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, file_name, load, make
-from torch_backend.sampling import Sampler, scheduler_from_config
-from torch_backend.train_step import DiffusionLoss, update_ema
+from torch_backend.sampling import Sampler, scheduler_from_config, to_uint8
+from torch_backend.train_step import Loss, update_ema
 
 PORTABLE = {"exp_avg": "mu", "exp_avg_sq": "nu"}
 """AdamW's moments, by PyTorch's name and by the portable one. The 8-bit ones have no other name than their own."""
@@ -53,7 +53,7 @@ class TorchBackend:
         self.process_count: int = self.accelerator.num_processes
         self.device_count: int = self.process_count
         self.device: torch.device = self.accelerator.device
-        self._scheduler = scheduler_from_config(spec.scheduler)
+        self._scheduler = scheduler_from_config(spec.scheduler) if spec.scheduler else None
         self.count = self.steps = 0
 
     def init_state(self) -> int:
@@ -64,9 +64,10 @@ class TorchBackend:
         self.modules = build_modules(
             self.spec, seed=config.seed, frozen_dtype=frozen, trained_dtype=self.dtype, device=self.device
         )
-        loss = DiffusionLoss(self.modules)
+        loss = Loss(self.modules)
         options.apply(config, self.modules)
-        optimizer = options.make_optimizer(config, [p for p in loss.parameters() if p.requires_grad])
+        trained = [(name, p) for name, p in loss.named_parameters() if p.requires_grad]
+        optimizer = options.make_optimizer(config, trained)
         self.loss: Any
         self.optimizer: Any
         self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
@@ -87,7 +88,7 @@ class TorchBackend:
 
     def put(self, batch: Batch) -> list[dict[str, Tensor]]:
         """Starts the copy of the micro-batches to the device."""
-        count = len(batch["timesteps"])
+        count = len(batch["loss_weights"])
         return [
             {key: self._put(value[index]) for key, value in batch.items() if key != "example_index"}
             for index in range(count)
@@ -101,7 +102,7 @@ class TorchBackend:
     def train_step(self, batch: list[dict[str, Tensor]], learning_rate: float, ema_decay: float) -> dict[str, Tensor]:
         """Takes one optimizer step."""
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate_factor"]
         # Dropout is drawn on the device; seeded by the step, it does not depend on where the run was interrupted.
         entropy = np.random.SeedSequence([self.config.seed, self.steps, self.process_index])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
@@ -210,12 +211,30 @@ class TorchBackend:
                 seed=seed,
             )
 
+    def trained_arrays(self) -> portable.Arrays:
+        """What trains, averaged if there is an average, by component and PyTorch name."""
+        whole_of = {
+            name: self.placement.weight(parameter) if self.ema is None else whole(self.ema[name])
+            for name, parameter in self._parameters().items()
+        }
+        return {name: value.detach().cpu().numpy() for name, value in whole_of.items()}
+
+    def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Encodes images to scaled latents."""
+        with self._to_sample() as modules:
+            return modules.encode_images(self._put(pixels), self._put(noise)).float().cpu().numpy()
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Decodes scaled latents to pictures."""
+        with self._to_sample() as modules:
+            return to_uint8(modules, self._put(latents))
+
     def export(self, folder: Path, *, only_trained: bool = False) -> None:
         """Writes the components' float32 weights."""
         for name, component in self.spec.components.items():
-            if only_trained and not component.train:
+            if only_trained and not component.trains:
                 continue
-            module = self._finished(name) if component.train else load(component)
+            module = self._finished(name) if component.trains else load(component)
             if self.process_index == 0:
                 module.save_pretrained(folder / name, safe_serialization=True)
 
@@ -234,7 +253,7 @@ class TorchBackend:
     @contextmanager
     def _to_sample(self) -> Iterator[Modules]:
         """The modules, holding the moving average meanwhile if there is one."""
-        trained = [name for name, component in self.spec.components.items() if component.train]
+        trained = [name for name, component in self.spec.components.items() if component.trains]
         with torch.no_grad(), self.accelerator.autocast():
             if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what it wraps cannot be called
                 copies = {name: self._finished(name).to(self.device).eval() for name in trained}

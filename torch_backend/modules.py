@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from flax_diffusion.core import initial
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.pipeline import Component, PipelineSpec
+from torch_backend import adapters
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,15 +48,21 @@ class Modules:
         if self.spec.vae is None:
             return pixels
         with torch.no_grad():
-            posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+            posterior = self.posterior(pixels)
             latents = (posterior.mean + posterior.std * noise) * self.spec.vae["scaling_factor"]
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
+    def posterior(self, pixels: Tensor) -> Any:
+        """The distribution of the latents of images, not scaled."""
+        return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
-        if self.spec.vae is None:
-            return latents
-        return self.vae.decode((latents / self.spec.vae["scaling_factor"]).to(self.vae.dtype)).sample
+        return latents if self.spec.vae is None else self.decode(latents / self.spec.vae["scaling_factor"])
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents that are not scaled to images."""
+        return self.vae.decode(latents.to(self.vae.dtype)).sample
 
     def encode_text(self, input_ids: Tensor) -> Tensor:
         """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""
@@ -111,7 +118,9 @@ def build_modules(
         nn.Module.to(module, device=device, dtype=trained_dtype if wide else frozen_dtype)
         if trained_dtype == torch.float64 and hasattr(module, "time_proj"):
             module.time_proj = Float64Timesteps(module.time_proj)
-        by_name[name] = module.train(component.train).requires_grad_(component.train)
+        by_name[name] = module.train(component.trains).requires_grad_(component.train)
+        if component.adapted:
+            adapters.add(component, module, seed, trained_dtype)
     table = torch.from_numpy(spec.alphas_cumprod).to(device=device, dtype=trained_dtype)
     return Modules(spec=spec, by_name=by_name, alphas_cumprod=table)
 
@@ -165,6 +174,7 @@ def load(component: Component) -> Any:
 
 def file_name(kind: str, name: str) -> str:
     """The name of a parameter in files and on the JAX side: Transformers 5 leaves CLIP's `text_model` out in memory."""
+    name = name.replace(".default.", ".")  # PEFT's name of the one adapter
     inner = name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
     return f"text_model.{name}" if kind.startswith("CLIP") and inner else name
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from flax_diffusion.core.backend import refuse
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.rates import rate_factors
 from torch_backend.modules import Modules
 
 JAX_ONLY = {
@@ -67,24 +68,32 @@ def apply(config: TrainConfig, modules: Modules) -> None:
             module.enable_xformers_memory_efficient_attention()
         if config.channels_last and name != "text_encoder":
             module.to(memory_format=torch.channels_last)
-        if component.train and config.gradient_checkpointing:
-            if name == "text_encoder":
-                module.gradient_checkpointing_enable()
-            else:
-                module.enable_gradient_checkpointing()
-        if component.train and config.torch_compile:
+        if config.gradient_checkpointing and name == "unet":
+            module.enable_gradient_checkpointing()
+        elif config.gradient_checkpointing and component.trains:
+            module.gradient_checkpointing_enable() if name == "text_encoder" else module.enable_gradient_checkpointing()
+        if component.trains and config.torch_compile:
             module.compile()
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """AdamW, with 8-bit moments where asked for; the learning rate is set at every step."""
+def make_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+    """AdamW, with 8-bit moments where asked for; the learning rate is set at every step.
+
+    Args:
+        config: The run's options.
+        parameters: By name, which begins with that of the component.
+    """
+    factors = rate_factors(config)
+    groups: dict[float, list[Tensor]] = {}
+    for name, parameter in parameters:
+        groups.setdefault(factors.get(name.partition(".")[0], 1.0), []).append(parameter)
     kind: Any = torch.optim.AdamW
     if config.use_8bit_adam:
         import bitsandbytes
 
         kind = bitsandbytes.optim.AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
     return kind(
-        parameters,
+        [{"params": group, "rate_factor": factor} for factor, group in groups.items()],
         lr=config.learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
         eps=config.adam_epsilon,

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.noise import sampling_noise
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.pipeline import check_prompts
@@ -81,11 +80,11 @@ class Sampler:
         """
         spec = self.modules.spec
         check_prompts(spec, prompts)
-        guided = spec.tokenizer is not None and guidance_scale > 1
+        tokenize = spec.tokenize
+        guided = tokenize is not None and guidance_scale > 1
         count = num_images * max(1, len(prompts))
         ids = None
-        if spec.tokenizer is not None:
-            tokenize = Tokenize.from_clip(spec.tokenizer)
+        if tokenize is not None:
             ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])).long()
         done = []
         for first in range(0, count, batch_size):
@@ -120,6 +119,10 @@ class Sampler:
                 predicted = without + guidance_scale * (with_prompt - without)
             with HostNoise(noise):
                 sample = scheduler.step(predicted, timestep, sample).prev_sample
-        images = self.modules.decode_latents(sample).float()
-        images = (images / 2 + 0.5).clamp(0, 1)
-        return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return to_uint8(self.modules, sample)
+
+
+def to_uint8(modules: Modules, latents: Tensor) -> np.ndarray:
+    """Denoised samples to pictures: BCHW in -1..1 to BHWC in 0..255, rounded as Diffusers does."""
+    images = (modules.decode_latents(latents).float() / 2 + 0.5).clamp(0, 1)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

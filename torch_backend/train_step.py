@@ -16,42 +16,68 @@ FSDP_UNITS = {"ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer"}
 """What FSDP gathers at a time."""
 
 
-class DiffusionLoss(nn.Module):
-    """The weighted denoising loss, Σ_i w_i · mean((prediction_i − target_i)²) / B.
+class Loss(nn.Module):
+    """What is made small.
 
     Args:
         modules: The pipeline. Those of its modules that train are this module's children; the others stay outside.
-
-    Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the twin of the JAX side's `diffusion_loss`.
     """
 
     def __init__(self, modules: Modules):
         super().__init__()
         self._modules_of = [modules]  # in a list, so that frozen modules are not registered as children
         for name, component in modules.spec.components.items():
-            if component.train:
+            if component.trains:
                 self.add_module(name, modules.by_name[name])
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present & FSDP_UNITS)  # where Accelerate looks for them
 
     def forward(self, batch: Batch) -> Tensor:
-        """Computes the loss in float32 at least.
-
-        Args:
-            batch: pixel_values (B,C,H,W), noise (B,C,h,w), timesteps (B,), loss_weights (B,), and where the pipeline
-                needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L).
-        """
+        """Computes the loss in float32 at least; arguments as of the two functions below."""
         modules = self._modules_of[0]
-        clean = modules.encode_images(batch["pixel_values"], batch.get("latent_noise"))
-        noise, timesteps = batch["noise"], batch["timesteps"]
-        added = noise + batch["perturbation"] if "perturbation" in batch else noise
-        noisy = modules.add_noise(clean, added, timesteps)
-        context = modules.encode_text(batch["input_ids"]) if "input_ids" in batch else None
-        predicted = modules.predict(noisy, timesteps, context)
-        target = modules.target(clean, noise, timesteps)
-        wide = torch.promote_types(predicted.dtype, torch.float32)
-        error = (predicted.to(wide) - target.to(wide)).square().mean(dim=(1, 2, 3))
-        return (error * batch["loss_weights"]).mean()
+        loss_of = diffusion_loss if modules.spec.autoencoder_loss is None else autoencoder_loss
+        return loss_of(modules, batch)
+
+
+def diffusion_loss(modules: Modules, batch: Batch) -> Tensor:
+    """The weighted denoising loss, Σ_i w_i · mean((prediction_i − target_i)²) / B.
+
+    Args:
+        batch: pixel_values (B,C,H,W), noise (B,C,h,w), timesteps (B,), loss_weights (B,), and where the pipeline
+            needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L).
+
+    Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the twin of the JAX side's.
+    """
+    clean = modules.encode_images(batch["pixel_values"], batch.get("latent_noise"))
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    added = noise + batch["perturbation"] if "perturbation" in batch else noise
+    noisy = modules.add_noise(clean, added, timesteps)
+    context = modules.encode_text(batch["input_ids"]) if "input_ids" in batch else None
+    predicted = modules.predict(noisy, timesteps, context)
+    target = modules.target(clean, noise, timesteps)
+    wide = torch.promote_types(predicted.dtype, torch.float32)
+    error = (predicted.to(wide) - target.to(wide)).square().mean(dim=(1, 2, 3))
+    return (error * batch["loss_weights"]).mean()
+
+
+def autoencoder_loss(modules: Modules, batch: Batch) -> Tensor:
+    """The autoencoder's loss, Σ_i w_i · (mean of the errors of image i + kl_scale · KL_i) / B.
+
+    Args:
+        modules: With the autoencoder alone.
+        batch: pixel_values (B,C,H,W), latent_noise (B,c,h,w), loss_weights (B,).
+
+    Reference: Kingma and Welling, https://arxiv.org/abs/1312.6114, equation 10; the twin of the JAX side's.
+    """
+    loss = modules.spec.autoencoder_loss
+    assert loss is not None
+    pixels = batch["pixel_values"]
+    posterior = modules.posterior(pixels)
+    made = modules.decode(posterior.mean + posterior.std * batch["latent_noise"])
+    wide = torch.promote_types(made.dtype, torch.float32)
+    error = made.to(wide) - pixels.to(wide)
+    error = (error.abs() if loss.rec_loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+    return ((error + loss.kl_scale * posterior.kl().to(wide)) * batch["loss_weights"]).mean()
 
 
 @torch.no_grad()

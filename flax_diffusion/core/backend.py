@@ -74,6 +74,18 @@ class Backend(Protocol):
         """Returns the whole state as plain arrays on the host, by the names of `core.portable`."""
         ...
 
+    def trained_arrays(self) -> Arrays:
+        """Returns what trains, averaged if there is an average, as `unet/conv_in.weight`, in PyTorch's layout."""
+        ...
+
+    def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Encodes images, float32 (N, C, H, W) in -1..1, to scaled latents (N, c, h, w), sampled with `noise`."""
+        ...
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Decodes scaled latents to uint8 images (N, H, W, C)."""
+        ...
+
     def sample(
         self, *, prompts: list[str], num_images: int, num_inference_steps: int, guidance_scale: float, seed: int
     ) -> np.ndarray:

@@ -13,9 +13,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flax_diffusion.core.backend import Backend
-from flax_diffusion.core.config import Concept, DreamBoothConfig
 from flax_diffusion.core.data.folders import image_files
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.tasks import Concept, DreamBoothConfig
 from flax_diffusion.core.tracking import to_pillow
 
 log = logging.getLogger(__name__)

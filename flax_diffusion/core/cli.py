@@ -20,8 +20,9 @@ import yaml
 from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from flax_diffusion.core.config import TASKS, TrainConfig
+from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError, UserError, nearest
+from flax_diffusion.core.tasks import TASKS
 
 
 def spellings(name: str, field: FieldInfo) -> list[str]:

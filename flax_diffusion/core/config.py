@@ -7,9 +7,11 @@ class that has the fields, in its `_check…`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+
+from flax_diffusion.core.adapters import TEXT_ENCODER_TARGETS, UNET_TARGETS
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 LrScheduler = Literal[
@@ -18,7 +20,7 @@ LrScheduler = Literal[
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
-def _also(*names: str) -> AliasChoices:
+def also(*names: str) -> AliasChoices:
     """Other spellings of a field: the first name is ours, the rest are those of other Diffusers scripts."""
     return AliasChoices(*names)
 
@@ -34,18 +36,6 @@ class TrainConfig(BaseModel):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of that Hub id.")
     variant: str | None = Field(None, description="Variant of its weight files, e.g. fp16.")
-    unet: dict[str, Any] | str | None = Field(
-        None,
-        validation_alias=_also("unet", "model_config_name_or_path"),
-        description="From scratch: the UNet's Diffusers config, as a mapping, or the folder or .json file of one.",
-    )
-    vae: str | None = Field(None, description="Folder or Hub id of an AutoencoderKL. None: train on pixels.")
-    noise_scheduler: dict[str, Any] | None = Field(
-        None, description="Diffusers scheduler config. None: the pretrained pipeline's, or DDPM with ddpm_* below."
-    )
-    ddpm_num_steps: int = Field(1000, ge=1, description="Training timesteps, when the scheduler is ours to choose.")
-    ddpm_beta_schedule: str = Field("linear", description="Beta schedule, when the scheduler is ours to choose.")
-
     # Data
     resolution: int = Field(64, ge=1, description="Height and width of the training images, in pixels.")
     resize_mode: Literal["crop", "stretch"] = Field(
@@ -68,7 +58,7 @@ class TrainConfig(BaseModel):
 
     # Length
     num_train_epochs: int = Field(
-        100, ge=1, validation_alias=_also("num_train_epochs", "num_epochs"), description="Passes over the data."
+        100, ge=1, validation_alias=also("num_train_epochs", "num_epochs"), description="Passes over the data."
     )
     max_train_steps: int | None = Field(None, ge=1, description="Optimizer steps. Overrides num_train_epochs.")
 
@@ -109,30 +99,15 @@ class TrainConfig(BaseModel):
     channels_last: bool = Field(False, description="PyTorch: NHWC convolutions, faster on tensor cores.")
     torch_compile: bool = Field(False, description="PyTorch: compile the trained models.")
 
-    # Loss
-    prediction_type: PredictionType | None = Field(
-        None, description="What the UNet predicts. None: what the scheduler's config says."
-    )
-    snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weights; 5 is the paper's choice.")
-    noise_offset: float = Field(0.0, ge=0, description="Strength of the offset added to each channel's noise.")
-    input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input; 0.1 is usual.")
-
     # Samples during training
     validation_epochs: int | None = Field(
         5,
         ge=1,
-        validation_alias=_also("validation_epochs", "save_images_epochs"),
+        validation_alias=also("validation_epochs", "save_images_epochs"),
         description="Sample a grid every so many epochs, and at the end. None: only at the end.",
     )
     validation_steps: int | None = Field(None, ge=1, description="Sample every so many steps instead.")
     eval_batch_size: int = Field(16, ge=1, description="Images in the grid (a prompt).")
-    validation_num_inference_steps: int = Field(
-        50,
-        ge=1,
-        validation_alias=_also("validation_num_inference_steps", "ddpm_num_inference_steps"),
-        description="Denoising steps of those samples.",
-    )
-
     # Output
     output_dir: str = Field("ddpm-model-64", description="Folder of the run.")
     overwrite_output_dir: bool = Field(False, description="Delete an earlier run in that folder first.")
@@ -146,7 +121,7 @@ class TrainConfig(BaseModel):
     checkpoints_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep. None: all.")
     resume_from_checkpoint: str | None = Field(None, description="`latest`, or the name of one: checkpoint-1500.")
     report_to: Literal["tensorboard", "none"] = Field(
-        "tensorboard", validation_alias=_also("report_to", "logger"), description="Where metrics and grids go."
+        "tensorboard", validation_alias=also("report_to", "logger"), description="Where metrics and grids go."
     )
     logging_dir: str = Field("logs", description="TensorBoard's folder inside output_dir.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the weights, data order, noise and samples.")
@@ -154,8 +129,6 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         """Every rule that joins two fields. A ValueError's text is the error line."""
-        if self.pretrained_model_name_or_path and self.unet is not None:
-            raise ValueError("--unet is for training from scratch: drop it or --pretrained_model_name_or_path")
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:1000,0.1:2000,0.01'")
         if self.lr_scheduler != "piecewise_constant" and self.lr_step_rules:
@@ -164,6 +137,40 @@ class TrainConfig(BaseModel):
             raise ValueError(f"--data_parallelism {self.data_parallelism}: give a size from 1, or -1 for what is left")
         if self.scale_lr and self.global_batch_size:
             raise ValueError("--scale_lr multiplies by the batch a device: drop it or --global_batch_size")
+        return self
+
+
+class DiffusionConfig(TrainConfig):
+    """Of the tasks that train a denoiser."""
+
+    unet: dict[str, Any] | str | None = Field(
+        None,
+        validation_alias=also("unet", "model_config_name_or_path"),
+        description="From scratch: the UNet's Diffusers config, as a mapping, or the folder or .json file of one.",
+    )
+    vae: str | None = Field(None, description="Folder or Hub id of an AutoencoderKL. None: train on pixels.")
+    noise_scheduler: dict[str, Any] | None = Field(
+        None, description="Diffusers scheduler config. None: the pretrained pipeline's, or DDPM with ddpm_* below."
+    )
+    ddpm_num_steps: int = Field(1000, ge=1, description="Training timesteps, when the scheduler is ours to choose.")
+    ddpm_beta_schedule: str = Field("linear", description="Beta schedule, when the scheduler is ours to choose.")
+    prediction_type: PredictionType | None = Field(
+        None, description="What the UNet predicts. None: what the scheduler's config says."
+    )
+    snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weights; 5 is the paper's choice.")
+    noise_offset: float = Field(0.0, ge=0, description="Strength of the offset added to each channel's noise.")
+    input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input; 0.1 is usual.")
+    validation_num_inference_steps: int = Field(
+        50,
+        ge=1,
+        validation_alias=also("validation_num_inference_steps", "ddpm_num_inference_steps"),
+        description="Denoising steps of those samples.",
+    )
+
+    @model_validator(mode="after")
+    def _check_diffusion(self) -> DiffusionConfig:
+        if self.pretrained_model_name_or_path and self.unet is not None:
+            raise ValueError("--unet is for training from scratch: drop it or --pretrained_model_name_or_path")
         return self
 
 
@@ -188,7 +195,7 @@ class DatasetConfig(TrainConfig):
         return self
 
 
-class TextConfig(TrainConfig):
+class TextConfig(DiffusionConfig):
     """Of the tasks whose images follow a text."""
 
     vae: str | None = Field(
@@ -197,161 +204,50 @@ class TextConfig(TrainConfig):
     tokenizer_name: str | None = Field(
         None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
     )
-    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
     resolution: int = Field(512, ge=1, description="Height and width of the training images, in pixels.")
     validation_prompts: list[str] = Field(
         [],
-        validation_alias=_also("validation_prompts", "validation_prompt"),
+        validation_alias=also("validation_prompts", "validation_prompt"),
         description="Prompts to sample during training.",
     )
     validation_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of those samples.")
     eval_batch_size: int = Field(
         4,
         ge=1,
-        validation_alias=_also("eval_batch_size", "num_validation_images"),
+        validation_alias=also("eval_batch_size", "num_validation_images"),
         description="Images in the grid (a prompt).",
     )
 
 
-class UnconditionalConfig(DatasetConfig):
-    """Images from noise alone: `train unconditional`."""
+class LoraConfig(TextConfig):
+    """Of the tasks that can train LoRA instead of the whole model."""
 
-    lr_scheduler: LrScheduler = Field("cosine", description="Shape of the rate over the run.")
-    adam_beta1: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the first moment.")
-    adam_weight_decay: float = Field(1e-6, ge=0, description="AdamW's decoupled weight decay.")
-    ema_warmup: bool = Field(True, description="Decay 1-(1+n/inv_gamma)^-power instead of (1+n)/(10+n).")
-    validation_epochs: int | None = Field(
-        10,
-        ge=1,
-        validation_alias=_also("validation_epochs", "save_images_epochs"),
-        description="Sample a grid every so many epochs, and at the end. None: only at the end.",
+    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
+    text_encoder_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        validation_alias=also("text_encoder_learning_rate", "text_encoder_lr"),
+        description="Peak rate of the text encoder. None: as the UNet's.",
     )
-    validation_num_inference_steps: int = Field(
-        1000,
-        ge=1,
-        validation_alias=_also("validation_num_inference_steps", "ddpm_num_inference_steps"),
-        description="Denoising steps of those samples.",
+    lora_rank: int | None = Field(
+        None, ge=1, validation_alias=also("lora_rank", "rank"), description="Train LoRA of this rank, not the model."
     )
-    save_model_epochs: int | None = Field(10, ge=1, description="Write the pipeline every so many epochs.")
-
-
-class TextToImageConfig(TextConfig, DatasetConfig):
-    """Images from captions: `train text_to_image`. Fine-tunes Stable Diffusion 1.x and 2.x, or starts from scratch."""
-
-    text_encoder: dict[str, Any] | str | None = Field(
-        None, description="From scratch: the CLIP text config, as a mapping or the folder or .json file that holds it."
+    lora_alpha: float | None = Field(None, gt=0, description="Its scale is alpha / rank. None: the rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of a LoRA's inputs that are dropped.")
+    lora_target_modules: list[str] = Field(list(UNET_TARGETS), description="Layers of the UNet to adapt.")
+    lora_text_encoder_target_modules: list[str] = Field(
+        list(TEXT_ENCODER_TARGETS), description="Layers of the text encoder to adapt, with --train_text_encoder."
     )
-    caption_column: str = Field("text", description="Column that holds the captions.")
-    proportion_empty_prompts: float = Field(
-        0.0, ge=0, le=1, description="Share of captions replaced by the empty one, which guidance needs."
-    )
-    image_interpolation_mode: Interpolation = Field("lanczos", description="Filter that resizes.")
-    output_dir: str = Field("sd-model-finetuned", description="Folder of the run.")
+    lora_format: Literal["peft", "kohya"] = Field("peft", description="Names in pytorch_lora_weights.safetensors.")
 
     @model_validator(mode="after")
-    def _check_text(self) -> TextToImageConfig:
-        scratch = self.pretrained_model_name_or_path is None
-        if scratch and (self.unet is None or self.text_encoder is None):
-            raise ValueError(
-                "nothing to train: give --pretrained_model_name_or_path, or --unet and --text_encoder to start from "
-                "scratch"
-            )
-        if scratch and self.vae == "pretrained":
-            raise ValueError("--vae pretrained needs --pretrained_model_name_or_path: give a VAE's folder, or null")
-        if scratch and not self.train_text_encoder:
-            raise ValueError("a text encoder made from scratch must train: add --train_text_encoder")
-        if not scratch and self.text_encoder is not None:
-            raise ValueError("--text_encoder is for training from scratch: drop it or --pretrained_model_name_or_path")
+    def _check_lora(self) -> LoraConfig:
+        if self.lora_rank is None:
+            for name in ("alpha", "dropout", "target_modules", "text_encoder_target_modules", "format"):
+                if getattr(self, f"lora_{name}") != type(self).model_fields[f"lora_{name}"].default:
+                    raise ValueError(f"--lora_{name} goes with --lora_rank: add it, 4 is usual, or drop the former")
+        elif self.pretrained_model_name_or_path is None:
+            raise ValueError("--lora_rank adapts a model: give --pretrained_model_name_or_path")
+        if self.text_encoder_learning_rate is not None and not self.train_text_encoder:
+            raise ValueError("--text_encoder_learning_rate goes with --train_text_encoder: add it, or drop the former")
         return self
-
-
-class Concept(BaseModel):
-    """One new thing for DreamBooth to learn, and the class that it belongs to."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    instance_data_dir: str  # folder of pictures of the new thing
-    instance_prompt: str  # "a photo of sks dog"
-    class_data_dir: str | None = None  # folder of pictures of its class; what is missing is drawn
-    class_prompt: str | None = None  # "a photo of dog"
-    repeats: Annotated[int, Field(ge=1)] = 1  # times each picture stands in an epoch
-
-
-class DreamBoothConfig(TextConfig):
-    """A new thing from a handful of its pictures: `train dreambooth`."""
-
-    instance_data_dir: str | None = Field(None, description="Folder of pictures of the new thing.")
-    instance_prompt: str | None = Field(None, description="Prompt that names it, such as 'a photo of sks dog'.")
-    with_prior_preservation: bool = Field(False, description="Keep what its class looks like, by pictures of it.")
-    class_data_dir: str | None = Field(None, description="Folder of pictures of the class; filled up as needed.")
-    class_prompt: str | None = Field(None, description="Prompt that names the class, such as 'a photo of dog'.")
-    num_class_images: int = Field(100, ge=1, description="Pictures of each class; the model draws those missing.")
-    prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the class pictures' loss.")
-    sample_batch_size: int = Field(4, ge=1, description="Class pictures a device draws at a time.")
-    concepts: list[Concept] = Field(
-        [], description="Several concepts at once: a list of mappings with the five options of one, and repeats."
-    )
-    train_batch_size: int = Field(
-        4, ge=1, description="Images of the new thing a device in one forward pass; as many of the class go with them."
-    )
-    num_train_epochs: int = Field(1, ge=1, description="Passes over the data.")
-    learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate.")
-    validation_steps: int | None = Field(100, ge=1, description="Sample every so many steps.")
-    checkpoint_models: bool = Field(
-        True, description="Each checkpoint also holds the trained models, in Diffusers' format."
-    )
-    output_dir: str = Field("dreambooth-model", description="Folder of the run.")
-
-    @property
-    def all_concepts(self) -> list[Concept]:
-        """The concepts, whichever way they were given."""
-        if self.concepts:
-            return self.concepts
-        return [
-            Concept(
-                instance_data_dir=str(self.instance_data_dir),
-                instance_prompt=str(self.instance_prompt),
-                class_data_dir=self.class_data_dir,
-                class_prompt=self.class_prompt,
-            )
-        ]
-
-    @model_validator(mode="after")
-    def _check_concepts(self) -> DreamBoothConfig:
-        if self.pretrained_model_name_or_path is None:
-            raise ValueError("dreambooth starts from a model: give --pretrained_model_name_or_path")
-        single = {
-            "instance_data_dir": self.instance_data_dir,
-            "instance_prompt": self.instance_prompt,
-            "class_data_dir": self.class_data_dir,
-            "class_prompt": self.class_prompt,
-        }
-        given = [name for name, value in single.items() if value is not None]
-        if self.concepts and given:
-            raise ValueError(f"--{given[0]} and concepts exclude each other: put it into the list, or drop the list")
-        if not self.concepts:
-            for name in ("instance_data_dir", "instance_prompt"):
-                if not single[name]:
-                    raise ValueError(f"dreambooth needs --{name}, or a list of concepts")
-        for concept in self.all_concepts:
-            missing = [name for name in ("class_data_dir", "class_prompt") if not getattr(concept, name)]
-            if self.with_prior_preservation and missing:
-                raise ValueError(f"--with_prior_preservation needs --{missing[0]} for '{concept.instance_prompt}'")
-            if not self.with_prior_preservation and len(missing) < 2:
-                raise ValueError(
-                    f"--class_data_dir and --class_prompt go with --with_prior_preservation: add it, or drop them for "
-                    f"'{concept.instance_prompt}'"
-                )
-            if concept.class_prompt == concept.instance_prompt:
-                raise ValueError(
-                    f"'{concept.instance_prompt}' names both the new thing and its class: put a rare word into "
-                    "--instance_prompt, as in 'a photo of sks dog'"
-                )
-        return self
-
-
-TASKS: dict[str, type[TrainConfig]] = {
-    "unconditional": UnconditionalConfig,
-    "text_to_image": TextToImageConfig,
-    "dreambooth": DreamBoothConfig,
-}

@@ -109,8 +109,16 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from error
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write a safetensors file, whole or not at all."""
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in a safetensors file's header."""
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all, with texts for its header."""
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(contiguous, partial, metadata={"format": "pt"})  # Transformers refuses files without a format
+        save_file(
+            contiguous, partial, metadata={"format": "pt", **(metadata or {})}
+        )  # Transformers refuses files without a format

@@ -31,12 +31,17 @@ def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tupl
         return np.zeros(shape, np.float32)
     if len(shape) == 1:
         return np.ones(shape, np.float32)
-    rng = example_rng(seed, Stream.WEIGHTS, 0, zlib.crc32(f"{kind}/{name}".encode()))
+    rng = example_rng(seed, Stream.WEIGHTS, 0, name_number(kind, name))
     std = normal_std(kind, config, name)
     if std is not None:
         return rng.standard_normal(shape, np.float32) * np.float32(std)
     bound = 1 / math.sqrt(math.prod(shape[1:]))
     return (rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
+
+
+def name_number(kind: str, name: str) -> int:
+    """A number of its own for a parameter, for `example_rng`."""
+    return zlib.crc32(f"{kind}/{name}".encode())
 
 
 def normal_std(kind: str, config: Mapping[str, Any], name: str) -> float | None:

@@ -6,7 +6,6 @@ models and devices. Nothing in a step waits for the devices: losses are read a f
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import shutil
@@ -14,74 +13,24 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 
-from flax_diffusion.core import checkpoints, class_images, pipeline
+from flax_diffusion.core import checkpoints, pipeline, recipe, reconstruction
 from flax_diffusion.core.backend import Backend
-from flax_diffusion.core.config import DatasetConfig, DreamBoothConfig, TextConfig, TextToImageConfig, TrainConfig
-from flax_diffusion.core.data.batches import ExampleFn
-from flax_diffusion.core.data.captions import Tokenize
-from flax_diffusion.core.data.concepts import PromptedSource, open_instances, open_pairs
+from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.loader import Loader
-from flax_diffusion.core.data.noise import NoiseSpec
-from flax_diffusion.core.data.sources import Source, open_source
-from flax_diffusion.core.data.transforms import ImageTransform
 from flax_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError
 from flax_diffusion.core.files import write_text
 from flax_diffusion.core.pipeline import PipelineSpec
-from flax_diffusion.core.rates import ema_decay, learning_rate_schedule
+from flax_diffusion.core.rates import ema_decay
 from flax_diffusion.core.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
 READ_LAG = 2
 """Steps that may be under way before the loop waits for a loss; enough to keep the devices busy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How a run's examples divide into steps. Progress is counted in examples, whatever the batch."""
-
-    num_examples: int  # in the dataset
-    batch_size: int  # a micro-batch over all devices
-    accumulation: int  # micro-batches a step
-    total_steps: int  # of the whole run
-
-    @property
-    def step_examples(self) -> int:
-        """Examples an optimizer step."""
-        return self.batch_size * self.accumulation
-
-    def ends_epoch(self, seen: int, every: int | None) -> bool:
-        """Whether an epoch divisible by `every` ended in the step that brought the examples to `seen`."""
-        if every is None:
-            return False
-        span = every * self.num_examples
-        return seen // span > (seen - self.step_examples) // span
-
-
-def make_schedule(config: TrainConfig, num_examples: int, device_count: int) -> Schedule:
-    """Divides the work over steps and devices.
-
-    Raises:
-        ConfigError: If the global batch cannot be divided.
-    """
-    accumulation = config.gradient_accumulation_steps
-    share = device_count * accumulation
-    if config.global_batch_size is None:
-        micro = config.train_batch_size * device_count
-    elif config.global_batch_size % share:
-        near = max(1, round(config.global_batch_size / share)) * share
-        raise ConfigError(
-            f"--global_batch_size {config.global_batch_size}: not divisible over {device_count} devices x "
-            f"{accumulation} accumulation steps; the nearest that is: {near}"
-        )
-    else:
-        micro = config.global_batch_size // accumulation
-    steps = config.max_train_steps or math.ceil(config.num_train_epochs * num_examples / (micro * accumulation))
-    return Schedule(num_examples=num_examples, batch_size=micro, accumulation=accumulation, total_steps=steps)
 
 
 def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, PipelineSpec], Backend]) -> Path:
@@ -100,13 +49,13 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
     """
     output_dir = Path(config.output_dir)
     resume_from = _prepare_output(output_dir, config)
-    source = open_run_source(config)
-    spec = make_spec(config, source)
+    source = recipe.open_run_source(config)
+    spec = recipe.make_spec(config, source)
     backend = make_backend(config, spec)
-    num_examples = count_examples(config, source)
-    schedule = make_schedule(config, num_examples, backend.device_count)
+    num_examples = recipe.count_examples(config, source)
+    schedule = recipe.make_schedule(config, num_examples, backend.device_count)
     parameters = backend.init_state()
-    source = complete_source(config, source, backend)
+    source = recipe.complete_source(config, source, backend)
     first_step, first_example = 0, 0
     if resume_from is not None:
         metadata = _check_resume(backend.restore(resume_from), resume_from, task, config, num_examples)
@@ -122,7 +71,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
             first_step + 1, schedule.total_steps,
         )  # fmt: skip
 
-    loader = make_loader(
+    loader = recipe.make_loader(
         config,
         spec,
         source,
@@ -139,7 +88,8 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         total_steps=schedule.total_steps,
         main=main,
     )
-    run = _Run(task, config, spec, backend, schedule, tracker, output_dir, first_step, first_example)
+    shown = reconstruction.first_examples(source, recipe.make_example_fn(config, spec), config)
+    run = _Run(task, config, spec, backend, schedule, tracker, output_dir, first_step, first_example, shown)
     try:
         with loader:
             run.steps(loader)
@@ -159,14 +109,15 @@ class _Run:
     config: TrainConfig
     spec: PipelineSpec
     backend: Backend
-    schedule: Schedule
+    schedule: recipe.Schedule
     tracker: Tracker
     output_dir: Path
     first_step: int
     first_example: int
+    shown: reconstruction.Shown | None  # what an autoencoder's progress is seen by
 
     def __post_init__(self) -> None:
-        self.rate_of = make_rate(self.config, self.schedule)
+        self.rate_of = recipe.make_rate(self.config, self.schedule)
         self.pending: deque[tuple[int, float, Any]] = deque()
         self.last_saved = self.first_step
 
@@ -239,7 +190,7 @@ class _Run:
         self.backend.save(folder, metadata)
         if self.config.checkpoint_models:
             self.backend.wait()
-            self.backend.export(folder, only_trained=True)
+            self._export_trained(folder, only_trained=True)
         self.last_saved = step
 
     def _rotate(self) -> None:
@@ -248,6 +199,11 @@ class _Run:
 
     def _sample(self, step: int) -> None:
         config = self.config
+        if self.shown is not None:
+            self._drain()
+            self.tracker.grid(step, reconstruction.compare(self.backend, self.shown), 8)
+            return
+        assert isinstance(config, DiffusionConfig)
         text = isinstance(config, TextConfig)
         prompts = config.validation_prompts if text else []
         if text and not prompts:
@@ -263,10 +219,22 @@ class _Run:
         self.tracker.grid(step, images, config.eval_batch_size if text else None)
 
     def _export(self) -> None:
+        """Writes what the run is for: a pipeline, an autoencoder, or adapters."""
         self._drain()
-        self.backend.export(self.output_dir)
-        if self.backend.process_index == 0:
+        self._export_trained(self.output_dir)
+        if self.shown is not None:
+            reconstruction.write_scaling_factor(self.backend, self.shown, self.config, self.output_dir)
+        elif self.backend.process_index == 0 and not self.spec.adapted:
             pipeline.write_index(self.spec, self.output_dir)
+
+    def _export_trained(self, folder: Path, *, only_trained: bool = False) -> None:
+        if not self.spec.adapted:
+            self.backend.export(folder, only_trained=only_trained)
+            return
+        arrays = self.backend.trained_arrays()
+        if self.backend.process_index == 0:
+            form = self.config.lora_format if isinstance(self.config, LoraConfig) else "peft"
+            pipeline.write_adapters(self.spec, arrays, folder, form)
 
 
 def _put_ahead(backend: Backend, loader: Loader) -> Iterator[Any]:
@@ -277,112 +245,6 @@ def _put_ahead(backend: Backend, loader: Loader) -> Iterator[Any]:
         following = next(batches, None)
         yield current
         current = following
-
-
-def open_run_source(config: TrainConfig) -> Source:
-    """The examples that a config names; DreamBooth's without those of the classes, which may still have to be drawn."""
-    if isinstance(config, DreamBoothConfig):
-        return open_instances(config)
-    assert isinstance(config, DatasetConfig)
-    return open_source(
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        image_column=config.image_column,
-        caption_column=config.caption_column if isinstance(config, TextToImageConfig) else None,
-        max_train_samples=config.max_train_samples,
-        cache_dir=config.cache_dir,
-    )
-
-
-def count_examples(config: TrainConfig, source: Source) -> int:
-    """Examples an epoch, those that `complete_source` adds among them."""
-    if isinstance(config, DreamBoothConfig) and config.with_prior_preservation:
-        for concept in config.all_concepts:
-            class_images.missing(concept, config.num_class_images)  # a folder that cannot be filled is found now
-        return max(len(source), config.num_class_images * sum(concept.repeats for concept in config.all_concepts))
-    return len(source)
-
-
-def complete_source(config: TrainConfig, source: Source, backend: Backend) -> Source:
-    """Adds the examples that the models themselves draw."""
-    if not (isinstance(config, DreamBoothConfig) and config.with_prior_preservation):
-        return source
-    class_images.draw_missing(config, backend)
-    return open_pairs(config, cast(PromptedSource, source))
-
-
-def make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
-    """The pipeline that a config names; the source's captions make a tokenizer where there is none."""
-    if not isinstance(config, TextConfig):
-        return pipeline.unconditional(config)
-    captions = (_as_list(source[index].caption) for index in range(len(source)))
-    return pipeline.text_to_image(
-        config, itertools.chain.from_iterable(captions), Path(config.output_dir) / "tokenizer"
-    )
-
-
-def make_rate(config: TrainConfig, schedule: Schedule) -> Callable[[int], float]:
-    """The learning rate by optimizer step."""
-    peak = config.learning_rate * (schedule.step_examples if config.scale_lr else 1)
-    return learning_rate_schedule(config, schedule.total_steps, peak)
-
-
-def make_loader(
-    config: TrainConfig,
-    spec: PipelineSpec,
-    source: Source,
-    schedule: Schedule,
-    *,
-    num_steps: int,
-    process_index: int = 0,
-    process_count: int = 1,
-    start_example: int = 0,
-) -> Loader:
-    """The batches of one process of a run."""
-    return Loader(
-        source,
-        make_example_fn(config, spec),
-        seed=config.seed,
-        batch_size=schedule.batch_size // process_count,
-        accumulation=schedule.accumulation,
-        process_index=process_index,
-        process_count=process_count,
-        start_example=start_example,
-        num_steps=num_steps,
-        num_workers=config.dataloader_num_workers,
-        skip_bad_images=config.skip_bad_images,
-        rows=2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1,
-    )
-
-
-def make_example_fn(config: TrainConfig, spec: PipelineSpec) -> ExampleFn:
-    """The recipe that makes one training example of this run."""
-    captioned = isinstance(config, TextToImageConfig)
-    return ExampleFn(
-        transform=ImageTransform(
-            resolution=config.resolution,
-            resize_mode=config.resize_mode,
-            center_crop=config.center_crop,
-            random_flip=config.random_flip,
-            interpolation=config.image_interpolation_mode,
-            channels=spec.image_channels,
-        ),
-        noise=NoiseSpec(
-            shape=spec.sample_shape,
-            num_train_timesteps=len(spec.alphas_cumprod),
-            noise_offset=config.noise_offset,
-            input_perturbation=config.input_perturbation,
-            latent_noise=spec.vae is not None,
-        ),
-        tokenize=Tokenize.from_clip(spec.tokenizer) if spec.tokenizer is not None else None,
-        proportion_empty_prompts=config.proportion_empty_prompts if captioned else 0.0,
-        loss_weights=pipeline.loss_weights(config, spec),
-    )
-
-
-def _as_list(caption: Any) -> list[str]:
-    return [caption] if isinstance(caption, str) else list(caption or [])
 
 
 _WRITTEN = ("config.yaml", "model_index.json")

@@ -26,7 +26,7 @@ LISTS = (
 LIST_ITEM = re.compile(rf"\b({'|'.join(LISTS)})_(\d+)\b")
 
 # Last part of a parameter's name here, and in PyTorch.
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias", "new_rows": "new_rows"}
 
 
 def torch_name(path: Iterable[str]) -> str:

@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from flax_diffusion.core import cli
-from flax_diffusion.core.config import TASKS, TrainConfig, UnconditionalConfig
+from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.tasks import TASKS, UnconditionalConfig
 
 
 def parse(*argv):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from tiny import RUN, UNET, pictures
 
-from flax_diffusion.core.config import UnconditionalConfig
 from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from flax_diffusion.core.loop import fit
 from flax_diffusion.core.rates import ema_decay
+from flax_diffusion.core.tasks import UnconditionalConfig
 
 
 class Recorder:

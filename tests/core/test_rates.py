@@ -5,9 +5,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from flax_diffusion.core.config import UnconditionalConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.rates import ema_decay, learning_rate_schedule
+from flax_diffusion.core.tasks import UnconditionalConfig
 
 
 def config(**options):

@@ -12,9 +12,9 @@ import yaml
 from tiny import RUN, TEXT_RUN
 
 from flax_diffusion.core.cli import merge
-from flax_diffusion.core.config import UnconditionalConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.loop import fit
+from flax_diffusion.core.tasks import UnconditionalConfig
 from flax_diffusion.train import train as train_with_jax
 from torch_backend.backend import TorchBackend
 from torch_backend.generate import main as generate_main

@@ -8,9 +8,9 @@ import yaml
 from PIL import Image
 from tiny import pictures, stable_diffusion
 
-from flax_diffusion.core import class_images, loop
-from flax_diffusion.core.config import DreamBoothConfig
+from flax_diffusion.core import class_images, recipe
 from flax_diffusion.core.errors import ConfigError, DataError
+from flax_diffusion.core.tasks import DreamBoothConfig
 from flax_diffusion.train import main, train
 
 
@@ -73,12 +73,12 @@ def test_the_shortfall_is_drawn_and_nothing_is_overwritten(options, tmp_path):
 
 def test_pairs_make_the_mean_of_one_plus_lambda_times_the_mean_of_the_other(options):
     config = DreamBoothConfig(**options)
-    instances = loop.open_run_source(config)
-    assert loop.count_examples(config, instances) == 5  # the longer side
-    source = loop.complete_source(config, instances, Painter())
-    spec = loop.make_spec(config, source)
-    schedule = loop.make_schedule(config, 5, 1)
-    with loop.make_loader(config, spec, source, schedule, num_steps=5) as loader:
+    instances = recipe.open_run_source(config)
+    assert recipe.count_examples(config, instances) == 5  # the longer side
+    source = recipe.complete_source(config, instances, Painter())
+    spec = recipe.make_spec(config, source)
+    schedule = recipe.make_schedule(config, 5, 1)
+    with recipe.make_loader(config, spec, source, schedule, num_steps=5) as loader:
         batches = list(loader)
     weights = np.concatenate([batch["loss_weights"].ravel() for batch in batches])
     np.testing.assert_array_equal(weights, np.tile([2.0, 1.0], 10))
@@ -98,7 +98,7 @@ def test_several_concepts(options, tmp_path):
         {"instance_data_dir": str(tmp_path / "cat"), "instance_prompt": "a photo of ktn cat", "repeats": 3},
     ]
     given = {k: v for k, v in options.items() if not k.startswith(("instance", "class")) and "prior" not in k}
-    source = loop.open_run_source(DreamBoothConfig(**given, concepts=concepts))
+    source = recipe.open_run_source(DreamBoothConfig(**given, concepts=concepts))
     prompts = [source[index].caption for index in range(len(source))]
     assert prompts == ["a photo of sks dog"] * 3 + ["a photo of ktn cat"] * 6
     assert source[3].name == source[5].name != source[4].name

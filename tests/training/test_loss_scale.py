@@ -7,7 +7,7 @@ from tiny import RUN
 
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import pipeline
-from flax_diffusion.core.config import UnconditionalConfig
+from flax_diffusion.core.tasks import UnconditionalConfig
 from flax_diffusion.optimizer import LossScale
 
 

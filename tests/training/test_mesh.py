@@ -8,11 +8,11 @@ from tiny import RUN, UNET
 
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import pipeline
-from flax_diffusion.core.config import UnconditionalConfig
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import open_source
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.loop import make_example_fn, make_schedule
+from flax_diffusion.core.tasks import UnconditionalConfig
 from flax_diffusion.sharding import make_mesh, spec_of
 
 STEPS = 20

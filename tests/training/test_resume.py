@@ -8,8 +8,8 @@ import pytest
 from tiny import RUN
 
 from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core.config import UnconditionalConfig
 from flax_diffusion.core.loop import fit
+from flax_diffusion.core.tasks import UnconditionalConfig
 
 STEPS = 20
 CONFIG = RUN | {

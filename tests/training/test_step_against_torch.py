@@ -11,11 +11,11 @@ from tiny import RUN, TEXT_RUN, UNET, pictures, stable_diffusion
 
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import pipeline
-from flax_diffusion.core.config import TextToImageConfig, UnconditionalConfig
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import open_source
 from flax_diffusion.core.loop import make_example_fn, make_spec
 from flax_diffusion.core.rates import ema_decay, learning_rate_schedule
+from flax_diffusion.core.tasks import TextToImageConfig, UnconditionalConfig
 from flax_diffusion.weights import to_torch
 
 STEPS = 5

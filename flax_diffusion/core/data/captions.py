@@ -12,6 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 
+from flax_diffusion.core.adapters import NewTokens
 from flax_diffusion.core.errors import DataError, WeightsError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and worker processes need none of it
@@ -31,13 +32,15 @@ class Tokenize:
     """
 
     tokenizer: Tokenizer  # with padding and truncation set
+    new_tokens: NewTokens | None = None  # of textual inversion, whose word stands for several
 
     @classmethod
-    def from_clip(cls, tokenizer: "CLIPTokenizer") -> "Tokenize":
+    def from_clip(cls, tokenizer: "CLIPTokenizer", new_tokens: NewTokens | None = None) -> "Tokenize":
         """Take over a CLIPTokenizer, with tokens added to it so far.
 
         Args:
             tokenizer: whose `model_max_length` is the length of the ids.
+            new_tokens: whose word is spelt out in every caption.
 
         Returns:
             The callable.
@@ -58,7 +61,7 @@ class Tokenize:
             pad_id=tokenizer.pad_token_id,
             pad_token=str(tokenizer.pad_token),
         )
-        return cls(backend)
+        return cls(backend, new_tokens)
 
     def __call__(self, caption: str) -> np.ndarray:
         """Tokenize one caption.
@@ -69,6 +72,7 @@ class Tokenize:
         Returns:
             int32 (model_max_length,).
         """
+        caption = caption if self.new_tokens is None else self.new_tokens.expand(caption)
         return np.array(self.tokenizer.encode(caption).ids, np.int32)
 
 

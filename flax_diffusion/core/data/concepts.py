@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from flax_diffusion.core.config import Concept, DreamBoothConfig
 from flax_diffusion.core.data.folders import open_folder
 from flax_diffusion.core.data.sources import Record, Source
+from flax_diffusion.core.tasks import Concept, DreamBoothConfig, TextualInversionConfig
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,26 @@ class PairedSource:
         if of_class:
             return replace(self.classes[pair % len(self.classes)], weight=2 * self.prior_loss_weight)
         return replace(self.instances[pair % len(self.instances)], weight=2.0)
+
+
+_PICTURES = ("photo", "good photo", "close-up photo", "cropped photo", "bright photo", "dark photo", "rendering")
+_WORKS = ("painting", "drawing", "picture", "rendering", "small painting", "large painting", "sketch")
+TEMPLATES = {
+    "object": [f"a {kind} of {article} {{}}" for kind in _PICTURES for article in ("a", "the", "one", "my")],
+    "style": [f"{article} {kind} in the style of {{}}" for kind in _WORKS for article in ("a", "the")],
+}
+"""What textual inversion's pictures are called, by `learnable_property`."""
+
+
+def open_templated(config: TextualInversionConfig) -> PromptedSource:
+    """Textual inversion's pictures, each with all prompts that its word may stand in.
+
+    Raises:
+        DataError: If the folder is missing or holds none.
+    """
+    source = open_folder(Path(str(config.train_data_dir)), caption_column=None)
+    prompts = [template.format(config.placeholder_token) for template in TEMPLATES[config.learnable_property]]
+    return PromptedSource([source], [prompts], [config.repeats])
 
 
 def open_instances(config: DreamBoothConfig) -> PromptedSource:

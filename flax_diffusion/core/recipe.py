@@ -1,0 +1,180 @@
+"""What a config asks for: its examples, its pipeline, how they divide into steps, and the loader of the batches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from flax_diffusion.core import class_images, task_pipelines
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config import DatasetConfig, DiffusionConfig, TextConfig, TrainConfig
+from flax_diffusion.core.data.batches import ExampleFn
+from flax_diffusion.core.data.concepts import PromptedSource, open_instances, open_pairs, open_templated
+from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.data.noise import NoiseSpec
+from flax_diffusion.core.data.sources import Source, open_source
+from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.pipeline import PipelineSpec
+from flax_diffusion.core.rates import learning_rate_schedule
+from flax_diffusion.core.tasks import AutoencoderConfig, DreamBoothConfig, TextToImageConfig, TextualInversionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How a run's examples divide into steps. Progress is counted in examples, whatever the batch."""
+
+    num_examples: int  # in the dataset
+    batch_size: int  # a micro-batch over all devices
+    accumulation: int  # micro-batches a step
+    total_steps: int  # of the whole run
+
+    @property
+    def step_examples(self) -> int:
+        """Examples an optimizer step."""
+        return self.batch_size * self.accumulation
+
+    def ends_epoch(self, seen: int, every: int | None) -> bool:
+        """Whether an epoch divisible by `every` ended in the step that brought the examples to `seen`."""
+        if every is None:
+            return False
+        span = every * self.num_examples
+        return seen // span > (seen - self.step_examples) // span
+
+
+def make_schedule(config: TrainConfig, num_examples: int, device_count: int) -> Schedule:
+    """Divides the work over steps and devices.
+
+    Raises:
+        ConfigError: If the global batch cannot be divided.
+    """
+    accumulation = config.gradient_accumulation_steps
+    share = device_count * accumulation
+    if config.global_batch_size is None:
+        micro = config.train_batch_size * device_count
+    elif config.global_batch_size % share:
+        near = max(1, round(config.global_batch_size / share)) * share
+        raise ConfigError(
+            f"--global_batch_size {config.global_batch_size}: not divisible over {device_count} devices x "
+            f"{accumulation} accumulation steps; the nearest that is: {near}"
+        )
+    else:
+        micro = config.global_batch_size // accumulation
+    steps = config.max_train_steps or math.ceil(config.num_train_epochs * num_examples / (micro * accumulation))
+    return Schedule(num_examples=num_examples, batch_size=micro, accumulation=accumulation, total_steps=steps)
+
+
+def open_run_source(config: TrainConfig) -> Source:
+    """The examples that a config names; DreamBooth's without those of the classes, which may still have to be drawn."""
+    if isinstance(config, DreamBoothConfig):
+        return open_instances(config)
+    if isinstance(config, TextualInversionConfig):
+        return open_templated(config)
+    assert isinstance(config, DatasetConfig)
+    return open_source(
+        dataset_name=config.dataset_name,
+        dataset_config_name=config.dataset_config_name,
+        train_data_dir=config.train_data_dir,
+        image_column=config.image_column,
+        caption_column=config.caption_column if isinstance(config, TextToImageConfig) else None,
+        max_train_samples=config.max_train_samples,
+        cache_dir=config.cache_dir,
+    )
+
+
+def count_examples(config: TrainConfig, source: Source) -> int:
+    """Examples an epoch, those that `complete_source` adds among them."""
+    if isinstance(config, DreamBoothConfig) and config.with_prior_preservation:
+        for concept in config.all_concepts:
+            class_images.missing(concept, config.num_class_images)  # a folder that cannot be filled is found now
+        return max(len(source), config.num_class_images * sum(concept.repeats for concept in config.all_concepts))
+    return len(source)
+
+
+def complete_source(config: TrainConfig, source: Source, backend: Backend) -> Source:
+    """Adds the examples that the models themselves draw."""
+    if not (isinstance(config, DreamBoothConfig) and config.with_prior_preservation):
+        return source
+    class_images.draw_missing(config, backend)
+    return open_pairs(config, cast(PromptedSource, source))
+
+
+def make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
+    """The pipeline that a config names; the source's captions make a tokenizer where there is none."""
+    if isinstance(config, AutoencoderConfig):
+        return task_pipelines.autoencoder(config)
+    assert isinstance(config, DiffusionConfig)
+    if not isinstance(config, TextConfig):
+        return task_pipelines.unconditional(config)
+    captions = (_as_list(source[index].caption) for index in range(len(source)))
+    return task_pipelines.text_to_image(
+        config, itertools.chain.from_iterable(captions), Path(config.output_dir) / "tokenizer"
+    )
+
+
+def make_rate(config: TrainConfig, schedule: Schedule) -> Callable[[int], float]:
+    """The learning rate by optimizer step."""
+    peak = config.learning_rate * (schedule.step_examples if config.scale_lr else 1)
+    return learning_rate_schedule(config, schedule.total_steps, peak)
+
+
+def make_loader(
+    config: TrainConfig,
+    spec: PipelineSpec,
+    source: Source,
+    schedule: Schedule,
+    *,
+    num_steps: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    start_example: int = 0,
+) -> Loader:
+    """The batches of one process of a run."""
+    return Loader(
+        source,
+        make_example_fn(config, spec),
+        seed=config.seed,
+        batch_size=schedule.batch_size // process_count,
+        accumulation=schedule.accumulation,
+        process_index=process_index,
+        process_count=process_count,
+        start_example=start_example,
+        num_steps=num_steps,
+        num_workers=config.dataloader_num_workers,
+        skip_bad_images=config.skip_bad_images,
+        rows=2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1,
+    )
+
+
+def make_example_fn(config: TrainConfig, spec: PipelineSpec) -> ExampleFn:
+    """The recipe that makes one training example of this run."""
+    diffusion = config if isinstance(config, DiffusionConfig) else None
+    noise = NoiseSpec(
+        shape=spec.sample_shape,
+        num_train_timesteps=len(spec.alphas_cumprod) if diffusion else None,
+        noise_offset=diffusion.noise_offset if diffusion else 0.0,
+        input_perturbation=diffusion.input_perturbation if diffusion else 0.0,
+        latent_noise=spec.vae is not None,
+    )
+    return ExampleFn(
+        transform=ImageTransform(
+            resolution=config.resolution,
+            resize_mode=config.resize_mode,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            interpolation=config.image_interpolation_mode,
+            channels=spec.image_channels,
+        ),
+        noise=noise,
+        tokenize=spec.tokenize,
+        proportion_empty_prompts=config.proportion_empty_prompts if isinstance(config, TextToImageConfig) else 0.0,
+        loss_weights=task_pipelines.loss_weights(diffusion, spec) if diffusion else None,
+    )
+
+
+def _as_list(caption: Any) -> list[str]:
+    return [caption] if isinstance(caption, str) else list(caption or [])

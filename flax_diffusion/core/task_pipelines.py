@@ -1,0 +1,251 @@
+"""The pipeline that each task trains, from its options: read and checked before any weight is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flax_diffusion.core import hub, noise_schedule
+from flax_diffusion.core.adapters import Lora, NewTokens
+from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, read_component
+from flax_diffusion.core.tasks import AutoencoderConfig, TextToImageConfig, TextualInversionConfig
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+TUTORIAL_UNET: dict[str, Any] = {
+    "layers_per_block": 2,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+}
+"""The UNet of Diffusers' unconditional tutorial and script, used when none is named."""
+
+
+def autoencoder(config: AutoencoderConfig) -> PipelineSpec:
+    """The lone AutoencoderKL that `train autoencoder` trains."""
+    if config.pretrained_model_name_or_path:
+        vae = _pretrained(config, "vae", "AutoencoderKL", train=True)
+    else:
+        given = {"sample_size": config.resolution} | _read_config(config.vae, "--vae")
+        vae = Component(kind="AutoencoderKL", config=given, train=True)
+    spec = PipelineSpec(
+        kind="AutoencoderKL",
+        components={"vae": vae},
+        scheduler={},
+        resolution=config.resolution,
+        alphas_cumprod=np.empty(0),
+        autoencoder_loss=AutoencoderLoss(rec_loss=config.rec_loss, kl_scale=config.kl_scale),
+    )
+    _check_resolution(config.resolution, spec.vae_factor)
+    _check_channels(spec)
+    return spec
+
+
+def unconditional(config: DiffusionConfig) -> PipelineSpec:
+    """The pipeline that `train unconditional` trains: a UNet2DModel, in pixel or latent space."""
+    if config.pretrained_model_name_or_path:
+        unet = _pretrained(config, "unet", "UNet2DModel", train=True)
+    else:
+        given = TUTORIAL_UNET if config.unet is None else _read_config(config.unet, "--unet")
+        unet = Component(kind="UNet2DModel", config={"sample_size": config.resolution} | given, train=True)
+    components = {"unet": unet}
+    if config.vae:
+        components["vqvae"] = _vae(config.vae)
+    kind = "LDMPipeline" if config.vae else "DDPMPipeline"
+    return _checked(kind, components, config)
+
+
+def text_to_image(config: TextConfig, captions: Iterable[str], run_tokenizer: Path) -> PipelineSpec:
+    """The pipeline of every task with prompts: Stable Diffusion 1.x or 2.x, or one from scratch.
+
+    Args:
+        config: The run's options.
+        captions: Every caption; read only when a tokenizer must be made.
+        run_tokenizer: Where this run keeps the tokenizer it made; used again on resume.
+    """
+    from flax_diffusion.core.data import captions as text
+
+    pretrained = config.pretrained_model_name_or_path
+    trains_encoder = isinstance(config, LoraConfig) and config.train_text_encoder
+    if pretrained:
+        encoder = _pretrained(config, "text_encoder", "CLIPTextModel", train=trains_encoder)
+        unet = _pretrained(config, "unet", "UNet2DConditionModel", train=True)
+    else:
+        assert isinstance(config, TextToImageConfig)
+        encoder = Component(
+            kind="CLIPTextModel", config=_read_config(config.text_encoder, "--text_encoder"), train=True
+        )
+        unet_config = {"sample_size": config.resolution} | _read_config(config.unet, "--unet")
+        unet = Component(kind="UNet2DConditionModel", config=unet_config, train=True)
+
+    if config.tokenizer_name:
+        tokenizer = text.load_tokenizer(hub.resolve(config.tokenizer_name, allow_patterns=["*.json", "*.txt"]))
+    elif pretrained:
+        folder = hub.resolve(pretrained, "tokenizer", config.revision)
+        tokenizer = text.load_tokenizer(folder)
+    elif run_tokenizer.is_dir():
+        tokenizer = text.load_tokenizer(run_tokenizer)
+    else:
+        tokenizer = text.train_tokenizer(
+            captions, encoder.config.get("vocab_size", 4096), encoder["max_position_embeddings"]
+        )
+    if not pretrained:
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        encoder = replace(encoder, config=encoder.config | ids | {"vocab_size": len(tokenizer)})
+
+    if isinstance(config, LoraConfig) and config.lora_rank is not None:
+        unet = replace(unet, train=False, lora=_lora(config, config.lora_target_modules))
+        if trains_encoder:
+            encoder = replace(encoder, train=False, lora=_lora(config, config.lora_text_encoder_target_modules))
+    if isinstance(config, TextualInversionConfig):
+        unet = replace(unet, train=False)
+        encoder = replace(encoder, new_tokens=_add_tokens(tokenizer, config))
+
+    components = {"text_encoder": encoder, "unet": unet}
+    if config.vae == "pretrained":
+        components["vae"] = _pretrained(config, "vae", "AutoencoderKL", train=False)
+    elif config.vae:
+        components["vae"] = _vae(config.vae)
+    return _checked("StableDiffusionPipeline", components, config, tokenizer)
+
+
+def _lora(config: LoraConfig, targets: list[str]) -> Lora:
+    rank = int(config.lora_rank or 0)
+    return Lora(rank=rank, alpha=config.lora_alpha or float(rank), dropout=config.lora_dropout, targets=tuple(targets))
+
+
+def _add_tokens(tokenizer: CLIPTokenizer, config: TextualInversionConfig) -> NewTokens:
+    """Adds textual inversion's tokens to the tokenizer: the new word, then the word with a number."""
+    word, start = str(config.placeholder_token), str(config.initializer_token)
+    initializer = tokenizer.encode(start, add_special_tokens=False)
+    if len(initializer) != 1:
+        raise ConfigError(
+            f"--initializer_token {start}: is {len(initializer)} tokens of this tokenizer, must be one; a shorter, "
+            "more common word usually is"
+        )
+    tokens = (word, *(f"{word}_{number}" for number in range(1, config.num_vectors)))
+    first = len(tokenizer)
+    if tokenizer.add_tokens(list(tokens)) != len(tokens):
+        raise ConfigError(f"--placeholder_token {word}: is in the tokenizer's vocabulary already; choose another word")
+    return NewTokens(placeholder=word, tokens=tokens, first=first, initializer=int(initializer[0]))
+
+
+def loss_weights(config: DiffusionConfig, spec: PipelineSpec) -> np.ndarray:
+    """The loss weight of each timestep, float32 of shape (num_train_timesteps,)."""
+    if config.snr_gamma is not None:
+        return noise_schedule.min_snr_weights(spec.alphas_cumprod, config.snr_gamma, spec.prediction_type)
+    if spec.prediction_type == "sample" and spec.text_encoder is None:
+        return noise_schedule.sample_weights(spec.alphas_cumprod)
+    return np.ones(len(spec.alphas_cumprod), np.float32)
+
+
+def _pretrained(config: TrainConfig, name: str, kind: str, *, train: bool) -> Component:
+    source = str(config.pretrained_model_name_or_path)
+    folder = hub.resolve(source, name, config.revision, allow_patterns=["*.json"])
+    return read_component(folder, kind, source, name, config.revision, config.variant, train=train)
+
+
+def _vae(source: str) -> Component:
+    folder = hub.resolve(source, None, None, allow_patterns=["*.json"])
+    return read_component(folder, "AutoencoderKL", source, None, None, None)
+
+
+def _read_config(given: dict[str, Any] | str | None, option: str) -> dict[str, Any]:
+    """A model config from a mapping, a .json file, or a folder or Hub id that holds config.json."""
+    if isinstance(given, dict):
+        values = given
+    elif given is not None and Path(given).is_file():
+        values = hub.read_json(Path(given))
+    elif given is not None:
+        values = hub.read_json(hub.resolve(given, allow_patterns=["*.json"]) / "config.json")
+    else:
+        raise ConfigError(f"{option}: give a mapping, a .json file, or a folder that holds config.json")
+    return {key: value for key, value in values.items() if not key.startswith("_")}
+
+
+def _scheduler(config: DiffusionConfig, kind: str) -> dict[str, Any]:
+    if config.noise_scheduler is not None:
+        values = {"_class_name": "DDPMScheduler"} | config.noise_scheduler
+    elif config.pretrained_model_name_or_path:
+        folder = hub.resolve(config.pretrained_model_name_or_path, "scheduler", config.revision)
+        values = hub.read_json(folder / "scheduler_config.json")
+    else:
+        values = {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": config.ddpm_num_steps,
+            "beta_schedule": config.ddpm_beta_schedule,
+            # Latents have no bounds to clip to, and Diffusers' StableDiffusionPipeline turns clipping off and the
+            # offset on in whatever it opens: written so, both sample alike.
+            "clip_sample": kind == "DDPMPipeline",
+            "steps_offset": int(kind == "StableDiffusionPipeline"),
+        }
+    if config.prediction_type:
+        values = values | {"prediction_type": config.prediction_type}
+    return values
+
+
+def _checked(
+    kind: str, components: dict[str, Component], config: DiffusionConfig, tokenizer: CLIPTokenizer | None = None
+) -> PipelineSpec:
+    scheduler = _scheduler(config, kind)
+    spec = PipelineSpec(
+        kind=kind,
+        components=components,
+        scheduler=scheduler,
+        resolution=config.resolution,
+        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(scheduler),
+        tokenizer=tokenizer,
+    )
+    unet, vae, encoder = spec.unet, spec.vae, spec.text_encoder
+    _check_resolution(config.resolution, spec.vae_factor * 2 ** (len(unet["down_block_types"]) - 1))
+    if unet["in_channels"] != unet["out_channels"]:
+        raise ConfigError(
+            f"UNet with in_channels {unet['in_channels']} and out_channels {unet['out_channels']}: inpainting and "
+            f"learned-variance models cannot be trained yet; use a UNet that has both equal"
+        )
+    if vae and vae["latent_channels"] != unet["in_channels"]:
+        raise ConfigError(
+            f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {unet['in_channels']}: use "
+            "a pair made for each other"
+        )
+    _check_channels(spec)
+    if unet["addition_embed_type"] is not None:
+        raise ConfigError(
+            f"UNet with addition_embed_type {unet['addition_embed_type']!r} (SDXL): the models are here, training "
+            "them is not yet; use a Stable Diffusion 1.x or 2.x pipeline"
+        )
+    if encoder and encoder["hidden_size"] != unet["cross_attention_dim"]:
+        raise ConfigError(
+            f"text encoder of hidden_size {encoder['hidden_size']} and UNet of cross_attention_dim "
+            f"{unet['cross_attention_dim']}: they must be equal"
+        )
+    if spec.prediction_type == "epsilon" and spec.alphas_cumprod[-1] == 0:
+        raise ConfigError(
+            "rescale_betas_zero_snr with prediction_type epsilon: at the last timestep there is only noise to predict "
+            "noise from; use v_prediction"
+        )
+    return spec
+
+
+def _check_resolution(resolution: int, multiple: int) -> None:
+    if resolution % multiple:
+        below, above = resolution // multiple * multiple, -(-resolution // multiple) * multiple
+        raise ConfigError(
+            f"--resolution {resolution}: this pipeline halves it {multiple.bit_length() - 1} times, so it must "
+            f"be a multiple of {multiple}: {f'{below} or ' if below else ''}{above}"
+        )
+
+
+def _check_channels(spec: PipelineSpec) -> None:
+    if spec.image_channels not in (1, 3):
+        raise ConfigError(
+            f"images have 1 (grey) or 3 (RGB) channels, this pipeline makes {spec.image_channels}: set the UNet's "
+            "in_channels, or give --vae to train on latents"
+        )

@@ -1,0 +1,72 @@
+"""LoRA, by PEFT, and new tokens in PyTorch; the twin of `flax_diffusion.adapters`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from flax_diffusion.core import adapters
+from flax_diffusion.core.pipeline import Component
+
+
+class ExtendedEmbedding(nn.Module):
+    """An embedding table with rows of new tokens behind it, which alone train.
+
+    Args:
+        known: The table.
+        rows: (new tokens, features), first values.
+        first: Id of the first new token.
+    """
+
+    def __init__(self, known: nn.Embedding, rows: Tensor, first: int):
+        super().__init__()
+        self.known, self.first = known, first
+        self.new_rows = nn.Parameter(rows)
+
+    @property
+    def weight(self) -> Tensor:
+        """The table, of which Transformers asks the dtype."""
+        return self.known.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Looks ids (…) up, to (…, features)."""
+        new = ids >= self.first
+        rows = self.new_rows[(ids - self.first).clamp(min=0)]
+        known = self.known(ids.masked_fill(new, 0))
+        return torch.where(new[..., None], rows.to(known.dtype), known)
+
+
+def add(component: Component, module: Any, seed: int, dtype: torch.dtype) -> None:
+    """Puts a component's adapters beside its weights, with the first values of the JAX side.
+
+    Args:
+        component: Says what adapts it.
+        module: Its module; nothing of it trains.
+        seed: Of the run.
+        dtype: Of the adapters.
+
+    Raises:
+        ConfigError: If a LoRA does not fit the model.
+    """
+    from torch_backend.modules import file_name
+
+    by_name = {file_name(component.kind, name): p for name, p in module.named_parameters()}
+    lora, new_tokens = component.lora, component.new_tokens
+    if lora is not None:
+        shapes = {name: tuple(parameter.shape) for name, parameter in by_name.items()}
+        arrays = adapters.draw_lora(lora, shapes, component.kind, seed)
+        alpha: Any = lora.alpha  # PEFT documents whole numbers, and takes any
+        module.add_adapter(
+            LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets))
+        )
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = torch.from_numpy(arrays[file_name(component.kind, name)]).to(parameter.device, dtype)
+    if new_tokens is not None:
+        table = module.get_input_embeddings()
+        arrays = adapters.draw_rows(new_tokens, table.weight.detach().float().cpu().numpy())
+        rows = torch.from_numpy(arrays[adapters.NEW_ROWS]).to(table.weight.device, dtype)
+        module.set_input_embeddings(ExtendedEmbedding(table, rows, new_tokens.first))
