@@ -186,6 +186,11 @@ class _InMemory:
         return self.values
 
 
+def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return arrays as `from_tensors` takes them."""
+    return {name: _InMemory(array) for name, array in arrays.items()}
+
+
 def _nothing_to_read(folder: Path, wanted: str) -> str:
     """Explain what a folder without the wanted weights holds instead."""
     present = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".msgpack"))

@@ -62,7 +62,7 @@ TEXT_RUN = RUN | {
 }
 
 
-def stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
+def stable_diffusion(folder: Path, prediction_type: str = "epsilon", length: int = 8) -> Path:
     """A Stable Diffusion pipeline with random weights, written by Diffusers and Transformers."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -71,10 +71,10 @@ def stable_diffusion(folder: Path, prediction_type: str = "epsilon") -> Path:
     from flax_diffusion.core.data.captions import train_tokenizer
 
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(["a handwritten seven", "a photo of a dog"], 700, 8)
-    encoder = CLIPTextModel(
-        CLIPTextConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **TEXT_ENCODER)
-    ).eval()
+    tokenizer = train_tokenizer(["a handwritten seven", "a photo of a dog"], 700, length)
+    sizes = TEXT_ENCODER | {"max_position_embeddings": length}
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **sizes)).eval()
     unet = UNet2DConditionModel(**CONDITION_UNET | {"in_channels": 4, "out_channels": 4, "sample_size": 8})
     scheduler = PNDMScheduler(
         beta_start=0.00085,

@@ -169,7 +169,29 @@ _DOWN = (".lora_A.weight", ".lora.down.weight", ".lora_linear_layer.down.weight"
 _UP = (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight", ".lora_up.weight")
 
 
-def read_lora(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, dict[str, np.ndarray]]:
+def read_lora(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Arrays]:
+    """Reads what LoRA weights add to a model's.
+
+    Args:
+        path: As of `read_lora_pairs`.
+        layers: Likewise.
+
+    Returns:
+        Component to, by the name of each adapted weight, (alpha / rank)·B·A, float32 of its shape.
+    """
+    deltas: dict[str, Arrays] = {}
+    for model, (lora, arrays) in read_lora_pairs(path, layers).items():
+        deltas[model] = {}
+        for key, down in arrays.items():
+            if key.endswith(".lora_A.weight"):
+                name = f"{key.removesuffix('.lora_A.weight')}.weight"
+                up = arrays[key.replace(".lora_A.", ".lora_B.")]
+                delta = up.reshape(len(up), -1) @ down.reshape(len(down), -1) * np.float32(lora.scale)
+                deltas[model][name] = delta.reshape(layers[model][name])
+    return deltas
+
+
+def read_lora_pairs(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, tuple[Lora, Arrays]]:
     """Reads LoRA weights in PEFT's, Diffusers' older or kohya's format.
 
     Args:
@@ -177,10 +199,10 @@ def read_lora(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -
         layers: Component to its parameters' shapes by PyTorch name; kohya's names are looked up among them.
 
     Returns:
-        Component to, by the name of each adapted weight, what it adds: (alpha / rank)·B·A, float32 (out, in).
+        Component to its LoRA and its arrays by PEFT's names, float32.
 
     Raises:
-        WeightsError: If a layer or its shape is not the model's, or half a pair is missing.
+        WeightsError: If a layer or its shape is not the model's, half a pair is missing, or ranks differ.
     """
     path = path / LORA_FILE if path.is_dir() else path
     stored = {name: tensor.array().astype(np.float32) for name, tensor in hub.read_safetensors(path).items()}
@@ -193,7 +215,8 @@ def read_lora(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -
         for name in names
         if name.endswith(".weight")
     }
-    deltas: dict[str, dict[str, np.ndarray]] = {model: {} for model in layers}
+    found: dict[str, Arrays] = {}
+    scales: dict[str, set[tuple[int, float]]] = {}
     problems = []
     for key, down in stored.items():
         suffix = next((suffix for suffix in _DOWN if key.endswith(suffix)), None)
@@ -209,21 +232,31 @@ def read_lora(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -
             problems.append(f"{key} has no second half")
         elif shape is None:
             problems.append(f"{layer} is no layer of the model")
-        elif (math.prod(up.shape[:1]), math.prod(down.shape[1:])) != (shape[0], math.prod(shape[1:])):
-            problems.append(f"{layer} is {up.shape[0]} x {math.prod(down.shape[1:])}, the model's is {shape}")
+        elif (len(up), math.prod(down.shape[1:])) != (shape[0], math.prod(shape[1:])):
+            problems.append(f"{layer} is {len(up)} x {math.prod(down.shape[1:])}, the model's is {shape}")
         else:
-            rank = down.shape[0]
-            alpha = float(
-                stored[f"{layer}.alpha"] if f"{layer}.alpha" in stored else alphas.get(f"{model}.lora_alpha", rank)
-            )
-            delta = up.reshape(len(up), rank) @ down.reshape(rank, -1) * np.float32(alpha / rank)
-            deltas[model][f"{name}.weight"] = delta.reshape(shape)
+            alpha: Any = stored.get(f"{layer}.alpha", alphas.get(f"{model}.lora_alpha", len(down)))
+            scales.setdefault(model, set()).add((len(down), float(alpha)))
+            found.setdefault(model, {})[f"{name}.lora_A.weight"] = down
+            found[model][f"{name}.lora_B.weight"] = up
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise WeightsError(f"{path} does not fit the model: {'; '.join(problems[:5])}{more}")
-    if not any(deltas.values()):
+    if not found:
         raise WeightsError(f"{path} holds no LoRA weights")
-    return deltas
+    pairs = {}
+    for model, own in found.items():
+        if len(scales[model]) > 1:
+            raise WeightsError(f"{path}: the layers of {model} have several ranks or alphas; one is what is read here")
+        ((rank, alpha),) = scales[model]
+        targets = sorted({name.rsplit(".", 2)[0] for name in own})
+        pairs[model] = (Lora(rank=rank, alpha=alpha, targets=tuple(targets)), own)
+    return pairs
+
+
+def tokens_of(word: str, count: int) -> tuple[str, ...]:
+    """The tokens of a new word of several vectors, as Diffusers names them: the word, then the word with a number."""
+    return (word, *(f"{word}_{number}" for number in range(1, count)))
 
 
 def save_embeddings(path: Path, tokens: NewTokens, rows: np.ndarray) -> None:

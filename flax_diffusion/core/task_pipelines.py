@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flax_diffusion.core import hub, noise_schedule
-from flax_diffusion.core.adapters import Lora, NewTokens
+from flax_diffusion.core.adapters import Lora, NewTokens, tokens_of
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, read_component
@@ -54,7 +54,7 @@ def unconditional(config: DiffusionConfig) -> PipelineSpec:
         unet = _pretrained(config, "unet", "UNet2DModel", train=True)
     else:
         given = TUTORIAL_UNET if config.unet is None else _read_config(config.unet, "--unet")
-        unet = Component(kind="UNet2DModel", config={"sample_size": config.resolution} | given, train=True)
+        unet = Component(kind="UNet2DModel", config=given, train=True)
     components = {"unet": unet}
     if config.vae:
         components["vqvae"] = _vae(config.vae)
@@ -82,8 +82,7 @@ def text_to_image(config: TextConfig, captions: Iterable[str], run_tokenizer: Pa
         encoder = Component(
             kind="CLIPTextModel", config=_read_config(config.text_encoder, "--text_encoder"), train=True
         )
-        unet_config = {"sample_size": config.resolution} | _read_config(config.unet, "--unet")
-        unet = Component(kind="UNet2DConditionModel", config=unet_config, train=True)
+        unet = Component(kind="UNet2DConditionModel", config=_read_config(config.unet, "--unet"), train=True)
 
     if config.tokenizer_name:
         tokenizer = text.load_tokenizer(hub.resolve(config.tokenizer_name, allow_patterns=["*.json", "*.txt"]))
@@ -109,11 +108,18 @@ def text_to_image(config: TextConfig, captions: Iterable[str], run_tokenizer: Pa
         encoder = replace(encoder, new_tokens=_add_tokens(tokenizer, config))
 
     components = {"text_encoder": encoder, "unet": unet}
-    if config.vae == "pretrained":
+    if config.vae == "pretrained" and _has_vae(config):
         components["vae"] = _pretrained(config, "vae", "AutoencoderKL", train=False)
-    elif config.vae:
+    elif config.vae and config.vae != "pretrained":
         components["vae"] = _vae(config.vae)
     return _checked("StableDiffusionPipeline", components, config, tokenizer)
+
+
+def _has_vae(config: TextConfig) -> bool:
+    """Whether the pretrained pipeline has a VAE; one that was trained on pixels has none."""
+    folder = hub.resolve(str(config.pretrained_model_name_or_path), None, config.revision, ["model_index.json"])
+    index = hub.read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    return index.get("vae", [True])[0] is not None
 
 
 def _lora(config: LoraConfig, targets: list[str]) -> Lora:
@@ -130,9 +136,9 @@ def _add_tokens(tokenizer: CLIPTokenizer, config: TextualInversionConfig) -> New
             f"--initializer_token {start}: is {len(initializer)} tokens of this tokenizer, must be one; a shorter, "
             "more common word usually is"
         )
-    tokens = (word, *(f"{word}_{number}" for number in range(1, config.num_vectors)))
-    first = len(tokenizer)
-    if tokenizer.add_tokens(list(tokens)) != len(tokens):
+    tokens = tokens_of(word, config.num_vectors)
+    first, known = len(tokenizer), tokenizer.get_vocab()
+    if f"{word}</w>" in known or tokenizer.add_tokens(list(tokens)) != len(tokens):
         raise ConfigError(f"--placeholder_token {word}: is in the tokenizer's vocabulary already; choose another word")
     return NewTokens(placeholder=word, tokens=tokens, first=first, initializer=int(initializer[0]))
 
@@ -203,6 +209,9 @@ def _checked(
         alphas_cumprod=noise_schedule.alphas_cumprod_from_config(scheduler),
         tokenizer=tokenizer,
     )
+    if spec.unet.weights is None:
+        unet = replace(spec.unet, config={"sample_size": config.resolution // spec.vae_factor} | spec.unet.config)
+        spec = replace(spec, components=components | {"unet": unet})
     unet, vae, encoder = spec.unet, spec.vae, spec.text_encoder
     _check_resolution(config.resolution, spec.vae_factor * 2 ** (len(unet["down_block_types"]) - 1))
     if unet["in_channels"] != unet["out_channels"]:

@@ -6,7 +6,7 @@ import numpy as np
 from tiny import RUN
 
 from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core import pipeline
+from flax_diffusion.core import task_pipelines
 from flax_diffusion.core.tasks import UnconditionalConfig
 from flax_diffusion.optimizer import LossScale
 
@@ -22,7 +22,7 @@ def test_the_rule():
 
 def test_an_overflow_skips_the_step():
     config = UnconditionalConfig(**RUN | {"mixed_precision": "fp16", "use_ema": True})
-    backend = JaxBackend(config, pipeline.unconditional(config), jax.devices()[:1])
+    backend = JaxBackend(config, task_pipelines.unconditional(config), jax.devices()[:1])
     backend.init_state()
     rng = np.random.default_rng(0)
     batch = backend.put({

@@ -7,11 +7,11 @@ from jax.sharding import PartitionSpec as P
 from tiny import RUN, UNET
 
 from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core import pipeline
+from flax_diffusion.core import task_pipelines
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import open_source
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.loop import make_example_fn, make_schedule
+from flax_diffusion.core.recipe import make_example_fn, make_schedule
 from flax_diffusion.core.tasks import UnconditionalConfig
 from flax_diffusion.sharding import make_mesh, spec_of
 
@@ -22,7 +22,7 @@ EIGHT = jax.devices()  # other tests see the first of them only
 def losses(devices, **options):
     values = RUN | {"global_batch_size": 16, "use_ema": True, "max_train_steps": STEPS} | options
     config = UnconditionalConfig(**values)
-    spec = pipeline.unconditional(config)
+    spec = task_pipelines.unconditional(config)
     backend = JaxBackend(config, spec, EIGHT[:devices])
     backend.init_state()
     source = open_source(dataset_name="digits", caption_column=None)

@@ -10,11 +10,11 @@ from diffusers.training_utils import EMAModel, compute_snr
 from tiny import RUN, TEXT_RUN, UNET, pictures, stable_diffusion
 
 from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core import pipeline
+from flax_diffusion.core import task_pipelines
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import open_source
-from flax_diffusion.core.loop import make_example_fn, make_spec
 from flax_diffusion.core.rates import ema_decay, learning_rate_schedule
+from flax_diffusion.core.recipe import make_example_fn, make_spec
 from flax_diffusion.core.tasks import TextToImageConfig, UnconditionalConfig
 from flax_diffusion.weights import to_torch
 
@@ -116,7 +116,7 @@ CASES = {
 def test_unconditional(case):
     options = RUN | {"learning_rate": 1e-4, "train_batch_size": 4} | CASES[case]
     config = UnconditionalConfig(**options)
-    spec = pipeline.unconditional(config)
+    spec = task_pipelines.unconditional(config)
     source = open_source(dataset_name="digits", caption_column=None)
     start, metrics, final, ema, batches = run_ours(config, spec, source)
     unet = UNet2DModel(**{"sample_size": 8} | UNET)

@@ -1,0 +1,212 @@
+"""Between file formats: `python -m flax_diffusion.convert --model DIR [--lora FILE] … --output_dir OUT`.
+
+Reads a pipeline in safetensors or Flax msgpack; puts in the weights of a training checkpoint, merges LoRA, adds the
+words of textual inversion; writes a pipeline in either format. LoRA files change between PEFT's names and kohya's.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flax_diffusion.core import adapters, cli, hub, pipeline, portable
+from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.pipeline import Component, PipelineSpec
+
+Arrays = dict[str, np.ndarray]
+
+
+class ConvertOptions(BaseModel):
+    """Options of `convert`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(description="Folder or Hub id of a Diffusers pipeline, in safetensors or Flax msgpack.")
+    output_dir: str = Field(description="Folder to write to; must be empty or new.")
+    checkpoint: str | None = Field(
+        None, description="Training checkpoint whose weights, averaged if it has averages, go into the pipeline."
+    )
+    lora: list[str] = Field([], description="LoRA files to merge: PEFT's names, Diffusers' older ones or kohya's.")
+    lora_scale: float = Field(1.0, description="Strength of the merged LoRA.")
+    embeddings: list[str] = Field([], description="learned_embeds.safetensors of textual inversion, to add.")
+    format: Literal["diffusers", "flax", "peft", "kohya"] = Field(
+        "diffusers",
+        description="diffusers: safetensors. flax: msgpack. peft, kohya: not a pipeline but the one --lora file anew.",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Of the weights written.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    variant: str | None = Field(None, description="Variant of its weight files, e.g. fp16.")
+
+    @model_validator(mode="after")
+    def _check(self) -> ConvertOptions:
+        if self.format in ("peft", "kohya") and (len(self.lora) != 1 or self.checkpoint or self.embeddings):
+            raise ValueError(f"--format {self.format} writes one LoRA file anew: give one --lora and nothing to merge")
+        return self
+
+
+def convert(model: str | Path, output_dir: str | Path, **options: Any) -> Path:
+    """Converts, as the command line does.
+
+    Args:
+        model: Folder or Hub id of a pipeline.
+        output_dir: Folder to write to.
+        options: Any flag of the command line, by the same name.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: For input that cannot be used; its text is one line with the fix.
+    """
+    values = {"model": str(model), "output_dir": str(output_dir)} | options
+    return _convert(cli.build(ConvertOptions, values, "convert"))
+
+
+def _convert(options: ConvertOptions) -> Path:
+    out = Path(options.output_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"--output_dir {out}: is there already; name an empty or a new folder")
+    spec = pipeline.open_pipeline(options.model, options.revision, options.variant)
+    weights = {name: read_weights(component) for name, component in spec.components.items()}
+    if options.format in ("peft", "kohya"):
+        _rewrite_lora(Path(options.lora[0]), weights, options.format, out)
+        return out
+    if options.checkpoint:
+        put_checkpoint(Path(options.checkpoint), weights)
+    for file in options.lora:
+        merge_lora(Path(file), weights, options.lora_scale)
+    for file in options.embeddings:
+        spec = add_embeddings(Path(file), spec, weights)
+    _write(spec, weights, options, out)
+    return out
+
+
+def read_weights(component: Component) -> Arrays:
+    """A component's float32 weights by PyTorch name, in PyTorch's layout."""
+    from flax_diffusion.modules import load_pretrained
+    from flax_diffusion.weights import to_torch
+
+    return dict(to_torch(load_pretrained(component)))
+
+
+def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:
+    """Puts the trained weights of a checkpoint of either backend in place of a pipeline's.
+
+    Raises:
+        CheckpointError: If it is no checkpoint.
+        WeightsError: If it is of another architecture, or of adapters.
+    """
+    arrays, _ = portable.read(folder)
+    kind = "ema" if any(name.startswith("ema/") for name in arrays) else "params"
+    for name, array in arrays.items():
+        if not name.startswith(f"{kind}/"):
+            continue
+        _, component, inside = name.split("/", 2)
+        if inside.endswith((".lora_A.weight", ".lora_B.weight", ".new_rows")):
+            raise WeightsError(f"{folder} holds adapters: give its file by --lora or --embeddings instead")
+        have = weights.get(component, {}).get(inside)
+        if have is None or have.shape != array.shape:
+            theirs = "nothing" if have is None else f"shape {have.shape}"
+            raise WeightsError(
+                f"{folder} is of another model: {component}/{inside} is {array.shape} there, the pipeline has {theirs}"
+            )
+        weights[component][inside] = array
+
+
+def merge_lora(path: Path, weights: dict[str, Arrays], scale: float) -> None:
+    """Adds scale · (alpha / rank)·B·A to the weights that a LoRA adapts.
+
+    Raises:
+        WeightsError: If it does not fit the model.
+    """
+    deltas = adapters.read_lora(path, _shapes(weights))
+    for component, own in deltas.items():
+        for name, delta in own.items():
+            weights[component][name] = weights[component][name] + np.float32(scale) * delta
+
+
+def add_embeddings(path: Path, spec: PipelineSpec, weights: dict[str, Arrays]) -> PipelineSpec:
+    """Adds the words of textual inversion to the tokenizer and to the text encoder's table.
+
+    Returns:
+        The pipeline with the larger vocabulary.
+
+    Raises:
+        WeightsError: If the pipeline has no words, has these already, or is of another width.
+    """
+    path = path / adapters.EMBEDDINGS_FILE if path.is_dir() else path
+    encoder, tokenizer = spec.text_encoder, spec.tokenizer
+    if encoder is None or tokenizer is None:
+        raise WeightsError(f"{path}: a {spec.kind} takes no prompts, so no new words")
+    name = f"{adapters.TOKEN_EMBEDDING}.weight"
+    for word, tensor in hub.read_safetensors(path).items():
+        rows = np.atleast_2d(tensor.array().astype(np.float32))
+        table = weights["text_encoder"][name]
+        if rows.shape[1] != table.shape[1]:
+            raise WeightsError(
+                f"{path}: '{word}' has {rows.shape[1]} features, this text encoder {table.shape[1]}: it was learnt for "
+                "another model"
+            )
+        first = len(tokenizer)
+        tokens = adapters.tokens_of(word, len(rows))
+        if tokenizer.add_tokens(list(tokens)) != len(tokens):
+            raise WeightsError(f"{path}: '{word}' is in the tokenizer's vocabulary already")
+        weights["text_encoder"][name] = np.concatenate([table[:first], rows])
+        encoder = replace(encoder, config=encoder.config | {"vocab_size": first + len(rows)})
+    return replace(spec, components=spec.components | {"text_encoder": encoder})
+
+
+def _shapes(weights: dict[str, Arrays]) -> dict[str, dict[str, tuple[int, ...]]]:
+    return {name: {key: array.shape for key, array in own.items()} for name, own in weights.items()}
+
+
+def _rewrite_lora(path: Path, weights: dict[str, Arrays], form: str, out: Path) -> None:
+    pairs = adapters.read_lora_pairs(path, _shapes(weights))
+    adapters.save_lora(out / adapters.LORA_FILE, pairs, form)
+
+
+def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptions, out: Path) -> None:
+    """Writes a whole pipeline."""
+    from flax.serialization import msgpack_serialize
+    from ml_dtypes import bfloat16
+
+    from flax_diffusion.core.files import replacing, write_json
+    from flax_diffusion.modules import build_modules
+    from flax_diffusion.weights import from_tensors, in_memory
+
+    dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": bfloat16}[options.dtype]
+    modules = build_modules(spec)
+    for name, own in weights.items():
+        model = modules.by_name[name]
+        tree = from_tensors(in_memory(own), model.params_shape(), options.model)
+        tree = _cast(tree, dtype)
+        if options.format == "diffusers":
+            model.save_pretrained(out / name, tree)
+            continue
+        file = "flax_model.msgpack" if spec.components[name].kind.startswith("CLIP") else "diffusion_flax_model.msgpack"
+        with replacing(out / name / file) as partial:
+            partial.write_bytes(msgpack_serialize(tree))
+        write_json(out / name / "config.json", model.saved_config(tree))
+    pipeline.write_index(spec, out)
+
+
+def _cast(tree: dict[str, Any], dtype: Any) -> dict[str, Any]:
+    return {key: _cast(value, dtype) if isinstance(value, dict) else value.astype(dtype) for key, value in tree.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    parser = cli.Parser(prog="python -m flax_diffusion.convert", description=__doc__)
+    cli.add_fields(parser, ConvertOptions)
+    options = cli.build(ConvertOptions, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
+    sys.stderr.write(f"written to {_convert(options)}\n")
+
+
+if __name__ == "__main__":
+    cli.main_guard(main)

@@ -1,0 +1,274 @@
+"""LoRA, textual inversion and the autoencoder: what moves, what is written, what plain Diffusers makes of it."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from tiny import VAE, pictures, stable_diffusion
+
+from flax_diffusion.backend import JaxBackend
+from flax_diffusion.convert import convert
+from flax_diffusion.core import hub, recipe
+from flax_diffusion.core.adapters import LORA_FILE, UNET_TARGETS, Lora, lora_layers
+from flax_diffusion.core.cli import build
+from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
+from flax_diffusion.core.loop import fit
+from flax_diffusion.core.pipeline import open_pipeline
+from flax_diffusion.core.tasks import TASKS
+from flax_diffusion.core.torch_names import torch_name, torch_shape
+from flax_diffusion.generate import generate
+from flax_diffusion.models import FlaxUNet2DConditionModel
+from flax_diffusion.modules import build_modules, load_pretrained
+from flax_diffusion.train import train
+from torch_backend.backend import TorchBackend
+
+BACKENDS = pytest.mark.parametrize("backend", [JaxBackend, TorchBackend])
+PROMPT = "a photo of sks dog"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return stable_diffusion(tmp_path_factory.mktemp("model"), length=40)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = pictures(tmp_path_factory.mktemp("new"), 3)
+    (root / "metadata.jsonl").unlink()
+    return root
+
+
+@pytest.fixture
+def shared(model, tmp_path):
+    return {
+        "pretrained_model_name_or_path": str(model), "resolution": 16, "train_batch_size": 2, "max_train_steps": 3,
+        "report_to": "none", "lr_warmup_steps": 0, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+
+
+def lora(shared, folder, **options):
+    return shared | {
+        "instance_data_dir": str(folder), "instance_prompt": PROMPT, "lora_rank": 2, "lora_alpha": 3,
+        "train_text_encoder": True, "learning_rate": 1e-2,
+    } | options  # fmt: skip
+
+
+def inversion(shared, folder, **options):
+    return shared | {
+        "train_data_dir": str(folder), "placeholder_token": "<dog-toy>", "initializer_token": "dog", "num_vectors": 2,
+        "learning_rate": 1e-2,
+    } | options  # fmt: skip
+
+
+def theirs(pipe, prompt):
+    """The noise that a Diffusers pipeline predicts for a prompt."""
+    import torch
+
+    with torch.no_grad():
+        embeds, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+        return pipe.unet(torch.ones(1, 4, 8, 8), torch.tensor(10), embeds).sample.numpy()
+
+
+def ours(folder, prompt):
+    """The same with the modules here."""
+    spec = open_pipeline(str(folder))
+    modules = build_modules(spec)
+    params = {name: load_pretrained(part) for name, part in spec.components.items()}
+    context = modules.encode_text(params, spec.tokenize(prompt)[None])
+    return np.asarray(modules.predict(params, np.ones((1, 4, 8, 8), np.float32), np.array([10]), context))
+
+
+@BACKENDS
+def test_lora_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, backend):
+    from diffusers import StableDiffusionPipeline
+
+    config = TASKS["dreambooth"](**lora(shared, folder, checkpointing_steps=2))
+    out = fit("dreambooth", config, backend)
+    assert not (out / "unet").exists()  # the model has not changed
+    assert (out / "checkpoint-2" / LORA_FILE).is_file()
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    before = theirs(pipe, PROMPT)
+    pipe.load_lora_weights(out)
+    adapted = theirs(pipe, PROMPT)
+    assert np.abs(adapted - before).max() > 1e-3
+    merged = convert(model, tmp_path / "merged", lora=[str(out)])
+    np.testing.assert_allclose(ours(merged, PROMPT), adapted, atol=1e-5)
+
+    kohya = convert(model, tmp_path / "kohya", lora=[str(out)], format="kohya") / LORA_FILE
+    names = set(hub.read_safetensors(kohya))
+    assert "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight" in names
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in names
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.load_lora_weights(kohya)
+    np.testing.assert_allclose(theirs(pipe, PROMPT), adapted, atol=1e-5)
+    again = convert(model, tmp_path / "again", lora=[str(kohya)])
+    np.testing.assert_allclose(ours(again, PROMPT), adapted, atol=1e-5)
+
+
+def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):
+    def run(where, **options):
+        made = []
+
+        def make(config, spec):
+            made.append(JaxBackend(config, spec))
+            return made[-1]
+
+        values = lora(shared, folder, lora_dropout=0.3, use_ema=True, max_train_steps=4)
+        fit("dreambooth", TASKS["dreambooth"](**values | {"output_dir": str(tmp_path / where)} | options), make)
+        return made[-1].state_arrays()
+
+    whole = run("whole")
+    assert all(".lora_" in name for name in whole if "/" in name)
+    run("part", max_train_steps=2)
+    resumed = run("part", resume_from_checkpoint="latest")
+    for name, array in whole.items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+
+
+@BACKENDS
+def test_textual_inversion_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, backend):
+    from diffusers import StableDiffusionPipeline
+
+    out = fit("textual_inversion", TASKS["textual_inversion"](**inversion(shared, folder)), backend)
+    (rows,) = (tensor.array() for tensor in hub.read_safetensors(out / "learned_embeds.safetensors").values())
+    merged = convert(model, tmp_path / "merged", embeddings=[str(out)])
+
+    def table(root):
+        tensors = hub.read_safetensors(root / "text_encoder/model.safetensors")
+        return next(tensors[name] for name in tensors if name.endswith("token_embedding.weight")).array()
+
+    np.testing.assert_array_equal(table(merged)[:-2], table(model))  # only the new rows moved
+    np.testing.assert_array_equal(table(merged)[-2:], rows)
+    vocabulary = hub.read_json(model / "tokenizer/tokenizer.json")["model"]["vocab"]
+    moved = np.abs(rows - table(model)[vocabulary["dog</w>"]]).max(axis=1)
+    assert (moved > 1e-3).all()
+
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.load_textual_inversion(out)
+    prompt = pipe.maybe_convert_prompt("a photo of <dog-toy>", pipe.tokenizer)
+    assert prompt == "a photo of <dog-toy> <dog-toy>_1"
+    np.testing.assert_allclose(ours(merged, prompt), theirs(pipe, "a photo of <dog-toy>"), atol=1e-5)
+
+
+@BACKENDS
+def test_text_encoder_has_a_rate_of_its_own(shared, folder, backend):
+    """Adam's first update is the rate, in every weight that has a gradient."""
+    config = TASKS["dreambooth"](**lora(shared, folder, text_encoder_learning_rate=1e-3))
+    source = recipe.open_run_source(config)
+    spec = recipe.make_spec(config, source)
+    schedule = recipe.make_schedule(config, len(source), 1)
+    with recipe.make_loader(config, spec, source, schedule, num_steps=1) as loader:
+        (batch,) = loader
+    made = backend(config, spec)
+    made.init_state()
+    made.train_step(made.put(batch), 1e-2, 0.0)
+    for name, array in made.trained_arrays().items():
+        if name.endswith("lora_B.weight"):  # it started from zero
+            rate = 1e-3 if name.startswith("text_encoder") else 1e-2
+            assert np.abs(array).max() == pytest.approx(rate, rel=0.05), name
+
+
+@BACKENDS
+def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backend):
+    import torch
+    from diffusers import AutoencoderKL
+
+    config = TASKS["autoencoder"](
+        train_data_dir=str(folder), vae=VAE, resolution=16, train_batch_size=2, max_train_steps=4, rec_loss="l1",
+        kl_scale=1e-4, lr_warmup_steps=0, learning_rate=1e-3, report_to="none", eval_batch_size=3,
+        output_dir=str(tmp_path / "run"), use_ema=True,
+    )  # fmt: skip
+    out = fit("autoencoder", config, backend)
+    assert (out / "samples/00000004.png").is_file()
+    vae = AutoencoderKL.from_pretrained(out / "vae")
+    source = recipe.open_run_source(config)
+    make = recipe.make_example_fn(config, recipe.make_spec(config, source))
+    examples = [make(source, 0, 0, index) for index in range(3)]
+    pixels, noise = (torch.from_numpy(np.stack([e[key] for e in examples])) for key in ("pixel_values", "latent_noise"))
+    with torch.no_grad():
+        posterior = vae.encode(pixels).latent_dist
+    latents = posterior.mean + posterior.std * noise
+    assert float(latents.std(correction=0)) * vae.config.scaling_factor == pytest.approx(1, abs=1e-4)
+
+
+def test_an_autoencoder_serves_another_task(folder, tmp_path):
+    unet = {
+        "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1,
+        "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
+    }  # fmt: skip
+    shared = {
+        "train_data_dir": str(folder), "resolution": 16, "train_batch_size": 2, "max_train_steps": 1,
+        "report_to": "none", "eval_batch_size": 1,
+    }  # fmt: skip
+    first = train("autoencoder", **shared, vae=VAE, output_dir=str(tmp_path / "first"))
+    second = train(
+        "unconditional", **shared, vae=str(first / "vae"), unet=unet, output_dir=str(tmp_path / "second"),
+        validation_num_inference_steps=1,
+    )  # fmt: skip
+    assert generate(second, num_inference_steps=1).shape == (1, 16, 16, 3)
+
+
+def test_rank_4_is_under_2_percent_of_stable_diffusion(request, capsys):
+    """By shapes alone, at full size."""
+    config = request.config.rootpath / "tests/models/configs/sd15_unet.json"
+    unet = FlaxUNet2DConditionModel.from_config(json.loads(config.read_text()))
+    leaves = jax.tree_util.tree_flatten_with_path(unet.params_shape())[0]
+    paths = [(tuple(key.key for key in path), leaf.shape) for path, leaf in leaves]
+    shapes = {torch_name(path): torch_shape(path, shape) for path, shape in paths}
+    layers = lora_layers(Lora(rank=4, alpha=4, targets=UNET_TARGETS), shapes, "unet")
+    adapters = sum(4 * (rows + columns) for rows, columns in layers.values())
+    full = sum(int(np.prod(shape)) for shape in shapes.values())
+    with capsys.disabled():
+        print(
+            f"\nSD 1.5, LoRA rank 4: {adapters:,} of {full:,} parameters train ({adapters / full:.2%}); moments "
+            f"{8 * adapters:,} bytes, checkpoint {12 * adapters:,} bytes"
+        )
+    assert adapters == 797_184  # as many as Diffusers' script trains
+    assert adapters < 0.02 * full
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lora_target_modules": ["to_qq"]}, "LoRA target 'to_qq' matches no layer of UNet2DConditionModel; did you"),
+        ({"lora_target_modules": ["conv1"]}, "matches .*conv1 of UNet2DConditionModel, whose weight is .*linear"),
+        ({"lora_rank": 99}, "--lora_rank 99 is over the size of"),
+        ({"lora_rank": None}, "--lora_alpha goes with --lora_rank"),
+    ],
+)
+@BACKENDS
+def test_lora_that_does_not_fit(shared, folder, options, says, backend):
+    with pytest.raises(ConfigError, match=says):
+        fit("dreambooth", build(TASKS["dreambooth"], lora(shared, folder, **options), "test"), backend)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"placeholder_token": "dog"}, "--placeholder_token dog: is in the tokenizer's vocabulary already"),
+        ({"initializer_token": "xylophone quartet"}, r"--initializer_token xylophone quartet: is \d+ tokens"),
+        ({"validation_prompts": ["a photo"]}, "validation prompt 'a photo' lacks the new word <dog-toy>"),
+        ({"initializer_token": None}, "textual_inversion needs --initializer_token"),
+        ({"train_data_dir": "nowhere"}, "nowhere does not exist"),
+    ],
+)
+def test_inversion_that_cannot_be(shared, folder, options, says):
+    with pytest.raises(UserError, match=says):
+        train("textual_inversion", **inversion(shared, folder, **options))
+
+
+def test_adapters_of_another_model(model, tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"<x>": np.ones(5, np.float32)}, tmp_path / "narrow.safetensors")
+    with pytest.raises(WeightsError, match="'<x>' has 5 features, this text encoder 16"):
+        convert(model, tmp_path / "a", embeddings=[str(tmp_path / "narrow.safetensors")])
+    half = {"unet.mid_block.nothing.to_q.lora_A.weight": np.ones((2, 16), np.float32)}
+    save_file(half, tmp_path / "half.safetensors")
+    with pytest.raises(WeightsError, match="has no second half"):
+        convert(model, tmp_path / "b", lora=[str(tmp_path / "half.safetensors")])
+    other = half | {"unet.mid_block.nothing.to_q.lora_B.weight": np.ones((16, 2), np.float32)}
+    save_file(other, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match=r"nothing\.to_q is no layer of the model"):
+        convert(model, tmp_path / "c", lora=[str(tmp_path / "other.safetensors")])
