@@ -122,6 +122,8 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
                     f"{name}: dropout {component.config['dropout']} draws different masks on the two backends: set it "
                     "to 0 in the model's config"
                 )
+            if component.lora is not None and component.lora.dropout:
+                raise ConfigError("--lora_dropout draws different masks on the two backends: set it to 0")
         ours = JaxBackend(config, spec, jax.devices()[:1], np.dtype(dtype))
         theirs = TorchBackend(config, spec, getattr(torch, dtype))
         backends: tuple[Backend, Backend] = (ours, theirs)

@@ -62,7 +62,9 @@ TEXT_RUN = RUN | {
 }
 
 
-def stable_diffusion(folder: Path, prediction_type: str = "epsilon", length: int = 8) -> Path:
+def stable_diffusion(
+    folder: Path, prediction_type: str = "epsilon", length: int = 8, vae: dict[str, object] | None = None
+) -> Path:
     """A Stable Diffusion pipeline with random weights, written by Diffusers and Transformers."""
     import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -85,7 +87,7 @@ def stable_diffusion(folder: Path, prediction_type: str = "epsilon", length: int
         prediction_type=prediction_type,
     )
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(**VAE),
+        vae=AutoencoderKL(**VAE | (vae or {})),
         text_encoder=encoder,
         tokenizer=tokenizer,
         unet=unet,

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny import RUN, TEXT_RUN, pictures, stable_diffusion
+from tiny import RUN, TEXT_RUN, VAE, pictures, stable_diffusion
 
 from flax_diffusion import generate as jax_generate
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core.cli import merge
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.loop import fit
+from flax_diffusion.core.tasks import TASKS
 from flax_diffusion.parity import NO_GRADIENT, compare, difference, main, verdict
 from torch_backend import generate as torch_generate
 from torch_backend.backend import TorchBackend
@@ -37,7 +38,9 @@ def make_config(task, **options):
     return merge(task, {}, base | QUIET | {"use_ema": True, "max_train_steps": STEPS} | options, "test")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "everything" else pytest.mark.acceptance) for case in CASES]
+)
 def test_unconditional_float64(case):
     rows = list(compare(make_config("unconditional", **CASES[case]), STEPS))
     assert len(rows) == STEPS
@@ -51,6 +54,7 @@ def test_text_to_image_float64():
     assert equal, line
 
 
+@pytest.mark.acceptance
 def test_fine_tuning_float32(tmp_path):
     base = stable_diffusion(tmp_path / "base", "v_prediction")
     config = merge("text_to_image", {}, QUIET | {
@@ -90,6 +94,56 @@ def test_fifty_steps(task, prediction, schedule, dtype):
     )  # fmt: skip
     equal, line = verdict(list(compare(config, 50, dtype)), dtype)
     print(f"\n{task} {prediction} {schedule}: {line}")
+    assert equal, line
+
+
+METHODS = {
+    "dreambooth": {},
+    "dreambooth_prior": {"with_prior_preservation": True, "snr_gamma": 5.0, "train_text_encoder": True},
+    "dreambooth_lora": {
+        "with_prior_preservation": True, "lora_rank": 2, "lora_alpha": 3, "train_text_encoder": True,
+        "text_encoder_learning_rate": 1e-3,
+    },
+    "text_to_image_lora": {"lora_rank": 4, "gradient_accumulation_steps": 2},
+    "textual_inversion": {
+        "placeholder_token": "<dog-toy>", "initializer_token": "dog", "num_vectors": 2, "gradient_checkpointing": True,
+    },
+    "autoencoder": {"kl_scale": 1e-3},
+    "autoencoder_l1": {"kl_scale": 1e-3, "rec_loss": "l1"},
+}  # fmt: skip
+
+
+def method_config(method, tmp_path, **options):
+    task = next(name for name in TASKS if method.startswith(name))
+    data = pictures(tmp_path / "data", 4)
+    values = QUIET | METHODS[method] | {
+        "resolution": 16, "train_batch_size": 2, "learning_rate": 1e-2, "use_ema": True, "lr_warmup_steps": 0,
+    } | options  # fmt: skip
+    if task == "autoencoder":
+        return merge(task, {}, values | {"train_data_dir": str(data), "vae": VAE}, "test")
+    values["pretrained_model_name_or_path"] = str(stable_diffusion(tmp_path / "base", length=40))
+    if task == "dreambooth":
+        values |= {"instance_data_dir": str(data), "instance_prompt": "a photo of sks dog"}
+    else:
+        values |= {"train_data_dir": str(data)}
+    if values.get("with_prior_preservation"):
+        classes = pictures(tmp_path / "class", 5, size=30)
+        values |= {"class_data_dir": str(classes), "class_prompt": "a photo of dog", "num_class_images": 5}
+    return merge(task, {}, values, "test")
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("method", METHODS)
+def test_thirty_steps_of_every_method(tmp_path, method):
+    rows = list(compare(method_config(method, tmp_path, max_train_steps=30), 30))
+    equal, line = verdict(rows, "float64")
+    print(f"\n{method}: {line}")
+    assert equal, line
+    assert rows[0].grad_norm_jax > 0
+
+
+def test_lora_of_both_models_float64(tmp_path):
+    equal, line = verdict(list(compare(method_config("dreambooth_lora", tmp_path), 3)), "float64")
     assert equal, line
 
 

@@ -102,7 +102,7 @@ def float32_loss(tmp_path_factory):
     return last_loss(tmp_path_factory.mktemp("float32"), "no")
 
 
-@pytest.mark.parametrize("mixed_precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("mixed_precision", ["bf16", pytest.param("fp16", marks=pytest.mark.acceptance)])
 def test_mixed_precision_learns_about_as_well(tmp_path, float32_loss, mixed_precision):
     loss = last_loss(tmp_path, mixed_precision)
     assert loss == pytest.approx(float32_loss, rel=0.02)

@@ -112,7 +112,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case == "all" else pytest.mark.acceptance) for case in CASES]
+)
 def test_unconditional(case):
     options = RUN | {"learning_rate": 1e-4, "train_batch_size": 4} | CASES[case]
     config = UnconditionalConfig(**options)
