@@ -110,11 +110,32 @@ class JaxBackend:
         )
         self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
 
-        self.frozen = {}
-        for name, params_of in loaded.items():
-            if name not in trained or trained[name].adapted:
-                self.frozen[name] = put(_cast(params_of, self.modules.by_name[name].dtype), place(params_of))
+        self.frozen = {
+            name: self._place_frozen(name, host)
+            for name, host in loaded.items()
+            if name not in trained or trained[name].adapted
+        }
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    def _place_frozen(self, name: str, host: Params) -> Params:
+        """Weights that do not train, in the precision that they compute in."""
+        return put(_cast(host, self.modules.by_name[name].dtype), state_shardings(host, self.mesh))
+
+    def _all_params(self) -> Params:
+        """The weights that samples are drawn with; reads again what was let go of."""
+        frozen = dict(self.frozen)
+        for name, component in self.spec.components.items():
+            if name not in frozen and not component.train:
+                frozen[name] = self._place_frozen(name, load_pretrained(component))
+        return adapters.merge(frozen, self._exported())
+
+    def embed_prompts(self, prompts: list[str]) -> np.ndarray:
+        """Encodes prompts, and frees the text encoder's weights."""
+        tokenize = self.spec.tokenize
+        assert tokenize is not None
+        ids = jax.device_put(np.stack([tokenize(prompt) for prompt in prompts]), replicated(self.mesh))
+        made = jax.jit(self.modules.encode_text)({"text_encoder": self.frozen.pop("text_encoder")}, ids)
+        return np.asarray(made.astype(np.promote_types(self.dtype, np.float32)))
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """Starts the copy of this process's examples to its devices; names of examples stay on the host."""
@@ -197,7 +218,7 @@ class JaxBackend:
     ) -> np.ndarray:
         """Draws images with the moving average, or with the weights themselves where there is none."""
         return self._sampler(
-            adapters.merge(self.frozen, self._exported()),
+            self._all_params(),
             prompts=prompts,
             num_images=num_images,
             num_inference_steps=num_inference_steps,
@@ -213,13 +234,13 @@ class JaxBackend:
 
     def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Encodes images to scaled latents."""
-        params = adapters.merge(self.frozen, self._exported())
+        params = self._all_params()
         placed = (jax.device_put(array, replicated(self.mesh)) for array in (pixels, noise))
         return np.asarray(self._encode(params, *placed))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Decodes scaled latents to pictures."""
-        params = adapters.merge(self.frozen, self._exported())
+        params = self._all_params()
         return np.asarray(self._decode(params, jax.device_put(latents, replicated(self.mesh))))
 
     def export(self, folder: Path, *, only_trained: bool = False) -> None:

@@ -132,7 +132,8 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         schedule = recipe.make_schedule(config, recipe.count_examples(config, source), 1)
         source = recipe.complete_source(config, source, ours)
         rate = recipe.make_rate(config, schedule)
-        with recipe.make_loader(config, spec, source, schedule, num_steps=steps) as loader:
+        embeddings = recipe.embed_prompts(config, ours)
+        with recipe.make_loader(config, spec, source, schedule, num_steps=steps, embeddings=embeddings) as loader:
             for done, batch in enumerate(loader):
                 leave_out = NO_GRADIENT if dtype == "float32" else None
                 yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done), leave_out)

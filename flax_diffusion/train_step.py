@@ -50,7 +50,7 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
         modules: The pipeline's modules and noise scheduler.
         params: Weights of every module, trained and frozen.
         batch: pixel_values (B,C,H,W), noise (B,C,h,w), timesteps (B,), loss_weights (B,), and where the pipeline
-            needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L).
+            needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L) or text_embeddings (B,L,D).
         dropout: Key of the dropout masks.
 
     Returns:
@@ -62,7 +62,8 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
     noise, timesteps = batch["noise"], batch["timesteps"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = modules.add_noise(clean, added, timesteps)
-    context = modules.encode_text(params, batch["input_ids"], dropout) if "input_ids" in batch else None
+    context = batch.get("text_embeddings")
+    context = modules.encode_text(params, batch["input_ids"], dropout) if "input_ids" in batch else context
     predicted = modules.predict(params, noisy, timesteps, context, dropout)
     target = modules.target(clean, noise, timesteps)
     wide = jnp.promote_types(predicted.dtype, jnp.float32)

@@ -115,3 +115,12 @@ def pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
         rows.append(json.dumps({"file_name": f"{number}.png", "text": f"a photo of a dog number {number}"}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder
+
+
+def losses(folder: Path) -> list[float]:
+    """The logged losses of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "logs"))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]

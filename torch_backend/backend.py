@@ -55,6 +55,7 @@ class TorchBackend:
         self.device: torch.device = self.accelerator.device
         self._scheduler = scheduler_from_config(spec.scheduler) if spec.scheduler else None
         self.count = self.steps = 0
+        self._let_go = False  # of the text encoder
 
     def init_state(self) -> int:
         """Loads or draws the weights and wraps them as Accelerate's configuration says."""
@@ -211,6 +212,17 @@ class TorchBackend:
                 seed=seed,
             )
 
+    @torch.no_grad()
+    def embed_prompts(self, prompts: list[str]) -> np.ndarray:
+        """Encodes prompts, and moves the text encoder to the host."""
+        tokenize = self.spec.tokenize
+        assert tokenize is not None
+        ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts])).long().to(self.device)
+        made = self.modules.encode_text(ids)
+        self.modules.by_name["text_encoder"].to("cpu")
+        self._let_go = True
+        return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
+
     def trained_arrays(self) -> portable.Arrays:
         """What trains, averaged if there is an average, by component and PyTorch name."""
         whole_of = {
@@ -254,7 +266,7 @@ class TorchBackend:
     def _to_sample(self) -> Iterator[Modules]:
         """The modules, holding the moving average meanwhile if there is one."""
         trained = [name for name, component in self.spec.components.items() if component.trains]
-        with torch.no_grad(), self.accelerator.autocast():
+        with self._encoder_back(), torch.no_grad(), self.accelerator.autocast():
             if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what it wraps cannot be called
                 copies = {name: self._finished(name).to(self.device).eval() for name in trained}
                 yield replace(self.modules, by_name=self.modules.by_name | copies)
@@ -272,3 +284,16 @@ class TorchBackend:
                     parameter.copy_(kept[name])
                 for name in trained:
                     self.modules.by_name[name].train()
+
+    @contextmanager
+    def _encoder_back(self) -> Iterator[None]:
+        """The text encoder is on the device meanwhile, also where training has let go of it."""
+        if not self._let_go:
+            yield
+            return
+        encoder = self.modules.by_name["text_encoder"]
+        encoder.to(self.device)
+        try:
+            yield
+        finally:
+            encoder.to("cpu")

@@ -158,13 +158,13 @@ class DeepSpeedPlacement:
 
     def weight(self, parameter: Tensor) -> Tensor:
         """Gathers the float32 weight of which the parameter is a copy in the compute precision."""
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
 
         return safe_get_full_fp32_param(parameter)  # pyright: ignore[reportReturnType]
 
     def moments(self, parameter: Tensor) -> Moments:
         """Gathers the moments."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
         if not self.zero.optimizer.state:
             return {}
@@ -174,7 +174,7 @@ class DeepSpeedPlacement:
     @torch.no_grad()
     def put(self, parameter: Tensor, weight: Tensor, moments: Moments, count: int) -> None:
         """Divides them over the processes; the copy in the compute precision follows."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
         self._make_moments(count)
         safe_set_full_fp32_param(parameter, weight.to(parameter.device))

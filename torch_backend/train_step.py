@@ -44,7 +44,8 @@ def diffusion_loss(modules: Modules, batch: Batch) -> Tensor:
 
     Args:
         batch: pixel_values (B,C,H,W), noise (B,C,h,w), timesteps (B,), loss_weights (B,), and where the pipeline
-            needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L).
+            needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L) or
+            text_embeddings (B,L,D).
 
     Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the twin of the JAX side's.
     """
@@ -52,7 +53,7 @@ def diffusion_loss(modules: Modules, batch: Batch) -> Tensor:
     noise, timesteps = batch["noise"], batch["timesteps"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = modules.add_noise(clean, added, timesteps)
-    context = modules.encode_text(batch["input_ids"]) if "input_ids" in batch else None
+    context = modules.encode_text(batch["input_ids"]) if "input_ids" in batch else batch.get("text_embeddings")
     predicted = modules.predict(noisy, timesteps, context)
     target = modules.target(clean, noise, timesteps)
     wide = torch.promote_types(predicted.dtype, torch.float32)

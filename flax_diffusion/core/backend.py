@@ -74,6 +74,10 @@ class Backend(Protocol):
         """Returns the whole state as plain arrays on the host, by the names of `core.portable`."""
         ...
 
+    def embed_prompts(self, prompts: list[str]) -> np.ndarray:
+        """Encodes prompts to (N, L, D), and lets go of the text encoder: only samples need it from then on."""
+        ...
+
     def trained_arrays(self) -> Arrays:
         """Returns what trains, averaged if there is an average, as `unet/conv_in.weight`, in PyTorch's layout."""
         ...

@@ -56,6 +56,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
     schedule = recipe.make_schedule(config, num_examples, backend.device_count)
     parameters = backend.init_state()
     source = recipe.complete_source(config, source, backend)
+    embeddings = recipe.embed_prompts(config, backend)
     first_step, first_example = 0, 0
     if resume_from is not None:
         metadata = _check_resume(backend.restore(resume_from), resume_from, task, config, num_examples)
@@ -80,6 +81,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         process_count=backend.process_count,
         start_example=first_example,
         num_steps=max(0, schedule.total_steps - first_step),
+        embeddings=embeddings,
     )
     tracker = Tracker(
         output_dir,

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+
 from flax_diffusion.core import class_images, task_pipelines
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DatasetConfig, DiffusionConfig, TextConfig, TrainConfig
@@ -103,6 +105,15 @@ def complete_source(config: TrainConfig, source: Source, backend: Backend) -> So
     return open_pairs(config, cast(PromptedSource, source))
 
 
+def embed_prompts(config: TrainConfig, backend: Backend) -> dict[str, np.ndarray] | None:
+    """The text embedding of every prompt, where they are made before training; None where each step makes its own."""
+    if not (isinstance(config, DreamBoothConfig) and config.pre_compute_text_embeddings):
+        return None
+    given = [prompt for concept in config.all_concepts for prompt in (concept.instance_prompt, concept.class_prompt)]
+    prompts = list(dict.fromkeys(prompt for prompt in given if prompt is not None))
+    return dict(zip(prompts, backend.embed_prompts(prompts), strict=True))
+
+
 def make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
     """The pipeline that a config names; the source's captions make a tokenizer where there is none."""
     if isinstance(config, AutoencoderConfig):
@@ -129,6 +140,7 @@ def make_loader(
     schedule: Schedule,
     *,
     num_steps: int,
+    embeddings: dict[str, np.ndarray] | None = None,
     process_index: int = 0,
     process_count: int = 1,
     start_example: int = 0,
@@ -136,7 +148,7 @@ def make_loader(
     """The batches of one process of a run."""
     return Loader(
         source,
-        make_example_fn(config, spec),
+        make_example_fn(config, spec, embeddings),
         seed=config.seed,
         batch_size=schedule.batch_size // process_count,
         accumulation=schedule.accumulation,
@@ -150,7 +162,9 @@ def make_loader(
     )
 
 
-def make_example_fn(config: TrainConfig, spec: PipelineSpec) -> ExampleFn:
+def make_example_fn(
+    config: TrainConfig, spec: PipelineSpec, embeddings: dict[str, np.ndarray] | None = None
+) -> ExampleFn:
     """The recipe that makes one training example of this run."""
     diffusion = config if isinstance(config, DiffusionConfig) else None
     noise = NoiseSpec(
@@ -171,6 +185,7 @@ def make_example_fn(config: TrainConfig, spec: PipelineSpec) -> ExampleFn:
         ),
         noise=noise,
         tokenize=spec.tokenize,
+        embeddings=embeddings,
         proportion_empty_prompts=config.proportion_empty_prompts if isinstance(config, TextToImageConfig) else 0.0,
         loss_weights=task_pipelines.loss_weights(diffusion, spec) if diffusion else None,
     )

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_torch_run import losses, run
-from tiny import RUN
+from test_torch_run import run
+from tiny import RUN, losses
 
 from flax_diffusion.core import portable
 from flax_diffusion.core.errors import CheckpointError

@@ -98,7 +98,7 @@ def test_fifty_steps(task, prediction, schedule, dtype):
 
 
 METHODS = {
-    "dreambooth": {},
+    "dreambooth": {"pre_compute_text_embeddings": True},
     "dreambooth_prior": {"with_prior_preservation": True, "snr_gamma": 5.0, "train_text_encoder": True},
     "dreambooth_lora": {
         "with_prior_preservation": True, "lora_rank": 2, "lora_alpha": 3, "train_text_encoder": True,

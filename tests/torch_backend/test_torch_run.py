@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from tiny import RUN, TEXT_RUN
+from tiny import RUN, TEXT_RUN, losses
 
 from flax_diffusion.core.cli import merge
 from flax_diffusion.core.errors import ConfigError
@@ -73,14 +73,6 @@ def test_the_same_command_starts_from_the_same_weights(tmp_path):
     import jax
 
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
-
-
-def losses(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "logs"))
-    events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
 
 
 def test_two_processes_equal_one(request, tmp_path):

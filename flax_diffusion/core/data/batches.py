@@ -1,6 +1,6 @@
 """One training example: record → pixels, timestep, noise, token ids, loss weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,6 +29,7 @@ class ExampleFn:
     transform: ImageTransform
     noise: NoiseSpec
     tokenize: Tokenize | None = None  # None: unconditional
+    embeddings: Mapping[str, np.ndarray] | None = field(default=None, repr=False)  # of every caption, (L, D)
     proportion_empty_prompts: float = 0.0
     loss_weights: np.ndarray | None = field(default=None, repr=False)  # float32 (num_train_timesteps,); None: ones
 
@@ -50,7 +51,8 @@ class ExampleFn:
 
         Returns:
             `pixel_values` float32 (channels, resolution, resolution) in [-1, 1]; what `NoiseSpec.draw` gives;
-            `input_ids` int32 (model_max_length,) unless unconditional; `loss_weights` float32 ();
+            `input_ids` int32 (model_max_length,) or, where they were made before, `text_embeddings` (L, D), unless
+            unconditional; `loss_weights` float32 ();
             `example_index` int64 ().
 
         Raises:
@@ -63,7 +65,9 @@ class ExampleFn:
         record = source[index]
         example = {"pixel_values": self.transform(decode(record), rng).pixel_values}
         example |= self.noise.draw(rng)
-        if self.tokenize is not None:
+        if self.embeddings is not None:
+            example["text_embeddings"] = self.embeddings[self._caption(record, rng)]
+        elif self.tokenize is not None:
             example["input_ids"] = self.tokenize(self._caption(record, rng))
         weight = 1.0 if self.loss_weights is None else self.loss_weights[example["timesteps"]]
         example["loss_weights"] = np.asarray(weight * record.weight, np.float32)
