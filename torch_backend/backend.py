@@ -18,6 +18,7 @@ from flax_diffusion.core import portable
 from flax_diffusion.core.backend import Batch
 from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.pipeline import PipelineSpec
 from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
@@ -49,6 +50,12 @@ class TorchBackend:
         self.config, self.spec, self.dtype = config, spec, dtype
         AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
         self.accelerator = make_accelerator(config)
+        kind = self.accelerator.distributed_type
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and spec.adapted:
+            raise ConfigError(
+                f"LoRA and textual inversion under {kind.value}: what they train is small, there is nothing to divide; "
+                "use plain processes: accelerate launch -m torch_backend.train"
+            )
         self.process_index: int = self.accelerator.process_index
         self.process_count: int = self.accelerator.num_processes
         self.device_count: int = self.process_count

@@ -23,7 +23,6 @@ JAX_ONLY = {
 
 CUDA_ONLY = ("enable_xformers_memory_efficient_attention", "allow_tf32")
 
-
 PACKAGES = {
     "use_8bit_adam": ("bitsandbytes", "drop the option"),
     "enable_xformers_memory_efficient_attention": (

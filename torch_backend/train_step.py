@@ -17,7 +17,7 @@ FSDP_UNITS = {"ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer"}
 
 
 class Loss(nn.Module):
-    """What is made small.
+    """The loss of the task, as a module whose children are what trains.
 
     Args:
         modules: The pipeline. Those of its modules that train are this module's children; the others stay outside.
