@@ -49,6 +49,7 @@ def test_unconditional_float64(case):
     assert equal, line
 
 
+@pytest.mark.acceptance
 def test_text_to_image_float64():
     equal, line = verdict(list(compare(make_config("text_to_image", noise_offset=0.1), STEPS)), "float64")
     assert equal, line

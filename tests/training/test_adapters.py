@@ -17,7 +17,6 @@ from flax_diffusion.core.loop import fit
 from flax_diffusion.core.pipeline import open_pipeline
 from flax_diffusion.core.tasks import TASKS
 from flax_diffusion.core.torch_names import torch_name, torch_shape
-from flax_diffusion.generate import generate
 from flax_diffusion.models import FlaxUNet2DConditionModel
 from flax_diffusion.modules import build_modules, load_pretrained
 from flax_diffusion.train import train
@@ -151,8 +150,7 @@ def test_textual_inversion_in_plain_diffusers_and_merged(shared, folder, model, 
     np.testing.assert_allclose(ours(merged, prompt), theirs(pipe, "a photo of <dog-toy>"), atol=1e-5)
 
 
-@BACKENDS
-def test_text_encoder_has_a_rate_of_its_own(shared, folder, backend):
+def test_text_encoder_has_a_rate_of_its_own(shared, folder):
     """Adam's first update is the rate, in every weight that has a gradient."""
     config = TASKS["dreambooth"](**lora(shared, folder, text_encoder_learning_rate=1e-3))
     source = recipe.open_run_source(config)
@@ -160,7 +158,7 @@ def test_text_encoder_has_a_rate_of_its_own(shared, folder, backend):
     schedule = recipe.make_schedule(config, len(source), 1)
     with recipe.make_loader(config, spec, source, schedule, num_steps=1) as loader:
         (batch,) = loader
-    made = backend(config, spec)
+    made = TorchBackend(config, spec)  # that JAX does the same is for the parity tests
     made.init_state()
     made.train_step(made.put(batch), 1e-2, 0.0)
     for name, array in made.trained_arrays().items():
@@ -190,23 +188,6 @@ def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backe
         posterior = vae.encode(pixels).latent_dist
     latents = posterior.mean + posterior.std * noise
     assert float(latents.std(correction=0)) * vae.config.scaling_factor == pytest.approx(1, abs=1e-4)
-
-
-def test_an_autoencoder_serves_another_task(folder, tmp_path):
-    unet = {
-        "in_channels": 4, "out_channels": 4, "block_out_channels": [8, 8], "norm_num_groups": 4, "layers_per_block": 1,
-        "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2,
-    }  # fmt: skip
-    shared = {
-        "train_data_dir": str(folder), "resolution": 16, "train_batch_size": 2, "max_train_steps": 1,
-        "report_to": "none", "eval_batch_size": 1,
-    }  # fmt: skip
-    first = train("autoencoder", **shared, vae=VAE, output_dir=str(tmp_path / "first"))
-    second = train(
-        "unconditional", **shared, vae=str(first / "vae"), unet=unet, output_dir=str(tmp_path / "second"),
-        validation_num_inference_steps=1,
-    )  # fmt: skip
-    assert generate(second, num_inference_steps=1).shape == (1, 16, 16, 3)
 
 
 def test_rank_4_is_under_2_percent_of_stable_diffusion(request, capsys):

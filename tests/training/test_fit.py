@@ -79,7 +79,7 @@ def test_latent_unconditional_model_opens_in_diffusers(tmp_path):
     from diffusers import AutoencoderKL, LDMPipeline
 
     AutoencoderKL(**VAE).save_pretrained(tmp_path / "vae")
-    unet = UNET | {"in_channels": 4, "out_channels": 4, "sample_size": 8}
+    unet = UNET | {"in_channels": 4, "out_channels": 4}
     out = train(
         "unconditional", **RUN | {"unet": unet, "dataset_name": None, "resolution": 16, "max_train_steps": 2},
         train_data_dir=str(pictures(tmp_path / "data")), vae=str(tmp_path / "vae"), output_dir=str(tmp_path / "run"),

@@ -102,6 +102,8 @@ def check(metrics, final, ema, unet, theirs):
             np.testing.assert_allclose(tree[name], value.detach().numpy(), rtol=1e-4, atol=2e-5, err_msg=name)
 
 
+pytestmark = pytest.mark.acceptance  # the gate holds the step to `torch_backend`
+
 CASES = {
     "sample": {"prediction_type": "sample"},
     "v_min_snr_ema": {"prediction_type": "v_prediction", "snr_gamma": 5.0, "use_ema": True, "ema_warmup": False},
@@ -112,9 +114,7 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if case == "all" else pytest.mark.acceptance) for case in CASES]
-)
+@pytest.mark.parametrize("case", CASES)
 def test_unconditional(case):
     options = RUN | {"learning_rate": 1e-4, "train_batch_size": 4} | CASES[case]
     config = UnconditionalConfig(**options)
