@@ -67,10 +67,11 @@ def apply(config: TrainConfig, modules: Modules) -> None:
             module.enable_xformers_memory_efficient_attention()
         if config.channels_last and name != "text_encoder":
             module.to(memory_format=torch.channels_last)
-        if config.gradient_checkpointing and name == "unet":
-            module.enable_gradient_checkpointing()
-        elif config.gradient_checkpointing and component.trains:
-            module.gradient_checkpointing_enable() if name == "text_encoder" else module.enable_gradient_checkpointing()
+        if config.gradient_checkpointing and (component.trains or name == "unet"):
+            if name == "text_encoder":
+                module.activation_checkpointing_enable()
+            else:
+                module.enable_gradient_checkpointing()
         if component.trains and config.torch_compile:
             module.compile()
 
