@@ -17,7 +17,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_diffusion.core import adapters
 from flax_diffusion.core.pipeline import Component
-from flax_diffusion.core.torch_names import from_torch_layout, to_torch_layout, torch_name, torch_shape
+from flax_diffusion.core.torch_names import from_torch_layout, to_torch_layout, torch_name
+from flax_diffusion.weights import torch_shapes
 
 Tree = dict[str, Any]
 
@@ -37,8 +38,7 @@ def draw(component: Component, weights: Tree, seed: int) -> Tree:
     owners = [path for path in flat if path[-1] in ("kernel", "embedding")]
     layers = {torch_name(path).removesuffix(".weight"): path[:-1] for path in owners}
     if component.lora is not None:
-        shapes = {torch_name(path): torch_shape(path, leaf.shape) for path, leaf in flat.items()}
-        arrays = adapters.draw_lora(component.lora, shapes, component.kind, seed)
+        arrays = adapters.draw_lora(component.lora, torch_shapes(weights), component.kind, seed)
     else:
         assert component.new_tokens is not None
         path = (*layers[adapters.TOKEN_EMBEDDING], "embedding")

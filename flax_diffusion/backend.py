@@ -214,7 +214,14 @@ class JaxBackend:
         self.state = jax.tree_util.tree_map_with_path(take, self.state)
 
     def sample(
-        self, *, prompts: list[str], num_images: int, num_inference_steps: int, guidance_scale: float, seed: int
+        self,
+        *,
+        prompts: list[str],
+        num_images: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        batch_size: int = 64,
     ) -> np.ndarray:
         """Draws images with the moving average, or with the weights themselves where there is none."""
         return self._sampler(
@@ -224,6 +231,7 @@ class JaxBackend:
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             seed=seed,
+            batch_size=batch_size,
         )
 
     def trained_arrays(self) -> portable.Arrays:

@@ -18,8 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from flax_diffusion.core import adapters, cli, hub, pipeline, portable
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.pipeline import Component, PipelineSpec
-
-Arrays = dict[str, np.ndarray]
+from flax_diffusion.core.portable import Arrays
 
 
 class ConvertOptions(BaseModel):
@@ -73,14 +72,16 @@ def _convert(options: ConvertOptions) -> Path:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--output_dir {out}: is there already; name an empty or a new folder")
     spec = pipeline.open_pipeline(options.model, options.revision, options.variant)
-    weights = {name: read_weights(component) for name, component in spec.components.items()}
     if options.format in ("peft", "kohya"):
-        _rewrite_lora(Path(options.lora[0]), weights, options.format, out)
+        adapters.save_lora(
+            out / adapters.LORA_FILE, adapters.read_lora_pairs(Path(options.lora[0]), _shapes(spec)), options.format
+        )
         return out
+    weights = {name: read_weights(component) for name, component in spec.components.items()}
     if options.checkpoint:
         put_checkpoint(Path(options.checkpoint), weights)
     for file in options.lora:
-        merge_lora(Path(file), weights, options.lora_scale)
+        merge_lora(Path(file), spec, weights, options.lora_scale)
     for file in options.embeddings:
         spec = add_embeddings(Path(file), spec, weights)
     _write(spec, weights, options, out)
@@ -119,14 +120,13 @@ def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:
         weights[component][inside] = array
 
 
-def merge_lora(path: Path, weights: dict[str, Arrays], scale: float) -> None:
+def merge_lora(path: Path, spec: PipelineSpec, weights: dict[str, Arrays], scale: float) -> None:
     """Adds scale · (alpha / rank)·B·A to the weights that a LoRA adapts.
 
     Raises:
         WeightsError: If it does not fit the model.
     """
-    deltas = adapters.read_lora(path, _shapes(weights))
-    for component, own in deltas.items():
+    for component, own in adapters.read_lora(path, _shapes(spec)).items():
         for name, delta in own.items():
             weights[component][name] = weights[component][name] + np.float32(scale) * delta
 
@@ -162,13 +162,12 @@ def add_embeddings(path: Path, spec: PipelineSpec, weights: dict[str, Arrays]) -
     return replace(spec, components=spec.components | {"text_encoder": encoder})
 
 
-def _shapes(weights: dict[str, Arrays]) -> dict[str, dict[str, tuple[int, ...]]]:
-    return {name: {key: array.shape for key, array in own.items()} for name, own in weights.items()}
+def _shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Of every model's parameters, by PyTorch name; no weight is read."""
+    from flax_diffusion.modules import build_modules
+    from flax_diffusion.weights import torch_shapes
 
-
-def _rewrite_lora(path: Path, weights: dict[str, Arrays], form: str, out: Path) -> None:
-    pairs = adapters.read_lora_pairs(path, _shapes(weights))
-    adapters.save_lora(out / adapters.LORA_FILE, pairs, form)
+    return {name: torch_shapes(model.params_shape()) for name, model in build_modules(spec).by_name.items()}
 
 
 def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptions, out: Path) -> None:

@@ -52,8 +52,9 @@ class Modules:
             pixels: The images.
             noise: Standard normal (B,C,h,w) that samples the posterior.
         """
-        if self.spec.vae is None or noise is None:
+        if self.spec.vae is None:
             return pixels
+        assert noise is not None
         latents = self.posterior(params, pixels).sample_with(noise) * self.spec.vae["scaling_factor"]
         return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
 

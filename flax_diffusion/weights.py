@@ -105,6 +105,11 @@ def from_tensors(
     return flax.traverse_util.unflatten_dict(params)
 
 
+def torch_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return every parameter's PyTorch name and its shape in PyTorch's layout."""
+    return {torch_name(path): torch_shape(path, tuple(leaf.shape)) for path, leaf in _flatten(tree).items()}
+
+
 def _stored_shape(path: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) -> tuple[int, ...]:
     return torch_shape(path, tuple(flat[path].shape))
 

@@ -207,7 +207,14 @@ class TorchBackend:
         return metadata
 
     def sample(
-        self, *, prompts: list[str], num_images: int, num_inference_steps: int, guidance_scale: float, seed: int
+        self,
+        *,
+        prompts: list[str],
+        num_images: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        batch_size: int = 64,
     ) -> np.ndarray:
         """Draws images with the moving average, or with the weights themselves where there is none."""
         with self._to_sample() as modules:
@@ -217,6 +224,7 @@ class TorchBackend:
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 seed=seed,
+                batch_size=batch_size,
             )
 
     @torch.no_grad()
@@ -253,8 +261,9 @@ class TorchBackend:
         for name, component in self.spec.components.items():
             if only_trained and not component.trains:
                 continue
-            module = self._finished(name) if component.trains else load(component)
+            finished = self._finished(name) if component.trains else None  # every process has a part of it
             if self.process_index == 0:
+                module = load(component) if finished is None else finished
                 module.save_pretrained(folder / name, safe_serialization=True)
 
     @torch.no_grad()

@@ -5,35 +5,27 @@ The same under `accelerate launch -m torch_backend.train …`, which brings seve
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_diffusion.core import cli
-from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core import cli, launch
 
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
     """Trains a model, as the command line does; arguments, result and errors as `flax_diffusion.train.train`."""
-    return _run(task, cli.merge(task, cli.read_yaml(config) if config else {}, options, str(config)))
+    return launch.train(_backend, task, config, options)
 
 
-def _run(task: str, config: TrainConfig) -> Path:
-    # Frameworks load only now: --help and mistakes in options are answered at once.
-    from flax_diffusion.core.loop import fit
+def _backend() -> Any:
     from torch_backend.backend import TorchBackend
 
-    return fit(task, config, TorchBackend)
+    return TorchBackend
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("flax_diffusion").setLevel(logging.INFO)
-    task, config = cli.parse_train(sys.argv[1:] if argv is None else argv, "python -m torch_backend.train")
-    _run(task, config)
+    launch.main(_backend, "python -m torch_backend.train", argv)
 
 
 if __name__ == "__main__":

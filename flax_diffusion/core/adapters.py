@@ -18,6 +18,7 @@ from flax_diffusion.core import hub
 from flax_diffusion.core.data.noise import Stream, example_rng
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.initial import name_number
+from flax_diffusion.core.portable import Arrays
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -26,8 +27,6 @@ TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding"
 NEW_ROWS = f"{TOKEN_EMBEDDING}.new_rows"
 LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
-
-Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +205,7 @@ def read_lora_pairs(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...
     """
     path = path / LORA_FILE if path.is_dir() else path
     stored = {name: tensor.array().astype(np.float32) for name, tensor in hub.read_safetensors(path).items()}
-    saved = hub.safetensors_metadata(path).get("lora_adapter_metadata")
-    alphas: dict[str, Any] = json.loads(saved) if saved else {}
+    alphas = _adapter_metadata(path)
     flat = {
         f"{KOHYA[model]}_{name.removesuffix('.weight').replace('.', '_')}": f"{model}.{name.removesuffix('.weight')}"
         for model, names in layers.items()
@@ -252,6 +250,18 @@ def read_lora_pairs(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...
         targets = sorted({name.rsplit(".", 2)[0] for name in own})
         pairs[model] = (Lora(rank=rank, alpha=alpha, targets=tuple(targets)), own)
     return pairs
+
+
+def _adapter_metadata(path: Path) -> dict[str, Any]:
+    """PEFT's settings in the header of a LoRA file; none in older files."""
+    saved = hub.safetensors_metadata(path).get("lora_adapter_metadata", "{}")
+    try:
+        values = json.loads(saved)
+    except ValueError as error:
+        raise WeightsError(f"{path}: lora_adapter_metadata in its header is not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: lora_adapter_metadata in its header is {saved[:40]}, must be a JSON object")
+    return values
 
 
 def tokens_of(word: str, count: int) -> tuple[str, ...]:

@@ -91,9 +91,16 @@ class Backend(Protocol):
         ...
 
     def sample(
-        self, *, prompts: list[str], num_images: int, num_inference_steps: int, guidance_scale: float, seed: int
+        self,
+        *,
+        prompts: list[str],
+        num_images: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        batch_size: int = 64,
     ) -> np.ndarray:
-        """Draws images with the averaged weights if there are any.
+        """Draws images with the averaged weights if there are any, `batch_size` at a time over all devices.
 
         Returns:
             uint8 images shaped (prompts x num_images, height, width, channels), or (num_images, …) with no prompts.

@@ -44,6 +44,16 @@ def missing(concept: Concept, wanted: int) -> int:
     return max(0, wanted - have)
 
 
+def check(config: DreamBoothConfig) -> None:
+    """Finds now which class folders could not be filled.
+
+    Raises:
+        DataError: As `missing`.
+    """
+    for concept in config.all_concepts:
+        missing(concept, config.num_class_images)
+
+
 def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
     """Fills every class folder up to `num_class_images`; what is there stays.
 
@@ -71,6 +81,7 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
                     num_inference_steps=NUM_INFERENCE_STEPS,
                     guidance_scale=GUIDANCE_SCALE,
                     seed=(config.seed + have) % 2**32,
+                    batch_size=batch_size,
                 )[: config.num_class_images - have]
                 if main:
                     for image in images:

@@ -36,6 +36,7 @@ class TrainConfig(BaseModel):
     )
     revision: str | None = Field(None, description="Branch, tag or commit of that Hub id.")
     variant: str | None = Field(None, description="Variant of its weight files, e.g. fp16.")
+
     # Data
     resolution: int = Field(64, ge=1, description="Height and width of the training images, in pixels.")
     resize_mode: Literal["crop", "stretch"] = Field(
@@ -108,6 +109,7 @@ class TrainConfig(BaseModel):
     )
     validation_steps: int | None = Field(None, ge=1, description="Sample every so many steps instead.")
     eval_batch_size: int = Field(16, ge=1, description="Images in the grid (a prompt).")
+
     # Output
     output_dir: str = Field("ddpm-model-64", description="Folder of the run.")
     overwrite_output_dir: bool = Field(False, description="Delete an earlier run in that folder first.")
@@ -128,7 +130,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        """Every rule that joins two fields. A ValueError's text is the error line."""
+        """The rules that every task has. A ValueError's text is the error line."""
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:1000,0.1:2000,0.01'")
         if self.lr_scheduler != "piecewise_constant" and self.lr_step_rules:

@@ -119,6 +119,5 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: M
     """Write a safetensors file, whole or not at all, with texts for its header."""
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        save_file(
-            contiguous, partial, metadata={"format": "pt", **(metadata or {})}
-        )  # Transformers refuses files without a format
+        # Transformers refuses files without a format.
+        save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})

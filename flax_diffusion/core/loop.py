@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from flax_diffusion.core import checkpoints, pipeline, recipe, reconstruction
+from flax_diffusion.core.adapters import EMBEDDINGS_FILE, LORA_FILE
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.loader import Loader
@@ -90,8 +91,10 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         total_steps=schedule.total_steps,
         main=main,
     )
-    shown = reconstruction.first_examples(source, recipe.make_example_fn(config, spec), config)
-    run = _Run(task, config, spec, backend, schedule, tracker, output_dir, first_step, first_example, shown)
+    preview = None
+    if spec.autoencoder_loss is not None:
+        preview = reconstruction.Preview(source, recipe.make_example_fn(config, spec), config)
+    run = _Run(task, config, spec, backend, schedule, tracker, output_dir, first_step, first_example, preview)
     try:
         with loader:
             run.steps(loader)
@@ -116,7 +119,7 @@ class _Run:
     output_dir: Path
     first_step: int
     first_example: int
-    shown: reconstruction.Shown | None  # what an autoencoder's progress is seen by
+    preview: reconstruction.Preview | None  # what an autoencoder's progress is seen by
 
     def __post_init__(self) -> None:
         self.rate_of = recipe.make_rate(self.config, self.schedule)
@@ -201,9 +204,9 @@ class _Run:
 
     def _sample(self, step: int) -> None:
         config = self.config
-        if self.shown is not None:
+        if self.preview is not None:
             self._drain()
-            self.tracker.grid(step, reconstruction.compare(self.backend, self.shown), 8)
+            self.tracker.grid(step, reconstruction.compare(self.backend, self.preview), 8)
             return
         assert isinstance(config, DiffusionConfig)
         text = isinstance(config, TextConfig)
@@ -224,8 +227,8 @@ class _Run:
         """Writes what the run is for: a pipeline, an autoencoder, or adapters."""
         self._drain()
         self._export_trained(self.output_dir)
-        if self.shown is not None:
-            reconstruction.write_scaling_factor(self.backend, self.shown, self.config, self.output_dir)
+        if self.preview is not None:
+            reconstruction.write_scaling_factor(self.backend, self.preview, self.spec, self.output_dir)
         elif self.backend.process_index == 0 and not self.spec.adapted:
             pipeline.write_index(self.spec, self.output_dir)
 
@@ -249,7 +252,7 @@ def _put_ahead(backend: Backend, loader: Loader) -> Iterator[Any]:
         current = following
 
 
-_WRITTEN = ("config.yaml", "model_index.json")
+_WRITTEN = ("config.yaml", "model_index.json", LORA_FILE, EMBEDDINGS_FILE)
 _WRITTEN_FOLDERS = ("samples", "logs", "unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
 
 

@@ -15,7 +15,7 @@ from flax_diffusion.core import class_images, task_pipelines
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DatasetConfig, DiffusionConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn
-from flax_diffusion.core.data.concepts import PromptedSource, open_instances, open_pairs, open_templated
+from flax_diffusion.core.data.concepts import PairedSource, PromptedSource, open_instances, open_pairs, open_templated
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.noise import NoiseSpec
 from flax_diffusion.core.data.sources import Source, open_source
@@ -73,7 +73,10 @@ def make_schedule(config: TrainConfig, num_examples: int, device_count: int) -> 
 def open_run_source(config: TrainConfig) -> Source:
     """The examples that a config names; DreamBooth's without those of the classes, which may still have to be drawn."""
     if isinstance(config, DreamBoothConfig):
-        return open_instances(config)
+        source = open_instances(config)
+        if config.with_prior_preservation:
+            class_images.check(config)
+        return source
     if isinstance(config, TextualInversionConfig):
         return open_templated(config)
     assert isinstance(config, DatasetConfig)
@@ -91,8 +94,6 @@ def open_run_source(config: TrainConfig) -> Source:
 def count_examples(config: TrainConfig, source: Source) -> int:
     """Examples an epoch, those that `complete_source` adds among them."""
     if isinstance(config, DreamBoothConfig) and config.with_prior_preservation:
-        for concept in config.all_concepts:
-            class_images.missing(concept, config.num_class_images)  # a folder that cannot be filled is found now
         return max(len(source), config.num_class_images * sum(concept.repeats for concept in config.all_concepts))
     return len(source)
 
@@ -158,7 +159,7 @@ def make_loader(
         num_steps=num_steps,
         num_workers=config.dataloader_num_workers,
         skip_bad_images=config.skip_bad_images,
-        rows=2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1,
+        rows=2 if isinstance(source, PairedSource) else 1,
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,53 +12,61 @@ from flax_diffusion.core import hub
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn
+from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import Source
 from flax_diffusion.core.files import write_json
-from flax_diffusion.core.tasks import AutoencoderConfig
+from flax_diffusion.core.pipeline import PipelineSpec
 
 SCALED_BY = 256
-"""Pictures that the scale of the latents is measured on."""
+"""Pictures that the scale of the latents is measured on, where there are so many."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """The first pictures of the dataset, as the model takes them."""
+class Preview:
+    """The first pictures of the dataset, in batches of `eval_batch_size`, read when they are looked at."""
 
-    pixels: np.ndarray = field(repr=False)  # float32 (N, C, H, W) in -1..1
-    noise: np.ndarray = field(repr=False)  # float32 (N, c, h, w), samples the posterior
-    in_grid: int  # of them, the first so many are looked at
+    source: Source
+    make_example: ExampleFn
+    config: TrainConfig
+
+    def batches(self, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Whole batches of at most `most` pictures in all, but at least one batch.
+
+        Yields:
+            Pixels (N, C, H, W) in -1..1, and noise (N, c, h, w) that samples the posterior.
+        """
+        size = min(self.config.eval_batch_size, len(self.source))
+        loader = Loader(
+            self.source,
+            self.make_example,
+            seed=self.config.seed,
+            batch_size=size,
+            num_steps=max(1, min(most, len(self.source)) // size),
+            shuffle=False,
+            skip_bad_images=self.config.skip_bad_images,
+        )
+        with loader:
+            for batch in loader:
+                yield batch["pixel_values"][0], batch["latent_noise"][0]
 
 
-def first_examples(source: Source, make_example: ExampleFn, config: TrainConfig) -> Shown | None:
-    """The pictures that an autoencoder's progress is seen by; None for other tasks."""
-    if not isinstance(config, AutoencoderConfig):
-        return None
-    count = min(len(source), max(SCALED_BY, config.eval_batch_size))
-    examples = [make_example(source, config.seed, 0, index) for index in range(count)]
-    pixels = np.stack([example["pixel_values"] for example in examples])
-    noise = np.stack([example["latent_noise"] for example in examples])
-    return Shown(pixels, noise, min(count, config.eval_batch_size))
-
-
-def compare(backend: Backend, shown: Shown) -> np.ndarray:
+def compare(backend: Backend, preview: Preview) -> np.ndarray:
     """Pictures and their reconstructions in turn, uint8 (2N, H, W, C)."""
-    pixels = shown.pixels[: shown.in_grid]
-    made = backend.decode(backend.encode(pixels, shown.noise[: shown.in_grid]))
+    pixels, noise = next(preview.batches(preview.config.eval_batch_size))
+    made = backend.decode(backend.encode(pixels, noise))
     given = np.round((pixels / 2 + 0.5) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return np.stack([given, made], axis=1).reshape(-1, *given.shape[1:])
 
 
-def write_scaling_factor(backend: Backend, shown: Shown, config: TrainConfig, folder: Path) -> None:
-    """Writes into vae/config.json what brings the latents to unit variance, unless a config has said it.
+def write_scaling_factor(backend: Backend, preview: Preview, spec: PipelineSpec, folder: Path) -> None:
+    """Writes into vae/config.json what brings the latents to unit variance, unless the autoencoder's config says it.
 
     Reference: Rombach et al., https://arxiv.org/abs/2112.10752, section D.1.
     """
-    assert isinstance(config, AutoencoderConfig)
-    given = isinstance(config.vae, dict) and "scaling_factor" in config.vae
-    if given or config.pretrained_model_name_or_path:
+    vae = spec.components["vae"]
+    if "scaling_factor" in vae.config or vae.weights is not None:
         return
-    latents = backend.encode(shown.pixels, shown.noise)
+    deviation = np.concatenate([backend.encode(*batch) for batch in preview.batches(SCALED_BY)]).std()
     if backend.process_index == 0:
         path = folder / "vae" / "config.json"
-        values = hub.read_json(path)
-        write_json(path, values | {"scaling_factor": float(values["scaling_factor"] / latents.std())})
+        write_json(path, hub.read_json(path) | {"scaling_factor": float(vae["scaling_factor"] / deviation)})

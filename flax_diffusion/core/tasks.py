@@ -113,7 +113,7 @@ class DreamBoothConfig(LoraConfig):
     @model_validator(mode="before")
     @classmethod
     def _rate_of_lora(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("lora_rank") is not None:
+        if isinstance(values, dict) and any(values.get(name) is not None for name in ("lora_rank", "rank")):
             return {"learning_rate": 5e-4} | values
         return values
 

@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 from tiny import VAE, pictures, stable_diffusion
@@ -16,10 +15,10 @@ from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
 from flax_diffusion.core.loop import fit
 from flax_diffusion.core.pipeline import open_pipeline
 from flax_diffusion.core.tasks import TASKS
-from flax_diffusion.core.torch_names import torch_name, torch_shape
 from flax_diffusion.models import FlaxUNet2DConditionModel
 from flax_diffusion.modules import build_modules, load_pretrained
 from flax_diffusion.train import train
+from flax_diffusion.weights import torch_shapes
 from torch_backend.backend import TorchBackend
 
 BACKENDS = pytest.mark.parametrize("backend", [JaxBackend, TorchBackend])
@@ -194,9 +193,7 @@ def test_rank_4_is_under_2_percent_of_stable_diffusion(request, capsys):
     """By shapes alone, at full size."""
     config = request.config.rootpath / "tests/models/configs/sd15_unet.json"
     unet = FlaxUNet2DConditionModel.from_config(json.loads(config.read_text()))
-    leaves = jax.tree_util.tree_flatten_with_path(unet.params_shape())[0]
-    paths = [(tuple(key.key for key in path), leaf.shape) for path, leaf in leaves]
-    shapes = {torch_name(path): torch_shape(path, shape) for path, shape in paths}
+    shapes = torch_shapes(unet.params_shape())
     layers = lora_layers(Lora(rank=4, alpha=4, targets=UNET_TARGETS), shapes, "unet")
     adapters = sum(4 * (rows + columns) for rows, columns in layers.values())
     full = sum(int(np.prod(shape)) for shape in shapes.values())

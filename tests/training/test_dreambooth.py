@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -149,6 +150,10 @@ def test_embeddings_made_before_are_those_of_each_step(options, tmp_path, backen
         ({"class_prompt": None}, "--with_prior_preservation needs --class_prompt"),
         ({"with_prior_preservation": False}, "go with --with_prior_preservation: add it"),
         ({"pre_compute_text_embeddings": True, "train_text_encoder": True}, "changes what comes of it: drop one"),
+        (
+            {"concepts": [{"instance_data_dir": "a", "instance_prompt": "b"}]},
+            "exclude each other: put it into the list",
+        ),
         ({"class_prompt": "a photo of sks dog"}, "names both the new thing and its class"),
         ({"concepts": [{"instance_data_dir": "a"}]}, "--concepts.0.instance_prompt: field required"),
     ],
@@ -166,6 +171,30 @@ def test_folders_that_cannot_be_used(options, tmp_path):
     with pytest.raises(DataError, match="empty holds no images"):
         train("dreambooth", **options | {"instance_data_dir": str(tmp_path / "empty")})
     assert not (tmp_path / "class").exists()
+
+
+def test_a_class_folder_that_is_short_and_cannot_be_written(options, monkeypatch):
+    monkeypatch.setattr(class_images.os, "access", lambda *_: False)
+    with pytest.raises(DataError, match=r"holds 0 of 5 pictures and cannot be written; .*--num_class_images 0"):
+        train("dreambooth", **options)
+
+
+def test_lora_has_a_rate_of_its_own_by_default(options):
+    assert DreamBoothConfig(**options).learning_rate == 5e-6
+    assert DreamBoothConfig(**options, lora_rank=4).learning_rate == 5e-4
+    assert DreamBoothConfig(**options, lora_rank=4, learning_rate=1e-3).learning_rate == 1e-3
+
+
+def test_a_pipeline_that_was_trained_on_pixels_needs_no_vae(options, tmp_path):
+    pixels = tmp_path / "pixels"
+    shutil.copytree(options["pretrained_model_name_or_path"], pixels)
+    index, unet = pixels / "model_index.json", pixels / "unet/config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": [None, None]}))
+    unet.write_text(json.dumps(json.loads(unet.read_text()) | {"in_channels": 3, "out_channels": 3}))
+    config = DreamBoothConfig(**options | {"pretrained_model_name_or_path": str(pixels)})
+    spec = recipe.make_spec(config, recipe.open_run_source(config))
+    assert spec.vae is None
+    assert spec.sample_shape == (3, 16, 16)
 
 
 def test_concepts_on_the_command_line(options, tmp_path):

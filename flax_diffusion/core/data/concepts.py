@@ -10,7 +10,7 @@ from pathlib import Path
 
 from flax_diffusion.core.data.folders import open_folder
 from flax_diffusion.core.data.sources import Record, Source
-from flax_diffusion.core.tasks import Concept, DreamBoothConfig, TextualInversionConfig
+from flax_diffusion.core.tasks import DreamBoothConfig, TextualInversionConfig
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,20 @@ def open_instances(config: DreamBoothConfig) -> PromptedSource:
     Raises:
         DataError: If a folder is missing or holds none.
     """
-    return _prompted([(c, c.instance_data_dir, c.instance_prompt, None) for c in config.all_concepts])
+    concepts = config.all_concepts
+    return PromptedSource(
+        [open_folder(Path(concept.instance_data_dir), caption_column=None) for concept in concepts],
+        [concept.instance_prompt for concept in concepts],
+        [concept.repeats for concept in concepts],
+    )
 
 
 def open_pairs(config: DreamBoothConfig, instances: PromptedSource) -> PairedSource:
     """The same with the pictures of their classes, of which each folder must hold enough by now."""
-    most = config.num_class_images
-    classes = _prompted([(c, c.class_data_dir, c.class_prompt, most) for c in config.all_concepts])
-    return PairedSource(instances, classes, config.prior_loss_weight)
-
-
-def _prompted(folders: list[tuple[Concept, str | None, str | None, int | None]]) -> PromptedSource:
-    return PromptedSource(
-        [open_folder(Path(str(folder)), caption_column=None, max_samples=most) for _, folder, _, most in folders],
-        [str(prompt) for _, _, prompt, _ in folders],
-        [concept.repeats for concept, _, _, _ in folders],
+    concepts, most = config.all_concepts, config.num_class_images
+    classes = PromptedSource(
+        [open_folder(Path(str(c.class_data_dir)), caption_column=None, max_samples=most) for c in concepts],
+        [str(concept.class_prompt) for concept in concepts],
+        [concept.repeats for concept in concepts],
     )
+    return PairedSource(instances, classes, config.prior_loss_weight)

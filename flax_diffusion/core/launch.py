@@ -1,0 +1,47 @@
+"""The command that trains, for either backend: from options to a run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from flax_diffusion.core import cli
+from flax_diffusion.core.config import TrainConfig
+
+LoadBackend = Callable[[], Any]
+"""Imports a framework and returns its backend's class; only now, so that --help and mistakes are answered at once."""
+
+
+def train(load_backend: LoadBackend, task: str, config: str | Path | None, options: dict[str, Any]) -> Path:
+    """Trains from Python.
+
+    Args:
+        load_backend: Of the framework.
+        task: Name of the task.
+        config: A YAML recipe.
+        options: Flag to value; they override the recipe.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: For input that cannot be used.
+    """
+    return _run(load_backend, task, cli.merge(task, cli.read_yaml(config) if config else {}, options, str(config)))
+
+
+def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> None:
+    """Runs the command line."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("flax_diffusion").setLevel(logging.INFO)
+    task, config = cli.parse_train(sys.argv[1:] if argv is None else argv, prog)
+    _run(load_backend, task, config)
+
+
+def _run(load_backend: LoadBackend, task: str, config: TrainConfig) -> Path:
+    from flax_diffusion.core.loop import fit
+
+    return fit(task, config, load_backend())

@@ -1,0 +1,111 @@
+"""Between formats: checkpoints into pipelines, msgpack and back, LoRA under every name, what does not fit."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from tiny import pictures, stable_diffusion
+
+from flax_diffusion.convert import convert, main
+from flax_diffusion.core import hub
+from flax_diffusion.core.adapters import LORA_FILE, read_lora
+from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.models import FlaxUNet2DConditionModel
+from torch_backend.train import train
+
+LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return stable_diffusion(tmp_path_factory.mktemp("model"))
+
+
+def unet(folder):
+    return {name: tensor.array() for name, tensor in hub.read_safetensors(unet_file(folder)).items()}
+
+
+def unet_file(folder):
+    return folder / "unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_a_checkpoint_becomes_the_pipeline_of_its_step(model, tmp_path, use_ema):
+    out = train(
+        "text_to_image", pretrained_model_name_or_path=str(model), train_data_dir=str(pictures(tmp_path / "data")),
+        resolution=16, train_batch_size=2, max_train_steps=2, learning_rate=1e-2, lr_warmup_steps=0, report_to="none",
+        use_ema=use_ema, output_dir=str(tmp_path / "run"),
+    )  # fmt: skip
+    made = convert(model, tmp_path / "made", checkpoint=str(out / "checkpoint-2"))
+    expected = unet(out)  # what the run itself exported: the average, if there is one
+    assert np.abs(expected["conv_in.weight"] - unet(model)["conv_in.weight"]).max() > 1e-3
+    for name, array in unet(made).items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+
+def test_flax_and_back_changes_nothing(model, tmp_path):
+    flax = convert(model, tmp_path / "flax", format="flax")
+    assert not list(flax.rglob("*.safetensors"))
+    FlaxUNet2DConditionModel.from_pretrained(flax, subfolder="unet")
+    again = convert(flax, tmp_path / "again")
+    for name, array in unet(model).items():
+        np.testing.assert_array_equal(unet(again)[name], array, err_msg=name)
+
+
+def test_half_precision_is_written_as_such(model, tmp_path):
+    half = unet(convert(model, tmp_path / "half", dtype="float16"))
+    assert {array.dtype for array in half.values()} == {np.dtype(np.float16)}
+
+
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_what_a_lora_adds_whatever_its_names(model, tmp_path, names):
+    rng = np.random.default_rng(0)
+    down, up = rng.standard_normal((2, 16), np.float32), rng.standard_normal((16, 2), np.float32)
+    save_file({f"unet.{LAYER}.{names[0]}.weight": down, f"unet.{LAYER}.{names[1]}.weight": up}, tmp_path / LORA_FILE)
+    made = convert(model, tmp_path / "made", lora=[str(tmp_path)], lora_scale=0.5)
+    before, after = unet(model), unet(made)
+    np.testing.assert_allclose(after[f"{LAYER}.weight"], before[f"{LAYER}.weight"] + 0.5 * up @ down, atol=1e-6)
+    assert all((after[name] == before[name]).all() for name in before if name != f"{LAYER}.weight")
+
+
+def test_ranks_that_differ_and_broken_headers(tmp_path):
+    shapes = {"unet": {f"{name}.weight": (16, 16) for name in "ab"}}
+    arrays = {}
+    for name, rank in (("a", 2), ("b", 3)):
+        arrays[f"unet.{name}.lora_A.weight"] = np.ones((rank, 16), np.float32)
+        arrays[f"unet.{name}.lora_B.weight"] = np.ones((16, rank), np.float32)
+    save_file(arrays, tmp_path / "ranks.safetensors")
+    with pytest.raises(WeightsError, match="the layers of unet have several ranks or alphas"):
+        read_lora(tmp_path / "ranks.safetensors", shapes)
+    for header, says in (("{", "is not JSON"), ("[1]", "must be a JSON object")):
+        save_file(arrays, tmp_path / "header.safetensors", metadata={"lora_adapter_metadata": header})
+        with pytest.raises(WeightsError, match=says):
+            read_lora(tmp_path / "header.safetensors", shapes)
+    save_file({"x.alpha": np.ones(1, np.float32)}, tmp_path / "none.safetensors")
+    with pytest.raises(WeightsError, match="holds no LoRA weights"):
+        read_lora(tmp_path / "none.safetensors", shapes)
+
+
+def test_what_cannot_be_converted(model, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").write_text("")
+    with pytest.raises(ConfigError, match="full: is there already"):
+        convert(model, tmp_path / "full")
+    with pytest.raises(ConfigError, match="--format kohya writes one LoRA file anew"):
+        convert(model, tmp_path / "a", format="kohya")
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    (folder / "metadata.json").write_text(json.dumps({"step": 1}))
+    save_file({"params/unet/conv_in.weight": np.ones((3, 4), np.float32)}, folder / "state.safetensors")
+    with pytest.raises(WeightsError, match=r"is of another model: unet/conv_in\.weight is \(3, 4\) there"):
+        convert(model, tmp_path / "b", checkpoint=str(folder))
+    save_file({"params/unet/x.lora_A.weight": np.ones((3, 4), np.float32)}, folder / "state.safetensors")
+    with pytest.raises(WeightsError, match="holds adapters: give its file by --lora"):
+        convert(model, tmp_path / "c", checkpoint=str(folder))
+
+
+def test_command_line(model, tmp_path, capsys):
+    main(["--model", str(model), "--output_dir", str(tmp_path / "out")])
+    assert "written to" in capsys.readouterr().err
+    assert (tmp_path / "out/model_index.json").is_file()
