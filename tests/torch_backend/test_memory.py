@@ -5,15 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from accelerate.utils import DistributedType
 from test_torch_run import run
 from tiny import RUN, losses
 
 from flax_diffusion.core import portable
-from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.errors import CheckpointError, ConfigError
+from flax_diffusion.core.tasks import TASKS
 from flax_diffusion.parity import NO_GRADIENT
+from torch_backend import distribution
 from torch_backend.train import train
 
 WIDE = RUN["unet"] | {"block_out_channels": [8, 64]}  # its largest parameters are long enough for 8-bit moments
@@ -97,6 +101,45 @@ def test_divided_state(request, tmp_path, launch, processes, use_ema):
     shutil.copytree(tmp_path / "whole/checkpoint-3", tmp_path / "moved/checkpoint-3")
     moved = train("unconditional", **values, output_dir=str(tmp_path / "moved"), resume_from_checkpoint="latest")
     np.testing.assert_allclose(losses(moved), losses(plain)[3:], rtol=1e-5)
+
+
+class Configured:
+    """What Accelerate says of itself under a launcher's configuration that cannot start here."""
+
+    num_processes = 2
+
+    def __init__(self, kind, fsdp2=True, stage=2):
+        self.distributed_type, self.is_fsdp2 = kind, fsdp2
+        self.values = {"zero_optimization": {"stage": stage}}
+        plugin = SimpleNamespace(deepspeed_config=self.values)
+        self.state = SimpleNamespace(deepspeed_plugin=plugin)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "options", "says"),
+    [
+        (Configured(DistributedType.XLA), {}, "on TPUs use python -m flax_diffusion.train"),
+        (Configured(DistributedType.FSDP), {"use_8bit_adam": True}, "--use_8bit_adam does not go with FSDP"),
+        (Configured(DistributedType.FSDP, fsdp2=False), {}, "FSDP of version 1: set fsdp_version: 2"),
+        (Configured(DistributedType.DEEPSPEED), {"use_ema": True}, "--use_ema does not go with DeepSpeed"),
+        (Configured(DistributedType.DEEPSPEED, stage=3), {}, "DeepSpeed ZeRO stage 3: .* 1 and 2; .* use FSDP"),
+    ],
+)
+def test_configurations_that_do_not_go_together(monkeypatch, accelerator, options, says):
+    monkeypatch.setattr(distribution, "Accelerator", lambda **_: accelerator)
+    config = TASKS["unconditional"](**RUN | {"use_ema": False} | options, output_dir="unused")
+    with pytest.raises(ConfigError, match=says):
+        distribution.make_accelerator(config)
+
+
+@pytest.mark.parametrize(("options", "micro"), [({}, 8), ({"global_batch_size": 48}, 6)])
+def test_deepspeed_takes_the_batch_of_the_run(monkeypatch, options, micro):
+    accelerator = Configured(DistributedType.DEEPSPEED)
+    monkeypatch.setattr(distribution, "Accelerator", lambda **_: accelerator)
+    values = RUN | {"use_ema": False, "train_batch_size": 8, "gradient_accumulation_steps": 4} | options
+    distribution.make_accelerator(TASKS["unconditional"](**values, output_dir="unused"))
+    assert accelerator.values["train_micro_batch_size_per_gpu"] == micro
+    assert accelerator.values["gradient_accumulation_steps"] == 4
 
 
 def test_accelerate_configured_for_a_package_that_is_missing(request, tmp_path):

@@ -1,6 +1,8 @@
 """LoRA, textual inversion and the autoencoder: what moves, what is written, what plain Diffusers makes of it."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from tiny import VAE, pictures, stable_diffusion
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.convert import convert
 from flax_diffusion.core import hub, recipe
-from flax_diffusion.core.adapters import LORA_FILE, UNET_TARGETS, Lora, lora_layers
+from flax_diffusion.core.adapters import EMBEDDINGS_FILE, LORA_FILE, UNET_TARGETS, Lora, lora_layers
 from flax_diffusion.core.cli import build
 from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
 from flax_diffusion.core.loop import fit
@@ -187,6 +189,44 @@ def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backe
         posterior = vae.encode(pixels).latent_dist
     latents = posterior.mean + posterior.std * noise
     assert float(latents.std(correction=0)) * vae.config.scaling_factor == pytest.approx(1, abs=1e-4)
+
+
+def autoencoder(folder, out, **options):
+    return {
+        "train_data_dir": str(folder), "vae": VAE, "resolution": 16, "train_batch_size": 2, "max_train_steps": 2,
+        "lr_warmup_steps": 0, "report_to": "none", "eval_batch_size": 2, "output_dir": str(out),
+    } | options  # fmt: skip
+
+
+def test_autoencoder_keeps_the_scale_that_it_was_given(folder, tmp_path):
+    """And its pictures of progress leave out what cannot be read, as the steps do."""
+    with_bad = tmp_path / "pictures"
+    shutil.copytree(folder, with_bad)
+    (with_bad / "00000000.png").write_bytes(b"no picture")
+    given = VAE | {"scaling_factor": 0.5}
+    out = train("autoencoder", **autoencoder(with_bad, tmp_path / "run", vae=given, skip_bad_images=True))
+    assert hub.read_json(out / "vae/config.json")["scaling_factor"] == 0.5
+    assert (out / "samples/00000002.png").is_file()
+
+
+@pytest.mark.parametrize("given", ["neither", "both"])
+def test_autoencoder_is_of_one_origin(folder, tmp_path, model, given):
+    options = {"neither": {"vae": None}, "both": {"pretrained_model_name_or_path": str(model)}}[given]
+    with pytest.raises(ConfigError, match="--vae"):
+        train("autoencoder", **autoencoder(folder, tmp_path / "run", **options))
+
+
+def test_adapters_of_another_run_are_guarded_and_deleted(shared, folder):
+    train("textual_inversion", **inversion(shared, folder, max_train_steps=1))
+    out = Path(shared["output_dir"])
+    shutil.rmtree(out / "checkpoint-1")
+    (out / "config.yaml").unlink()
+    again = lora(shared, folder, max_train_steps=1)
+    with pytest.raises(ConfigError, match="holds another run"):
+        train("dreambooth", **again)
+    train("dreambooth", **again, overwrite_output_dir=True)
+    assert (out / LORA_FILE).is_file()
+    assert not (out / EMBEDDINGS_FILE).exists()
 
 
 def test_rank_4_is_under_2_percent_of_stable_diffusion(request, capsys):
