@@ -1,7 +1,8 @@
 """Between file formats: `python -m flax_diffusion.convert --model DIR [--lora FILE] … --output_dir OUT`.
 
-Reads a pipeline in safetensors or Flax msgpack; puts in the weights of a training checkpoint, merges LoRA, adds the
-words of textual inversion; writes a pipeline in either format. LoRA files change between PEFT's names and kohya's.
+Reads a pipeline in safetensors or Flax msgpack; puts in the weights of a training checkpoint or of a single file of
+the original Stable Diffusion, merges LoRA, adds the words of textual inversion; writes a pipeline in either format, or
+a single file. LoRA files change between PEFT's names and kohya's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flax_diffusion.core import adapters, cli, hub, pipeline, portable
+from flax_diffusion.core import adapters, cli, hub, pipeline, portable, single_file
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.portable import Arrays
@@ -29,14 +30,17 @@ class ConvertOptions(BaseModel):
     model: str = Field(description="Folder or Hub id of a Diffusers pipeline, in safetensors or Flax msgpack.")
     output_dir: str = Field(description="Folder to write to; must be empty or new.")
     checkpoint: str | None = Field(
-        None, description="Training checkpoint whose weights, averaged if it has averages, go into the pipeline."
+        None,
+        description="Whose weights go into the pipeline: a training checkpoint's folder, averages if it has them, or a "
+        "single-file checkpoint (.safetensors) of Stable Diffusion 1 or 2.",
     )
     lora: list[str] = Field([], description="LoRA files to merge: PEFT's names, Diffusers' older ones or kohya's.")
     lora_scale: float = Field(1.0, description="Strength of the merged LoRA.")
     embeddings: list[str] = Field([], description="learned_embeds.safetensors of textual inversion, to add.")
-    format: Literal["diffusers", "flax", "peft", "kohya"] = Field(
+    format: Literal["diffusers", "flax", "single_file", "peft", "kohya"] = Field(
         "diffusers",
-        description="diffusers: safetensors. flax: msgpack. peft, kohya: not a pipeline but the one --lora file anew.",
+        description="diffusers: safetensors. flax: msgpack. single_file: all in one, by the original names. peft, "
+        "kohya: not a pipeline but the one --lora file anew.",
     )
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Of the weights written.")
     revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
@@ -77,9 +81,12 @@ def _convert(options: ConvertOptions) -> Path:
             out / adapters.LORA_FILE, adapters.read_lora_pairs(Path(options.lora[0]), _shapes(spec)), options.format
         )
         return out
-    weights = {name: read_weights(component) for name, component in spec.components.items()}
-    if options.checkpoint:
-        put_checkpoint(Path(options.checkpoint), weights)
+    if options.checkpoint and not Path(options.checkpoint).is_dir():
+        weights = read_all(Path(options.checkpoint), spec)
+    else:
+        weights = {name: read_weights(component) for name, component in spec.components.items()}
+        if options.checkpoint:
+            put_checkpoint(Path(options.checkpoint), weights)
     for file in options.lora:
         merge_lora(Path(file), spec, weights, options.lora_scale)
     for file in options.embeddings:
@@ -94,6 +101,21 @@ def read_weights(component: Component) -> Arrays:
     from flax_diffusion.weights import to_torch
 
     return dict(to_torch(load_pretrained(component)))
+
+
+def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
+    """Every component's float32 weights, from a single file, for a pipeline of its architecture.
+
+    Raises:
+        WeightsError: If it is no such file, or does not fit.
+    """
+    from flax_diffusion.modules import build_modules
+    from flax_diffusion.weights import from_tensors, in_memory, to_torch
+
+    models = build_modules(spec).by_name
+    found = single_file.read_single_file(file, spec, {name: list(own) for name, own in _shapes(spec).items()})
+    trees = {name: from_tensors(in_memory(own), models[name].params_shape(), str(file)) for name, own in found.items()}
+    return {name: dict(to_torch(tree)) for name, tree in trees.items()}
 
 
 def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:
@@ -171,7 +193,7 @@ def _shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptions, out: Path) -> None:
-    """Writes a whole pipeline."""
+    """Writes a whole pipeline, or its weights as a single file."""
     from flax.serialization import msgpack_serialize
     from ml_dtypes import bfloat16
 
@@ -180,6 +202,10 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
     from flax_diffusion.weights import from_tensors, in_memory
 
     dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": bfloat16}[options.dtype]
+    if options.format == "single_file":
+        cast = {name: {key: array.astype(dtype) for key, array in own.items()} for name, own in weights.items()}
+        single_file.write_single_file(out / single_file.SINGLE_FILE, spec, cast)
+        return
     modules = build_modules(spec)
     for name, own in weights.items():
         model = modules.by_name[name]

@@ -63,7 +63,11 @@ TEXT_RUN = RUN | {
 
 
 def stable_diffusion(
-    folder: Path, prediction_type: str = "epsilon", length: int = 8, vae: dict[str, object] | None = None
+    folder: Path,
+    prediction_type: str = "epsilon",
+    length: int = 8,
+    vae: dict[str, object] | None = None,
+    text_encoder: dict[str, object] | None = None,
 ) -> Path:
     """A Stable Diffusion pipeline with random weights, written by Diffusers and Transformers."""
     import torch
@@ -74,7 +78,7 @@ def stable_diffusion(
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer(["a handwritten seven", "a photo of a dog"], 700, length)
-    sizes = TEXT_ENCODER | {"max_position_embeddings": length}
+    sizes = TEXT_ENCODER | {"max_position_embeddings": length} | (text_encoder or {})
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **sizes)).eval()
     unet = UNet2DConditionModel(**CONDITION_UNET | {"in_channels": 4, "out_channels": 4, "sample_size": 8})

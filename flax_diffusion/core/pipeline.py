@@ -28,11 +28,19 @@ _CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         "in_channels": 4,
         "out_channels": 4,
         "down_block_types": [""] * 4,
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+        "layers_per_block": 2,
         "cross_attention_dim": 1280,
         "addition_embed_type": None,
     },
-    "AutoencoderKL": {"in_channels": 3, "latent_channels": 4, "block_out_channels": [64], "scaling_factor": 0.18215},
-    "CLIPTextModel": {"hidden_size": 512, "max_position_embeddings": 77},
+    "AutoencoderKL": {
+        "in_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": [64],
+        "layers_per_block": 1,
+        "scaling_factor": 0.18215,
+    },
+    "CLIPTextModel": {"hidden_size": 512, "max_position_embeddings": 77, "hidden_act": "quick_gelu"},
 }
 """Defaults of the Diffusers and Transformers classes for the keys that this module reads."""
 

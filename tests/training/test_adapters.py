@@ -202,7 +202,7 @@ def test_autoencoder_keeps_the_scale_that_it_was_given(folder, tmp_path):
     """And its pictures of progress leave out what cannot be read, as the steps do."""
     with_bad = tmp_path / "pictures"
     shutil.copytree(folder, with_bad)
-    (with_bad / "00000000.png").write_bytes(b"no picture")
+    (with_bad / "0.png").write_bytes(b"no picture")
     given = VAE | {"scaling_factor": 0.5}
     out = train("autoencoder", **autoencoder(with_bad, tmp_path / "run", vae=given, skip_bad_images=True))
     assert hub.read_json(out / "vae/config.json")["scaling_factor"] == 0.5

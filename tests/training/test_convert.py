@@ -87,6 +87,42 @@ def test_ranks_that_differ_and_broken_headers(tmp_path):
         read_lora(tmp_path / "none.safetensors", shapes)
 
 
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])  # of Stable Diffusion 1 (OpenAI's CLIP) and 2 (OpenCLIP)
+def test_single_file_in_plain_diffusers_and_back(tmp_path, act):
+    """Diffusers reads every model from what is written, by names of its own; what is read back is what was written."""
+    from diffusers import StableDiffusionPipeline
+
+    model = stable_diffusion(tmp_path / "model", text_encoder={"hidden_act": act})
+    out = convert(model, tmp_path / "single", format="single_file")
+    file = out / "model.safetensors"
+    theirs = StableDiffusionPipeline.from_single_file(str(file), config=str(model), safety_checker=None)
+    whole = StableDiffusionPipeline.from_pretrained(model)
+    for name in ("unet", "vae", "text_encoder"):
+        expected = getattr(whole, name).state_dict()
+        for key, tensor in getattr(theirs, name).state_dict().items():
+            np.testing.assert_array_equal(tensor.numpy(), expected[key].numpy(), err_msg=f"{name}/{key}")
+    for path in model.rglob("*.safetensors"):
+        path.unlink()  # configs and tokenizer are all that is taken from there
+    again = StableDiffusionPipeline.from_pretrained(convert(model, tmp_path / "again", checkpoint=str(file)))
+    for name in ("unet", "vae", "text_encoder"):
+        expected = getattr(whole, name).state_dict()
+        for key, tensor in getattr(again, name).state_dict().items():
+            np.testing.assert_array_equal(tensor.numpy(), expected[key].numpy(), err_msg=f"{name}/{key}")
+
+
+def test_single_files_that_do_not_fit(model, tmp_path):
+    (tmp_path / "model.ckpt").write_bytes(b"pickled")
+    with pytest.raises(WeightsError, match="pickled can run code: convert it to safetensors first"):
+        convert(model, tmp_path / "a", checkpoint=str(tmp_path / "model.ckpt"))
+    save_file({"conv.weight": np.ones((3, 4), np.float32)}, tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="no single-file checkpoint of Stable Diffusion"):
+        convert(model, tmp_path / "b", checkpoint=str(tmp_path / "other.safetensors"))
+    file = convert(model, tmp_path / "c", format="single_file") / "model.safetensors"
+    deeper = stable_diffusion(tmp_path / "deeper", vae={"layers_per_block": 2})
+    with pytest.raises(WeightsError, match=r"model\.safetensors does not fit .* missing decoder\.up_blocks"):
+        convert(deeper, tmp_path / "d", checkpoint=str(file))
+
+
 def test_what_cannot_be_converted(model, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").write_text("")
