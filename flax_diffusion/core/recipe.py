@@ -15,7 +15,14 @@ from flax_diffusion.core import class_images, task_pipelines
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DatasetConfig, DiffusionConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn
-from flax_diffusion.core.data.concepts import PairedSource, PromptedSource, open_instances, open_pairs, open_templated
+from flax_diffusion.core.data.concepts import (
+    PairedSource,
+    PromptedSource,
+    open_instances,
+    open_pairs,
+    open_templated,
+    templated_prompts,
+)
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.noise import NoiseSpec
 from flax_diffusion.core.data.sources import Source, open_source
@@ -123,9 +130,12 @@ def make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
     if not isinstance(config, TextConfig):
         return task_pipelines.unconditional(config)
     captions = (_as_list(source[index].caption) for index in range(len(source)))
-    return task_pipelines.text_to_image(
+    spec = task_pipelines.text_to_image(
         config, itertools.chain.from_iterable(captions), Path(config.output_dir) / "tokenizer"
     )
+    if isinstance(config, TextualInversionConfig):
+        task_pipelines.check_new_word(spec, [*templated_prompts(config), *config.validation_prompts])
+    return spec
 
 
 def make_rate(config: TrainConfig, schedule: Schedule) -> Callable[[int], float]:

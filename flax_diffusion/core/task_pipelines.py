@@ -143,6 +143,21 @@ def _add_tokens(tokenizer: CLIPTokenizer, config: TextualInversionConfig) -> New
     return NewTokens(placeholder=word, tokens=tokens, first=first, initializer=int(initializer[0]))
 
 
+def check_new_word(spec: PipelineSpec, prompts: Iterable[str]) -> None:
+    """Raises ConfigError unless all tokens of textual inversion's word fit into every prompt."""
+    assert spec.text_encoder is not None
+    assert spec.text_encoder.new_tokens is not None
+    assert spec.tokenize is not None
+    new, tokenize = spec.text_encoder.new_tokens, spec.tokenize
+    ids = range(new.first, new.first + len(new.tokens))
+    for prompt in prompts:
+        if not np.isin(ids, tokenize(prompt)).all():
+            raise ConfigError(
+                f"prompt '{prompt}': is cut off before the end of {new.placeholder}, at the {len(tokenize(prompt))} "
+                "tokens that the text encoder takes: shorten it (--prompt_templates), or lower --num_vectors"
+            )
+
+
 def loss_weights(config: DiffusionConfig, spec: PipelineSpec) -> np.ndarray:
     """The loss weight of each timestep, float32 of shape (num_train_timesteps,)."""
     if config.snr_gamma is not None:

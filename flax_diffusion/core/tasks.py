@@ -178,6 +178,9 @@ class TextualInversionConfig(TextConfig):
     initializer_token: str | None = Field(None, description="Known word of one token to start from, such as toy.")
     num_vectors: int = Field(1, ge=1, description="Tokens that the new word stands for.")
     learnable_property: Literal["object", "style"] = Field("object", description="What the prompts say it is.")
+    prompt_templates: list[str] = Field(
+        [], description="Prompts in place of those of learnable_property, each with {} for the new word."
+    )
     repeats: int = Field(100, ge=1, description="Times each picture stands in an epoch.")
     resize_mode: Literal["crop", "stretch"] = Field(
         "stretch", description="crop: scale the short side, then crop. stretch: scale both sides to the resolution."
@@ -193,6 +196,9 @@ class TextualInversionConfig(TextConfig):
         for name in ("pretrained_model_name_or_path", "train_data_dir", "placeholder_token", "initializer_token"):
             if not getattr(self, name):
                 raise ValueError(f"textual_inversion needs --{name}")
+        for template in self.prompt_templates:
+            if template.count("{}") != 1:
+                raise ValueError(f"prompt template '{template}': put {{}} into it once, where the new word belongs")
         for prompt in self.validation_prompts:
             if str(self.placeholder_token) not in prompt:
                 raise ValueError(f"validation prompt '{prompt}' lacks the new word {self.placeholder_token}: put it in")

@@ -13,6 +13,7 @@ from flax_diffusion.convert import convert
 from flax_diffusion.core import hub, recipe
 from flax_diffusion.core.adapters import EMBEDDINGS_FILE, LORA_FILE, UNET_TARGETS, Lora, lora_layers
 from flax_diffusion.core.cli import build
+from flax_diffusion.core.data.concepts import TEMPLATES
 from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
 from flax_diffusion.core.loop import fit
 from flax_diffusion.core.pipeline import open_pipeline
@@ -151,6 +152,18 @@ def test_textual_inversion_in_plain_diffusers_and_merged(shared, folder, model, 
     np.testing.assert_allclose(ours(merged, prompt), theirs(pipe, "a photo of <dog-toy>"), atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"prompt_templates": ["one {}, drawn"]}, {"one <dog-toy>, drawn"}),
+        ({"learnable_property": "style"}, {template.format("<dog-toy>") for template in TEMPLATES["style"]}),
+    ],
+)
+def test_prompts_of_a_new_word(shared, folder, options, expected):
+    source = recipe.open_run_source(TASKS["textual_inversion"](**inversion(shared, folder, **options)))
+    assert {caption for index in range(len(source)) for caption in source[index].caption} == expected
+
+
 def test_text_encoder_has_a_rate_of_its_own(shared, folder):
     """Adam's first update is the rate, in every weight that has a gradient."""
     config = TASKS["dreambooth"](**lora(shared, folder, text_encoder_learning_rate=1e-3))
@@ -267,6 +280,8 @@ def test_lora_that_does_not_fit(shared, folder, options, says, backend):
         ({"placeholder_token": "dog"}, "--placeholder_token dog: is in the tokenizer's vocabulary already"),
         ({"initializer_token": "xylophone quartet"}, r"--initializer_token xylophone quartet: is \d+ tokens"),
         ({"validation_prompts": ["a photo"]}, "validation prompt 'a photo' lacks the new word <dog-toy>"),
+        ({"prompt_templates": ["a photo"]}, "prompt template 'a photo': put {} into it once"),
+        ({"prompt_templates": ["a photo of " * 15 + "{}"]}, "is cut off before the end of <dog-toy>, at the 40 tokens"),
         ({"initializer_token": None}, "textual_inversion needs --initializer_token"),
         ({"train_data_dir": "nowhere"}, "nowhere does not exist"),
     ],

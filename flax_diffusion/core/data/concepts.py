@@ -74,8 +74,13 @@ def open_templated(config: TextualInversionConfig) -> PromptedSource:
         DataError: If the folder is missing or holds none.
     """
     source = open_folder(Path(str(config.train_data_dir)), caption_column=None)
-    prompts = [template.format(config.placeholder_token) for template in TEMPLATES[config.learnable_property]]
-    return PromptedSource([source], [prompts], [config.repeats])
+    return PromptedSource([source], [templated_prompts(config)], [config.repeats])
+
+
+def templated_prompts(config: TextualInversionConfig) -> list[str]:
+    """All prompts that the new word stands in."""
+    templates = config.prompt_templates or TEMPLATES[config.learnable_property]
+    return [template.replace("{}", str(config.placeholder_token)) for template in templates]
 
 
 def open_instances(config: DreamBoothConfig) -> PromptedSource:
