@@ -21,14 +21,14 @@ from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.pipeline import PipelineSpec
-from flax_diffusion.core.rates import rate_factors
 from flax_diffusion.core.torch_names import from_torch_layout
-from flax_diffusion.modules import COMPUTE_DTYPES, build_modules, load_pretrained
-from flax_diffusion.optimizer import Params, make_optimizer
+from flax_diffusion.modules import load_pretrained
+from flax_diffusion.optimizer import Params
+from flax_diffusion.program import Program
 from flax_diffusion.sampling import Sampler, to_uint8
 from flax_diffusion.schedulers import scheduler_from_config
 from flax_diffusion.sharding import make_mesh, put, put_batch, replicated, state_shardings
-from flax_diffusion.train_step import TrainState, create_state, train_step
+from flax_diffusion.train_step import TrainState
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +67,8 @@ class JaxBackend:
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         self.device_count = self.mesh.size
         self.dtype = dtype
-        self.compute_dtype = dtype if config.mixed_precision == "no" else COMPUTE_DTYPES[config.mixed_precision]
-        self.modules = build_modules(spec, self.compute_dtype, gradient_checkpointing=config.gradient_checkpointing)
-        self.optimizer = make_optimizer(config)
+        self.program = Program(config, spec, self.mesh, dtype)
+        self.modules = self.program.modules
         # Scheduler options are checked here, before any weight is read.
         if spec.scheduler:
             self._sampler = Sampler(self.modules, scheduler_from_config(spec.scheduler), self.mesh)
@@ -78,42 +77,21 @@ class JaxBackend:
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self.state: TrainState
         self.frozen: Params
-        self._step: Any
 
     def init_state(self) -> int:
         """Loads or draws the weights straight onto their shards."""
-        trained = {name: part for name, part in self.spec.components.items() if part.trains}
         loaded = {name: load_pretrained(part) for name, part in self.spec.components.items() if part.weights}
-        create = functools.partial(
-            create_state,
-            optimizer=self.optimizer,
-            use_ema=self.config.use_ema,
-            fp16=self.config.mixed_precision == "fp16",
-        )
-        place = functools.partial(state_shardings, mesh=self.mesh)
         params = {}
-        for name, part in trained.items():
+        for name in self.program.trained:
+            part = self.spec.components[name]
             host = loaded[name] if name in loaded else self.modules.by_name[name].init_weights(self.config.seed)
             host = adapters.draw(part, host, self.config.seed) if part.adapted else host
-            params[name] = put(_cast(host, self.dtype), place(host))
-        shardings = place(jax.eval_shape(create, params))
-        # The weights are donated: state and weights never stand side by side.
-        self.state = jax.jit(create, donate_argnums=0, out_shardings=shardings)(params)
-        step = functools.partial(
-            train_step,
-            modules=self.modules,
-            optimizer=self.optimizer,
-            max_grad_norm=self.config.max_grad_norm,
-            rate_factors=rate_factors(self.config),
-            seed=self.config.seed,
-            unroll=self.mesh.devices.flat[0].platform == "cpu",
-        )
-        self._step = jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(self.mesh)))
-
+            params[name] = put(_cast(host, self.dtype), state_shardings(host, self.mesh))
+        self.state = self.program.init_state(params)
         self.frozen = {
             name: self._place_frozen(name, host)
             for name, host in loaded.items()
-            if name not in trained or trained[name].adapted
+            if not self.spec.components[name].train
         }
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
@@ -153,7 +131,7 @@ class JaxBackend:
             {"learning_rate": real(learning_rate), "ema_decay": real(ema_decay)}, replicated(self.mesh)
         )
         with jax.transfer_guard("disallow"):
-            self.state, metrics = self._step(self.state, self.frozen, batch, rates)
+            self.state, metrics = self.program.step(self.state, self.frozen, batch, rates)
         return metrics
 
     def read(self, metrics: dict[str, jax.Array]) -> dict[str, float]:

@@ -33,7 +33,7 @@ def losses(devices, **options):
     )  # fmt: skip
     with loader:
         metrics = [backend.train_step(backend.put(batch), 1e-3, 0.9) for batch in loader]
-    assert backend._step._cache_size() == 1, "the step compiled more than once"
+    assert backend.program.step._cache_size() == 1, "the step compiled more than once"
     return np.array([backend.read(m)["loss"] for m in metrics]), backend
 
 

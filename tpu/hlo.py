@@ -1,0 +1,155 @@
+"""What a compiled program does, read from its optimized HLO text: time by operation, bytes that chips exchange.
+
+The TPU compiler writes `estimated_cycles` into the `backend_config` of the operations that it schedules. A fusion has
+those of all that is fused; a loop has those of its body, times its trips.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
+_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w+)\[([\d,]*)\]")
+_HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One scheduled operation.
+
+    Attributes:
+        name: Its name in the program.
+        opcode: fusion, copy, custom-call, all-reduce, …
+        module: Path of the layer that it came from, such as `transpose(unet)/down_blocks_0/attentions_0`.
+        cycles: That the compiler expects, of all its executions in one run of the program.
+        count: Executions.
+        bytes_exchanged: That one chip gets from others, of all executions.
+    """
+
+    name: str
+    opcode: str
+    module: str
+    cycles: int
+    count: int
+    bytes_exchanged: int
+
+
+@dataclass(frozen=True)
+class _Instruction:
+    name: str
+    type: str
+    opcode: str
+    rest: str
+
+
+def operations(text: str) -> list[Operation]:
+    """All operations that a program schedules, in order.
+
+    Args:
+        text: Of `compiled.as_text()`.
+
+    Raises:
+        ValueError: If it has no entry computation.
+    """
+    computations, entry = _parse(text)
+    return list(_walk(computations, entry, 1, scheduled=True))
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry, current = None, None
+    for line in text.splitlines():
+        header = _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None:
+            instruction = _INSTRUCTION.match(line)
+            if instruction:
+                kind, rest = _split_type(instruction[2])
+                opcode, _, rest = rest.partition("(")
+                current.append(_Instruction(instruction[1], kind, opcode.strip(), rest))
+    if entry is None:
+        raise ValueError("the text holds no entry computation")
+    return computations, entry
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    """A type, which may be a tuple with parentheses in its layouts, and what follows it."""
+    if not text.startswith("("):
+        kind, _, rest = text.partition(" ")
+        return kind, rest
+    depth = 0
+    for place, letter in enumerate(text):
+        depth += (letter == "(") - (letter == ")")
+        if depth == 0:
+            return text[: place + 1], text[place + 1 :]
+    raise ValueError(f"a type that does not end: {text[:80]}")
+
+
+def _walk(
+    computations: dict[str, list[_Instruction]], name: str, count: int, *, scheduled: bool
+) -> Iterator[Operation]:
+    """Operations of a computation; inside a fusion only what is exchanged, since its cycles are those of the fusion."""
+    for one in computations[name]:
+        cycles, exchanged = _CYCLES.search(one.rest), _bytes_exchanged(one)
+        if (cycles and scheduled) or exchanged:
+            op_name = _OP_NAME.search(one.rest)
+            yield Operation(
+                name=one.name,
+                opcode=one.opcode,
+                module=module_of(op_name[1]) if op_name else "",
+                cycles=count * int(cycles[1]) if cycles and scheduled else 0,
+                count=count,
+                bytes_exchanged=count * exchanged,
+            )
+        trips = _TRIPS.search(one.rest)
+        times = count * (int(trips[1]) if trips else 1)
+        called = _CALLED.findall(one.rest)
+        branches = _BRANCHES.search(one.rest)
+        called += re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
+        for inner in called:
+            if inner in computations:
+                yield from _walk(computations, inner, times, scheduled=scheduled and one.opcode != "fusion")
+
+
+def _bytes_exchanged(one: _Instruction) -> int:
+    """Bytes of a collective's result; of the start of an asynchronous one, which has its operands beside it, half."""
+    for kind in _COLLECTIVES:
+        if one.opcode == kind:
+            return bytes_of(one.type)
+        if one.opcode == f"{kind}-start":
+            return bytes_of(one.type) // (1 if kind == "all-reduce" else 2)
+    return 0
+
+
+def bytes_of(kind: str) -> int:
+    """Bytes of a type's arrays, without padding."""
+    total = 0
+    for dtype, shape in _ARRAY.findall(kind):
+        width = _BYTES.get(dtype) or (1 if dtype.startswith("f8") else max(1, int(dtype[1:]) // 8))
+        total += width * math.prod(int(size) for size in shape.split(",") if size)
+    return total
+
+
+def module_of(op_name: str) -> str:
+    """The layer's path in an operation's name.
+
+    `jit(train_step)/transpose(jvp(FlaxUNet2DConditionModel))/conv_out/reduce_sum` is
+    `transpose(FlaxUNet2DConditionModel)/conv_out`.
+    """
+    parts = [
+        part for part in op_name.split("/") if not part.startswith(("jit(", "pjit", "while", "body", "closed_call"))
+    ]
+    parts = [re.sub(r"\bjvp\(([^()]*)\)", r"\1", part) for part in parts]
+    return "/".join(part for part in parts[:-1] if part)

@@ -1,0 +1,251 @@
+"""Does it fit, and how fast is it: `python -m tpu.plan --config FILE --topology v5e:2x2 [flags of train]`.
+
+Compiles the step that `flax_diffusion.train` runs, for TPUs that are not there, with weights and pictures that are only
+described, and prints what the compiler says of memory and time.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from flax_diffusion.core import cli
+from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.tasks import DreamBoothConfig, TextToImageConfig
+from tpu import hlo, topologies
+from tpu.chips import GIB
+from tpu.topologies import Slice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a step costs one device. Bytes and FLOPs are the compiler's, unless they say otherwise.
+
+    Attributes:
+        slice: The chips.
+        mesh: Sizes of its axes.
+        images: A device and step.
+        state: Bytes of each kind of array that is there before the step, as shapes and shardings say, unpadded.
+        arguments: Bytes of all of them, padded.
+        temporaries: Bytes of gradients, activations and what else comes and goes.
+        peak: Bytes at most: arguments, outputs that are not written over them, temporaries and code.
+        host: Bytes that stay in the host's memory.
+        flops: A step.
+        accessed: Bytes read and written, a step.
+        operations: All that is scheduled.
+    """
+
+    slice: Slice
+    mesh: Mapping[str, int]
+    images: float
+    state: Mapping[str, int]
+    arguments: int
+    temporaries: int
+    peak: int
+    host: int
+    flops: float
+    accessed: float
+    operations: list[hlo.Operation] = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: the sum of the compiler's estimated cycles at the chip's clock. Exchanges are not in it."""
+        return sum(operation.cycles for operation in self.operations) / self.slice.chip.clock
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of memory that a device has."""
+        return self.slice.chip.hbm_bytes / self.slice.devices_per_chip
+
+    @property
+    def utilization(self) -> float:
+        """FLOPs of the step over those that the device could do in its time (MFU)."""
+        return self.flops / self.seconds / (self.slice.chip.flops / self.slice.devices_per_chip)
+
+    @property
+    def exchanged(self) -> int:
+        """Bytes that a device gets from others in a step."""
+        return sum(operation.bytes_exchanged for operation in self.operations)
+
+
+def make_plan(config: TrainConfig, where: Slice) -> Plan:
+    """Compiles a config's step for a slice.
+
+    Args:
+        config: Of the run. Nothing is read of its data, and of its weights the configs only.
+        where: The slice.
+
+    Raises:
+        UserError: For a config that cannot be run there.
+    """
+    import jax
+
+    from flax_diffusion.core import recipe
+    from flax_diffusion.program import Program
+    from flax_diffusion.sharding import make_mesh
+
+    source = _described_source(config)
+    spec = recipe.make_spec(config, source)
+    mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, where.devices)
+    program = Program(config, spec, mesh)
+    schedule = recipe.make_schedule(config, len(source), mesh.size)
+    frozen, embeddings = program.frozen, None
+    if isinstance(config, DreamBoothConfig) and config.pre_compute_text_embeddings:
+        assert spec.tokenize is not None
+        assert spec.text_encoder is not None
+        shape = (len(spec.tokenize("")), spec.text_encoder["hidden_size"])
+        embeddings = {str(source[0].caption): np.zeros(shape, np.float32)}
+        del frozen["text_encoder"]
+    example = recipe.make_example_fn(config, spec, embeddings)(source, 0, 0, 0)
+    pairs = 2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1
+    batch = program.batch(example, schedule.accumulation, schedule.batch_size * pairs)
+    try:
+        compiled = program.step.lower(program.state, frozen, batch, program.rates).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _does_not_fit(error, where) from error
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    state = program.state
+    kinds = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "moving average": state.ema,
+        "frozen weights": frozen,
+        "batch": batch,
+    }
+    return Plan(
+        slice=where,
+        mesh=dict(mesh.shape),
+        images=schedule.step_examples * pairs / mesh.size,
+        state={kind: _bytes_a_device(tree) for kind, tree in kinds.items()},
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        peak=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        flops=costs["flops"],
+        accessed=costs["bytes accessed"],
+        operations=hlo.operations(compiled.as_text()),
+    )
+
+
+def _described_source(config: TrainConfig) -> Any:
+    """One picture with a caption; the real data only where a tokenizer is trained on its captions."""
+    from flax_diffusion.core import recipe
+    from flax_diffusion.core.data.sources import ArraySource
+
+    if isinstance(config, TextToImageConfig) and config.pretrained_model_name_or_path is None:
+        return recipe.open_run_source(config)
+    images = np.zeros((1, config.resolution, config.resolution, 3), np.uint8)
+    return ArraySource(images, ["a photo"], "described")
+
+
+def _bytes_a_device(tree: Any) -> int:
+    import jax
+
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _does_not_fit(error: Exception, where: Slice) -> Exception:
+    """The compiler's refusal as one line with the fix; any other error as it is."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    about = next((line for line in lines if "Ran out of memory" in line or "exceeded" in line.lower()), None)
+    if about is None:
+        return error
+    return ConfigError(
+        f"does not fit into the {where.chip.hbm_bytes / GIB:.0f} GiB of a {where.chip.name} chip: {about} Lower "
+        "--train_batch_size, raise --fsdp_parallelism, or use --gradient_checkpointing or --mixed_precision bf16"
+    )
+
+
+def report(plan: Plan, top: int = 10) -> str:
+    """The plan as text."""
+    mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
+    lines = [
+        f"{plan.slice.chip.name}, {plan.slice.chips} chips, {mesh}: {plan.images:g} images a device and step",
+        "",
+        f"{'memory a device':24} {'GiB':>8}",
+    ]
+    padded = plan.arguments - sum(plan.state.values())
+    rows = dict(plan.state) | {"padding": padded, "gradients, activations": plan.temporaries}
+    lines += [f"  {kind:22} {amount / GIB:8.3f}" for kind, amount in rows.items() if amount]
+    fits = "fits" if plan.peak <= plan.capacity else "does not fit"
+    lines += [f"  {'peak':22} {plan.peak / GIB:8.3f}   of {plan.capacity / GIB:.0f}: {fits}"]
+    lines += [f"  {'on the host':22} {plan.host / GIB:8.3f}"] if plan.host else []
+    count, devices = plan.images, len(plan.slice.devices)
+    teraflops = plan.flops / 1e12
+    lines += [
+        "",
+        f"{'time of a step':24} {plan.seconds * 1e3:8.1f} ms estimated, {plan.seconds / count * 1e3:.3g} an image; "
+        "exchanges between chips are not in it",
+        f"{'images a second':24} {count / plan.seconds:8.1f} a device, {devices * count / plan.seconds:.0f} in all",
+        f"{'FLOPs':24} {teraflops:8.3g} T, {teraflops / count:.3g} T an image, MFU {plan.utilization:.1%}",
+        f"{'memory accessed':24} {plan.accessed / 1e9:8.1f} GB, {plan.accessed / count / 1e9:.3g} an image",
+        f"{'exchanged':24} {plan.exchanged / 1e9:8.3f} GB a device",
+        "",
+        f"{'by part':24} {'ms':>8}",
+    ]
+    parts: Counter[str] = Counter()
+    for operation in plan.operations:
+        parts[part_of(operation.module)] += operation.cycles
+    milliseconds = 1e3 / plan.slice.chip.clock
+    lines += [f"  {part:22} {cycles * milliseconds:8.1f}" for part, cycles in parts.most_common()]
+    lines += ["", f"the {top} costliest operations"]
+    costliest = sorted(plan.operations, key=lambda operation: -operation.cycles)[:top]
+    lines += [f"  {one.cycles * milliseconds:8.2f} ms  {one.opcode:12} {one.module or one.name}" for one in costliest]
+    return "\n".join(lines)
+
+
+def part_of(module: str) -> str:
+    """What a layer belongs to, for the sums by part."""
+    for part, words in _PARTS.items():
+        if any(word in module for word in words):
+            return part
+    return "optimizer and the rest"
+
+
+_PARTS = {
+    "text encoder": ("CLIPTextModel",),
+    "autoencoder": ("AutoencoderKL",),
+    "attention": ("attn", "attentions_0/to_", "attention"),
+    "feed-forward": ("/ff",),
+    "resnets": ("resnets",),
+    "rest of the UNet": ("UNet2D",),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    own = cli.Parser(prog="python -m tpu.plan", add_help=False)
+    own.add_argument("--topology", default="v5e:2x2")
+    if {"-h", "--help"} & set(words):
+        sys.stdout.write(_HELP)
+        return
+    options, rest = own.parse_known_args(words)
+    _, config = cli.parse_train(rest, "python -m tpu.plan")
+    topologies.prepare()
+    plan = make_plan(config, topologies.describe(options.topology))
+    sys.stdout.write(report(plan) + "\n")
+
+
+_HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NAME] [flags of flax_diffusion.train]
+
+{__doc__}
+  --topology NAME   The slice to compile for (default v5e:2x2): {", ".join(topologies.KNOWN)}.
+
+Of pretrained models the configs are read, so a folder without weights will do.
+"""
+
+if __name__ == "__main__":
+    cli.main_guard(main)

@@ -1,0 +1,77 @@
+"""TPU slices that are only described: their devices, for the compiler that `libtpu` brings."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+from flax_diffusion.core.errors import ConfigError, nearest
+from tpu.chips import CHIPS, Chip
+
+KNOWN = tuple(
+    f"{chip}:{shape}"
+    for chip, shapes in {
+        "v4": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+        "v5e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+        "v5p": ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4"),
+        "v6e": ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
+    }.items()
+    for shape in shapes
+)
+
+
+class Slice(NamedTuple):
+    """A slice's chips, and its devices: one a chip, or one for each of its two cores."""
+
+    chip: Chip
+    chips: int
+    devices: Any
+
+    @property
+    def devices_per_chip(self) -> int:
+        """One, or two where the cores of a chip are devices of their own."""
+        return len(self.devices) // self.chips
+
+
+def prepare() -> None:
+    """Sets what libtpu needs to know on a machine without a TPU. Call it before jax is imported.
+
+    Raises:
+        ConfigError: If libtpu is not installed.
+    """
+    if find_spec("libtpu") is None:
+        raise ConfigError("libtpu, which compiles for TPUs, is not installed: pip install 'flax-diffusion[tpu]'")
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.pop("XLA_FLAGS", None)  # devices made of a CPU's cores are of no use here
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    quiet |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    for name, value in quiet.items():
+        os.environ.setdefault(name, value)
+
+
+def describe(topology: str) -> Slice:
+    """The devices of a slice.
+
+    Args:
+        topology: Chip and its arrangement, such as v5e:2x2.
+
+    Raises:
+        ConfigError: If there is no such slice.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
+        raise ConfigError(f"--topology {topology}: not known{nearest(topology, KNOWN)}; known are {', '.join(KNOWN)}")
+    from jax.experimental import topologies
+
+    sizes = [int(size) for size in shape.split("x")]
+    # libtpu takes hosts of four chips or more unless it is told that there are fewer.
+    options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    except Exception as error:  # jax raises what libtpu reports, of several types
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--topology {topology}: {reason}; known are {', '.join(KNOWN)}") from error
+    return Slice(CHIPS[kind], math.prod(sizes), devices)
