@@ -33,7 +33,7 @@ class Operation:
         module: Path of the layer that it came from, such as `transpose(unet)/down_blocks_0/attentions_0`.
         cycles: That the compiler expects, of all its executions in one run of the program.
         count: Executions.
-        bytes_exchanged: That one chip gets from others, of all executions.
+        bytes_exchanged: Of what exchanges between devices result in on one of them, of all executions.
     """
 
     name: str

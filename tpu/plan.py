@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def exchanged(self) -> int:
-        """Bytes that a device gets from others in a step."""
+        """Bytes that exchanges result in on a device in a step: of an all-reduce, those of what is reduced."""
         return sum(operation.bytes_exchanged for operation in self.operations)
 
 
