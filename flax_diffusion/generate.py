@@ -35,8 +35,8 @@ def _draw(config: drawing.GenerateConfig) -> np.ndarray:
     from flax_diffusion.sharding import make_mesh, put_replicated
 
     spec = drawing.open_checked(config)
-    modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision])
     mesh = make_mesh(-1, 1)
+    modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
     sampler = Sampler(modules, scheduler_from_config(spec.scheduler, kind=config.scheduler), mesh)
     params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
     return sampler(params, **drawing.sampler_options(config))

@@ -5,13 +5,14 @@ Shapes: B images, C channels, H W pixels, h w of what is denoised (pixels or lat
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from flax_diffusion.adapters import interceptor
 from flax_diffusion.core.errors import ConfigError
@@ -33,11 +34,19 @@ _CLASSES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Modules:
-    """A pipeline's modules by component name, and the noise scheduler that trains it. Static under jit."""
+    """A pipeline's modules by component name, and the noise scheduler that trains it. Static under jit.
+
+    Attributes:
+        spec: The pipeline.
+        by_name: Its modules.
+        scheduler: Of the noise.
+        mesh: Devices over which batches are split, which attention has to know to choose its kernel; None: any.
+    """
 
     spec: PipelineSpec
     by_name: dict[str, Any]
     scheduler: FlaxDDPMScheduler
+    mesh: Mesh | None = None
 
     @property
     def vae_name(self) -> str:
@@ -60,8 +69,7 @@ class Modules:
 
     def posterior(self, params: Params, pixels: jax.Array) -> FlaxDiagonalGaussianDistribution:
         """The distribution of the latents of images, not scaled."""
-        vae = self.by_name[self.vae_name]
-        return vae.apply({"params": params[self.vae_name]}, pixels, method=vae.encode).latent_dist
+        return self._apply(self.vae_name, params, pixels, method="encode").latent_dist
 
     def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
         """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
@@ -71,8 +79,7 @@ class Modules:
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Latents that are not scaled to images."""
-        vae = self.by_name[self.vae_name]
-        return vae.apply({"params": params[self.vae_name]}, latents, method=vae.decode).sample
+        return self._apply(self.vae_name, params, latents, method="decode").sample
 
     def encode_text(self, params: Params, input_ids: jax.Array, dropout: jax.Array | None = None) -> jax.Array:
         """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""
@@ -96,7 +103,14 @@ class Modules:
         train = dropout is not None and component.trains
         rngs = {"dropout": dropout} if train else None
         with nn.intercept_methods(interceptor(component, train=train)) if component.adapted else nullcontext():
-            return self.by_name[name].apply({"params": params[name]}, *inputs, train=train, rngs=rngs)
+            return self._apply(name, params, *inputs, train=train, rngs=rngs)
+
+    def _apply(self, name: str, params: Params, *inputs: jax.Array, **options: Any) -> Any:
+        mesh: AbstractContextManager[Any] = nullcontext()
+        if self.mesh is not None:
+            mesh = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        with mesh:
+            return self.by_name[name].apply({"params": params[name]}, *inputs, **options)
 
     def add_noise(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
         """√ᾱ·clean + √(1−ᾱ)·noise."""
@@ -112,13 +126,16 @@ class Modules:
         return self.scheduler.get_velocity(self.scheduler.create_state(), clean, noise, timesteps)
 
 
-def build_modules(spec: PipelineSpec, dtype: Any = jnp.float32, *, gradient_checkpointing: bool = False) -> Modules:
+def build_modules(
+    spec: PipelineSpec, dtype: Any = jnp.float32, *, gradient_checkpointing: bool = False, mesh: Mesh | None = None
+) -> Modules:
     """Makes the modules of a pipeline; no weights yet.
 
     Args:
         spec: What to build.
         dtype: Compute precision. A VAE whose config says `force_upcast` (SDXL's) computes in float32 at least.
         gradient_checkpointing: Recompute activations in the backward pass, of all that gradients pass through.
+        mesh: Devices over which batches are split.
 
     Raises:
         ConfigError: For a config field that the Flax modules do not support.
@@ -137,9 +154,8 @@ def build_modules(spec: PipelineSpec, dtype: Any = jnp.float32, *, gradient_chec
     kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
     kept.add("rescale_betas_zero_snr")
     scheduler = FlaxDDPMScheduler.from_config({key: spec.scheduler[key] for key in kept & set(spec.scheduler)}, wide)
-    return Modules(
-        spec=spec, by_name={name: make(component) for name, component in spec.components.items()}, scheduler=scheduler
-    )
+    by_name = {name: make(component) for name, component in spec.components.items()}
+    return Modules(spec=spec, by_name=by_name, scheduler=scheduler, mesh=mesh)
 
 
 def load_pretrained(component: Component) -> Params:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from flax_diffusion.core.errors import ConfigError
 
@@ -21,8 +22,12 @@ RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
 )
 """(path regex, axes to try in order): the first rule that matches decides, its first axis that divides is sharded.
 
-Optimizer moments and the moving average have the paths of their parameters as suffix, so the same rules place them.
+Optimizer moments and the moving average have the paths of their parameters as suffix, so the same rules place them;
+but since only the update needs them, they are divided over all devices, not over the fsdp axis alone.
 """
+
+UPDATED = re.compile(r"^(opt_state|ema)/")
+"""Paths of the parts of a train state that the forward and backward passes do not read."""
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
@@ -50,14 +55,15 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mes
     return jax.make_mesh((data, fsdp), (DATA, FSDP), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def spec_of(path: str, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
+def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """The partition of one array by the first rule that matches its path."""
     axes = next(axes for pattern, axes in RULES if re.search(pattern, path))
-    for axis in axes:
-        if len(shape) >= 2 and shape[axis] % fsdp == 0:
-            parts: list[str | None] = [None] * len(shape)
-            parts[axis] = FSDP
-            return PartitionSpec(*parts)
+    for over in ((DATA, FSDP), FSDP) if UPDATED.search(path) else (FSDP,):
+        for axis in axes:
+            if len(shape) >= 2 and shape[axis] % math.prod(mesh.shape[name] for name in np.atleast_1d(over)) == 0:
+                parts: list[Any] = [None] * len(shape)
+                parts[axis] = over
+                return PartitionSpec(*parts)
     return PartitionSpec()
 
 
@@ -66,7 +72,7 @@ def state_shardings(state: Any, mesh: Mesh) -> Any:
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh.shape[FSDP]))
+        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)
 

@@ -1,7 +1,8 @@
 """What a compiled program does, read from its optimized HLO text: time by operation, bytes that chips exchange.
 
 The TPU compiler writes `estimated_cycles` into the `backend_config` of the operations that it schedules. A fusion has
-those of all that is fused; a loop has those of its body, times its trips.
+those of all that is fused; a loop has those of its body, times its trips. A kernel written by hand has none, but the
+FLOPs and bytes that its author says.
 """
 
 from __future__ import annotations
@@ -20,7 +21,26 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computati
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
+_OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel written by hand, such as one of Pallas.
+
+    Attributes:
+        name: Its own.
+        shapes: Of its operands.
+        flops: Of one execution, as its author says; None where he says nothing.
+        bytes_accessed: The same.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+    flops: int | None
+    bytes_accessed: int | None
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,7 @@ class Operation:
         cycles: That the compiler expects, of all its executions in one run of the program.
         count: Executions.
         bytes_exchanged: Of what exchanges between devices result in on one of them, of all executions.
+        kernel: What it runs if the compiler knows nothing of it.
     """
 
     name: str
@@ -42,6 +63,7 @@ class Operation:
     cycles: int
     count: int
     bytes_exchanged: int
+    kernel: Kernel | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +124,8 @@ def _walk(
 ) -> Iterator[Operation]:
     """Operations of a computation; inside a fusion only what is exchanged, since its cycles are those of the fusion."""
     for one in computations[name]:
-        cycles, exchanged = _CYCLES.search(one.rest), _bytes_exchanged(one)
-        if (cycles and scheduled) or exchanged:
+        cycles, exchanged, kernel = _CYCLES.search(one.rest), _bytes_exchanged(one), _kernel(one)
+        if (cycles and scheduled) or exchanged or kernel:
             op_name = _OP_NAME.search(one.rest)
             yield Operation(
                 name=one.name,
@@ -112,6 +134,7 @@ def _walk(
                 cycles=count * int(cycles[1]) if cycles and scheduled else 0,
                 count=count,
                 bytes_exchanged=count * exchanged,
+                kernel=kernel,
             )
         trips = _TRIPS.search(one.rest)
         times = count * (int(trips[1]) if trips else 1)
@@ -121,6 +144,21 @@ def _walk(
         for inner in called:
             if inner in computations:
                 yield from _walk(computations, inner, times, scheduled=scheduled and one.opcode != "fusion")
+
+
+def _kernel(one: _Instruction) -> Kernel | None:
+    if one.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in one.rest:
+        return None
+    operands, estimate = _OPERANDS.search(one.rest), _ESTIMATE.search(one.rest)
+    return Kernel(
+        name=one.name.split(".")[0],
+        shapes=tuple(
+            tuple(int(size) for size in shape.split(",") if size)
+            for _, shape in _ARRAY.findall(operands[1] if operands else "")
+        ),
+        flops=int(estimate[1]) if estimate else None,
+        bytes_accessed=int(estimate[2]) if estimate else None,
+    )
 
 
 def _bytes_exchanged(one: _Instruction) -> int:

@@ -6,6 +6,7 @@ described, and prints what the compiler says of memory and time.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from flax_diffusion.core import cli
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.tasks import DreamBoothConfig, TextToImageConfig
-from tpu import hlo, topologies
+from tpu import hlo, kernels, topologies
 from tpu.chips import GIB
 from tpu.topologies import Slice
 
@@ -55,8 +56,27 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step: the sum of the compiler's estimated cycles at the chip's clock. Exchanges are not in it."""
-        return sum(operation.cycles for operation in self.operations) / self.slice.chip.clock
+        """Of a step, without exchanges."""
+        return sum(map(self.seconds_of, self.operations))
+
+    def seconds_of(self, operation: hlo.Operation) -> float:
+        """Of an operation: the compiler's estimated cycles at the chip's clock, or what `tpu.kernels` says."""
+        if operation.kernel is None:
+            return operation.cycles / self.slice.chip.clock
+        one = kernels.seconds(operation.kernel, self.slice.chip, self.slice.devices_per_chip)
+        return operation.count * (one or 0.0)
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Of those, in kernels that are counted by their FLOPs and bytes."""
+        return sum(self.seconds_of(operation) for operation in self.operations if operation.kernel)
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Names of kernels that say nothing of their cost, so that their time is not known."""
+        chip = self.slice.chip
+        found = {one.kernel for one in self.operations if one.kernel and kernels.seconds(one.kernel, chip) is None}
+        return sorted({kernel.name for kernel in found})
 
     @property
     def capacity(self) -> float:
@@ -83,6 +103,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
 
     Raises:
         UserError: For a config that cannot be run there.
+        DoesNotFit: If the compiler refuses it for its memory.
     """
     import jax
 
@@ -108,7 +129,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
     try:
         compiled = program.step.lower(program.state, frozen, batch, program.rates).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _does_not_fit(error, where) from error
+        raise refusal(error, config, mesh.size) from error
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     state = program.state
     kinds = {
@@ -156,16 +177,49 @@ def _bytes_a_device(tree: Any) -> int:
     )
 
 
-def _does_not_fit(error: Exception, where: Slice) -> Exception:
-    """The compiler's refusal as one line with the fix; any other error as it is."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    about = next((line for line in lines if "Ran out of memory" in line or "exceeded" in line.lower()), None)
-    if about is None:
+class DoesNotFit(ConfigError):
+    """The compiler's refusal of a program that needs more memory than a device has.
+
+    Attributes:
+        needed: GiB.
+        available: GiB.
+    """
+
+    def __init__(self, needed: float, available: float, fixes: Sequence[str]):
+        self.needed, self.available = needed, available
+        super().__init__(
+            f"does not fit: the step needs {needed:.2f} GiB of a device's {available:.2f}, "
+            f"{needed - available:.2f} too many. What helps: {', '.join(fixes)}"
+        )
+
+
+_NEEDED = (
+    re.compile(r"Used (?P<needed>[\d.]+)(?P<unit>[KMGT]) of (?P<available>[\d.]+)G hbm"),
+    re.compile(r"\((?P<needed>[\d.]+)(?P<unit>[KMGT])\) exceeds available HBM \((?P<available>[\d.]+)G\)"),
+)
+_GIB = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
+
+
+def refusal(error: Exception, config: TrainConfig, devices: int) -> Exception:
+    """What a compiler's error says of memory, with what would make the program smaller; any other as it is.
+
+    Args:
+        error: Of the compiler.
+        config: Of the run.
+        devices: Of the slice.
+    """
+    found = next(filter(None, (pattern.search(str(error)) for pattern in _NEEDED)), None)
+    if found is None:
         return error
-    return ConfigError(
-        f"does not fit into the {where.chip.hbm_bytes / GIB:.0f} GiB of a {where.chip.name} chip: {about} Lower "
-        "--train_batch_size, raise --fsdp_parallelism, or use --gradient_checkpointing or --mixed_precision bf16"
-    )
+    fixes = {
+        "--mixed_precision bf16": config.mixed_precision == "no",
+        "--gradient_checkpointing": not config.gradient_checkpointing,
+        f"--fsdp_parallelism {devices}": config.fsdp_parallelism < devices,
+        "a lower --train_batch_size, with --gradient_accumulation_steps": True,
+        "a slice of more chips or of larger ones": True,
+    }
+    needed = float(found["needed"]) * _GIB[found["unit"]]
+    return DoesNotFit(needed, float(found["available"]), [fix for fix, helps in fixes.items() if helps])
 
 
 def report(plan: Plan, top: int = 10) -> str:
@@ -197,12 +251,19 @@ def report(plan: Plan, top: int = 10) -> str:
     ]
     parts: Counter[str] = Counter()
     for operation in plan.operations:
-        parts[part_of(operation.module)] += operation.cycles
-    milliseconds = 1e3 / plan.slice.chip.clock
-    lines += [f"  {part:22} {cycles * milliseconds:8.1f}" for part, cycles in parts.most_common()]
+        parts[part_of(operation.module)] += plan.seconds_of(operation) * 1e3  # pyright: ignore[reportArgumentType]
+    lines += [f"  {part:22} {spent:8.1f}" for part, spent in parts.most_common()]
+    if plan.kernel_seconds:
+        lines += [f"  {plan.kernel_seconds * 1e3:.1f} of these in kernels, counted from their FLOPs and bytes"]
+    if plan.uncounted:
+        lines += [f"  not counted, since they say nothing of their cost: {', '.join(plan.uncounted)}"]
     lines += ["", f"the {top} costliest operations"]
-    costliest = sorted(plan.operations, key=lambda operation: -operation.cycles)[:top]
-    lines += [f"  {one.cycles * milliseconds:8.2f} ms  {one.opcode:12} {one.module or one.name}" for one in costliest]
+    costliest = sorted(plan.operations, key=lambda one: -plan.seconds_of(one))[:top]
+    lines += [
+        f"  {plan.seconds_of(one) * 1e3:8.2f} ms  {one.opcode:12} {one.module or one.name}"
+        + (f" x {one.count}" if one.count > 1 else "")
+        for one in costliest
+    ]
     return "\n".join(lines)
 
 
@@ -229,20 +290,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     own = cli.Parser(prog="python -m tpu.plan", add_help=False)
     own.add_argument("--topology", default="v5e:2x2")
+    own.add_argument("--sweep", action="store_true")
     if {"-h", "--help"} & set(words):
         sys.stdout.write(_HELP)
         return
     options, rest = own.parse_known_args(words)
     _, config = cli.parse_train(rest, "python -m tpu.plan")
     topologies.prepare()
-    plan = make_plan(config, topologies.describe(options.topology))
-    sys.stdout.write(report(plan) + "\n")
+    where = topologies.describe(options.topology)
+    if options.sweep:
+        from tpu import sweep
+
+        tried = []
+        for trial in sweep.trials(config, where):
+            sys.stderr.write(trial.row() + "\n")
+            tried.append(trial)
+        sys.stdout.write(sweep.table(tried) + "\n")
+        return
+    sys.stdout.write(report(make_plan(config, where)) + "\n")
 
 
-_HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NAME] [flags of flax_diffusion.train]
+_HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NAME] [--sweep] [flags of training]
 
 {__doc__}
   --topology NAME   The slice to compile for (default v5e:2x2): {", ".join(topologies.KNOWN)}.
+  --sweep           Try batch sizes, meshes and gradient checkpointing, and print what fits, fastest first.
 
 Of pretrained models the configs are read, so a folder without weights will do.
 """

@@ -46,7 +46,9 @@ def prepare() -> None:
         raise ConfigError("libtpu, which compiles for TPUs, is not installed: pip install 'flax-diffusion[tpu]'")
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.pop("XLA_FLAGS", None)  # devices made of a CPU's cores are of no use here
-    quiet = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
+    # Nothing here touches a TPU, so that several may compile at a time.
+    quiet = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    quiet |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4"}
     quiet |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
     for name, value in quiet.items():
         os.environ.setdefault(name, value)

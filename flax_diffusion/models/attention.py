@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flax_diffusion.models import flash
 from flax_diffusion.models.layers import ACTIVATIONS, GroupNorm, LayerConfig, conv, dense, layer_norm
 
 # Upstream's Dual transformer splits the context into 77 text tokens and 257 image tokens, in this order.
@@ -31,6 +32,8 @@ def attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, mask: jax
 
     Reference: Vaswani et al. 2017, eq. 1; torch.nn.functional.scaled_dot_product_attention.
     """
+    if mask is None and flash.has_kernel(jax.sharding.get_abstract_mesh(), q_BLND, k_BSND):
+        return flash.flash_attention(q_BLND, k_BSND, v_BSND)
     dtype = q_BLND.dtype
     half_on_cpu = dtype == jnp.float16 and jax.default_backend() == "cpu"  # JAX has no such product there
     if dtype != jnp.float64 and not half_on_cpu:  # and in float64 its softmax would be in float32

@@ -42,7 +42,7 @@ class Encoder(nn.Module):
             block = DownBlock(channels, self.layers, config, None, sampler, padding=0, name=f"down_blocks_{i}")
             x, _ = block(x, None, None, deterministic)
         x = _mid_block(self.channels[-1], self.attention, config)(x, None, None, deterministic)
-        x = jax.nn.silu(GroupNorm(config, config.eps, name="conv_norm_out")(x))
+        x = GroupNorm(config, config.eps, "silu", name="conv_norm_out")(x)
         return conv(self.out_channels, config, "conv_out")(x)
 
 
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
             sampler = "conv" if i < len(self.channels) - 1 else None
             block = UpBlock(channels, self.layers + 1, config, None, sampler, name=f"up_blocks_{i}")
             x = block(x, None, None, None, deterministic)
-        x = jax.nn.silu(GroupNorm(config, config.eps, name="conv_norm_out")(x))
+        x = GroupNorm(config, config.eps, "silu", name="conv_norm_out")(x)
         return conv(self.out_channels, config, "conv_out")(x)
 
 

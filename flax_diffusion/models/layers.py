@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_diffusion.models.norms import group_norm
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "swish": jax.nn.silu,
@@ -75,38 +77,26 @@ def layer_norm(config: LayerConfig, name: str) -> nn.LayerNorm:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over channels-last tensors, statistics in at least float32, variance in two passes.
-
-    Sums run over pixels first and over the channels of a group second, so that the channel axis, which TPUs lay
-    out in lanes, is never split on a full-size tensor.
+    """Group normalisation over channels-last tensors, and the activation that follows it: see `group_norm`.
 
     Args:
         config: number of groups and dtypes.
         eps: added to the variance.
+        act: key of ACTIVATIONS, or None.
     """
 
     config: LayerConfig
     eps: float
+    act: str | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Normalise (B, ..., C) over all axes but the first, within groups of channels."""
-        channels, groups = x.shape[-1], self.config.groups
+        channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.config.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), self.config.param_dtype)
-        stat_dtype = jnp.promote_types(self.config.dtype, jnp.float32)
-        x = x.astype(stat_dtype)
-
-        def group_mean(values: jax.Array) -> jax.Array:
-            """Average to (B, 1, ..., C), equal within each group."""
-            per_channel = values.mean(axis=tuple(range(1, values.ndim - 1)))
-            grouped = per_channel.reshape(-1, groups, channels // groups)
-            mean = jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape)
-            return mean.reshape(-1, *(1,) * (values.ndim - 2), channels)
-
-        centred = x - group_mean(x)
-        inverse_std = jax.lax.rsqrt(group_mean(jnp.square(centred)) + self.eps)
-        y = centred * (inverse_std * scale.astype(stat_dtype)) + bias.astype(stat_dtype)
+        act = None if self.act is None else ACTIVATIONS[self.act]
+        y: jax.Array = group_norm(x.astype(self.config.dtype), scale, bias, self.config.groups, self.eps, act)
         return y.astype(self.config.dtype)
 
 
@@ -241,25 +231,21 @@ class ResnetBlock2D(nn.Module):
         config, act = self.config, ACTIVATIONS[self.config.act]
         resample = {"up": upsample_nearest, "down": average_pool, None: lambda x: x}[self.resample]
 
-        h = resample(act(GroupNorm(config, config.eps, name="norm1")(x_BHWC)))
+        h = resample(GroupNorm(config, config.eps, config.act, name="norm1")(x_BHWC))
         residual = resample(x_BHWC)
         h = conv(self.features, config, "conv1")(h)
 
-        scale_BHWC = None
-        if temb_BC is not None:
+        if temb_BC is None:
+            h = GroupNorm(config, config.eps, config.act, name="norm2")(h)
+        else:
             temb_BC = temb_BC if config.skip_time_act else act(temb_BC)
             width = self.features * (2 if config.time_scale_shift else 1)
             shift_BHWC = dense(width, config, "time_emb_proj")(temb_BC)[:, None, None, :]
             if config.time_scale_shift:
                 scale_BHWC, shift_BHWC = jnp.split(shift_BHWC, 2, axis=-1)
+                h = act(GroupNorm(config, config.eps, name="norm2")(h) * (1 + scale_BHWC) + shift_BHWC)
             else:
-                h = h + shift_BHWC
-            h = GroupNorm(config, config.eps, name="norm2")(h)
-            h = h if scale_BHWC is None else h * (1 + scale_BHWC) + shift_BHWC
-        else:
-            h = GroupNorm(config, config.eps, name="norm2")(h)
-
-        h = act(h)
+                h = GroupNorm(config, config.eps, config.act, name="norm2")(h + shift_BHWC)
         if config.dropout > 0:
             h = nn.Dropout(config.dropout)(h, deterministic=deterministic)
         h = conv(self.features, config, "conv2")(h)

@@ -150,7 +150,7 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
             x = block(x, skips[-block.layers :], temb, None, deterministic)
             skips = skips[: -block.layers]
 
-        x = jax.nn.silu(GroupNorm(layers, self.norm_eps, name="conv_norm_out")(x))  # SiLU whatever act_fn is
+        x = GroupNorm(layers, self.norm_eps, "silu", name="conv_norm_out")(x)  # SiLU whatever act_fn is
         x = jnp.transpose(conv(self.out_channels, layers, "conv_out")(x), (0, 3, 1, 2))
         return FlaxUNet2DOutput(sample=x) if return_dict else (x,)
 

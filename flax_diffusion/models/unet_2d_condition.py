@@ -19,7 +19,7 @@ from flax_diffusion.models.blocks import (
     block_layers,
 )
 from flax_diffusion.models.condition import check_condition, condition_inputs, embed_conditions
-from flax_diffusion.models.layers import ACTIVATIONS, GroupNorm, LayerConfig, conv, dense
+from flax_diffusion.models.layers import GroupNorm, LayerConfig, conv, dense
 from flax_diffusion.models.modeling import Config, PretrainedModel
 from flax_diffusion.models.outputs import FlaxUNet2DConditionOutput
 from flax_diffusion.models.unet_checks import TIMESTEP_ACTS, check_blocks, check_lengths
@@ -203,7 +203,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
             size = (skips[-1].shape[1], skips[-1].shape[2]) if skips else None
             x = block(x, used, temb, context, deterministic, size)
 
-        x = ACTIVATIONS[self.act_fn](GroupNorm(layers, self.norm_eps, name="conv_norm_out")(x))
+        x = GroupNorm(layers, self.norm_eps, self.act_fn, name="conv_norm_out")(x)
         x = conv(self.out_channels, layers, "conv_out", kernel=self.conv_out_kernel)(x)
         x = jnp.transpose(x, (0, 3, 1, 2))
         return FlaxUNet2DConditionOutput(sample=x) if return_dict else (x,)

@@ -13,8 +13,10 @@ from diffusers.models.embeddings import get_timestep_embedding
 
 from flax_diffusion import weights
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.models import flash
 from flax_diffusion.models.attention import attention
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, timestep_embedding, upsample_nearest
+from flax_diffusion.models.norms import group_norm
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 
 
@@ -54,6 +56,57 @@ def test_group_norm_of_large_means() -> None:
     ours = norm.apply({"params": {"scale": jnp.ones(8), "bias": jnp.zeros(8)}}, x)
     exact = torch.nn.functional.group_norm(torch.from_numpy(x).double().permute(0, 3, 1, 2), 4, eps=1e-5)
     np.testing.assert_allclose(ours, exact.permute(0, 2, 3, 1), atol=2e-3)
+
+
+@pytest.mark.parametrize("act", [None, "silu"])
+def test_group_norm_and_its_gradient(act: str | None) -> None:
+    rng = np.random.default_rng(0)
+    x, grad = (rng.standard_normal((2, 5, 3, 8)) for _ in range(2))
+    scale, bias = (rng.standard_normal(8) for _ in range(2))
+    theirs = [torch.tensor(array, requires_grad=True) for array in (x, scale, bias)]
+    out = torch.nn.functional.group_norm(theirs[0].permute(0, 3, 1, 2), 4, *theirs[1:], eps=1e-5)
+    out = (torch.nn.functional.silu(out) if act else out).permute(0, 2, 3, 1)
+    out.backward(torch.from_numpy(grad))
+    with jax.enable_x64(True):
+        ours, pull = jax.vjp(lambda *inputs: group_norm(*inputs, 4, 1e-5, act and jax.nn.silu), x, scale, bias)
+        np.testing.assert_allclose(ours, out.detach(), atol=1e-13)
+        for gradient, tensor in zip(pull(grad), theirs, strict=True):
+            np.testing.assert_allclose(gradient, tensor.grad, atol=1e-12)
+
+
+def test_group_norm_of_16_bits_is_that_of_32() -> None:
+    x = jnp.asarray(3 + np.random.default_rng(0).standard_normal((2, 16, 16, 8)), jnp.bfloat16)
+    inputs = (jnp.ones(8), jnp.zeros(8), 4, 1e-5)
+    np.testing.assert_allclose(group_norm(x, *inputs), group_norm(x.astype(jnp.float32), *inputs), atol=1e-5)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(256, 256), (128, 384), (1152, 128)])
+def test_flash_attention_is_attention(queries: int, keys: int) -> None:
+    """Also where queries and keys come in several blocks."""
+    rng = np.random.default_rng(0)
+    q, k, v, grad = (
+        jnp.asarray(rng.standard_normal((2, length, 2, 40)), jnp.float32) for length in (queries, keys, keys, queries)
+    )
+    theirs, pull_theirs = jax.vjp(attention, q, k, v)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "QUERIES", 384)
+        patch.setattr(flash, "KEYS", 128)
+        ours, pull = jax.vjp(lambda *inputs: flash.flash_attention(*inputs, interpret=True), q, k, v)
+        gradients = pull(grad)
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    for gradient, expected in zip(gradients, pull_theirs(grad), strict=True):
+        np.testing.assert_allclose(gradient, expected, atol=2e-6)
+
+
+def test_where_flash_attention_runs() -> None:
+    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+    tpu = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=device)
+    tokens, text = (jax.ShapeDtypeStruct((4, length, 8, 40), jnp.bfloat16) for length in (1024, 77))
+    assert flash.has_kernel(tpu, tokens, tokens)
+    assert not flash.has_kernel(tpu, tokens, text)
+    assert not flash.has_kernel(tpu, jax.ShapeDtypeStruct((2, 1024, 8, 40), jnp.bfloat16), tokens)
+    assert not flash.has_kernel(jax.sharding.AbstractMesh((), ()), tokens, tokens)
+    assert not flash.has_kernel(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]).abstract_mesh, tokens, tokens)
 
 
 def test_attention_masks() -> None:

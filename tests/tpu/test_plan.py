@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from flax_diffusion.core.errors import ConfigError
-from tpu import hlo, plan, topologies
-from tpu.chips import CHIPS
+from flax_diffusion.core.tasks import UnconditionalConfig
+from tpu import hlo, kernels, plan, sweep, topologies
+from tpu.chips import CHIPS, GIB
 
 TEXT = """HloModule jit_step
 
@@ -26,6 +27,8 @@ ENTRY %main (a: f32[16]) -> f32[16] {
   %loop = (s32[], f32[16]{0}) while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %gather = (f32[4]{0:T(128)}, f32[16]{0:T(128)S(1)}, /*index=2*/f32[4]{0}, f32[16]{0}) all-gather-start(%x, %y), metadata={op_name="jit(step)/transpose(jvp(UNet))/conv_in/dot_general"}
   %fusion.7 = bf16[8,4]{1,0} fusion(%z), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/transpose(jvp(UNet))/mid/attn1/to_q/dot_general"}, backend_config={"estimated_cycles":"7"}
+  %flash_attention.3 = bf16[2,8,40,256]{3,2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[2,8,40,256]{3,2,1,0}, bf16[2,8,40,512]{3,2,1,0}}, metadata={op_name="jit(step)/attn1/flash_attention/pallas_call"}, backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"1000","transcendentals":"8","bytes_accessed":"500","remote_bytes_transferred":"0"}}}
+  %mine = f32[4]{0} custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={f32[4]{0}}, backend_config={"custom_call_config":{"body":""}}
   ROOT %done = f32[16]{0} all-gather-done(%gather)
 }
 """  # noqa: E501
@@ -39,12 +42,17 @@ def test_what_a_program_does():
         "gather": 0,
         "fusion.7": 7,
         "all-reduce.1": 0,
+        "flash_attention.3": 0,
+        "mine": 0,
     }
     assert found["work"].count == 3
     assert found["work"].module == "UNet/conv_in"
     assert found["fusion.7"].module == "transpose(UNet)/mid/attn1/to_q"
     assert found["gather"].bytes_exchanged == (4 + 16) * 4
     assert found["all-reduce.1"].bytes_exchanged == 8 * 4 * 2
+    shapes = ((2, 8, 40, 256), (2, 8, 40, 512))
+    assert found["flash_attention.3"].kernel == hlo.Kernel("flash_attention", shapes, 1000, 500)
+    assert found["mine"].kernel == hlo.Kernel("mine", ((4,),), None, None)
     with pytest.raises(ValueError, match="no entry"):
         hlo.operations("HloModule nothing\n")
 
@@ -75,6 +83,85 @@ def test_parts(module, part):
     assert plan.part_of(module) == part
 
 
+def test_time_of_kernels():
+    """By products at the width of the matrix units, or by traffic, whichever takes longer."""
+    chip = CHIPS["v5e"]
+    attention = hlo.Kernel("flash_attention", ((1, 8, 40, 4096),), 10**12, 1)
+    assert kernels.seconds(attention, chip) == pytest.approx(128 / 40 * 1e12 / (0.88 * 197e12))
+    other = hlo.Kernel("other", (), 10**12, 1)
+    assert kernels.seconds(other, chip) == pytest.approx(1e12 / (0.88 * 197e12))
+    assert kernels.seconds(hlo.Kernel("copy", (), 0, 10**9), chip) == pytest.approx(1 / (0.8 * 819))
+    assert kernels.seconds(hlo.Kernel("mine", (), None, None), chip) is None
+
+
+SLICE = topologies.Slice(CHIPS["v5e"], 4, [None] * 4)
+CONFIG = UnconditionalConfig(dataset_name="digits")
+
+
+def a_plan(seconds=0.1, **changes):
+    work = hlo.Operation("work", "fusion", "UNet2D/resnets_0", round(seconds * SLICE.chip.clock), 1, 0)
+    values = {
+        "slice": SLICE, "mesh": {"data": 4, "fsdp": 1}, "images": 2, "state": {"parameters": GIB}, "arguments": GIB,
+        "temporaries": GIB, "peak": 2 * GIB, "host": 0, "flops": 1e12, "accessed": 2e9, "operations": [work],
+    }  # fmt: skip
+    return plan.Plan(**values | changes)
+
+
+def test_report():
+    mine = hlo.Operation(
+        "k", "custom-call", "attn1", 0, 3, 0, hlo.Kernel("flash_attention", ((1, 8, 128, 9),), 10**12, 1)
+    )
+    silent = hlo.Operation("k2", "custom-call", "", 0, 1, 0, hlo.Kernel("mine", (), None, None))
+    text = plan.report(a_plan(operations=[*a_plan().operations, mine, silent]))
+    assert "100.0 ms" not in text
+    assert "117.3 ms estimated" in text  # 100, and three times 1 TFLOP
+    assert "17.3 of these in kernels, counted from their FLOPs and bytes" in text
+    assert "not counted, since they say nothing of their cost: mine" in text
+    assert "custom-call  attn1 x 3" in text
+
+
+@pytest.mark.parametrize(
+    "refused",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.25G of 15.75G hbm. Exceeded by 8.50G.",
+        "Ran out of memory on HBM, the total memory required (24.25G) exceeds available HBM (15.75G).",
+    ],
+)
+def test_what_does_not_fit(refused):
+    error = plan.refusal(RuntimeError(refused), CONFIG, 4)
+    assert isinstance(error, plan.DoesNotFit)
+    assert (error.needed, error.available) == (24.25, 15.75)
+    assert str(error) == (
+        "does not fit: the step needs 24.25 GiB of a device's 15.75, 8.50 too many. What helps: "
+        "--mixed_precision bf16, --gradient_checkpointing, --fsdp_parallelism 4, "
+        "a lower --train_batch_size, with --gradient_accumulation_steps, a slice of more chips or of larger ones"
+    )
+    other = RuntimeError("INTERNAL: something else")
+    assert plan.refusal(other, CONFIG, 4) is other
+
+
+def test_sweep():
+    """Batches double until one does not fit; the fastest image comes first, what does not fit last."""
+
+    def plan_of(config, where):
+        assert where is SLICE
+        room = 4 if config.gradient_checkpointing else 2
+        if config.train_batch_size > room * config.fsdp_parallelism:
+            raise plan.DoesNotFit(20, 15.75, [])
+        seconds = 0.1 + 0.05 * config.train_batch_size * (1 + config.gradient_checkpointing)
+        return a_plan(seconds, images=config.train_batch_size)
+
+    tried = list(sweep.trials(CONFIG, SLICE, plan_of))
+    settings = [(one.fsdp, one.checkpointing, one.batch) for one in tried]
+    assert settings[:7] == [(1, False, n) for n in (1, 2, 4)] + [(1, True, n) for n in (1, 2, 4, 8)]
+    assert {one.fsdp for one in tried} == {1, 4}
+    assert sweep.meshes(256) == [1, 4, 16, 64]
+    lines = sweep.table(tried).splitlines()
+    assert lines[1].split()[:3] == ["8", "4", "no"]
+    assert lines[1].split()[4:7] == ["62.5", "0.2", "64.0"]
+    assert lines[-1].endswith("does not fit: 15.75 GiB")
+
+
 @pytest.mark.parametrize("topology", ["v5e", "v7:2x2", "v5e:two", "tpu"])
 def test_slices_that_are_not(topology):
     with pytest.raises(ConfigError, match=r"not known.*; known are v4:2x2x1"):
@@ -88,17 +175,43 @@ def test_without_libtpu(monkeypatch):
 
 
 def run(request, *words):
-    """In a process of its own: what libtpu has to know must be set before jax is there."""
+    """Python in a process of its own: what libtpu has to know must be set before jax is there."""
     environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-    command = [sys.executable, "-m", "tpu.plan", *words]
+    command = [sys.executable, *words]
     return subprocess.run(command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True)
+
+
+PLAN = ["-m", "tpu.plan", "--config", "configs/digits_unconditional.yaml"]
+CALIBRATION = """
+import tpu.topologies as topologies
+topologies.prepare()
+import jax, jax.numpy as jnp
+from tpu import hlo
+where = topologies.describe("v5e:1x1")
+place = jax.sharding.SingleDeviceSharding(where.devices[0])
+def seconds(function, dtype, *shapes):
+    inputs = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
+    text = jax.jit(function).lower(*inputs).compile().as_text()
+    return sum(one.cycles for one in hlo.operations(text)) / where.chip.clock
+product = 2 * 8192**3 / seconds(jnp.matmul, jnp.bfloat16, (8192, 8192), (8192, 8192)) / where.chip.flops
+moved = 2 * 4 * 2**29 / seconds(lambda x: x + 1, jnp.float32, (2**15, 2**14)) / where.chip.bandwidth
+print(product, moved)
+"""
+
+
+@pytest.mark.tpu_compile
+def test_the_compilers_estimates_are_near_the_chips_peaks(request):
+    ran = run(request, "-c", CALIBRATION)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    product, moved = map(float, ran.stdout.split())
+    print(f"\na product at {product:.1%} of the chip's FLOP/s, a copy at {moved:.1%} of its bandwidth")
+    assert 0.85 <= product <= 1
+    assert 0.75 <= moved <= 1
 
 
 @pytest.mark.tpu_compile
 def test_digits(request):
-    ran = run(
-        request, "--config", "configs/digits_unconditional.yaml", "--topology", "v5e:2x2", "--fsdp_parallelism", "2"
-    )
+    ran = run(request, *PLAN, "--topology", "v5e:2x2", "--fsdp_parallelism", "2")
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert "v5e, 4 chips, data 2 x fsdp 2: 64 images a device and step" in ran.stdout
     assert "of 16: fits" in ran.stdout
@@ -115,6 +228,6 @@ def test_digits(request):
     ],
 )
 def test_what_cannot_be_planned(request, words, says):
-    ran = run(request, "--config", "configs/digits_unconditional.yaml", *words)
+    ran = run(request, *PLAN, *words)
     assert ran.returncode == 2, ran.stderr[-2000:]
     assert says in ran.stderr.splitlines()[-1]

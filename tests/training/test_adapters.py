@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny import VAE, pictures, stable_diffusion
@@ -76,8 +77,8 @@ def ours(folder, prompt):
     spec = open_pipeline(str(folder))
     modules = build_modules(spec)
     params = {name: load_pretrained(part) for name, part in spec.components.items()}
-    context = modules.encode_text(params, spec.tokenize(prompt)[None])
-    return np.asarray(modules.predict(params, np.ones((1, 4, 8, 8), np.float32), np.array([10]), context))
+    context = jax.jit(modules.encode_text)(params, spec.tokenize(prompt)[None])
+    return np.asarray(jax.jit(modules.predict)(params, np.ones((1, 4, 8, 8), np.float32), np.array([10]), context))
 
 
 @BACKENDS

@@ -125,7 +125,7 @@ def test_a_run(options, tmp_path):
     assert (out / "model_index.json").is_file()
 
 
-@pytest.mark.parametrize("backend", ["flax_diffusion", "torch_backend"])
+@pytest.mark.parametrize("backend", [pytest.param("flax_diffusion", marks=pytest.mark.acceptance), "torch_backend"])
 def test_embeddings_made_before_are_those_of_each_step(options, tmp_path, backend):
     """Also with samples, for which the text encoder comes back."""
     start = importlib.import_module(f"{backend}.train").train

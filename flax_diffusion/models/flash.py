@@ -1,0 +1,210 @@
+"""Attention whose scores never leave the chip, as Pallas kernels for TPUs.
+
+Shape suffixes: B batch, L query tokens, S key tokens, N heads, D channels a head. The kernels lay tokens out in lanes
+and channels in sublanes: a head of 40 channels then takes 48 in memory and not 128, and the sums of the softmax run
+over sublanes, where they are cheap.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractMesh, PartitionSpec
+
+LANES = 128
+QUERIES, KEYS = 512, 1024  # at most, of a block of scores
+PRODUCTS = {"flash_attention": 2, "flash_attention_gradient": 5}  # of matrices of scores' size, by kernel
+
+_OVER_CHANNELS = (((0,), (0,)), ((), ()))
+_OVER_LANES = (((1,), (1,)), ((), ()))
+_PLAIN = (((1,), (0,)), ((), ()))
+
+
+def has_kernel(mesh: AbstractMesh, q_BLND: jax.Array, k_BSND: jax.Array) -> bool:
+    """Whether `flash_attention` runs on the devices of a mesh.
+
+    Args:
+        mesh: Of the program that is traced, as `jax.sharding.get_abstract_mesh` gives it: kernels have to know how the
+            batch is split, so there is none without a mesh.
+        q_BLND: Queries.
+        k_BSND: Keys.
+    """
+    if mesh.empty or mesh.abstract_device is None or mesh.abstract_device.platform != "tpu":
+        return False
+    (batch, queries, _, _), keys = q_BLND.shape, k_BSND.shape[1]
+    return batch % mesh.size == 0 and queries % LANES == 0 and keys % LANES == 0
+
+
+def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Return scaled dot-product attention without a mask.
+
+    Args:
+        q_BLND: Queries, (B, L, N, D); L a multiple of 128.
+        k_BSND: Keys, (B, S, N, D); S a multiple of 128.
+        v_BSND: Values, (B, S, N, D).
+        interpret: Run the kernels by XLA, on any device.
+
+    Returns:
+        (B, L, N, D) in the dtype of the queries.
+
+    Reference: Dao, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
+    """
+
+    def local(*tokens_first: jax.Array) -> jax.Array:
+        q, k, v = (jnp.transpose(x, (0, 2, 3, 1)) for x in tokens_first)
+        return jnp.transpose(_attend(q, k, v, interpret), (0, 3, 1, 2))
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q_BLND, k_BSND, v_BSND)
+    images = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(local, in_specs=(images,) * 3, out_specs=images, check_vma=False)(q_BLND, k_BSND, v_BSND)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q_BNDL: jax.Array, k_BNDS: jax.Array, v_BNDS: jax.Array, interpret: bool) -> jax.Array:
+    return _forward(q_BNDL, k_BNDS, v_BNDS, interpret)[0]
+
+
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> tuple[jax.Array, Any]:
+    out, log_sum = _forward(q, k, v, interpret)
+    return out, (q, k, v, out, log_sum)
+
+
+def _attend_backward(interpret: bool, kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, out, log_sum = kept
+    return _backward(q, k, v, out, log_sum, grad, interpret)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """The weighted values (B, N, D, L), and the logarithm to base 2 of each query's sum of weights (B, N, 1, L)."""
+    batch, heads, channels, queries = q.shape
+    keys = k.shape[-1]
+    block, chunk = _largest(queries, QUERIES), _largest(keys, KEYS)
+    by_query = pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i))
+    all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))
+    row = pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i))
+    results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32))
+    return pl.pallas_call(
+        functools.partial(_forward_kernel, scale=_scale(channels), chunk=chunk),
+        grid=(batch, heads, queries // block),
+        in_specs=[by_query, all_keys, all_keys],
+        out_specs=(by_query, row),
+        out_shape=results,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        cost_estimate=_cost("flash_attention", q, keys, (q, k, v, *results)),
+        name="flash_attention",
+        interpret=interpret,
+    )(q, k, v)
+
+
+def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any, *, scale: float, chunk: int):
+    """One block of queries: the softmax goes on from chunk to chunk of keys."""
+    q = q_ref[...]
+
+    def attend(index: Any, carry: Any) -> Any:
+        top, total, out = carry
+        part = pl.ds(index * chunk, chunk)
+        scores = _dot(k_ref[:, part], q, _OVER_CHANNELS) * scale  # (S, L)
+        new_top = jnp.maximum(top, scores.max(axis=0, keepdims=True))
+        weights = jnp.exp2(scores - new_top)
+        fade = jnp.exp2(top - new_top)
+        total = total * fade + weights.sum(axis=0, keepdims=True)
+        return new_top, total, out * fade + _dot(v_ref[:, part], weights.astype(q.dtype), _PLAIN)
+
+    start = (
+        jnp.full((1, q.shape[1]), -jnp.inf, jnp.float32),
+        jnp.zeros((1, q.shape[1]), jnp.float32),
+        jnp.zeros(q.shape, jnp.float32),
+    )
+    top, total, out = jax.lax.fori_loop(0, k_ref.shape[1] // chunk, attend, start, unroll=True)
+    out_ref[...] = (out / total).astype(out_ref.dtype)
+    log_sum_ref[...] = top + jnp.log2(total)
+
+
+def _backward(
+    q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, log_sum: jax.Array, grad: jax.Array, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradients of queries, keys and values."""
+    batch, heads, channels, queries = q.shape
+    keys = k.shape[-1]
+    block, chunk = _largest(queries, QUERIES), _largest(keys, KEYS)
+    by_query = pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i))
+    all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))
+    row = pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i))
+    return pl.pallas_call(
+        functools.partial(_backward_kernel, scale=_scale(channels), chunk=chunk),
+        grid=(batch, heads, queries // block),
+        in_specs=[by_query, all_keys, all_keys, by_query, row, by_query],
+        out_specs=(by_query, all_keys, all_keys),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
+        scratch_shapes=[pltpu.VMEM((channels, keys), jnp.float32)] * 2,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=_cost("flash_attention_gradient", q, keys, (q, k, v, out, log_sum, grad, q, k, v)),
+        name="flash_attention_gradient",
+        interpret=interpret,
+    )(q, k, v, out, log_sum, grad)
+
+
+def _backward_kernel(
+    q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any, grad_ref: Any,
+    dq_ref: Any, dk_ref: Any, dv_ref: Any, dk_sum: Any, dv_sum: Any, *, scale: float, chunk: int,
+):  # fmt: skip
+    """One block of queries: its gradient, and what it adds to those of all keys and values."""
+    q, grad, log_sum = q_ref[...], grad_ref[...], log_sum_ref[...]
+    wide = grad.astype(jnp.float32) * out_ref[...].astype(jnp.float32)
+    of_softmax = wide.sum(axis=0, keepdims=True)  # (1, L)
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        dk_sum[...] = jnp.zeros_like(dk_sum)
+        dv_sum[...] = jnp.zeros_like(dv_sum)
+
+    def attend(index: Any, dq: jax.Array) -> jax.Array:
+        part = pl.ds(index * chunk, chunk)
+        k, v = k_ref[:, part], v_ref[:, part]
+        weights = jnp.exp2(_dot(k, q, _OVER_CHANNELS) * scale - log_sum)  # (S, L)
+        dv_sum[:, part] += _dot(grad, weights.astype(grad.dtype), _OVER_LANES)
+        dscores = (weights * (_dot(v, grad, _OVER_CHANNELS) - of_softmax)).astype(q.dtype)
+        dk_sum[:, part] += _dot(q, dscores, _OVER_LANES)
+        return dq + _dot(k, dscores, _PLAIN)
+
+    dq = jax.lax.fori_loop(0, k_ref.shape[1] // chunk, attend, jnp.zeros(q.shape, jnp.float32), unroll=True)
+    natural = scale / math.log2(math.e)
+    dq_ref[...] = (dq * natural).astype(dq_ref.dtype)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        dk_ref[...] = (dk_sum[...] * natural).astype(dk_ref.dtype)
+        dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+
+def _dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+
+def _scale(channels: int) -> float:
+    """Of scores whose weights are powers of 2."""
+    return math.log2(math.e) / math.sqrt(channels)
+
+
+def _largest(length: int, longest: int) -> int:
+    """The largest multiple of 128 up to `longest` that divides a length."""
+    return next(size for size in range(min(length, longest), 0, -LANES) if length % size == 0)
+
+
+def _cost(kernel: str, q: jax.Array, keys: int, arrays: Any) -> pl.CostEstimate:
+    """Of its products, and of each array once."""
+    scores = q.size // q.shape[-2] * keys
+    return pl.CostEstimate(
+        flops=2 * PRODUCTS[kernel] * scores * q.shape[-2],
+        transcendentals=scores,
+        bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
+    )
