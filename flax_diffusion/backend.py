@@ -27,7 +27,7 @@ from flax_diffusion.optimizer import Params
 from flax_diffusion.program import Program
 from flax_diffusion.sampling import Sampler, to_uint8
 from flax_diffusion.schedulers import scheduler_from_config
-from flax_diffusion.sharding import make_mesh, put, put_batch, replicated, state_shardings
+from flax_diffusion.sharding import batch_sharding, make_mesh, put, put_batch, replicated, state_shardings
 from flax_diffusion.train_step import TrainState
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,8 @@ class JaxBackend:
         if spec.scheduler:
             self._sampler = Sampler(self.modules, scheduler_from_config(spec.scheduler), self.mesh)
         self._encode = jax.jit(self.modules.encode_images)
+        self._embed = jax.jit(self.modules.encode_text)
+        self._posterior = jax.jit(self.modules.posterior)
         self._decode = jax.jit(functools.partial(to_uint8, self.modules))
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self.state: TrainState
@@ -108,12 +110,23 @@ class JaxBackend:
         return adapters.merge(frozen, self._exported())
 
     def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encodes prompts, and frees the text encoder's weights."""
+        """Encodes prompts."""
         tokenize = self.spec.tokenize
         assert tokenize is not None
         ids = jax.device_put(np.stack([tokenize(prompt) for prompt in prompts]), replicated(self.mesh))
-        made = jax.jit(self.modules.encode_text)({"text_encoder": self.frozen.pop("text_encoder")}, ids)
+        made = self._embed({"text_encoder": self.frozen["text_encoder"]}, ids)
         return np.asarray(made.astype(np.promote_types(self.dtype, np.float32)))
+
+    def posteriors(self, pixels: np.ndarray) -> np.ndarray:
+        """Encodes images to the moments of their latents."""
+        placed = jax.device_put(pixels.astype(self.dtype), batch_sharding(self.mesh, leading=0))
+        posterior = self._posterior({self.spec.vae_name: self.frozen[self.spec.vae_name]}, placed)
+        made = np.stack([np.asarray(posterior.mean), np.asarray(posterior.logvar)], axis=1)
+        return made.astype(np.promote_types(self.dtype, np.float32))
+
+    def let_go(self, name: str) -> None:
+        """Frees a frozen component's weights; samples read them again."""
+        del self.frozen[name]
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
         """Starts the copy of this process's examples to its devices; names of examples stay on the host."""

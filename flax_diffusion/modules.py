@@ -48,11 +48,6 @@ class Modules:
     scheduler: FlaxDDPMScheduler
     mesh: Mesh | None = None
 
-    @property
-    def vae_name(self) -> str:
-        """The autoencoder's component name: `vae` in Stable Diffusion, `vqvae` in LDMPipeline."""
-        return "vae" if "vae" in self.by_name else "vqvae"
-
     def encode_images(self, params: Params, pixels: jax.Array, noise: jax.Array | None) -> jax.Array:
         """Pixels (B,C,H,W) in -1..1 to scaled latents (B,C,h,w); pixels themselves where there is no VAE.
 
@@ -64,12 +59,17 @@ class Modules:
         if self.spec.vae is None:
             return pixels
         assert noise is not None
-        latents = self.posterior(params, pixels).sample_with(noise) * self.spec.vae["scaling_factor"]
+        return self.sample_latents(self.posterior(params, pixels), noise)
+
+    def sample_latents(self, posterior: FlaxDiagonalGaussianDistribution, noise: jax.Array) -> jax.Array:
+        """Scaled latents (B,C,h,w), in float32 at least."""
+        assert self.spec.vae is not None
+        latents = posterior.sample_with(noise) * self.spec.vae["scaling_factor"]
         return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
 
     def posterior(self, params: Params, pixels: jax.Array) -> FlaxDiagonalGaussianDistribution:
         """The distribution of the latents of images, not scaled."""
-        return self._apply(self.vae_name, params, pixels, method="encode").latent_dist
+        return self._apply(self.spec.vae_name, params, pixels, method="encode").latent_dist
 
     def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
         """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
@@ -79,7 +79,7 @@ class Modules:
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
         """Latents that are not scaled to images."""
-        return self._apply(self.vae_name, params, latents, method="decode").sample
+        return self._apply(self.spec.vae_name, params, latents, method="decode").sample
 
     def encode_text(self, params: Params, input_ids: jax.Array, dropout: jax.Array | None = None) -> jax.Array:
         """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import re
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -111,6 +112,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
 
     from flax_diffusion.backend import JaxBackend
     from flax_diffusion.core import rates, recipe
+    from flax_diffusion.core.precompute import precompute
     from torch_backend.backend import TorchBackend
 
     with jax.enable_x64(dtype == "float64"):
@@ -132,11 +134,12 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         schedule = recipe.make_schedule(config, recipe.count_examples(config, source), 1)
         source = recipe.complete_source(config, source, ours)
         rate = recipe.make_rate(config, schedule)
-        embeddings = recipe.embed_prompts(config, ours)
-        with recipe.make_loader(config, spec, source, schedule, num_steps=steps, embeddings=embeddings) as loader:
-            for done, batch in enumerate(loader):
-                leave_out = NO_GRADIENT if dtype == "float32" else None
-                yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done), leave_out)
+        with tempfile.TemporaryDirectory() as folder:
+            made = precompute(config, spec, source, ours, Path(folder))
+            with recipe.make_loader(config, spec, source, schedule, num_steps=steps, made=made) as loader:
+                for done, batch in enumerate(loader):
+                    leave_out = NO_GRADIENT if dtype == "float32" else None
+                    yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done), leave_out)
 
 
 def _row(

@@ -16,6 +16,7 @@ import optax
 from flax import struct
 
 from flax_diffusion.adapters import merge
+from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.modules import Modules
 from flax_diffusion.optimizer import LossScale, Params, clip_by_global_norm, update_ema
 
@@ -49,8 +50,9 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
     Args:
         modules: The pipeline's modules and noise scheduler.
         params: Weights of every module, trained and frozen.
-        batch: pixel_values (B,C,H,W), noise (B,C,h,w), timesteps (B,), loss_weights (B,), and where the pipeline
-            needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L) or text_embeddings (B,L,D).
+        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), timesteps (B,),
+            loss_weights (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation (B,C,h,w),
+            input_ids (B,L) or text_embeddings (B,L,D).
         dropout: Key of the dropout masks.
 
     Returns:
@@ -58,7 +60,11 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
 
     Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; `Modules.target` for the other targets.
     """
-    clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
+    if "moments" in batch:
+        posterior = FlaxDiagonalGaussianDistribution(batch["moments"][:, 0], batch["moments"][:, 1])
+        clean = modules.sample_latents(posterior, batch["latent_noise"])
+    else:
+        clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
     noise, timesteps = batch["noise"], batch["timesteps"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = modules.add_noise(clean, added, timesteps)

@@ -62,7 +62,7 @@ class TorchBackend:
         self.device: torch.device = self.accelerator.device
         self._scheduler = scheduler_from_config(spec.scheduler) if spec.scheduler else None
         self.count = self.steps = 0
-        self._let_go = False  # of the text encoder
+        self._gone: set[str] = set()  # frozen components that wait on the host
 
     def init_state(self) -> int:
         """Loads or draws the weights and wraps them as Accelerate's configuration says."""
@@ -229,14 +229,25 @@ class TorchBackend:
 
     @torch.no_grad()
     def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encodes prompts, and moves the text encoder to the host."""
+        """Encodes prompts."""
         tokenize = self.spec.tokenize
         assert tokenize is not None
         ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts])).long().to(self.device)
         made = self.modules.encode_text(ids)
-        self.modules.by_name["text_encoder"].to("cpu")
-        self._let_go = True
         return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
+
+    @torch.no_grad()
+    def posteriors(self, pixels: np.ndarray) -> np.ndarray:
+        """Encodes images to the moments of their latents."""
+        with self.accelerator.autocast():
+            posterior = self.modules.posterior(self._put(pixels))
+        made = torch.stack([posterior.mean, posterior.logvar], dim=1)
+        return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
+
+    def let_go(self, name: str) -> None:
+        """Moves a frozen component to the host; it comes back for samples."""
+        self.modules.by_name[name].to("cpu")
+        self._gone.add(name)
 
     def trained_arrays(self) -> portable.Arrays:
         """What trains, averaged if there is an average, by component and PyTorch name."""
@@ -282,7 +293,7 @@ class TorchBackend:
     def _to_sample(self) -> Iterator[Modules]:
         """The modules, holding the moving average meanwhile if there is one."""
         trained = [name for name, component in self.spec.components.items() if component.trains]
-        with self._encoder_back(), torch.no_grad(), self.accelerator.autocast():
+        with self._all_back(), torch.no_grad(), self.accelerator.autocast():
             if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what it wraps cannot be called
                 copies = {name: self._finished(name).to(self.device).eval() for name in trained}
                 yield replace(self.modules, by_name=self.modules.by_name | copies)
@@ -302,14 +313,12 @@ class TorchBackend:
                     self.modules.by_name[name].train()
 
     @contextmanager
-    def _encoder_back(self) -> Iterator[None]:
-        """The text encoder is on the device meanwhile, also where training has let go of it."""
-        if not self._let_go:
-            yield
-            return
-        encoder = self.modules.by_name["text_encoder"]
-        encoder.to(self.device)
+    def _all_back(self) -> Iterator[None]:
+        """What training has let go of is on the device meanwhile."""
+        for name in self._gone:
+            self.modules.by_name[name].to(self.device)
         try:
             yield
         finally:
-            encoder.to("cpu")
+            for name in self._gone:
+                self.modules.by_name[name].to("cpu")

@@ -40,16 +40,22 @@ class Modules:
 
     @property
     def vae(self) -> Any:
-        """The autoencoder: `vae` in Stable Diffusion, `vqvae` in LDMPipeline."""
-        return self.by_name.get("vae") or self.by_name.get("vqvae")
+        """The autoencoder."""
+        return self.by_name.get(self.spec.vae_name)
 
     def encode_images(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """Pixels (B,C,H,W) in -1..1 to scaled latents (B,C,h,w); pixels themselves where there is no VAE."""
         if self.spec.vae is None:
             return pixels
+        assert noise is not None
         with torch.no_grad():
             posterior = self.posterior(pixels)
-            latents = (posterior.mean + posterior.std * noise) * self.spec.vae["scaling_factor"]
+            return self.sample_latents(posterior.mean, posterior.std, noise)
+
+    def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+        """Scaled latents (B,C,h,w), in float32 at least."""
+        assert self.spec.vae is not None
+        latents = (mean + std * noise) * self.spec.vae["scaling_factor"]
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
     def posterior(self, pixels: Tensor) -> Any:

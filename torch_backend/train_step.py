@@ -43,13 +43,17 @@ def diffusion_loss(modules: Modules, batch: Batch) -> Tensor:
     """The weighted denoising loss, Σ_i w_i · mean((prediction_i − target_i)²) / B.
 
     Args:
-        batch: pixel_values (B,C,H,W), noise (B,C,h,w), timesteps (B,), loss_weights (B,), and where the pipeline
-            needs them latent_noise (B,C,h,w), perturbation (B,C,h,w), input_ids (B,L) or
-            text_embeddings (B,L,D).
+        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), timesteps (B,),
+            loss_weights (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation (B,C,h,w),
+            input_ids (B,L) or text_embeddings (B,L,D).
 
     Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the twin of the JAX side's.
     """
-    clean = modules.encode_images(batch["pixel_values"], batch.get("latent_noise"))
+    if "moments" in batch:
+        mean, logvar = batch["moments"].unbind(dim=1)
+        clean = modules.sample_latents(mean, (0.5 * logvar).exp(), batch["latent_noise"])
+    else:
+        clean = modules.encode_images(batch["pixel_values"], batch.get("latent_noise"))
     noise, timesteps = batch["noise"], batch["timesteps"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = modules.add_noise(clean, added, timesteps)

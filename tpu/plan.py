@@ -10,13 +10,13 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from flax_diffusion.core import cli
-from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.config import CaptionedConfig, DiffusionConfig, TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.tasks import DreamBoothConfig, TextToImageConfig
 from tpu import hlo, kernels, topologies
@@ -108,6 +108,7 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
     import jax
 
     from flax_diffusion.core import recipe
+    from flax_diffusion.core.data.batches import Precomputed
     from flax_diffusion.program import Program
     from flax_diffusion.sharding import make_mesh
 
@@ -116,14 +117,17 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
     mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, where.devices)
     program = Program(config, spec, mesh)
     schedule = recipe.make_schedule(config, len(source), mesh.size)
-    frozen, embeddings = program.frozen, None
-    if isinstance(config, DreamBoothConfig) and config.pre_compute_text_embeddings:
+    frozen, made = program.frozen, Precomputed()
+    if isinstance(config, CaptionedConfig) and config.pre_compute_text_embeddings:
         assert spec.tokenize is not None
         assert spec.text_encoder is not None
         shape = (len(spec.tokenize("")), spec.text_encoder["hidden_size"])
-        embeddings = {str(source[0].caption): np.zeros(shape, np.float32)}
+        made = replace(made, embeddings=dict.fromkeys(("", str(source[0].caption)), np.zeros(shape, np.float32)))
         del frozen["text_encoder"]
-    example = recipe.make_example_fn(config, spec, embeddings)(source, 0, 0, 0)
+    if isinstance(config, DiffusionConfig) and config.cache_latents:
+        made = replace(made, moments={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
+        del frozen[spec.vae_name]
+    example = recipe.make_example_fn(config, spec, made)(source, 0, 0, 0)
     pairs = 2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1
     batch = program.batch(example, schedule.accumulation, schedule.batch_size * pairs)
     try:

@@ -75,7 +75,19 @@ class Backend(Protocol):
         ...
 
     def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encodes prompts to (N, L, D), and lets go of the text encoder: only samples need it from then on."""
+        """Encodes prompts to float32 (N, L, D)."""
+        ...
+
+    def posteriors(self, pixels: np.ndarray) -> np.ndarray:
+        """Encodes images, float32 (N, C, H, W) in -1..1, N a multiple of the devices.
+
+        Returns:
+            Means and log variances of their latents, not scaled, float32 (N, 2, c, h, w).
+        """
+        ...
+
+    def let_go(self, name: str) -> None:
+        """Frees a frozen component's memory: only samples need it from now on. `vae` is the autoencoder's, always."""
         ...
 
     def trained_arrays(self) -> Arrays:

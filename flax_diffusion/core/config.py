@@ -162,6 +162,9 @@ class DiffusionConfig(TrainConfig):
     snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weights; 5 is the paper's choice.")
     noise_offset: float = Field(0.0, ge=0, description="Strength of the offset added to each channel's noise.")
     input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input; 0.1 is usual.")
+    cache_latents: bool = Field(
+        False, description="Encode each picture once, before training; the autoencoder then leaves the step."
+    )
     validation_num_inference_steps: int = Field(
         50,
         ge=1,
@@ -173,6 +176,11 @@ class DiffusionConfig(TrainConfig):
     def _check_diffusion(self) -> DiffusionConfig:
         if self.pretrained_model_name_or_path and self.unet is not None:
             raise ValueError("--unet is for training from scratch: drop it or --pretrained_model_name_or_path")
+        if self.cache_latents and not (self.center_crop or self.resize_mode == "stretch"):
+            raise ValueError(
+                "--cache_latents encodes each picture once, and crops at random would differ from epoch to epoch: add "
+                "--center_crop, or --resize_mode stretch"
+            )
         return self
 
 
@@ -221,10 +229,27 @@ class TextConfig(DiffusionConfig):
     )
 
 
-class LoraConfig(TextConfig):
-    """Of the tasks that can train LoRA instead of the whole model."""
+class CaptionedConfig(TextConfig):
+    """Of the tasks whose prompts are known before training, and whose text encoder may train."""
 
     train_text_encoder: bool = Field(False, description="Train the text encoder too.")
+    pre_compute_text_embeddings: bool = Field(
+        False, description="Encode each prompt once and let go of the text encoder; it must not train."
+    )
+
+    @model_validator(mode="after")
+    def _check_embeddings(self) -> CaptionedConfig:
+        if self.pre_compute_text_embeddings and self.train_text_encoder:
+            raise ValueError(
+                "--pre_compute_text_embeddings encodes each prompt once, and --train_text_encoder changes what comes "
+                "of it: drop one"
+            )
+        return self
+
+
+class LoraConfig(CaptionedConfig):
+    """Of the tasks that can train LoRA instead of the whole model."""
+
     text_encoder_learning_rate: float | None = Field(
         None,
         gt=0,

@@ -25,6 +25,7 @@ from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError
 from flax_diffusion.core.files import write_text
 from flax_diffusion.core.pipeline import PipelineSpec
+from flax_diffusion.core.precompute import precompute
 from flax_diffusion.core.rates import ema_decay
 from flax_diffusion.core.tracking import Tracker
 
@@ -57,7 +58,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
     schedule = recipe.make_schedule(config, num_examples, backend.device_count)
     parameters = backend.init_state()
     source = recipe.complete_source(config, source, backend)
-    embeddings = recipe.embed_prompts(config, backend)
+    made = precompute(config, spec, source, backend, output_dir / "precomputed")
     first_step, first_example = 0, 0
     if resume_from is not None:
         metadata = _check_resume(backend.restore(resume_from), resume_from, task, config, num_examples)
@@ -82,7 +83,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         process_count=backend.process_count,
         start_example=first_example,
         num_steps=max(0, schedule.total_steps - first_step),
-        embeddings=embeddings,
+        made=made,
     )
     tracker = Tracker(
         output_dir,
@@ -103,6 +104,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         run.finish()
     finally:
         tracker.close()
+    shutil.rmtree(output_dir / "precomputed", ignore_errors=True)
     return output_dir
 
 

@@ -116,7 +116,12 @@ class PipelineSpec:
     @property
     def vae(self) -> Component | None:
         """The autoencoder, or None in pixel space."""
-        return self.components.get("vae") or self.components.get("vqvae")
+        return self.components.get(self.vae_name)
+
+    @property
+    def vae_name(self) -> str:
+        """The autoencoder's component name: `vae` in Stable Diffusion, `vqvae` in LDMPipeline."""
+        return "vqvae" if "vqvae" in self.components else "vae"
 
     @property
     def text_encoder(self) -> Component | None:

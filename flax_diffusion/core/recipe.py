@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
-
 from flax_diffusion.core import class_images, task_pipelines
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DatasetConfig, DiffusionConfig, TextConfig, TrainConfig
-from flax_diffusion.core.data.batches import ExampleFn
+from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.concepts import (
     PairedSource,
     PromptedSource,
@@ -113,20 +111,20 @@ def complete_source(config: TrainConfig, source: Source, backend: Backend) -> So
     return open_pairs(config, cast(PromptedSource, source))
 
 
-def embed_prompts(config: TrainConfig, backend: Backend) -> dict[str, np.ndarray] | None:
-    """The text embedding of every prompt, where they are made before training; None where each step makes its own."""
-    if not (isinstance(config, DreamBoothConfig) and config.pre_compute_text_embeddings):
-        return None
-    given = [prompt for concept in config.all_concepts for prompt in (concept.instance_prompt, concept.class_prompt)]
-    prompts = list(dict.fromkeys(prompt for prompt in given if prompt is not None))
-    return dict(zip(prompts, backend.embed_prompts(prompts), strict=True))
-
-
 def make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
     """The pipeline that a config names; the source's captions make a tokenizer where there is none."""
     if isinstance(config, AutoencoderConfig):
         return task_pipelines.autoencoder(config)
     assert isinstance(config, DiffusionConfig)
+    spec = _diffusion_spec(config, source)
+    if config.cache_latents and spec.vae is None:
+        raise ConfigError(
+            "--cache_latents: the model trains on pixels, there is no autoencoder; drop it, or give a --vae"
+        )
+    return spec
+
+
+def _diffusion_spec(config: DiffusionConfig, source: Source) -> PipelineSpec:
     if not isinstance(config, TextConfig):
         return task_pipelines.unconditional(config)
     captions = (_as_list(source[index].caption) for index in range(len(source)))
@@ -151,7 +149,7 @@ def make_loader(
     schedule: Schedule,
     *,
     num_steps: int,
-    embeddings: dict[str, np.ndarray] | None = None,
+    made: Precomputed | None = None,
     process_index: int = 0,
     process_count: int = 1,
     start_example: int = 0,
@@ -159,7 +157,7 @@ def make_loader(
     """The batches of one process of a run."""
     return Loader(
         source,
-        make_example_fn(config, spec, embeddings),
+        make_example_fn(config, spec, made),
         seed=config.seed,
         batch_size=schedule.batch_size // process_count,
         accumulation=schedule.accumulation,
@@ -173,9 +171,19 @@ def make_loader(
     )
 
 
-def make_example_fn(
-    config: TrainConfig, spec: PipelineSpec, embeddings: dict[str, np.ndarray] | None = None
-) -> ExampleFn:
+def make_transform(config: TrainConfig, spec: PipelineSpec) -> ImageTransform:
+    """What happens to the pictures of this run."""
+    return ImageTransform(
+        resolution=config.resolution,
+        resize_mode=config.resize_mode,
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+        interpolation=config.image_interpolation_mode,
+        channels=spec.image_channels,
+    )
+
+
+def make_example_fn(config: TrainConfig, spec: PipelineSpec, made: Precomputed | None = None) -> ExampleFn:
     """The recipe that makes one training example of this run."""
     diffusion = config if isinstance(config, DiffusionConfig) else None
     noise = NoiseSpec(
@@ -186,17 +194,10 @@ def make_example_fn(
         latent_noise=spec.vae is not None,
     )
     return ExampleFn(
-        transform=ImageTransform(
-            resolution=config.resolution,
-            resize_mode=config.resize_mode,
-            center_crop=config.center_crop,
-            random_flip=config.random_flip,
-            interpolation=config.image_interpolation_mode,
-            channels=spec.image_channels,
-        ),
+        transform=make_transform(config, spec),
         noise=noise,
         tokenize=spec.tokenize,
-        embeddings=embeddings,
+        made=made or Precomputed(),
         proportion_empty_prompts=config.proportion_empty_prompts if isinstance(config, TextToImageConfig) else 0.0,
         loss_weights=task_pipelines.loss_weights(diffusion, spec) if diffusion else None,
     )

@@ -93,9 +93,6 @@ class DreamBoothConfig(LoraConfig):
     num_class_images: int = Field(100, ge=1, description="Pictures of each class; the model draws those missing.")
     prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the class pictures' loss.")
     sample_batch_size: int = Field(4, ge=1, description="Class pictures a device draws at a time.")
-    pre_compute_text_embeddings: bool = Field(
-        False, description="Encode each prompt once and let go of the text encoder; it must not train."
-    )
     concepts: list[Concept] = Field(
         [], description="Several concepts at once: a list of mappings with the five options of one, and repeats."
     )
@@ -135,11 +132,6 @@ class DreamBoothConfig(LoraConfig):
     def _check_concepts(self) -> DreamBoothConfig:
         if self.pretrained_model_name_or_path is None:
             raise ValueError("dreambooth starts from a model: give --pretrained_model_name_or_path")
-        if self.pre_compute_text_embeddings and self.train_text_encoder:
-            raise ValueError(
-                "--pre_compute_text_embeddings encodes each prompt once, and --train_text_encoder changes what comes "
-                "of it: drop one"
-            )
         single = {
             "instance_data_dir": self.instance_data_dir,
             "instance_prompt": self.instance_prompt,

@@ -1,6 +1,5 @@
 """DreamBooth: pairs of new thing and class, class pictures drawn once, checkpoints that load, bad input."""
 
-import importlib
 import json
 import shutil
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny import losses, pictures, stable_diffusion
+from tiny import pictures, stable_diffusion
 
 from flax_diffusion.core import class_images, recipe
 from flax_diffusion.core.errors import ConfigError, DataError
@@ -123,23 +122,6 @@ def test_a_run(options, tmp_path):
     again = train("dreambooth", **values | {"resume_from_checkpoint": "checkpoint-2"})
     assert yaml.safe_load((again / "config.yaml").read_text())["task"] == "dreambooth"
     assert (out / "model_index.json").is_file()
-
-
-@pytest.mark.parametrize("backend", [pytest.param("flax_diffusion", marks=pytest.mark.acceptance), "torch_backend"])
-def test_embeddings_made_before_are_those_of_each_step(options, tmp_path, backend):
-    """Also with samples, for which the text encoder comes back."""
-    start = importlib.import_module(f"{backend}.train").train
-    pictures(tmp_path / "class", 5)
-    values = options | {
-        "max_train_steps": 3, "learning_rate": 1e-3, "lr_warmup_steps": 0, "report_to": "tensorboard",
-        "validation_prompts": ["a sks dog"], "validation_steps": 2, "validation_num_inference_steps": 2,
-    }  # fmt: skip
-    runs = [
-        start("dreambooth", **values | {"output_dir": str(tmp_path / str(early)), "pre_compute_text_embeddings": early})
-        for early in (False, True)
-    ]
-    np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=1e-6)
-    assert (runs[0] / "samples/00000002.png").read_bytes() == (runs[1] / "samples/00000002.png").read_bytes()
 
 
 @pytest.mark.parametrize(

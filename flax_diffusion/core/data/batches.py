@@ -23,13 +23,27 @@ class MakeExample(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Precomputed:
+    """What examples take from here instead of making it.
+
+    Attributes:
+        embeddings: Of every caption, (L, D); None where each step encodes its own.
+        moments: By the name of a record, mean and log variance of its latents, (1 or 2, 2, c, h, w): of the picture
+            and, where it is flipped at random, of its mirror image; None where each step encodes its pictures.
+    """
+
+    embeddings: Mapping[str, np.ndarray] | None = None
+    moments: Mapping[str, np.ndarray] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExampleFn:
     """The examples of unconditional and of captioned training. Picklable."""
 
     transform: ImageTransform
     noise: NoiseSpec
     tokenize: Tokenize | None = None  # None: unconditional
-    embeddings: Mapping[str, np.ndarray] | None = field(default=None, repr=False)  # of every caption, (L, D)
+    made: Precomputed = field(default=Precomputed(), repr=False)
     proportion_empty_prompts: float = 0.0
     loss_weights: np.ndarray | None = field(default=None, repr=False)  # float32 (num_train_timesteps,); None: ones
 
@@ -50,7 +64,8 @@ class ExampleFn:
             index: of the example in the source, from 0.
 
         Returns:
-            `pixel_values` float32 (channels, resolution, resolution) in [-1, 1]; what `NoiseSpec.draw` gives;
+            `pixel_values` float32 (channels, resolution, resolution) in [-1, 1] or, where they were made before,
+            `moments` float32 (2, c, h, w) of the autoencoder's posterior; what `NoiseSpec.draw` gives;
             `input_ids` int32 (model_max_length,) or, where they were made before, `text_embeddings` (L, D), unless
             unconditional; `loss_weights` float32 ();
             `example_index` int64 ().
@@ -63,10 +78,16 @@ class ExampleFn:
             return example_rng(seed, stream, epoch, index)
 
         record = source[index]
-        example = {"pixel_values": self.transform(decode(record), rng).pixel_values}
+        embeddings, moments = self.made.embeddings, self.made.moments
+        if moments is None:
+            example = {"pixel_values": self.transform(decode(record), rng).pixel_values}
+        elif record.name in moments:
+            example = {"moments": moments[record.name][int(self.transform.flips(rng))]}
+        else:
+            raise DataError(f"{record.name} could not be read when its latents were made")
         example |= self.noise.draw(rng)
-        if self.embeddings is not None:
-            example["text_embeddings"] = self.embeddings[self._caption(record, rng)]
+        if embeddings is not None:
+            example["text_embeddings"] = embeddings[self._caption(record, rng)]
         elif self.tokenize is not None:
             example["input_ids"] = self.tokenize(self._caption(record, rng))
         weight = 1.0 if self.loss_weights is None else self.loss_weights[example["timesteps"]]

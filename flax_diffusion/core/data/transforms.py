@@ -63,10 +63,14 @@ class ImageTransform:
         width = image.width
         if (top, left, *image.size) != (0, 0, self.resolution, self.resolution):
             image = image.crop((left, top, left + self.resolution, top + self.resolution))
-        if self.random_flip and rng(Stream.FLIP).random() < 0.5:
+        if self.flips(rng):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             left = width - left - self.resolution
         return Transformed(scale(np.asarray(image)), original_size, (top, left))
+
+    def flips(self, rng: Callable[[Stream], np.random.Generator]) -> bool:
+        """Whether a picture is flipped, drawn from `FLIP`."""
+        return self.random_flip and rng(Stream.FLIP).random() < 0.5
 
     def _resize(self, image: Image.Image) -> Image.Image:
         if self.resize_mode == "stretch":

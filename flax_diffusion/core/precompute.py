@@ -1,0 +1,108 @@
+"""What the frozen models say of the data, computed once before training: text embeddings, and moments of latents.
+
+The step then needs neither models nor pictures, and both give way to larger batches. The moments of the autoencoder's
+posterior are kept, not a sample of it, so that each epoch draws latents anew; of pictures that are flipped at random,
+those of both orientations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from flax_diffusion.core import recipe
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config import CaptionedConfig, DiffusionConfig, TrainConfig
+from flax_diffusion.core.data.batches import Precomputed
+from flax_diffusion.core.data.images import decode
+from flax_diffusion.core.data.noise import Stream
+from flax_diffusion.core.data.sources import Source
+from flax_diffusion.core.data.table import write_table
+from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.pipeline import PipelineSpec
+from flax_diffusion.core.tasks import TextToImageConfig
+
+log = logging.getLogger(__name__)
+
+PROMPTS_AT_A_TIME = 64
+
+
+def precompute(config: TrainConfig, spec: PipelineSpec, source: Source, backend: Backend, folder: Path) -> Precomputed:
+    """Computes what the config asks for, and lets go of the models that made it.
+
+    Args:
+        config: Of the run.
+        spec: Its pipeline.
+        source: All examples of it.
+        backend: With its models loaded.
+        folder: For the files, each process its own.
+
+    Raises:
+        DataError: For a picture that cannot be read, unless such pictures are skipped.
+    """
+    made = Precomputed()
+    if isinstance(config, CaptionedConfig) and config.pre_compute_text_embeddings:
+        prompts = _prompts(config, source)
+        path = folder / f"embeddings-{backend.process_index}.npy"
+        made = replace(made, embeddings=write_table(path, len(prompts), _embedded(prompts, backend)))
+        backend.let_go("text_encoder")
+    if isinstance(config, DiffusionConfig) and config.cache_latents:
+        named = {source[index].name: index for index in range(len(source))}
+        batches = _encoded(config, source, named, recipe.make_transform(config, spec), backend)
+        made = replace(made, moments=write_table(folder / f"moments-{backend.process_index}.npy", len(named), batches))
+        backend.let_go(spec.vae_name)
+    return made
+
+
+def _prompts(config: CaptionedConfig, source: Source) -> list[str]:
+    captions = (source[index].caption for index in range(len(source)))
+    listed = ([caption] if isinstance(caption, str) else caption or [] for caption in captions)
+    prompts = dict.fromkeys(prompt for several in listed for prompt in several)
+    if isinstance(config, TextToImageConfig) and config.proportion_empty_prompts:
+        prompts[""] = None
+    return list(prompts)
+
+
+def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str], np.ndarray]]:
+    for first in range(0, len(prompts), PROMPTS_AT_A_TIME):
+        several = prompts[first : first + PROMPTS_AT_A_TIME]
+        size = min(PROMPTS_AT_A_TIME, len(prompts))  # one shape for all, so that one program does
+        yield several, backend.embed_prompts((several * size)[:size])[: len(several)]
+
+
+def _encoded(
+    config: DiffusionConfig, source: Source, named: Mapping[str, int], transform: ImageTransform, backend: Backend
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    upright = replace(transform, random_flip=False)
+
+    def read(name: str) -> np.ndarray | None:
+        try:
+            return upright(decode(source[named[name]]), _no_draw).pixel_values
+        except DataError:
+            if not config.skip_bad_images:
+                raise
+            log.warning("%s cannot be read: it is left out", name)
+            return None
+
+    names, size = list(named), config.train_batch_size * backend.device_count
+    log.info("encoding %d pictures", len(names))
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, len(names), size):
+            several = names[first : first + size]
+            arrays = zip(several, pool.map(read, several), strict=True)
+            pixels = {name: array for name, array in arrays if array is not None}
+            if pixels:
+                stack = np.resize(np.stack(list(pixels.values())), (size, *next(iter(pixels.values())).shape))
+                orientations = [stack, np.ascontiguousarray(stack[..., ::-1])] if transform.random_flip else [stack]
+                moments = np.stack([backend.posteriors(each) for each in orientations], axis=1)
+                yield list(pixels), moments[: len(pixels)]
+
+
+def _no_draw(stream: Stream) -> np.random.Generator:
+    raise AssertionError(f"{stream.name} is drawn, so that a picture has more than one form")

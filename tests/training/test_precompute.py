@@ -1,0 +1,64 @@
+"""What is computed once before training: the same run with it as without, on both backends."""
+
+import copy
+import importlib
+import pickle
+
+import numpy as np
+import pytest
+from tiny import RUN, losses, pictures, stable_diffusion
+
+from flax_diffusion.core.data.table import write_table
+from flax_diffusion.core.errors import ConfigError, DataError
+from flax_diffusion.train import train
+
+
+def test_a_table(tmp_path):
+    """Also in a process that opens it anew."""
+    rows = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
+    table = write_table(tmp_path / "deep/table.npy", 5, [(["a", "b", "c"], rows[:3]), (["d"], rows[3:])])
+    assert list(table) == ["a", "b", "c", "d"]
+    assert len(pickle.dumps(table)) < 1000
+    for place, name in enumerate(table):
+        np.testing.assert_array_equal(table[name], rows[place])
+        np.testing.assert_array_equal(copy.copy(table)[name], rows[place])
+    assert "e" not in table
+
+
+@pytest.fixture
+def options(tmp_path):
+    return {
+        "pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")),
+        "train_data_dir": str(pictures(tmp_path / "data", 5)), "resolution": 16, "train_batch_size": 2,
+        "max_train_steps": 6, "center_crop": True, "random_flip": True, "proportion_empty_prompts": 0.3,
+        "learning_rate": 1e-3, "lr_warmup_steps": 0, "output_dir": str(tmp_path / "run"),
+        "validation_prompts": ["a dog"], "validation_num_inference_steps": 2, "eval_batch_size": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["flax_diffusion", "torch_backend"])
+def test_the_losses_are_those_of_a_run_without(options, tmp_path, backend):
+    """Over three epochs with flips and empty prompts; the models come back for the samples."""
+    start = importlib.import_module(f"{backend}.train").train
+    cached = {"cache_latents": True, "pre_compute_text_embeddings": True, "dataloader_num_workers": 1}
+    runs = [
+        start("text_to_image", **options | changes | {"output_dir": str(tmp_path / name)})
+        for name, changes in (("each", {}), ("once", cached))
+    ]
+    np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=1e-5)
+    assert not (runs[1] / "precomputed").exists()
+    assert (runs[1] / "samples/00000006.png").is_file()
+
+
+def test_pictures_that_cannot_be_read(options, tmp_path):
+    (tmp_path / "data/1.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"1\.png"):
+        train("text_to_image", **options, cache_latents=True)
+    train("text_to_image", **options, cache_latents=True, skip_bad_images=True)
+
+
+def test_what_cannot_be_cached(options, tmp_path):
+    with pytest.raises(ConfigError, match="crops at random would differ from epoch to epoch: add --center_crop"):
+        train("text_to_image", **options | {"cache_latents": True, "center_crop": False})
+    with pytest.raises(ConfigError, match="the model trains on pixels, there is no autoencoder"):
+        train("unconditional", **RUN, cache_latents=True, center_crop=True, output_dir=str(tmp_path / "run"))
