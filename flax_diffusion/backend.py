@@ -19,7 +19,7 @@ from flax_diffusion.core import portable
 from flax_diffusion.core.backend import Batch, refuse
 from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
-from flax_diffusion.core.errors import CheckpointError, ConfigError
+from flax_diffusion.core.errors import CheckpointError
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.torch_names import from_torch_layout
 from flax_diffusion.modules import load_pretrained
@@ -58,8 +58,6 @@ class JaxBackend:
         self, config: TrainConfig, spec: PipelineSpec, devices: Sequence[Any] | None = None, dtype: Any = jnp.float32
     ):
         refuse(config, PYTORCH_ONLY, "PyTorch")
-        if config.use_8bit_adam:
-            raise ConfigError("--use_8bit_adam: not here yet; --fsdp_parallelism divides the moments over devices")
         if config.set_grads_to_none:
             log.info("--set_grads_to_none: nothing to do, JAX keeps no gradients between steps")
         self.config, self.spec = config, spec

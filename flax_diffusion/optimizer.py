@@ -13,6 +13,7 @@ import optax
 from flax import struct
 
 from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.eight_bit import scale_by_8bit_adam
 
 Params = Any
 """A tree of arrays."""
@@ -25,12 +26,14 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """AdamW up to the learning rate: the update is `m̂ / (√v̂ + ε) + decay · weight`.
 
     Args:
-        config: Gives β1, β2, ε and the decoupled weight decay, which falls on every parameter as in PyTorch.
+        config: Gives β1, β2, ε and the decoupled weight decay, which falls on every parameter as in PyTorch; and
+            whether moments take 8 bits.
 
     Reference: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, algorithm 2; `torch.optim.AdamW`.
     """
+    adam = scale_by_8bit_adam if config.use_8bit_adam else optax.scale_by_adam
     return optax.chain(
-        optax.scale_by_adam(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon),
+        adam(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon),
         optax.add_decayed_weights(config.adam_weight_decay),
     )
 

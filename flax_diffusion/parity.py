@@ -107,6 +107,8 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
             )
     if dtype == "float64" and config.mixed_precision != "no":
         raise ConfigError(f"--dtype float64 with --mixed_precision {config.mixed_precision}: drop one of them")
+    if config.use_8bit_adam:
+        raise ConfigError("--use_8bit_adam rounds moments differently on the two backends: drop it")
     import jax
     import torch
 

@@ -57,13 +57,16 @@ class Program:
             rate_factors=rate_factors(config),
             seed=config.seed,
             unroll=mesh.devices.flat[0].platform == "cpu",
+            offload=config.offload_optimizer,
         )
+        self._offload = config.offload_optimizer
 
     @functools.cached_property
     def state(self) -> TrainState:
         """Shapes, dtypes and shardings of the train state."""
         params = {name: self._shapes(self._trained(name), self.dtype) for name in self.trained}
-        return self.placed(jax.eval_shape(self.create_state, params))
+        state = self.placed(jax.eval_shape(self.create_state, params))
+        return state.replace(opt_state=jax.tree.map(_on_host, state.opt_state)) if self._offload else state
 
     @property
     def trained(self) -> list[str]:
@@ -128,3 +131,11 @@ class Program:
     @staticmethod
     def _shapes(tree: Any, dtype: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+
+
+def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The same, from where a device fetches it. Scalars stay on the device."""
+    if not leaf.shape:
+        return leaf
+    assert leaf.sharding is not None
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind("pinned_host"))

@@ -129,6 +129,25 @@ def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...]
     return jax.lax.scan(body, zeros, inputs)[0]
 
 
+def compute_copies(modules: Modules, params: Params) -> Params:
+    """Matrices in the precision that their modules compute in, made once a step.
+
+    Where weights are divided over devices, it is these that are gathered, at half the bytes under bf16. Norms and
+    biases stay as they are: sums in float32 take them.
+    """
+
+    def of_module(name: str, tree: Params) -> Params:
+        dtype = modules.by_name[name].dtype
+
+        def copy(path: Any, leaf: jax.Array) -> jax.Array:
+            matrix = path[-1].key in ("kernel", "embedding")
+            return leaf.astype(dtype) if matrix else leaf
+
+        return jax.tree_util.tree_map_with_path(copy, tree)
+
+    return {name: of_module(name, tree) for name, tree in params.items()}
+
+
 def train_step(
     state: TrainState,
     frozen: Params,
@@ -141,6 +160,7 @@ def train_step(
     rate_factors: Mapping[str, float],
     seed: int,
     unroll: bool,
+    offload: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one optimizer step.
 
@@ -155,6 +175,7 @@ def train_step(
         rate_factors: Static; by which the learning rate of some components is multiplied.
         seed: Static; of dropout.
         unroll: Static; see `sum_over_micro_batches`.
+        offload: Static; the optimizer's state comes from the host's memory.
 
     Returns:
         The new state and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
@@ -168,15 +189,19 @@ def train_step(
         loss = loss_of(modules, merge(frozen, params), micro, key)
         return loss * scale, loss
 
+    copies = compute_copies(modules, state.params)
+
     def micro_step(micro: Batch, key: jax.Array) -> tuple[jax.Array, Params]:
-        (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(state.params, micro, key)
-        return loss, grads
+        (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(copies, micro, key)
+        return loss, jax.tree.map(lambda grad, weight: grad.astype(weight.dtype), grads, state.params)
 
     loss, grads = sum_over_micro_batches(micro_step, (batch, keys), unroll=unroll or count == 1)
     loss = loss / count
     grads = jax.tree.map(lambda g: g / (count * scale), grads)
 
     clipped, norm = clip_by_global_norm(grads, max_grad_norm)
+    if offload:
+        state = state.replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
     updates, opt_state = optimizer.update(clipped, state.opt_state, state.params)
     params = {}
     changes: Any = updates

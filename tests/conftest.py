@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 
 # Before jax is imported anywhere: the mesh tests need several devices, the others do not mind. Tiny programs run for
-# milliseconds and compile for seconds, so LLVM's optimizer is off, which halves the latter.
+# milliseconds and compile for seconds, so they are compiled without optimizers, by the emitters that are quickest to
+# write, and in one part.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-FLAGS = " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+QUICK = " ".join([
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+])  # fmt: skip
+FLAGS = f" --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

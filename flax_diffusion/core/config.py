@@ -90,8 +90,15 @@ class TrainConfig(BaseModel):
     )
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
 
+    use_8bit_adam: bool = Field(
+        False, description="AdamW with 8-bit moments; on PyTorch those of bitsandbytes, which rounds differently."
+    )
+
+    offload_optimizer: bool = Field(
+        False, description="JAX: keep the moments in the host's memory; they visit the device in each step."
+    )
+
     # What only PyTorch has, most of it on CUDA; the JAX side says what to use instead
-    use_8bit_adam: bool = Field(False, description="PyTorch: AdamW with 8-bit moments, by bitsandbytes.")
     enable_xformers_memory_efficient_attention: bool = Field(
         False, description="PyTorch: attention by xformers instead of PyTorch's own."
     )

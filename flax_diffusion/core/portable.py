@@ -43,6 +43,8 @@ def portable_name(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
     if path in SCALARS:
         return SCALARS[path], ()
     kind, component, *inside = path[2:] if path[:2] == ("opt_state", "0") else path
+    if inside[-1] in ("codes", "absmax"):  # of 8-bit moments, in whatever layout they have
+        return f"{kind}_{inside[-1]}/{component}/{torch_name(inside[:-1])}", ()
     return f"{kind}/{component}/{torch_name(inside)}", tuple(inside)
 
 

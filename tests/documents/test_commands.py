@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import QUICK
 from tiny import pictures, stable_diffusion
 
 from flax_diffusion.convert import convert
@@ -113,6 +114,6 @@ def test_the_same_cut_short(request, tmp_path, models, number):
     pictures(tmp_path / "new", 3, size=520)
     module, arguments = made_for(models, COMMANDS[number], tmp_path)
     arguments += ["--max_train_steps=1", "--num_class_images=2"]
-    ran = run(module, arguments, request.config.rootpath, XLA_FLAGS="--xla_backend_optimization_level=0")
+    ran = run(module, arguments, request.config.rootpath, XLA_FLAGS=QUICK)
     assert ran.returncode == 0, ran.stderr[-2000:]
     assert len(image_files(tmp_path / "class")) == 2

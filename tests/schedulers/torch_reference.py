@@ -126,7 +126,11 @@ def flax_trajectory(scheduler: Any, steps: int, doubled: bool = False, scan: boo
 
     carry, inputs = (jnp.asarray(first) * state.init_noise_sigma, state), (state.timesteps, jnp.asarray(noise))
     if scan:
-        return np.asarray(jax.jit(lambda carry, inputs: jax.lax.scan(body, carry, inputs)[1])(carry, inputs))
+        whole = jax.jit(
+            lambda carry, inputs: jax.lax.scan(body, carry, inputs)[1],
+            compiler_options={"xla_cpu_use_fusion_emitters": True},  # as users compile it: the last digits depend on it
+        )
+        return np.asarray(whole(carry, inputs))
     path = []
     for one in zip(*inputs, strict=True):
         carry, sample = body(carry, one)

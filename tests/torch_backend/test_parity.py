@@ -186,6 +186,8 @@ def test_command_line(tmp_path, capsys):
 def test_mistakes():
     with pytest.raises(ConfigError, match="--dtype float64 with --mixed_precision bf16: drop one"):
         list(compare(make_config("unconditional", mixed_precision="bf16"), 1))
+    with pytest.raises(ConfigError, match="--use_8bit_adam rounds moments differently"):
+        list(compare(make_config("unconditional", use_8bit_adam=True), 1))
     with pytest.raises(ConfigError, match=r"unet: dropout 0\.1 draws different masks"):
         list(compare(make_config("unconditional", unet=RUN["unet"] | {"dropout": 0.1}), 1))
 

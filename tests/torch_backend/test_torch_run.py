@@ -63,6 +63,7 @@ def test_text_to_image_leaves_a_pipeline(tmp_path):
     assert sorted(path.name for path in (tmp_path / "images").iterdir()) == ["00000.png", "00001.png", "grid.png"]
 
 
+@pytest.mark.acceptance
 def test_the_same_command_starts_from_the_same_weights(tmp_path):
     from flax_diffusion.models import FlaxUNet2DModel
 

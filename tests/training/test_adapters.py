@@ -81,7 +81,7 @@ def ours(folder, prompt):
     return np.asarray(jax.jit(modules.predict)(params, np.ones((1, 4, 8, 8), np.float32), np.array([10]), context))
 
 
-@BACKENDS
+@pytest.mark.parametrize("backend", [JaxBackend, pytest.param(TorchBackend, marks=pytest.mark.acceptance)])
 def test_lora_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, backend):
     from diffusers import StableDiffusionPipeline
 

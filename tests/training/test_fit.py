@@ -44,6 +44,7 @@ def test_unconditional_run_leaves_everything(tmp_path, caplog):
     assert tags["images"] == ["samples"]
 
 
+@pytest.mark.acceptance
 def test_text_to_image_from_scratch(tmp_path):
     out = train("text_to_image", **TEXT_RUN, output_dir=str(tmp_path / "run"))
     index = json.loads((out / "model_index.json").read_text())

@@ -46,7 +46,10 @@ def one_device():
     return losses(1)[0]
 
 
-@pytest.mark.parametrize(("data", "fsdp"), [(8, 1), pytest.param(1, 8, marks=pytest.mark.acceptance), (2, 4)])
+LONG = pytest.mark.acceptance
+
+
+@pytest.mark.parametrize(("data", "fsdp"), [pytest.param(8, 1, marks=LONG), pytest.param(1, 8, marks=LONG), (2, 4)])
 def test_eight_devices_equal_one(one_device, data, fsdp):
     eight, backend = losses(8, data_parallelism=data, fsdp_parallelism=fsdp)
     np.testing.assert_allclose(eight, one_device, rtol=1e-5)

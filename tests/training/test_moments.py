@@ -1,0 +1,98 @@
+"""Moments that take less of a device: in 8 bits, or in the host's memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_resume import assert_same, run
+from tiny import RUN
+
+from flax_diffusion import eight_bit
+from flax_diffusion.backend import JaxBackend
+from flax_diffusion.core import recipe
+from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.loop import fit
+from flax_diffusion.core.tasks import UnconditionalConfig
+from flax_diffusion.program import Program
+from flax_diffusion.sharding import make_mesh
+
+WIDE = {"unet": RUN["unet"] | {"block_out_channels": [8, 64]}, "gradient_accumulation_steps": 1, "use_8bit_adam": True}
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 320, 8), (600, 8), (7, 5)])
+def test_codes_are_within_a_sixteenth(shape):
+    """Of numbers over four decades within each block; zeros stay zeros, and nothing else becomes one."""
+    rng = np.random.default_rng(0)
+    x = np.float32(10 ** rng.uniform(-4, 0, shape) * rng.choice([-1, 0, 1], shape))
+    coded = eight_bit.quantize(jnp.asarray(x))
+    back = np.asarray(eight_bit.dequantize(coded))
+    assert coded.codes.dtype.itemsize == 1
+    np.testing.assert_array_equal(np.sign(back), np.sign(x))
+    large = np.abs(x) > 1e-4 * np.abs(x).max()
+    np.testing.assert_allclose(back[large], x[large], rtol=1 / 16, atol=np.abs(x).max() * 2**-9 / 448)
+
+
+def test_updates_are_near_those_of_adam():
+    """On gradients of very different sizes in one array, over 50 steps."""
+    rng = np.random.default_rng(0)
+    sizes = 10 ** rng.uniform(-4, 0, (128, 64))
+    params = {"kernel": jnp.zeros((128, 64))}
+    options = {"b1": 0.9, "b2": 0.999, "eps": 1e-8}
+    ours, theirs = eight_bit.scale_by_8bit_adam(**options), optax.scale_by_adam(**options)
+    states = [ours.init(params), theirs.init(params)]
+    for _ in range(50):
+        grads = {"kernel": jnp.asarray(sizes * (1 + rng.standard_normal(sizes.shape)), jnp.float32)}
+        (update, states[0]), (expected, states[1]) = (
+            jax.jit(one.update)(grads, state) for one, state in zip((ours, theirs), states, strict=True)
+        )
+    difference = np.abs(update["kernel"] - expected["kernel"]).mean() / np.abs(expected["kernel"]).mean()
+    assert difference < 0.1
+
+
+@pytest.mark.acceptance
+def test_a_run_resumes_bitwise(tmp_path):
+    whole = run(tmp_path / "whole", max_train_steps=6, checkpointing_steps=3, **WIDE)
+    assert {leaf.dtype for leaf in whole} >= {np.dtype(eight_bit.CODE)}
+    (tmp_path / "part").mkdir()
+    (tmp_path / "whole/checkpoint-3").rename(tmp_path / "part/checkpoint-3")
+    again = {"max_train_steps": 6, "resume_from_checkpoint": "latest"}
+    assert_same(run(tmp_path / "part", **again, **WIDE), whole)
+    with pytest.raises(CheckpointError, match="checkpoint-6 is of another model or optimizer"):
+        run(tmp_path / "part", **again, **WIDE | {"use_8bit_adam": False})
+
+
+@pytest.mark.acceptance
+def test_moments_on_the_host(tmp_path):
+    """They are there, and nothing else is; the run is bitwise the one with moments on the device."""
+    states = []
+    for offload in (False, True):
+        config = UnconditionalConfig(
+            **RUN, offload_optimizer=offload, use_ema=True, output_dir=str(tmp_path / str(offload)), report_to="none"
+        )
+        made = []
+
+        def make(config, spec, made=made):
+            made.append(JaxBackend(config, spec, jax.devices()[:1]))
+            return made[-1]
+
+        fit("unconditional", config, make)
+        states.append(made[-1].state)
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(states[1].opt_state) if leaf.ndim}
+    assert kinds == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((states[1].params, states[1].ema))} == {"device"}
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
+
+
+def test_where_a_state_lives():
+    """Of a program that is only described: moments on the host, 8-bit codes in place of large ones."""
+    config = UnconditionalConfig(**RUN | {"unet": WIDE["unet"]}, offload_optimizer=True, use_8bit_adam=True)
+    source = recipe.open_run_source(config)
+    state = Program(config, recipe.make_spec(config, source), make_mesh(1, 1, jax.devices()[:1])).state
+    adam = state.opt_state[0]
+    moments = jax.tree.leaves((adam.mu, adam.nu))
+    assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+    assert adam.count.sharding.memory_kind == "device"
+    held = sum(leaf.size * leaf.dtype.itemsize for leaf in moments)
+    assert held < 3.2 * sum(leaf.size for leaf in jax.tree.leaves(state.params))  # of 8 bytes a weight

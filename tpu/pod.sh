@@ -1,0 +1,159 @@
+#!/usr/bin/env bash
+# A TPU slice from creation to deletion: tpu/pod.sh [OPTIONS] COMMAND [ARGS]
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+usage: tpu/pod.sh [OPTIONS] COMMAND
+
+commands
+  create           make the slice, or with --queued ask for it
+  wait             until a queued slice is there
+  install          copy this checkout to every host, and install it with its TPU extra
+  start -- ARGS    run `python -m flax_diffusion.train ARGS` on every host, in the background; a run that was cut off
+                   goes on from its last checkpoint
+  status           whether it runs, host by host
+  log              follow the log of the first host
+  stop             ask the run to stop, on every host
+  fetch FROM TO    copy a folder of the first host to here
+  delete           the slice, and its request if it was queued
+
+options
+  --name NAME      of the slice (default flax-diffusion)
+  --zone ZONE      such as us-west4-a (default gcloud's)
+  --project NAME   (default gcloud's)
+  --type TYPE      accelerator type (default v5litepod-4)
+  --version NAME   runtime version (default that of the type)
+  --queued         create: by a queued resource
+  --spot           create: cheaper, and taken back when others need it
+  --dry-run        print the commands instead of running them
+TEXT
+}
+
+fail() {
+  printf 'error: %s\n' "$1" >&2
+  exit 2
+}
+
+name=flax-diffusion zone='' project='' type=v5litepod-4 version='' queued='' spot='' dry=''
+while [ $# -gt 0 ]; do
+  case $1 in
+    --name | --zone | --project | --type | --version)
+      [ $# -gt 1 ] || fail "$1 needs a value"
+      printf -v "${1#--}" %s "$2"
+      shift 2
+      ;;
+    --queued | --spot) printf -v "${1#--}" %s yes && shift ;;
+    --dry-run) dry=yes && shift ;;
+    -h | --help) usage && exit ;;
+    --*) fail "unknown option $1; see tpu/pod.sh --help" ;;
+    *) break ;;
+  esac
+done
+[ $# -gt 0 ] || fail "no command; see tpu/pod.sh --help"
+command=$1 && shift
+
+where=()
+[ -z "$zone" ] || where+=(--zone "$zone")
+[ -z "$project" ] || where+=(--project "$project")
+
+run() {
+  if [ -n "$dry" ]; then
+    printf '%q ' "$@" && echo
+  else
+    "$@"
+  fi
+}
+
+on() { # on WORKER COMMAND: runs it there by ssh
+  run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker "$1" --command "$2"
+}
+
+runtime() {
+  case $type in
+    v4-*) echo tpu-ubuntu2204-base ;;
+    v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+    v5p-*) echo v2-alpha-tpuv5 ;;
+    v6e-*) echo v2-alpha-tpuv6e ;;
+    *) fail "--type $type: give its runtime with --version; types known are v4-N, v5litepod-N, v5p-N and v6e-N" ;;
+  esac
+}
+
+create() {
+  [ -n "$version" ] || version=$(runtime)
+  [ "${type##*-}" -le 8 ] || fail "--type $type has several hosts, and training does not run over several yet: take N up to 8"
+  local options=()
+  [ -z "$spot" ] || options+=(--spot)
+  if [ -n "$queued" ]; then
+    run gcloud compute tpus queued-resources create "$name" "${where[@]}" --node-id "$name" \
+      --accelerator-type "$type" --runtime-version "$version" "${options[@]}"
+  else
+    run gcloud compute tpus tpu-vm create "$name" "${where[@]}" \
+      --accelerator-type "$type" --version "$version" "${options[@]}"
+  fi
+}
+
+await() {
+  local state='' ask=(gcloud compute tpus queued-resources describe "$name" "${where[@]}" '--format=value(state.state)')
+  if [ -n "$dry" ]; then
+    run "${ask[@]}"
+    return
+  fi
+  while true; do
+    state=$("${ask[@]}")
+    printf '%s\n' "$state"
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDED | SUSPENDING | DELETING) fail "the request for $name is $state: delete it, and create again" ;;
+    esac
+    sleep "${POLL_SECONDS:-30}"
+  done
+}
+
+install() {
+  local root archive
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  archive=$(mktemp -d)
+  # shellcheck disable=SC2064  # the folder of now
+  trap "rm -rf '$archive'" EXIT
+  run tar --exclude=.git --exclude=runs -czf "$archive/flax-diffusion.tgz" -C "$root" .
+  run gcloud compute tpus tpu-vm scp "$archive/flax-diffusion.tgz" "$name:" "${where[@]}" --worker all
+  # The checkout must be there to install it, and a virtual environment keeps clear of what the image brings.
+  on all "mkdir -p flax-diffusion && tar -xzf flax-diffusion.tgz -C flax-diffusion && sudo apt-get install -qq -y \
+python3-venv >/dev/null && python3 -m venv venv && venv/bin/pip install -q -e './flax-diffusion[tpu]'"
+}
+
+start() {
+  [ "${1:-}" != -- ] || shift
+  [ $# -gt 0 ] || fail "start: give what to train, as in: tpu/pod.sh start -- text_to_image --config configs/sd15.yaml"
+  local words
+  words=$(printf '%q ' "$@")
+  case " $* " in
+    *" --resume_from_checkpoint"*) ;;
+    *) words+="--resume_from_checkpoint latest " ;;
+  esac
+  on all "cd flax-diffusion || exit; nohup ../venv/bin/python -m flax_diffusion.train $words>../train.log 2>&1 \
+</dev/null & echo \$! >../train.pid"
+}
+
+case $command in
+  create) create ;;
+  wait) await ;;
+  install) install ;;
+  start) start "$@" ;;
+  status) on all "if kill -0 \$(cat train.pid) 2>/dev/null; then echo runs; else echo ended: \$(tail -n 1 train.log); fi" ;;
+  log) on 0 "tail -n 50 -f train.log" ;;
+  stop) on all "kill -TERM \$(cat train.pid)" ;;
+  fetch)
+    [ $# -eq 2 ] || fail "fetch: give the folder there and the one here, as in: tpu/pod.sh fetch flax-diffusion/runs/sd runs"
+    run gcloud compute tpus tpu-vm scp --recurse "$name:$1" "$2" "${where[@]}" --worker 0
+    ;;
+  delete)
+    if [ -n "$queued" ]; then
+      run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
+    else
+      run gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet
+    fi
+    ;;
+  *) fail "unknown command $command; see tpu/pod.sh --help" ;;
+esac
