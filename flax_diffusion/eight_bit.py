@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ class Quantized(struct.PyTreeNode):
     absmax: jax.Array
 
 
-class EightBitAdamState(NamedTuple):
+class EightBitAdamState(struct.PyTreeNode):
     """As optax's `ScaleByAdamState`, large leaves quantized; `nu` holds square roots, whose range is half as wide."""
 
     count: jax.Array
@@ -71,13 +71,14 @@ def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
     https://arxiv.org/abs/2110.02861, for blocks and their size.
     """
 
-    def init(params: Any) -> EightBitAdamState:
+    def init(params: Any) -> Any:
         def moment(p: jax.Array) -> Any:
             return quantize(jnp.zeros(p.shape, jnp.float32)) if p.ndim > 1 and p.size >= FEWEST else jnp.zeros_like(p)
 
-        return EightBitAdamState(jnp.int32(0), jax.tree.map(moment, params), jax.tree.map(moment, params))
+        zeros = jax.tree.map(moment, params)
+        return EightBitAdamState(count=jnp.int32(0), mu=zeros, nu=jax.tree.map(jnp.copy, zeros))
 
-    def update(grads: Any, state: EightBitAdamState, params: Any = None) -> tuple[Any, EightBitAdamState]:
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         count = state.count + 1
         first, second = (1 - jnp.float32(b) ** count for b in (b1, b2))
@@ -93,6 +94,6 @@ def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
         steps, means, roots = zip(
             *map(one, leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)), strict=True
         )
-        return tree.unflatten(steps), EightBitAdamState(count, tree.unflatten(means), tree.unflatten(roots))
+        return tree.unflatten(steps), EightBitAdamState(count=count, mu=tree.unflatten(means), nu=tree.unflatten(roots))
 
     return optax.GradientTransformation(init, update)
