@@ -78,7 +78,7 @@ def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
         zeros = jax.tree.map(moment, params)
         return EightBitAdamState(count=jnp.int32(0), mu=zeros, nu=jax.tree.map(jnp.copy, zeros))
 
-    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         count = state.count + 1
         first, second = (1 - jnp.float32(b) ** count for b in (b1, b2))
@@ -90,7 +90,7 @@ def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
             step = (mean / first) / (root / jnp.sqrt(second) + eps)
             return (step, mean, root) if small else (step, quantize(mean), quantize(root))
 
-        leaves, tree = jax.tree.flatten(grads)
+        leaves, tree = jax.tree.flatten(updates)
         steps, means, roots = zip(
             *map(one, leaves, tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu)), strict=True
         )
