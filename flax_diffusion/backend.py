@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,16 @@ from flax_diffusion.core.backend import Batch, refuse
 from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.files import absolute, remove_tree, written_folder
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.torch_names import from_torch_layout
 from flax_diffusion.modules import load_pretrained
 from flax_diffusion.optimizer import Params
+from flax_diffusion.processes import everywhere, to_host
 from flax_diffusion.program import Program
 from flax_diffusion.sampling import Sampler, to_uint8
 from flax_diffusion.schedulers import scheduler_from_config
-from flax_diffusion.sharding import batch_sharding, make_mesh, put, put_batch, replicated, state_shardings
+from flax_diffusion.sharding import make_mesh, put, put_batch, put_replicated, state_shardings
 from flax_diffusion.train_step import TrainState
 
 log = logging.getLogger(__name__)
@@ -111,15 +112,18 @@ class JaxBackend:
         """Encodes prompts."""
         tokenize = self.spec.tokenize
         assert tokenize is not None
-        ids = jax.device_put(np.stack([tokenize(prompt) for prompt in prompts]), replicated(self.mesh))
-        made = self._embed({"text_encoder": self.frozen["text_encoder"]}, ids)
-        return np.asarray(made.astype(np.promote_types(self.dtype, np.float32)))
+        ids = put_replicated(np.stack([tokenize(prompt) for prompt in prompts]), self.mesh)
+        made = to_host(self._embed({"text_encoder": self.frozen["text_encoder"]}, ids))
+        return made.astype(np.promote_types(self.dtype, np.float32))
 
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:
         """Encodes images to the moments of their latents."""
-        placed = jax.device_put(pixels.astype(self.dtype), batch_sharding(self.mesh, leading=0))
-        posterior = self._posterior({self.spec.vae_name: self.frozen[self.spec.vae_name]}, placed)
-        made = np.stack([np.asarray(posterior.mean), np.asarray(posterior.logvar)], axis=1)
+        # A mesh may order devices, and with them the images, in another way than by process.
+        places = self.process_index * len(pixels) + np.arange(len(pixels), dtype=np.int32)
+        placed = put_batch({"pixels": pixels.astype(self.dtype), "places": places}, self.mesh, leading=0)
+        posterior = self._posterior({self.spec.vae_name: self.frozen[self.spec.vae_name]}, placed["pixels"])
+        mean, logvar, places = to_host((posterior.mean, posterior.logvar, placed["places"]))
+        made = np.stack([mean, logvar], axis=1)[np.argsort(places)]
         return made.astype(np.promote_types(self.dtype, np.float32))
 
     def let_go(self, name: str) -> None:
@@ -138,9 +142,7 @@ class JaxBackend:
     def train_step(self, batch: dict[str, jax.Array], learning_rate: float, ema_decay: float) -> dict[str, jax.Array]:
         """Dispatches the compiled step."""
         real = np.promote_types(self.dtype, np.float32).type
-        rates = jax.device_put(
-            {"learning_rate": real(learning_rate), "ema_decay": real(ema_decay)}, replicated(self.mesh)
-        )
+        rates = put_replicated({"learning_rate": real(learning_rate), "ema_decay": real(ema_decay)}, self.mesh)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.program.step(self.state, self.frozen, batch, rates)
         return metrics
@@ -153,10 +155,10 @@ class JaxBackend:
         """Copies the state to the host and writes it in the background, under a temporary name until complete."""
         if self._checkpointer is None:
             self._checkpointer = ocp.AsyncCheckpointer(_checkpoint_handler())
-        if folder.exists():  # written by a run that resumed from before it
-            shutil.rmtree(folder)
+        if self.process_index == 0 and folder.exists():  # written by a run that resumed from before it
+            remove_tree(folder)
         self._checkpointer.save(
-            folder.resolve(),
+            absolute(folder),
             args=ocp.args.Composite(state=ocp.args.StandardSave(self.state), metadata=ocp.args.JsonSave(metadata)),
         )
 
@@ -164,6 +166,10 @@ class JaxBackend:
         """Waits until the last save is complete."""
         if self._checkpointer is not None:
             self._checkpointer.wait_until_finished()
+
+    def everywhere(self, holds: bool) -> bool:
+        """Asks all processes."""
+        return everywhere(holds)
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Loads a checkpoint of either backend onto the shards of this mesh, whatever mesh wrote it."""
@@ -177,7 +183,7 @@ class JaxBackend:
         with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
             _check_same_tree(checkpointer, folder, target)
             restored = checkpointer.restore(
-                folder.resolve(),
+                absolute(folder),
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()),
             )
         self.state = restored["state"]
@@ -185,7 +191,7 @@ class JaxBackend:
 
     def state_arrays(self) -> portable.Arrays:
         """The whole state as plain arrays on the host, by portable name."""
-        leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(self.state))[0]
+        leaves = jax.tree_util.tree_flatten_with_path(to_host(self.state))[0]
         return portable.from_tree((_keys(path), np.asarray(leaf)) for path, leaf in leaves)
 
     def _load(self, arrays: portable.Arrays, step: int, folder: Path) -> None:
@@ -225,20 +231,19 @@ class JaxBackend:
 
     def trained_arrays(self) -> portable.Arrays:
         """What trains, averaged if there is an average, by component and PyTorch name."""
-        leaves = jax.tree_util.tree_flatten_with_path(jax.device_get(self._exported()))[0]
+        leaves = jax.tree_util.tree_flatten_with_path(to_host(self._exported()))[0]
         named = portable.from_tree((("params", *_keys(path)), np.asarray(leaf)) for path, leaf in leaves)
         return {name.removeprefix("params/"): array for name, array in named.items()}
 
     def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Encodes images to scaled latents."""
         params = self._all_params()
-        placed = (jax.device_put(array, replicated(self.mesh)) for array in (pixels, noise))
-        return np.asarray(self._encode(params, *placed))
+        return to_host(self._encode(params, *put_replicated((pixels, noise), self.mesh)))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
         """Decodes scaled latents to pictures."""
         params = self._all_params()
-        return np.asarray(self._decode(params, jax.device_put(latents, replicated(self.mesh))))
+        return to_host(self._decode(params, put_replicated(latents, self.mesh)))
 
     def export(self, folder: Path, *, only_trained: bool = False) -> None:
         """Writes the components' float32 weights."""
@@ -246,9 +251,10 @@ class JaxBackend:
         for name, component in self.spec.components.items():
             if only_trained and not component.train:
                 continue
-            params = jax.device_get(trained[name]) if name in trained else load_pretrained(component)
+            params = to_host(trained[name]) if name in trained else load_pretrained(component)
             if self.process_index == 0:
-                self.modules.by_name[name].save_pretrained(folder / name, params)
+                with written_folder(folder / name) as local:
+                    self.modules.by_name[name].save_pretrained(local, params)
 
     def _exported(self) -> Params:
         return self.state.params if self.state.ema is None else self.state.ema
@@ -273,7 +279,7 @@ def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) 
         CheckpointError: Naming the first differences.
     """
     try:
-        items = checkpointer.metadata(folder.resolve()).item_metadata
+        items = checkpointer.metadata(absolute(folder)).item_metadata
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error
     saved = items["state"] if items is not None else None

@@ -19,8 +19,9 @@ from flax_diffusion.core.data.noise import sampling_noise
 from flax_diffusion.core.pipeline import check_prompts
 from flax_diffusion.modules import Modules
 from flax_diffusion.optimizer import Params
+from flax_diffusion.processes import to_host
 from flax_diffusion.schedulers import FlaxDDPMScheduler
-from flax_diffusion.sharding import batch_sharding, replicated
+from flax_diffusion.sharding import batch_sharding, put, put_replicated
 
 
 class Sampler:
@@ -91,11 +92,11 @@ class Sampler:
                 rows = np.concatenate([np.broadcast_to(ids[-1], rows.shape), rows]) if guided else rows
                 context = self._encode(params, self._put(rows))
             images = self._draw(params, context, indices, num_inference_steps, guidance_scale, seed, guided)
-            done.append(np.asarray(images)[: count - first])
+            done.append(to_host(images)[: count - first])
         return np.concatenate(done)
 
     def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, batch_sharding(self.mesh, leading=0))
+        return put(array, batch_sharding(self.mesh, leading=0))
 
     def _draw(
         self,
@@ -111,13 +112,13 @@ class Sampler:
         state = self.scheduler.create_state()
         state = self.scheduler.set_timesteps(state, num_inference_steps, shape=(len(indices), *shape))
         timesteps = np.asarray(state.timesteps)
-        state = jax.device_put(state, replicated(self.mesh))
-        scale = jax.device_put(np.float32(guidance_scale), replicated(self.mesh))
+        state = put_replicated(jax.device_get(state), self.mesh)
+        scale = put_replicated(np.float32(guidance_scale), self.mesh)
         noises = self._noises(seed, indices, shape, len(timesteps))
         sample = next(noises) * np.asarray(state.init_noise_sigma)
         sample = self._put(sample.astype(np.float32))
         for timestep, noise in zip(timesteps, noises, strict=True):
-            step = jax.device_put(timestep, replicated(self.mesh))
+            step = put_replicated(timestep, self.mesh)
             state, sample = self._denoise(
                 params, state, sample, step, context, None if noise is None else self._put(noise), scale, guided=guided
             )

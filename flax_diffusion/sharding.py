@@ -87,9 +87,9 @@ def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, (DATA, FSDP)))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 1) -> dict[str, jax.Array]:
     """Starts the copy of this process's part of a batch (accumulation, images, …) to its devices."""
-    sharding = batch_sharding(mesh)
+    sharding = batch_sharding(mesh, leading)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 

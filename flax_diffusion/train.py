@@ -29,7 +29,9 @@ def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
 
 def _backend() -> Any:
     from flax_diffusion.backend import JaxBackend
+    from flax_diffusion.processes import connect
 
+    connect()
     return JaxBackend
 
 

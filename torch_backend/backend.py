@@ -194,6 +194,11 @@ class TorchBackend:
         """Waits until every process has come here: the last save is then complete."""
         self.accelerator.wait_for_everyone()
 
+    def everywhere(self, holds: bool) -> bool:
+        """Asks all processes."""
+        answers = self.accelerator.gather(torch.tensor([holds], device=self.device))
+        return bool(answers.all())
+
     def restore(self, folder: Path) -> dict[str, Any]:
         """Loads a checkpoint of either backend."""
         arrays, metadata = portable.read(folder)
@@ -241,7 +246,7 @@ class TorchBackend:
         """Encodes images to the moments of their latents."""
         with self.accelerator.autocast():
             posterior = self.modules.posterior(self._put(pixels))
-        made = torch.stack([posterior.mean, posterior.logvar], dim=1)
+        made = self.accelerator.gather(torch.stack([posterior.mean, posterior.logvar], dim=1))
         return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
 
     def let_go(self, name: str) -> None:

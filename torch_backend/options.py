@@ -12,6 +12,7 @@ from torch import Tensor
 from flax_diffusion.core.backend import refuse
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.files import as_path, is_local
 from flax_diffusion.core.rates import rate_factors
 from torch_backend.modules import Modules
 
@@ -41,6 +42,11 @@ def check(config: TrainConfig) -> None:
         ConfigError: Naming the option and the fix.
     """
     refuse(config, JAX_ONLY, "JAX")
+    if not is_local(as_path(config.output_dir)):
+        raise ConfigError(
+            f"--output_dir {config.output_dir}: only the JAX backend writes to object stores; name a folder, or mount "
+            "the bucket as one"
+        )
     for name, (package, instead) in PACKAGES.items():
         if getattr(config, name) and importlib.util.find_spec(package) is None:
             raise ConfigError(

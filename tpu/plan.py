@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,6 +41,7 @@ class Plan:
         host: Bytes that stay in the host's memory.
         flops: A step.
         accessed: Bytes read and written, a step.
+        compile_seconds: That it took here to trace and compile the step.
         operations: All that is scheduled.
     """
 
@@ -52,6 +55,7 @@ class Plan:
     host: int
     flops: float
     accessed: float
+    compile_seconds: float
     operations: list[hlo.Operation] = field(repr=False)
 
     @property
@@ -94,12 +98,13 @@ class Plan:
         return sum(operation.bytes_exchanged for operation in self.operations)
 
 
-def make_plan(config: TrainConfig, where: Slice) -> Plan:
+def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) -> Plan:
     """Compiles a config's step for a slice.
 
     Args:
         config: Of the run. Nothing is read of its data, and of its weights the configs only.
         where: The slice.
+        text_to: File for the compiled program's text.
 
     Raises:
         UserError: For a config that cannot be run there.
@@ -130,10 +135,14 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
     example = recipe.make_example_fn(config, spec, made)(source, 0, 0, 0)
     pairs = 2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1
     batch = program.batch(example, schedule.accumulation, schedule.batch_size * pairs)
+    started = time.monotonic()
     try:
         compiled = program.step.lower(program.state, frozen, batch, program.rates).compile()
     except jax.errors.JaxRuntimeError as error:
         raise refusal(error, config, mesh.size) from error
+    compile_seconds, text = time.monotonic() - started, compiled.as_text()
+    if text_to is not None:
+        text_to.write_text(text)
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
     state = program.state
     kinds = {
@@ -158,7 +167,8 @@ def make_plan(config: TrainConfig, where: Slice) -> Plan:
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
         flops=costs["flops"],
         accessed=costs["bytes accessed"],
-        operations=hlo.operations(compiled.as_text()),
+        compile_seconds=compile_seconds,
+        operations=hlo.operations(text),
     )
 
 
@@ -250,6 +260,7 @@ def report(plan: Plan, top: int = 10) -> str:
         f"{'FLOPs':24} {teraflops:8.3g} T, {teraflops / count:.3g} T an image, MFU {plan.utilization:.1%}",
         f"{'memory accessed':24} {plan.accessed / 1e9:8.1f} GB, {plan.accessed / count / 1e9:.3g} an image",
         f"{'exchanged':24} {plan.exchanged / 1e9:8.3f} GB a device",
+        f"{'compiled in':24} {plan.compile_seconds:8.0f} s",
         "",
         f"{'by part':24} {'ms':>8}",
     ]
@@ -295,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     own = cli.Parser(prog="python -m tpu.plan", add_help=False)
     own.add_argument("--topology", default="v5e:2x2")
     own.add_argument("--sweep", action="store_true")
+    own.add_argument("--hlo", type=Path)
     if {"-h", "--help"} & set(words):
         sys.stdout.write(_HELP)
         return
@@ -311,14 +323,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             tried.append(trial)
         sys.stdout.write(sweep.table(tried) + "\n")
         return
-    sys.stdout.write(report(make_plan(config, where)) + "\n")
+    sys.stdout.write(report(make_plan(config, where, options.hlo)) + "\n")
 
 
-_HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NAME] [--sweep] [flags of training]
+_HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NAME] [--sweep] [--hlo FILE] [flags of training]
 
 {__doc__}
   --topology NAME   The slice to compile for (default v5e:2x2): {", ".join(topologies.KNOWN)}.
   --sweep           Try batch sizes, meshes and gradient checkpointing, and print what fits, fastest first.
+  --hlo FILE        Write the compiled program there, as text.
 
 Of pretrained models the configs are read, so a folder without weights will do.
 """

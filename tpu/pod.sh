@@ -15,8 +15,10 @@ commands
   status           whether it runs, host by host
   log              follow the log of the first host
   stop             ask the run to stop, on every host
-  fetch FROM TO    copy a folder of the first host to here
+  fetch FROM TO    copy a folder of the first host, or gs://…, to here
   delete           the slice, and its request if it was queued
+  jobset IMAGE -- ARGS
+                   print a JobSet that trains on a slice of GKE, for `kubectl apply -f -`; tpu/Dockerfile makes the image
 
 options
   --name NAME      of the slice (default flax-diffusion)
@@ -81,7 +83,6 @@ runtime() {
 
 create() {
   [ -n "$version" ] || version=$(runtime)
-  [ "${type##*-}" -le 8 ] || fail "--type $type has several hosts, and training does not run over several yet: take N up to 8"
   local options=()
   [ -z "$spot" ] || options+=(--spot)
   if [ -n "$queued" ]; then
@@ -136,6 +137,76 @@ start() {
 </dev/null & echo \$! >../train.pid"
 }
 
+arrangement() { # of the chips: "TOPOLOGY CHIPS"
+  case $type in
+    v5litepod-1 | v6e-1) echo 1x1 1 ;;
+    v5litepod-4 | v6e-4) echo 2x2 4 ;;
+    v5litepod-8 | v6e-8) echo 2x4 8 ;;
+    v5litepod-16 | v6e-16) echo 4x4 16 ;;
+    v5litepod-32 | v6e-32) echo 4x8 32 ;;
+    v5litepod-64 | v6e-64) echo 8x8 64 ;;
+    v5litepod-128 | v6e-128) echo 8x16 128 ;;
+    v5litepod-256 | v6e-256) echo 16x16 256 ;;
+    v4-8 | v5p-8) echo 2x2x1 4 ;; # these are named for their cores, two a chip
+    v4-16 | v5p-16) echo 2x2x2 8 ;;
+    v4-32 | v5p-32) echo 2x2x4 16 ;;
+    v4-64 | v5p-64) echo 2x4x4 32 ;;
+    v4-128 | v5p-128) echo 4x4x4 64 ;;
+    *) fail "--type $type: not known to jobset; give v5litepod-N or v6e-N of 1 to 256, v4-N or v5p-N of 8 to 128" ;;
+  esac
+}
+
+jobset() {
+  [ $# -ge 3 ] && [ "$2" = -- ] || fail "jobset: give an image and what to train, as in: tpu/pod.sh jobset IMAGE -- \
+text_to_image --config configs/sd15.yaml --output_dir gs://bucket/run"
+  local image=$1 arranged topology chips hosts here label words='' word
+  shift 2
+  arranged=$(arrangement)
+  read -r topology chips <<<"$arranged"
+  case $type in
+    v4-*) label=tpu-v4-podslice ;;
+    v5litepod-*) label=tpu-v5-lite-podslice ;;
+    v5p-*) label=tpu-v5p-slice ;;
+    v6e-*) label=tpu-v6e-slice ;;
+  esac
+  here=$((chips < 4 ? chips : 4)) # chips a host
+  hosts=$((chips / here))
+  case " $* " in *" --resume_from_checkpoint"*) ;; *) set -- "$@" --resume_from_checkpoint latest ;; esac
+  for word in "$@"; do # a string of YAML
+    word=${word//\\/\\\\}
+    words+=", \"${word//\"/\\\"}\""
+  done
+  cat <<TEXT
+apiVersion: jobset.x-k8s.io/v1alpha2
+kind: JobSet
+metadata:
+  name: $name
+spec:
+  failurePolicy: {maxRestarts: 10}  # a host that is taken back; the run goes on from its last checkpoint
+  replicatedJobs:
+    - name: slice
+      replicas: 1
+      template:
+        spec:
+          parallelism: $hosts
+          completions: $hosts
+          backoffLimit: 0
+          template:
+            spec:
+              restartPolicy: Never
+              terminationGracePeriodSeconds: 120
+              nodeSelector:
+                cloud.google.com/gke-tpu-accelerator: $label
+                cloud.google.com/gke-tpu-topology: $topology
+${spot:+                cloud.google.com/gke-spot: \"true\"
+}              containers:
+                - name: train
+                  image: $image
+                  command: ["python", "-m", "flax_diffusion.train"$words]
+                  resources: {limits: {google.com/tpu: $here}}
+TEXT
+}
+
 case $command in
   create) create ;;
   wait) await ;;
@@ -144,9 +215,13 @@ case $command in
   status) on all "if kill -0 \$(cat train.pid) 2>/dev/null; then echo runs; else echo ended: \$(tail -n 1 train.log); fi" ;;
   log) on 0 "tail -n 50 -f train.log" ;;
   stop) on all "kill -TERM \$(cat train.pid)" ;;
+  jobset) jobset "$@" ;;
   fetch)
     [ $# -eq 2 ] || fail "fetch: give the folder there and the one here, as in: tpu/pod.sh fetch flax-diffusion/runs/sd runs"
-    run gcloud compute tpus tpu-vm scp --recurse "$name:$1" "$2" "${where[@]}" --worker 0
+    case $1 in
+      gs://*) run gcloud storage cp --recursive "$1" "$2" ;;
+      *) run gcloud compute tpus tpu-vm scp --recurse "$name:$1" "$2" "${where[@]}" --worker 0 ;;
+    esac
     ;;
   delete)
     if [ -n "$queued" ]; then

@@ -10,6 +10,7 @@ import numpy as np
 
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.files import write_text
 from flax_diffusion.core.portable import Arrays
 
 Batch = dict[str, np.ndarray]
@@ -62,6 +63,10 @@ class Backend(Protocol):
         """Waits for the save in flight and raises what went wrong in it."""
         ...
 
+    def everywhere(self, holds: bool) -> bool:
+        """Waits until every process calls it, and returns whether `holds` is true in all of them."""
+        ...
+
     def restore(self, folder: Path) -> dict[str, Any]:
         """Loads the state in place and returns the metadata.
 
@@ -79,10 +84,11 @@ class Backend(Protocol):
         ...
 
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:
-        """Encodes images, float32 (N, C, H, W) in -1..1, N a multiple of the devices.
+        """Encodes images, float32 (N, C, H, W) in -1..1, N a multiple of this process's devices.
 
         Returns:
-            Means and log variances of their latents, not scaled, float32 (N, 2, c, h, w).
+            Means and log variances of their latents, not scaled, float32 (P x N, 2, c, h, w): those of the images of
+            all P processes, one process after the other.
         """
         ...
 
@@ -122,3 +128,30 @@ class Backend(Protocol):
     def export(self, folder: Path, *, only_trained: bool = False) -> None:
         """Writes the weights of the pipeline's models, one subfolder each, in Diffusers' format."""
         ...
+
+
+def shared_folder(folder: Path, backend: Backend, option: str) -> None:
+    """Makes sure that all processes see the same folder.
+
+    Args:
+        folder: That exists.
+        backend: Of this process.
+        option: That names the folder.
+
+    Raises:
+        ConfigError: In every process, if one does not see what the first one writes.
+    """
+    if backend.process_count == 1:
+        return
+    sign = folder / ".shared"
+    if backend.process_index == 0:
+        write_text(sign, "all processes of a run must see this\n")
+    backend.everywhere(True)
+    seen = backend.everywhere(sign.exists())
+    if backend.process_index == 0:
+        sign.unlink()
+    if not seen:
+        raise ConfigError(
+            f"{option} {folder}: is not the same folder on all {backend.process_count} hosts; name one that they "
+            "share, such as gs://bucket/folder"
+        )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.files import as_path, is_local, remove_tree
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,12 @@ def committed(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
+    return sorted(filter(_is_complete, found), key=step_of)
+
+
+def _is_complete(folder: Path) -> bool:
+    """Object stores cannot rename: there Orbax writes a file last that says so."""
+    return is_local(folder) or (folder / "commit_success.txt").exists()
 
 
 def step_of(folder: Path) -> int:
@@ -58,7 +63,7 @@ def to_resume(output_dir: Path, request: str | None) -> Path | None:
             log.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
             return None
         return have[-1]
-    for folder in (output_dir / request, Path(request)):
+    for folder in (output_dir / request, as_path(request)):
         if folder.is_dir():
             step_of(folder)
             return folder
@@ -71,15 +76,16 @@ def rotate(output_dir: Path, limit: int | None) -> None:
     if limit is None:
         return
     for folder in committed(output_dir)[:-limit]:
-        shutil.rmtree(folder)
+        remove_tree(folder)
 
 
 def clear_leftovers(output_dir: Path) -> None:
     """Deletes what a killed run left of a save in flight."""
     if output_dir.is_dir():
         for path in output_dir.iterdir():
-            if _LEFTOVER.fullmatch(path.name):
-                shutil.rmtree(path)
+            cut_off = _NAME.fullmatch(path.name) and path.is_dir() and not _is_complete(path)
+            if _LEFTOVER.fullmatch(path.name) or cut_off:
+                remove_tree(path)
 
 
 def check_same_shapes(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], folder: Path) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.data.folders import image_files
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.files import as_path, is_local
 from flax_diffusion.core.tasks import Concept, DreamBoothConfig
-from flax_diffusion.core.tracking import to_pillow
+from flax_diffusion.core.tracking import save_picture, to_pillow
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +31,13 @@ def missing(concept: Concept, wanted: int) -> int:
     Raises:
         DataError: If it cannot be made, or is short of pictures and cannot be written.
     """
-    folder = Path(str(concept.class_data_dir))
+    folder = as_path(str(concept.class_data_dir))
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"class_data_dir {folder}: cannot be made ({error.strerror}); name another") from error
     have = len(image_files(folder))
-    if have < wanted and not os.access(folder, os.W_OK):
+    if have < wanted and is_local(folder) and not os.access(folder, os.W_OK):
         raise DataError(
             f"class_data_dir {folder}: holds {have} of {wanted} pictures and cannot be written; make it writable, or "
             f"give --num_class_images {have}"
@@ -63,7 +64,8 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
     """
     batch_size = config.sample_batch_size * backend.device_count
     for concept in config.all_concepts:
-        folder = Path(str(concept.class_data_dir))
+        folder = as_path(str(concept.class_data_dir))
+        shared_folder(folder, backend, "class_data_dir")
         short = missing(concept, config.num_class_images)
         have = config.num_class_images - short
         if not short:
@@ -85,10 +87,10 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
                 )[: config.num_class_images - have]
                 if main:
                     for image in images:
-                        to_pillow(image).save(_unused_name(folder))
+                        save_picture(to_pillow(image), _unused_name(folder))
                 have += len(images)
                 bar.update(len(images))
-        backend.wait()  # no process reads the folder before it is full
+        backend.everywhere(True)  # no process reads the folder before it is full
 
 
 def _unused_name(folder: Path) -> Path:

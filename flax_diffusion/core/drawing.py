@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from flax_diffusion.core import cli
+from flax_diffusion.core.files import as_path
 from flax_diffusion.core.pipeline import PipelineSpec, check_prompts, open_pipeline
 
 
@@ -72,12 +73,12 @@ def main(draw: Callable[[GenerateConfig], np.ndarray], prog: str, argv: Sequence
     config = cli.build(GenerateConfig, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
     images = draw(config)
 
-    from flax_diffusion.core.tracking import enlarge, image_grid, to_pillow
+    from flax_diffusion.core.tracking import enlarge, image_grid, save_picture, to_pillow
 
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_path(config.output_dir)
     for number, image in enumerate(images):
-        to_pillow(image).save(folder / f"{number:05d}.png")
+        save_picture(to_pillow(image), folder / f"{number:05d}.png")
     columns = config.num_images if config.prompt else None
-    enlarge(image_grid(images, columns, border=max(1, images.shape[1] // 32)), 512).save(folder / "grid.png")
+    grid = image_grid(images, columns, border=max(1, images.shape[1] // 32))
+    save_picture(enlarge(grid, 512), folder / "grid.png")
     sys.stderr.write(f"{len(images)} images and grid.png are in {folder}\n")

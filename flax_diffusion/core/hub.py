@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from flax_diffusion.core.errors import WeightsError
-from flax_diffusion.core.files import replacing
+from flax_diffusion.core.files import as_path, is_local, local_copy, replacing
 
 
 class StoredTensor:
@@ -34,24 +34,25 @@ def resolve(
     """Return a local folder with the named files.
 
     Args:
-        path_or_hub_id: an existing folder, or `owner/name` on the Hub.
+        path_or_hub_id: an existing folder, also one like gs://bucket/model, or `owner/name` on the Hub.
         subfolder: folder inside it.
         revision: branch, tag or commit on the Hub.
         allow_patterns: file names or globs in the (sub)folder to download; all of it where empty.
 
     Returns:
-        The (sub)folder, in place or in the Hub's cache.
+        The (sub)folder, in place, in the Hub's cache, or a copy that goes when the process ends.
 
     Raises:
         WeightsError: if neither a folder nor a repository of that name can be had.
     """
-    folder = Path(path_or_hub_id)
-    if not folder.is_dir():
+    folder = as_path(path_or_hub_id)
+    if is_local(folder) and not folder.is_dir():
         folder = _download(str(path_or_hub_id), subfolder, revision, allow_patterns)
     folder = folder / subfolder if subfolder else folder
     if not folder.is_dir():
-        raise WeightsError(f"{path_or_hub_id} has no folder {subfolder!r}: check the name of the subfolder")
-    return folder
+        missing = f"has no folder {subfolder!r}" if subfolder else "does not exist"
+        raise WeightsError(f"{path_or_hub_id} {missing}: check the name")
+    return local_copy(folder, tuple(allow_patterns) or ("*",))
 
 
 def _download(name: str, subfolder: str | None, revision: str | None, allow_patterns: Sequence[str]) -> Path:

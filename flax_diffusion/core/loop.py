@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,11 +20,11 @@ import yaml
 
 from flax_diffusion.core import checkpoints, pipeline, recipe, reconstruction
 from flax_diffusion.core.adapters import EMBEDDINGS_FILE, LORA_FILE
-from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError
-from flax_diffusion.core.files import write_text
+from flax_diffusion.core.files import as_path, remove_tree, write_text
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.precompute import precompute
 from flax_diffusion.core.rates import ema_decay
@@ -49,16 +50,18 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
     Raises:
         UserError: For input that cannot be used, before any long work where that can be known.
     """
-    output_dir = Path(config.output_dir)
-    resume_from = _prepare_output(output_dir, config)
+    output_dir = as_path(config.output_dir)
+    resume_from = _check_output(output_dir, config)
     source = recipe.open_run_source(config)
     spec = recipe.make_spec(config, source)
     backend = make_backend(config, spec)
+    _clear_output(output_dir, config, backend)
     num_examples = recipe.count_examples(config, source)
     schedule = recipe.make_schedule(config, num_examples, backend.device_count)
     parameters = backend.init_state()
     source = recipe.complete_source(config, source, backend)
-    made = precompute(config, spec, source, backend, output_dir / "precomputed")
+    scratch = output_dir / "precomputed" if isinstance(output_dir, Path) else Path(tempfile.mkdtemp())
+    made = precompute(config, spec, source, backend, scratch)
     first_step, first_example = 0, 0
     if resume_from is not None:
         metadata = _check_resume(backend.restore(resume_from), resume_from, task, config, num_examples)
@@ -104,7 +107,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         run.finish()
     finally:
         tracker.close()
-    shutil.rmtree(output_dir / "precomputed", ignore_errors=True)
+    shutil.rmtree(scratch, ignore_errors=True)
     return output_dir
 
 
@@ -258,7 +261,7 @@ _WRITTEN = ("config.yaml", "model_index.json", LORA_FILE, EMBEDDINGS_FILE)
 _WRITTEN_FOLDERS = ("samples", "logs", "unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
 
 
-def _prepare_output(output_dir: Path, config: TrainConfig) -> Path | None:
+def _check_output(output_dir: Path, config: TrainConfig) -> Path | None:
     """Finds the checkpoint to resume from, or makes sure that no other run is in the way.
 
     Raises:
@@ -268,24 +271,35 @@ def _prepare_output(output_dir: Path, config: TrainConfig) -> Path | None:
         raise ConfigError(f"--output_dir {output_dir}: is a file; name a folder")
     resume_from = checkpoints.to_resume(output_dir, config.resume_from_checkpoint)
     has_run = bool(checkpoints.committed(output_dir)) or any((output_dir / name).exists() for name in _WRITTEN)
-    if has_run and config.resume_from_checkpoint is None:
-        if not config.overwrite_output_dir:
-            raise ConfigError(
-                f"--output_dir {output_dir}: holds another run; go on with it by --resume_from_checkpoint latest, "
-                "delete it by --overwrite_output_dir, or name another folder"
-            )
-        for path in checkpoints.committed(output_dir):
-            shutil.rmtree(path)
-        for name in (*_WRITTEN_FOLDERS, config.logging_dir):
-            shutil.rmtree(output_dir / name, ignore_errors=True)
-        for name in _WRITTEN:
-            (output_dir / name).unlink(missing_ok=True)
+    if has_run and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"--output_dir {output_dir}: holds another run; go on with it by --resume_from_checkpoint latest, "
+            "delete it by --overwrite_output_dir, or name another folder"
+        )
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output_dir {output_dir}: cannot be made: {error.strerror}") from error
-    checkpoints.clear_leftovers(output_dir)
     return resume_from
+
+
+def _clear_output(output_dir: Path, config: TrainConfig, backend: Backend) -> None:
+    """Deletes what an earlier run left, once every process has looked.
+
+    Raises:
+        ConfigError: If a process does not see what the first one writes.
+    """
+    shared_folder(output_dir, backend, "--output_dir")
+    if backend.process_index == 0:
+        if config.resume_from_checkpoint is None:
+            for path in checkpoints.committed(output_dir):
+                remove_tree(path)
+            for name in (*_WRITTEN_FOLDERS, config.logging_dir):
+                remove_tree(output_dir / name)
+            for name in _WRITTEN:
+                (output_dir / name).unlink(missing_ok=True)
+        checkpoints.clear_leftovers(output_dir)
+    backend.everywhere(True)
 
 
 def _check_resume(

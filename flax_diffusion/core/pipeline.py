@@ -15,7 +15,7 @@ import numpy as np
 from flax_diffusion.core import adapters, hub, noise_schedule
 from flax_diffusion.core.adapters import Lora, NewTokens
 from flax_diffusion.core.errors import ConfigError, WeightsError
-from flax_diffusion.core.files import write_json
+from flax_diffusion.core.files import write_json, written_folder
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -249,7 +249,6 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
         index.setdefault("vae", [None, None])
         index["requires_safety_checker"] = False
         save_tokenizer(spec, folder)
-    (folder / "scheduler").mkdir(parents=True, exist_ok=True)
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)
@@ -258,7 +257,8 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
 def save_tokenizer(spec: PipelineSpec, folder: Path) -> None:
     """Writes the tokenizer, if there is one; a resumed run reads it from there."""
     if spec.tokenizer is not None:
-        spec.tokenizer.save_pretrained(folder / "tokenizer")
+        with written_folder(folder / "tokenizer") as local:
+            spec.tokenizer.save_pretrained(local)
 
 
 def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import numpy as np
 
 from flax_diffusion.core import hub
 from flax_diffusion.core.errors import CheckpointError
-from flax_diffusion.core.files import write_json
+from flax_diffusion.core.files import absolute, is_local, remove_tree, write_json
 from flax_diffusion.core.torch_names import to_torch_layout, torch_name
 
 Arrays = dict[str, np.ndarray]
@@ -71,7 +70,7 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str,
     hub.write_safetensors(partial / ARRAYS, arrays)
     write_json(partial / METADATA, dict(metadata))
     if folder.exists():  # written by a run that resumed from before it
-        shutil.rmtree(folder)
+        remove_tree(folder)
     partial.rename(folder)
 
 
@@ -105,7 +104,8 @@ def _read_orbax(folder: Path, paths: Iterable[tuple[str, ...]]) -> Iterable[tupl
     """Reads the leaves that Orbax stored, without Orbax, which would bring jax in."""
     import tensorstore
 
-    base = {"driver": "ocdbt", "base": f"file://{folder.resolve()}/"}
+    where = f"file://{absolute(folder)}/" if is_local(folder) else f"{folder}/"
+    base = {"driver": "ocdbt", "base": where}
     for path in paths:
         spec = {"driver": "zarr", "kvstore": base | {"path": ".".join(path) + "/"}, "open": True}
         yield path, np.asarray(tensorstore.open(spec).result().read().result())

@@ -24,7 +24,7 @@ from flax_diffusion.core.data.noise import Stream
 from flax_diffusion.core.data.sources import Source
 from flax_diffusion.core.data.table import write_table
 from flax_diffusion.core.data.transforms import ImageTransform
-from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.errors import DataError, NonFiniteError
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.tasks import TextToImageConfig
 
@@ -81,27 +81,37 @@ def _encoded(
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     upright = replace(transform, random_flip=False)
 
-    def read(name: str) -> np.ndarray | None:
+    shape = (transform.channels, transform.resolution, transform.resolution)
+    nothing = np.full(shape, np.nan, np.float32)  # what cannot be read: its moments say so to every process
+
+    def read(name: str) -> np.ndarray:
         try:
             return upright(decode(source[named[name]]), _no_draw).pixel_values
         except DataError:
             if not config.skip_bad_images:
                 raise
             log.warning("%s cannot be read: it is left out", name)
-            return None
+            return nothing
 
-    names, size = list(named), config.train_batch_size * backend.device_count
+    names, share = list(named), config.train_batch_size * (backend.device_count // backend.process_count)
+    size, start = share * backend.process_count, share * backend.process_index
     log.info("encoding %d pictures", len(names))
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(names), size):
             several = names[first : first + size]
-            arrays = zip(several, pool.map(read, several), strict=True)
-            pixels = {name: array for name, array in arrays if array is not None}
-            if pixels:
-                stack = np.resize(np.stack(list(pixels.values())), (size, *next(iter(pixels.values())).shape))
-                orientations = [stack, np.ascontiguousarray(stack[..., ::-1])] if transform.random_flip else [stack]
-                moments = np.stack([backend.posteriors(each) for each in orientations], axis=1)
-                yield list(pixels), moments[: len(pixels)]
+            mine = several[start : start + share]
+            pixels = np.stack([*pool.map(read, mine), *[nothing] * (share - len(mine))])
+            orientations = [pixels, np.ascontiguousarray(pixels[..., ::-1])] if transform.random_flip else [pixels]
+            moments = np.stack([backend.posteriors(each) for each in orientations], axis=1)
+            good = [place for place, name in enumerate(several) if _is_finite(moments[place], name, config)]
+            yield [several[place] for place in good], moments[good]
+
+
+def _is_finite(moments: np.ndarray, name: str, config: DiffusionConfig) -> bool:
+    finite = bool(np.isfinite(moments).all())
+    if not finite and not config.skip_bad_images:
+        raise NonFiniteError(f"the latents of {name} are not finite: check the picture, or the autoencoder's precision")
+    return finite
 
 
 def _no_draw(stream: Stream) -> np.random.Generator:

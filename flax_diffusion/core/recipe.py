@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 from flax_diffusion.core import class_images, task_pipelines
@@ -26,6 +25,7 @@ from flax_diffusion.core.data.noise import NoiseSpec
 from flax_diffusion.core.data.sources import Source, open_source
 from flax_diffusion.core.data.transforms import ImageTransform
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.files import as_path
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.rates import learning_rate_schedule
 from flax_diffusion.core.tasks import AutoencoderConfig, DreamBoothConfig, TextToImageConfig, TextualInversionConfig
@@ -128,9 +128,8 @@ def _diffusion_spec(config: DiffusionConfig, source: Source) -> PipelineSpec:
     if not isinstance(config, TextConfig):
         return task_pipelines.unconditional(config)
     captions = (_as_list(source[index].caption) for index in range(len(source)))
-    spec = task_pipelines.text_to_image(
-        config, itertools.chain.from_iterable(captions), Path(config.output_dir) / "tokenizer"
-    )
+    made_before = as_path(config.output_dir) / "tokenizer" if config.resume_from_checkpoint else None
+    spec = task_pipelines.text_to_image(config, itertools.chain.from_iterable(captions), made_before)
     if isinstance(config, TextualInversionConfig):
         task_pipelines.check_new_word(spec, [*templated_prompts(config), *config.validation_prompts])
     return spec

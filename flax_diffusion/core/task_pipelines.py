@@ -13,6 +13,7 @@ from flax_diffusion.core import hub, noise_schedule
 from flax_diffusion.core.adapters import Lora, NewTokens, tokens_of
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.files import local_copy
 from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, read_component
 from flax_diffusion.core.tasks import AutoencoderConfig, TextToImageConfig, TextualInversionConfig
 
@@ -62,13 +63,13 @@ def unconditional(config: DiffusionConfig) -> PipelineSpec:
     return _checked(kind, components, config)
 
 
-def text_to_image(config: TextConfig, captions: Iterable[str], run_tokenizer: Path) -> PipelineSpec:
+def text_to_image(config: TextConfig, captions: Iterable[str], made_before: Path | None) -> PipelineSpec:
     """The pipeline of every task with prompts: Stable Diffusion 1.x or 2.x, or one from scratch.
 
     Args:
         config: The run's options.
         captions: Every caption; read only when a tokenizer must be made.
-        run_tokenizer: Where this run keeps the tokenizer it made; used again on resume.
+        made_before: Where a run that is resumed keeps the tokenizer that it made, if it did.
     """
     from flax_diffusion.core.data import captions as text
 
@@ -89,8 +90,8 @@ def text_to_image(config: TextConfig, captions: Iterable[str], run_tokenizer: Pa
     elif pretrained:
         folder = hub.resolve(pretrained, "tokenizer", config.revision)
         tokenizer = text.load_tokenizer(folder)
-    elif run_tokenizer.is_dir():
-        tokenizer = text.load_tokenizer(run_tokenizer)
+    elif made_before is not None and made_before.is_dir():
+        tokenizer = text.load_tokenizer(local_copy(made_before))
     else:
         tokenizer = text.train_tokenizer(
             captions, encoder.config.get("vocab_size", 4096), encoder["max_position_embeddings"]

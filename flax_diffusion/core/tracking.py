@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import math
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from flax_diffusion.core.files import is_local, remove_tree, replacing, written_folder
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, border: int = 0) -> Image.Image:
@@ -41,6 +45,12 @@ def to_pillow(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
+def save_picture(image: Image.Image, path: Path) -> None:
+    """Writes a PNG file, whole or not at all."""
+    with replacing(path) as partial:
+        image.save(partial, "PNG")
+
+
 def enlarge(image: Image.Image, at_least: int) -> Image.Image:
     """Scales a small picture up by a whole factor, so that a person can see its pixels."""
     factor = max(1, math.ceil(at_least / max(image.size)))
@@ -56,7 +66,9 @@ class TensorBoard:
 
         self._event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
         self._summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
-        self._writer = EventFileWriter(str(folder))
+        self._folder = folder
+        self._local = folder if is_local(folder) else Path(tempfile.mkdtemp())
+        self._writer = EventFileWriter(str(self._local))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Adds one point to each curve."""
@@ -75,10 +87,21 @@ class TensorBoard:
         )
         summary = self._summary(value=[self._summary.Value(tag=tag, image=image)])
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+        self._upload()
 
     def close(self) -> None:
         """Writes what is left to disk."""
         self._writer.close()
+        self._upload()
+        if self._local != self._folder:
+            remove_tree(self._local)
+
+    def _upload(self) -> None:
+        """Event files grow and objects cannot, so that those of an object store are written again."""
+        if self._local != self._folder:
+            with written_folder(self._folder) as folder:
+                shutil.copytree(self._local, folder, dirs_exist_ok=True)
 
 
 class Tracker:
@@ -119,8 +142,7 @@ class Tracker:
         if not self._main:
             return
         picture = enlarge(image_grid(images, columns, border=max(1, images.shape[1] // 32)), 512)
-        self._samples.mkdir(parents=True, exist_ok=True)
-        picture.save(self._samples / f"{step:08d}.png")
+        save_picture(picture, self._samples / f"{step:08d}.png")
         if self._board:
             self._board.image("samples", picture, step)
         self._last = time.perf_counter()

@@ -47,6 +47,9 @@ class Recorder:
     def wait(self):
         pass
 
+    def everywhere(self, holds):
+        return holds
+
     def restore(self, folder):
         metadata = json.loads((folder / "state.json").read_text())
         self.taken = metadata.pop("taken")

@@ -6,6 +6,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+import yaml
 
 GCLOUD = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >>"$RECORD"
@@ -56,6 +57,7 @@ VM, QUEUE = "compute tpus tpu-vm", "compute tpus queued-resources"
         ("--type v4-8 --version mine create", f"{VM} create flax-diffusion --accelerator-type v4-8 --version mine"),
         ("log", f"{VM} ssh flax-diffusion --worker 0 --command tail -n 50 -f train.log"),
         ("stop", f"{VM} ssh flax-diffusion --worker all --command kill -TERM $(cat train.pid)"),
+        ("fetch gs://b/runs/a here", "storage cp --recursive gs://b/runs/a here"),
         ("fetch runs/a here", f"{VM} scp --recurse flax-diffusion:runs/a here --worker 0"),
         ("--zone z delete", f"{VM} delete flax-diffusion --zone z --quiet"),
         ("--queued delete", f"{QUEUE} delete flax-diffusion --force --quiet"),
@@ -97,6 +99,27 @@ def test_wait(pod):
 
 
 @pytest.mark.parametrize(
+    ("kind", "spot", "topology", "hosts", "chips"),
+    [("v5litepod-16", True, "4x4", 4, 4), ("v6e-1", False, "1x1", 1, 1), ("v4-64", False, "2x4x4", 8, 4)],
+)
+def test_a_jobset_for_gke(pod, kind, spot, topology, hosts, chips):
+    prompt = 'a "sks" dog, \\o/'
+    options = ["--type", kind, "--name", "run", *(["--spot"] if spot else [])]
+    ran, calls = pod(*options, "jobset", "image:1", "--", "dreambooth", "--instance_prompt", prompt)
+    assert (ran.returncode, ran.stderr, calls) == (0, "", [])
+    made = yaml.safe_load(ran.stdout)
+    assert made["metadata"] == {"name": "run"}
+    job = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["parallelism"], job["completions"]) == (hosts, hosts)
+    pod_spec = job["template"]["spec"]
+    assert pod_spec["nodeSelector"]["cloud.google.com/gke-tpu-topology"] == topology
+    assert ("cloud.google.com/gke-spot" in pod_spec["nodeSelector"]) == spot
+    (container,) = pod_spec["containers"]
+    assert container["resources"] == {"limits": {"google.com/tpu": chips}}
+    assert container["command"][3:] == ["dreambooth", "--instance_prompt", prompt, "--resume_from_checkpoint", "latest"]
+
+
+@pytest.mark.parametrize(
     ("words", "says"),
     [
         ("", "no command"),
@@ -104,7 +127,8 @@ def test_wait(pod):
         ("--fast create", "unknown option --fast"),
         ("--name", "--name needs a value"),
         ("--type v3-8 create", "types known are v4-N"),
-        ("--type v5litepod-16 create", "--type v5litepod-16 has several hosts"),
+        ("jobset image", "jobset: give an image and what to train"),
+        ("--type v5litepod-9 jobset image -- text_to_image", "--type v5litepod-9: not known to jobset"),
         ("start", "start: give what to train"),
         ("fetch a", "fetch: give the folder there and the one here"),
     ],

@@ -6,10 +6,10 @@ import bisect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from flax_diffusion.core.data.folders import open_folder
 from flax_diffusion.core.data.sources import Record, Source
+from flax_diffusion.core.files import as_path
 from flax_diffusion.core.tasks import DreamBoothConfig, TextualInversionConfig
 
 
@@ -73,7 +73,7 @@ def open_templated(config: TextualInversionConfig) -> PromptedSource:
     Raises:
         DataError: If the folder is missing or holds none.
     """
-    source = open_folder(Path(str(config.train_data_dir)), caption_column=None)
+    source = open_folder(as_path(str(config.train_data_dir)), caption_column=None)
     return PromptedSource([source], [templated_prompts(config)], [config.repeats])
 
 
@@ -91,7 +91,7 @@ def open_instances(config: DreamBoothConfig) -> PromptedSource:
     """
     concepts = config.all_concepts
     return PromptedSource(
-        [open_folder(Path(concept.instance_data_dir), caption_column=None) for concept in concepts],
+        [open_folder(as_path(concept.instance_data_dir), caption_column=None) for concept in concepts],
         [concept.instance_prompt for concept in concepts],
         [concept.repeats for concept in concepts],
     )
@@ -101,7 +101,7 @@ def open_pairs(config: DreamBoothConfig, instances: PromptedSource) -> PairedSou
     """The same with the pictures of their classes, of which each folder must hold enough by now."""
     concepts, most = config.all_concepts, config.num_class_images
     classes = PromptedSource(
-        [open_folder(Path(str(c.class_data_dir)), caption_column=None, max_samples=most) for c in concepts],
+        [open_folder(as_path(str(c.class_data_dir)), caption_column=None, max_samples=most) for c in concepts],
         [str(concept.class_prompt) for concept in concepts],
         [concept.repeats for concept in concepts],
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 from flax_diffusion.core.data.sources import Record, Source, first_few, require_column
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.files import walk
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -79,10 +80,10 @@ def open_folder(
         if root.suffix.lower() != ".parquet":
             raise DataError(f"train_data_dir {root} is a file; only a .parquet file may stand for a folder")
         return open_parquet([root], image_column, caption_column, max_samples, cache_dir)
-    if (root / split).is_dir() and not any(map(_is_data, os.listdir(root))):
+    if (root / split).is_dir() and not any(_is_data(path.name) for path in root.iterdir()):
         root = root / split
 
-    files = list(_walk(root))
+    files = list(walk(root))
     images = _images(files)
     tables = [name for name in files if name.lower().endswith(".parquet")]
     metadata = [name for name in files if os.path.basename(name) in METADATA_FILES]
@@ -110,18 +111,9 @@ def _is_data(name: str) -> bool:
     )
 
 
-def _walk(root: Path) -> Iterator[str]:
-    """Give the files below a folder, relative to it, in an order that every file system agrees on."""
-    for folder, subfolders, names in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in sorted(names):
-            if not name.startswith("."):
-                yield os.path.relpath(os.path.join(folder, name), root)
-
-
 def image_files(root: Path) -> list[str]:
     """Give the images below a folder, relative to it, in order."""
-    return _images(_walk(root))
+    return _images(walk(root))
 
 
 def _images(files: Iterable[str]) -> list[str]:

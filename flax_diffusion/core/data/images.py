@@ -1,7 +1,6 @@
 """From an image file of any kind to 8-bit RGB, or an error that names the file."""
 
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -53,7 +52,7 @@ def _open(record: Record) -> Image.Image:
         return source
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    data = source.read_bytes() if isinstance(source, Path) else source
+    data = source if isinstance(source, bytes) else source.read_bytes()
     if not data:
         raise DataError(f"{record.name} is empty (0 bytes); replace or remove it")
     image = Image.open(BytesIO(data))

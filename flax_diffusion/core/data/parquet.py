@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from flax_diffusion.core.data.sources import Record, first_few, require_column
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.files import is_local
 
 _ROWS = 256  # a record batch
 
@@ -97,7 +99,7 @@ def _reader(path: Path) -> tuple[pa.RecordBatchFileReader, Lock]:
 def _check(file: Path, columns: dict[str, str]) -> int:
     """Check the columns of one file and return its number of rows."""
     try:
-        with pq.ParquetFile(file) as parquet:
+        with _opened(file) as parquet:
             schema, count = parquet.schema_arrow, parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is not a readable Parquet file ({error}); download it again") from error
@@ -110,6 +112,18 @@ def _check(file: Path, columns: dict[str, str]) -> int:
         if role == "caption" and not (_is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))):
             raise DataError(f"{option} {column} in {file} is of type {kind}; it must be text or a list of texts")
     return count
+
+
+def _opened(file: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(file if is_local(file) else file.open("rb"))
+
+
+def _version(file: Path) -> tuple[str, int, int]:
+    """Path, bytes and time of change."""
+    stat: Any = file.stat()
+    if is_local(file):
+        return str(file.resolve()), stat.st_size, stat.st_mtime_ns
+    return str(file), stat.length, stat.mtime
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -130,8 +144,7 @@ def _is_image_struct(kind: pa.DataType) -> bool:
 
 def _unpacked(files: list[Path], columns: dict[str, str], starts: np.ndarray, cache_dir: Path | None) -> Path:
     """Return the Arrow file of these rows and columns, made now unless an earlier run did."""
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    identity = repr((stats, sorted(columns.items()), starts.tolist()))
+    identity = repr(([*map(_version, files)], sorted(columns.items()), starts.tolist()))
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flax_diffusion"
     target = folder / f"parquet-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.arrow"
     if target.is_file():
@@ -157,7 +170,7 @@ def _unpack(files: list[Path], columns: dict[str, str], starts: np.ndarray, path
     writer = schema = None
     try:
         for file, (first, last) in zip(files, pairwise(starts.tolist()), strict=True):
-            with pq.ParquetFile(file) as parquet:
+            with _opened(file) as parquet:
                 row = 0
                 for batch in parquet.iter_batches(_ROWS, columns=list(columns.values())):
                     batch = batch.slice(0, last - first - row)

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from flax_diffusion.core.errors import DataError, nearest
+from flax_diffusion.core.files import as_path
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -85,7 +86,7 @@ def open_source(
         raise DataError(
             f"both dataset_name={dataset_name} and train_data_dir={train_data_dir} are given; keep one of them"
         )
-    if dataset_name is not None and dataset_name != "digits" and Path(dataset_name).is_dir():
+    if dataset_name is not None and dataset_name != "digits" and as_path(dataset_name).is_dir():
         dataset_name, train_data_dir = None, dataset_name
     if max_train_samples is not None and max_train_samples < 1:
         raise DataError(f"max_train_samples is {max_train_samples}; it must be 1 or more, or left out for all")
@@ -94,7 +95,7 @@ def open_source(
         from flax_diffusion.core.data.folders import open_folder
 
         return open_folder(
-            Path(train_data_dir),
+            as_path(train_data_dir),
             image_column=image_column,
             caption_column=caption_column,
             max_samples=max_train_samples,

@@ -1,0 +1,61 @@
+"""Several processes as one run, one for each host of a pod: how they meet, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from flax_diffusion.core.errors import ConfigError
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+"""Environment variables by which processes meet where nothing else says how."""
+
+
+def connect() -> None:
+    """Joins the other processes of this run, if it has any. Call it before anything asks for a device.
+
+    On a TPU VM or a GKE node pool the machine itself says who they are; elsewhere the environment variables do.
+
+    Raises:
+        ConfigError: If the variables are not all there, or hold no numbers.
+    """
+    if jax.distributed.is_initialized():
+        return
+    if ADDRESS in os.environ:
+        jax.distributed.initialize(os.environ[ADDRESS], *map(_number, (COUNT, INDEX)))
+    elif find_spec("libtpu") is not None and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
+        try:
+            jax.distributed.initialize()
+        except ValueError:  # not on a TPU
+            return
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name, "")
+    if not value.isdigit():
+        raise ConfigError(f"{ADDRESS} is set and {name} is {value!r}: set {COUNT}, and in each process its own {INDEX}")
+    return int(value)
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether something holds in every process; waits for all of them."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
+
+
+def to_host(tree: Any) -> Any:
+    """Arrays as NumPy's, whole in every process, wherever their parts are. All processes must call it."""
+
+    def whole(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        on_device = jax.device_put(array, array.sharding.with_memory_kind("device"))
+        return np.asarray(multihost_utils.process_allgather(on_device, tiled=True))
+
+    return jax.tree.map(whole, tree)
