@@ -84,15 +84,19 @@ def interceptor(component: Component, *, train: bool) -> Any:
             known = next_call(jnp.where(new, 0, ids))
             rows = own["new_rows"].astype(known.dtype)[jnp.maximum(ids - new_tokens.first, 0)]
             return jnp.where(new[..., None], rows, known)
-        out = next_call(*args, **kwargs)
+        made = next_call(*args, **kwargs)
+        alone = not isinstance(made, tuple)  # else the parts of one output
+        outs = [made] if alone else list(made)
         if lora is not None and "lora_A" in own:
             (x,) = args
-            x = x.astype(out.dtype)
+            x = x.astype(outs[0].dtype)
             if train and lora.dropout:
                 keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - lora.dropout, x.shape)
                 x = jnp.where(keep, x / (1 - lora.dropout), 0)
-            down, up = (own[part]["kernel"].astype(out.dtype) for part in ("lora_A", "lora_B"))
-            out = out + (x @ down @ up) * lora.scale
-        return out
+            down, up = (own[part]["kernel"].astype(x.dtype) for part in ("lora_A", "lora_B"))
+            low = x @ down
+            ups = jnp.split(up, len(outs), axis=-1)
+            outs = [out + (low @ up) * lora.scale for out, up in zip(outs, ups, strict=True)]
+        return outs[0] if alone else tuple(outs)
 
     return call

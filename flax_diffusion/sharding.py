@@ -87,6 +87,19 @@ def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, (DATA, FSDP)))
 
 
+def gathered(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside jit: whole on every device.
+
+    Left to choose, the compiler would now and then gather the images of a layer rather than its weights.
+    """
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def scattered(tree: Any, mesh: Mesh | None) -> Any:
+    """Inside jit: gradients divided as the moments are, so that of their sum over devices each gets its part alone."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, state_shardings({"ema": tree}, mesh)["ema"])
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 1) -> dict[str, jax.Array]:
     """Starts the copy of this process's part of a batch (accumulation, images, …) to its devices."""
     sharding = batch_sharding(mesh, leading)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_diffusion.core import cli, launch
+from flax_diffusion.core.files import user_cache
 
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
@@ -32,7 +33,19 @@ def _backend() -> Any:
     from flax_diffusion.processes import connect
 
     connect()
+    _keep_programs()
     return JaxBackend
+
+
+def _keep_programs() -> None:
+    """Compiled programs of accelerators, which take minutes, are there at the next start.
+
+    In the folder that the environment variable JAX_COMPILATION_CACHE_DIR names, else in the user's cache.
+    """
+    import jax
+
+    if jax.config.values["jax_compilation_cache_dir"] is None and jax.default_backend() != "cpu":
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "programs"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,6 +19,7 @@ from flax_diffusion.adapters import merge
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.modules import Modules
 from flax_diffusion.optimizer import LossScale, Params, clip_by_global_norm, update_ema
+from flax_diffusion.sharding import gathered, scattered
 
 Batch = dict[str, jax.Array]
 
@@ -132,7 +133,7 @@ def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...]
 def compute_copies(modules: Modules, params: Params) -> Params:
     """Matrices in the precision that their modules compute in, made once a step.
 
-    Where weights are divided over devices, it is these that are gathered, at half the bytes under bf16. Norms and
+    Where weights are divided over devices, it is these that are gathered, once, at half the bytes under bf16. Norms and
     biases stay as they are: sums in float32 take them.
     """
 
@@ -145,7 +146,7 @@ def compute_copies(modules: Modules, params: Params) -> Params:
 
         return jax.tree_util.tree_map_with_path(copy, tree)
 
-    return {name: of_module(name, tree) for name, tree in params.items()}
+    return gathered({name: of_module(name, tree) for name, tree in params.items()}, modules.mesh)
 
 
 def train_step(
@@ -189,10 +190,11 @@ def train_step(
         loss = loss_of(modules, merge(frozen, params), micro, key)
         return loss * scale, loss
 
-    copies = compute_copies(modules, state.params)
+    copies, frozen = compute_copies(modules, state.params), gathered(frozen, modules.mesh)
 
     def micro_step(micro: Batch, key: jax.Array) -> tuple[jax.Array, Params]:
         (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(copies, micro, key)
+        grads = scattered(grads, modules.mesh)
         return loss, jax.tree.map(lambda grad, weight: grad.astype(weight.dtype), grads, state.params)
 
     loss, grads = sum_over_micro_batches(micro_step, (batch, keys), unroll=unroll or count == 1)

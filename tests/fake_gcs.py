@@ -92,9 +92,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not asked or not data:
             return self._answer(200, data, **headers)
         first, last = int(asked[1]), min(int(asked[2] or len(data) - 1), len(data) - 1)
-        return self._answer(
-            206, data[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}", **headers
-        )
+        return self._answer(206, data[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}", **headers)
 
     def _listed(self, bucket, query):
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")

@@ -326,7 +326,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.write(report(make_plan(config, where, options.hlo)) + "\n")
 
 
-_HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NAME] [--sweep] [--hlo FILE] [flags of training]
+_HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NAME] [--sweep | --hlo FILE]
+                          [flags of training]
 
 {__doc__}
   --topology NAME   The slice to compile for (default v5e:2x2): {", ".join(topologies.KNOWN)}.

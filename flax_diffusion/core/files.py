@@ -39,6 +39,11 @@ def is_local(path: Path) -> bool:
     return isinstance(path, Path)
 
 
+def user_cache() -> Path:
+    """Where this user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flax_diffusion"
+
+
 def absolute(path: Path) -> Path:
     """The path, wherever the process is."""
     return path.resolve() if is_local(path) else path

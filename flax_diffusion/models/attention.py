@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.models import flash
-from flax_diffusion.models.layers import ACTIVATIONS, GroupNorm, LayerConfig, conv, dense, layer_norm
+from flax_diffusion.models.layers import ACTIVATIONS, GroupNorm, HalvedDense, LayerConfig, conv, dense, layer_norm
 
 # Upstream's Dual transformer splits the context into 77 text tokens and 257 image tokens, in this order.
 DUAL_CONDITION_LENGTHS = (77, 257)
@@ -179,7 +179,9 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BLC: jax.Array) -> jax.Array:
         """Map (B, L, C) to (B, L, features)."""
-        x, gate = jnp.split(dense(2 * self.features, self.config, "proj")(x_BLC), 2, axis=-1)
+        config = self.config
+        proj = HalvedDense(2 * self.features, dtype=config.dtype, param_dtype=config.param_dtype, name="proj")
+        x, gate = proj(x_BLC)
         return x * ACTIVATIONS["gelu"](gate)
 
 

@@ -2,9 +2,11 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 import yaml
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 from tiny import CONDITION_UNET, RUN, TEXT_RUN, UNET, VAE, pictures, stable_diffusion
 
@@ -183,3 +185,24 @@ def test_missing_and_misshapen_weights_are_all_listed(tmp_path):
             "text_to_image", pretrained_model_name_or_path=str(base), train_data_dir=str(pictures(tmp_path / "data")),
             resolution=16, output_dir=str(tmp_path / "run"), train_batch_size=2,
         )  # fmt: skip
+
+
+@pytest.fixture
+def own_programs(tmp_path):
+    """Compiled programs are kept in a folder of this test's."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    for folder in (str(tmp_path / "programs"), before):
+        compilation_cache.reset_cache()
+        jax.config.update("jax_compilation_cache_dir", folder)
+        if folder != before:
+            yield tmp_path / "programs"
+
+
+def test_a_second_start_compiles_no_step(tmp_path, own_programs):
+    def steps(name):
+        train("unconditional", **RUN | {"max_train_steps": 1}, output_dir=str(tmp_path / name))
+        return {path.name for path in own_programs.glob("jit_train_step*-cache")}
+
+    first = steps("first")
+    assert len(first) == 1
+    assert steps("second") == first

@@ -5,12 +5,11 @@ import os
 import fsspec
 import pytest
 from fake_gcs import Store
-from tiny import RUN, pictures, stable_diffusion
+from tiny import pictures, stable_diffusion
 
-from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.files import as_path, write_text
 from flax_diffusion.train import train
-
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # of which the server here knows nothing
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from flax_diffusion.core.data.sources import Record, first_few, require_column
 from flax_diffusion.core.errors import DataError
-from flax_diffusion.core.files import is_local
+from flax_diffusion.core.files import is_local, user_cache
 
 _ROWS = 256  # a record batch
 
@@ -145,7 +145,7 @@ def _is_image_struct(kind: pa.DataType) -> bool:
 def _unpacked(files: list[Path], columns: dict[str, str], starts: np.ndarray, cache_dir: Path | None) -> Path:
     """Return the Arrow file of these rows and columns, made now unless an earlier run did."""
     identity = repr(([*map(_version, files)], sorted(columns.items()), starts.tolist()))
-    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flax_diffusion"
+    folder = cache_dir or user_cache()
     target = folder / f"parquet-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.arrow"
     if target.is_file():
         return target
