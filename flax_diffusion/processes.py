@@ -27,7 +27,7 @@ def connect() -> None:
     if jax.distributed.is_initialized():
         return
     if ADDRESS in os.environ:
-        jax.distributed.initialize(os.environ[ADDRESS], *map(_number, (COUNT, INDEX)))
+        jax.distributed.initialize(os.environ[ADDRESS], _number(COUNT), _number(INDEX))
     elif find_spec("libtpu") is not None and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
         try:
             jax.distributed.initialize()

@@ -21,6 +21,7 @@ _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computati
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
 _OPERANDS = re.compile(r"operand_layout_constraints=\{(.*?\})\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -84,7 +85,7 @@ def operations(text: str) -> list[Operation]:
         ValueError: If it has no entry computation.
     """
     computations, entry = _parse(text)
-    return list(_walk(computations, entry, 1, scheduled=True))
+    return list(_walk(computations, entry, 1, set(), scheduled=True))
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -120,11 +121,18 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def _walk(
-    computations: dict[str, list[_Instruction]], name: str, count: int, *, scheduled: bool
+    computations: dict[str, list[_Instruction]], name: str, count: int, channels: set[str], *, scheduled: bool
 ) -> Iterator[Operation]:
-    """Operations of a computation; inside a fusion only what is exchanged, since its cycles are those of the fusion."""
+    """Operations of a computation; inside a fusion only what is exchanged, since its cycles are those of the fusion.
+
+    An exchange that goes on beside several fusions stands in each of them; `channels` are those that were seen.
+    """
     for one in computations[name]:
         cycles, exchanged, kernel = _CYCLES.search(one.rest), _bytes_exchanged(one), _kernel(one)
+        channel = _CHANNEL.search(one.rest)
+        if exchanged and channel:
+            exchanged = 0 if channel[1] in channels else exchanged
+            channels.add(channel[1])
         if (cycles and scheduled) or exchanged or kernel:
             op_name = _OP_NAME.search(one.rest)
             yield Operation(
@@ -143,7 +151,7 @@ def _walk(
         called += re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
         for inner in called:
             if inner in computations:
-                yield from _walk(computations, inner, times, scheduled=scheduled and one.opcode != "fusion")
+                yield from _walk(computations, inner, times, channels, scheduled=scheduled and one.opcode != "fusion")
 
 
 def _kernel(one: _Instruction) -> Kernel | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from flax_diffusion.models import flash
 from flax_diffusion.models.layers import ACTIVATIONS, GroupNorm, HalvedDense, LayerConfig, conv, dense, layer_norm
@@ -32,8 +33,11 @@ def attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, mask: jax
 
     Reference: Vaswani et al. 2017, eq. 1; torch.nn.functional.scaled_dot_product_attention.
     """
-    if mask is None and flash.has_kernel(jax.sharding.get_abstract_mesh(), q_BLND, k_BSND):
+    mesh = jax.sharding.get_abstract_mesh()
+    if mask is None and flash.has_kernel(mesh, q_BLND, k_BSND):
         return flash.flash_attention(q_BLND, k_BSND, v_BSND)
+    if mask is None and _has_cudnn_kernel(mesh, q_BLND, k_BSND):
+        return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, implementation="cudnn")
     dtype = q_BLND.dtype
     half_on_cpu = dtype == jnp.float16 and jax.default_backend() == "cpu"  # JAX has no such product there
     if dtype != jnp.float64 and not half_on_cpu:  # and in float64 its softmax would be in float32
@@ -42,6 +46,19 @@ def attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, mask: jax
     scores_BNLS = jnp.einsum("blnd,bsnd->bnls", q_BLND.astype(wide), k_BSND.astype(wide))
     weights_BNLS = jax.nn.softmax(scores_BNLS / math.sqrt(q_BLND.shape[-1]), where=mask)
     return jnp.einsum("bnls,bsnd->blnd", weights_BNLS, v_BSND.astype(wide)).astype(dtype)
+
+
+def _has_cudnn_kernel(mesh: AbstractMesh, q_BLND: jax.Array, k_BSND: jax.Array) -> bool:
+    """Whether the devices of a mesh are GPUs, and cuDNN's flash attention takes these shapes, gradients too.
+
+    Reference: the support matrix of cuDNN's frontend, scaled dot product attention, Ampere and later.
+    """
+    if mesh.empty or mesh.abstract_device is None or mesh.abstract_device.platform not in ("gpu", "cuda"):
+        return False
+    (_, queries, _, channels), keys = q_BLND.shape, k_BSND.shape[1]
+    fits = queries % 64 == 0 and keys % 64 == 0 and channels % 8 == 0 and channels <= 128
+    ampere = float(jax.devices()[0].compute_capability) >= 8
+    return ampere and fits and q_BLND.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def split_heads(x_BLC: jax.Array, heads: int) -> jax.Array:

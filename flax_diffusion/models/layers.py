@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 
 from flax_diffusion.models.norms import group_norm
 
@@ -57,7 +58,7 @@ class HalvedDense(nn.Dense):
         """Map (..., C) to two of (..., features / 2)."""
         kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        x, kernel, bias = nn.dtypes.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         kernels, biases = jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)
         return x @ kernels[0] + biases[0], x @ kernels[1] + biases[1]
 

@@ -1,5 +1,6 @@
 """Layers whose form matters, initialisation, and how the models run: dtypes, dropout, rematerialisation."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -107,6 +108,30 @@ def test_where_flash_attention_runs() -> None:
     assert not flash.has_kernel(tpu, jax.ShapeDtypeStruct((2, 1024, 8, 40), jnp.bfloat16), tokens)
     assert not flash.has_kernel(jax.sharding.AbstractMesh((), ()), tokens, tokens)
     assert not flash.has_kernel(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]).abstract_mesh, tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("shape", "capability", "expected"),
+    [
+        ((4, 4096, 8, 40), "9.0", "cudnn"),
+        ((4, 4096, 8, 40), "7.5", None),
+        ((4, 4096, 8, 160), "9.0", None),
+        ((4, 77, 8, 40), "9.0", None),
+    ],
+)
+def test_where_cudnn_runs(monkeypatch, shape, capability, expected) -> None:
+    """What the kernel itself computes is not seen here."""
+    asked = []
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    gpu = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=device)
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    monkeypatch.setattr(
+        jax.nn, "dot_product_attention", lambda q, *_, implementation=None, **__: asked.append(implementation) or q
+    )
+    tokens = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(gpu):
+        jax.eval_shape(lambda *inputs: attention(*inputs), tokens, tokens, tokens)
+    assert asked == [expected]
 
 
 def test_attention_masks() -> None:

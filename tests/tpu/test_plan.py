@@ -15,7 +15,12 @@ TEXT = """HloModule jit_step
 
 %fused (p: bf16[8,4]) -> bf16[8,4] {
   %p = bf16[8,4]{1,0} parameter(0)
-  ROOT %all-reduce.1 = bf16[8,4]{1,0} all-reduce(%p), replica_groups={{0,1}}, to_apply=%add
+  ROOT %all-reduce.1 = bf16[8,4]{1,0} all-reduce(%p), channel_id=3, replica_groups={{0,1}}, to_apply=%add
+}
+
+%start (p: bf16[8,4]) -> bf16[8,4] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  ROOT %all-reduce.0 = bf16[8,4]{1,0} all-reduce(%p), channel_id=3, replica_groups={{0,1}}, to_apply=%add
 }
 
 %body (t: (s32[], f32[16])) -> (s32[], f32[16]) {
@@ -26,6 +31,7 @@ TEXT = """HloModule jit_step
 ENTRY %main (a: f32[16]) -> f32[16] {
   %loop = (s32[], f32[16]{0}) while(%a), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %gather = (f32[4]{0:T(128)}, f32[16]{0:T(128)S(1)}, /*index=2*/f32[4]{0}, f32[16]{0}) all-gather-start(%x, %y), metadata={op_name="jit(step)/transpose(jvp(UNet))/conv_in/dot_general"}
+  %beside = bf16[8,4]{1,0} fusion(%z), kind=kCustom, calls=%start
   %fusion.7 = bf16[8,4]{1,0} fusion(%z), kind=kOutput, calls=%fused, metadata={op_name="jit(step)/transpose(jvp(UNet))/mid/attn1/to_q/dot_general"}, backend_config={"estimated_cycles":"7"}
   %flash_attention.3 = bf16[2,8,40,256]{3,2,1,0} custom-call(%q, %k), custom_call_target="tpu_custom_call", operand_layout_constraints={bf16[2,8,40,256]{3,2,1,0}, bf16[2,8,40,512]{3,2,1,0}}, metadata={op_name="jit(step)/attn1/flash_attention/pallas_call"}, backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"1000","transcendentals":"8","bytes_accessed":"500","remote_bytes_transferred":"0"}}}
   %mine = f32[4]{0} custom-call(%q), custom_call_target="tpu_custom_call", operand_layout_constraints={f32[4]{0}}, backend_config={"custom_call_config":{"body":""}}
@@ -41,7 +47,7 @@ def test_what_a_program_does():
         "work": 300,
         "gather": 0,
         "fusion.7": 7,
-        "all-reduce.1": 0,
+        "all-reduce.0": 0,
         "flash_attention.3": 0,
         "mine": 0,
     }
@@ -49,7 +55,7 @@ def test_what_a_program_does():
     assert found["work"].module == "UNet/conv_in"
     assert found["fusion.7"].module == "transpose(UNet)/mid/attn1/to_q"
     assert found["gather"].bytes_exchanged == (4 + 16) * 4
-    assert found["all-reduce.1"].bytes_exchanged == 8 * 4 * 2
+    assert found["all-reduce.0"].bytes_exchanged == 8 * 4 * 2  # and the part that ends it is no other
     shapes = ((2, 8, 40, 256), (2, 8, 40, 512))
     assert found["flash_attention.3"].kernel == hlo.Kernel("flash_attention", shapes, 1000, 500)
     assert found["mine"].kernel == hlo.Kernel("mine", ((4,),), None, None)
@@ -102,7 +108,8 @@ def a_plan(seconds=0.1, **changes):
     work = hlo.Operation("work", "fusion", "UNet2D/resnets_0", round(seconds * SLICE.chip.clock), 1, 0)
     values = {
         "slice": SLICE, "mesh": {"data": 4, "fsdp": 1}, "images": 2, "state": {"parameters": GIB}, "arguments": GIB,
-        "temporaries": GIB, "peak": 2 * GIB, "host": 0, "flops": 1e12, "accessed": 2e9, "operations": [work],
+        "temporaries": GIB, "peak": 2 * GIB, "host": 0, "flops": 1e12, "accessed": 2e9, "compile_seconds": 60,
+        "operations": [work],
     }  # fmt: skip
     return plan.Plan(**values | changes)
 

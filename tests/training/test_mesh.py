@@ -18,6 +18,7 @@ from flax_diffusion.core.recipe import make_example_fn, make_schedule
 from flax_diffusion.core.tasks import UnconditionalConfig
 from flax_diffusion.models import FlaxCLIPTextModel, FlaxUNet2DConditionModel
 from flax_diffusion.sharding import make_mesh, spec_of, state_shardings
+from tpu import hlo
 
 STEPS = 20
 EIGHT = jax.devices()  # other tests see the first of them only
@@ -41,6 +42,15 @@ def losses(devices, **options):
     return np.array([backend.read(m)["loss"] for m in metrics]), backend
 
 
+def exchanged(backend):
+    """Bytes a device and step, of what exchanges result in: weights and gradients, and no layer's images."""
+    program = backend.program
+    example = make_example_fn(backend.config, backend.spec)(open_source(dataset_name="digits"), 0, 0, 0)
+    batch = program.batch(example, 1, 16)
+    text = program.step.lower(program.state, program.frozen, batch, program.rates).compile().as_text()
+    return sum(operation.bytes_exchanged for operation in hlo.operations(text))
+
+
 @pytest.fixture(scope="module")
 def one_device():
     return losses(1)[0]
@@ -59,6 +69,7 @@ def test_eight_devices_equal_one(one_device, data, fsdp):
     assert kernel.addressable_shards[0].data.size * fsdp == kernel.size
     for leaf in (moment, state.ema["unet"]["conv_in"]["kernel"]):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+    assert exchanged(backend) < 2.5 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
 
 
 def test_accumulation_in_a_loop_equals_one_batch(one_device):

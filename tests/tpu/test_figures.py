@@ -1,0 +1,84 @@
+"""What Stable Diffusion costs on TPUs, by their compiler: `python -m pytest -m tpu_compile tests/tpu/test_figures.py`.
+
+Each row compiles the whole step, for ten to twenty minutes on two cores.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flax_diffusion.core.data.captions import train_tokenizer
+
+pytestmark = pytest.mark.tpu_compile
+
+CACHED = ["--cache_latents", "--center_crop", "--pre_compute_text_embeddings"]
+TUNE = ["text_to_image", "--train_data_dir", ".", *CACHED]
+LORA = [*TUNE, "--lora_rank", "4", "--gradient_checkpointing", "--train_batch_size", "1"]
+DREAMBOOTH = ["dreambooth", "--instance_data_dir", ".", "--instance_prompt", "a sks dog", "--train_batch_size", "1"]
+DREAMBOOTH += [*CACHED, "--gradient_checkpointing", "--use_8bit_adam"]
+POD = ["--train_batch_size", "8", "--fsdp_parallelism", "4"]
+
+ROWS = {
+    "sd15": ("sd15", "v5e:2x2", [*TUNE, *POD], {"GiB": 16, "ms": 32, "GB": 25}),
+    "sd21": ("sd21", "v5e:2x2", [*TUNE, *POD], {"GiB": 16, "ms": 32, "GB": 25}),
+    "one-chip": ("sd15", "v5e:1x1", [*TUNE, "--train_batch_size", "4", "--gradient_checkpointing"], {"GiB": 16}),
+    "dreambooth": ("sd15", "v5e:1x1", DREAMBOOTH, {"GiB": 12}),
+    "dreambooth-offload": ("sd15", "v5e:1x1", [*DREAMBOOTH, "--offload_optimizer"], {"GiB": 8}),
+    "lora": ("sd15", "v5e:1x1", LORA, {"GiB": 6}),
+    "v5p": ("sd15", "v5p:2x2x1", [*TUNE, *POD], {"GiB": 95}),
+    "v5e-256": ("sd15", "v5e:16x16", [*TUNE, *POD], {"GiB": 16, "ms": 32, "GB": 25}),
+}
+"""Pipeline, slice, flags and bounds: memory a device, and milliseconds and bytes accessed an image."""
+
+SAID = {
+    "images": r"([\d.]+) images a device",
+    "GiB": r"peak +([\d.]+)",
+    "ms": r"estimated, ([\d.]+) an image",
+    "GB": r"memory accessed .*, ([\d.]+) an image",
+    "MFU": r"MFU ([\d.]+)%",
+    "exchanged": r"exchanged +([\d.]+) GB",
+    "compiled": r"compiled in +(\d+) s",
+}
+
+
+def described(request, version, folder):
+    """A pipeline folder with the configs of a published one, and no weights."""
+    configs = request.config.rootpath / "tests/models/configs"
+    for part in ("unet", "vae", "text_encoder"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text((configs / f"{version}_{part}.json").read_text())
+    scheduler = {
+        "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "skip_prk_steps": True, "steps_offset": 1,
+        "prediction_type": "epsilon" if version == "sd15" else "v_prediction",
+    }  # fmt: skip
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    train_tokenizer(["a photo of a dog"], 700, 77).save_pretrained(folder / "tokenizer")
+    names = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    index = {name: ["diffusers", kind] for name, kind in names.items()} | {"_class_name": "StableDiffusionPipeline"}
+    index |= {"scheduler": ["diffusers", "PNDMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_figures(request, tmp_path, capsys, row):
+    version, topology, flags, bounds = ROWS[row]
+    environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
+    command = [sys.executable, "-m", "tpu.plan", *flags, "--topology", topology, "--resolution", "512"]
+    command += ["--mixed_precision", "bf16"]
+    command += ["--pretrained_model_name_or_path", str(described(request, version, tmp_path / "model"))]
+    ran = subprocess.run(command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    figures = {name: float(re.search(pattern, ran.stdout)[1]) for name, pattern in SAID.items()}
+    with capsys.disabled():
+        if row == next(iter(ROWS)):
+            print("\n" + " ".join(f"{name:>10}" for name in ("", "slice", *SAID)))
+        print(f"{row:>10} {topology:>10} " + " ".join(f"{figures[name]:10g}" for name in SAID))
+    for name, bound in bounds.items():
+        assert figures[name] <= bound, (name, ran.stdout)
