@@ -24,19 +24,18 @@ _OVER_LANES = (((1,), (1,)), ((), ()))
 _PLAIN = (((1,), (0,)), ((), ()))
 
 
-def has_kernel(mesh: AbstractMesh, q_BLND: jax.Array, k_BSND: jax.Array) -> bool:
+def has_kernel(mesh: AbstractMesh, q_BLND: jax.Array) -> bool:
     """Whether `flash_attention` runs on the devices of a mesh.
 
     Args:
         mesh: Of the program that is traced, as `jax.sharding.get_abstract_mesh` gives it: kernels have to know how the
             batch is split, so there is none without a mesh.
         q_BLND: Queries.
-        k_BSND: Keys.
     """
     if mesh.empty or mesh.abstract_device is None or mesh.abstract_device.platform != "tpu":
         return False
-    (batch, queries, _, _), keys = q_BLND.shape, k_BSND.shape[1]
-    return batch % mesh.size == 0 and queries % LANES == 0 and keys % LANES == 0
+    batch, queries = q_BLND.shape[:2]
+    return batch % mesh.size == 0 and queries % LANES == 0
 
 
 def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -44,7 +43,7 @@ def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, 
 
     Args:
         q_BLND: Queries, (B, L, N, D); L a multiple of 128.
-        k_BSND: Keys, (B, S, N, D); S a multiple of 128.
+        k_BSND: Keys, (B, S, N, D); up to the next multiple of 128 they are filled up.
         v_BSND: Values, (B, S, N, D).
         interpret: Run the kernels by XLA, on any device.
 
@@ -54,9 +53,12 @@ def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, 
     Reference: Dao, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
     """
 
+    keys = k_BSND.shape[1]
+
     def local(*tokens_first: jax.Array) -> jax.Array:
         q, k, v = (jnp.transpose(x, (0, 2, 3, 1)) for x in tokens_first)
-        return jnp.transpose(_attend(q, k, v, interpret), (0, 3, 1, 2))
+        k, v = (jnp.pad(x, ((0, 0),) * 3 + ((0, -keys % LANES),)) for x in (k, v))
+        return jnp.transpose(_attend(q, k, v, keys, interpret), (0, 3, 1, 2))
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -65,26 +67,29 @@ def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, 
     return jax.shard_map(local, in_specs=(images,) * 3, out_specs=images, check_vma=False)(q_BLND, k_BSND, v_BSND)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q_BNDL: jax.Array, k_BNDS: jax.Array, v_BNDS: jax.Array, interpret: bool) -> jax.Array:
-    return _forward(q_BNDL, k_BNDS, v_BNDS, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attend(q_BNDL: jax.Array, k_BNDS: jax.Array, v_BNDS: jax.Array, valid: int, interpret: bool) -> jax.Array:
+    return _forward(q_BNDL, k_BNDS, v_BNDS, valid, interpret)[0]
 
 
-def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> tuple[jax.Array, Any]:
-    out, log_sum = _forward(q, k, v, interpret)
+def _attend_forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: int, interpret: bool) -> tuple[jax.Array, Any]:
+    out, log_sum = _forward(q, k, v, valid, interpret)
     return out, (q, k, v, out, log_sum)
 
 
-def _attend_backward(interpret: bool, kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _attend_backward(valid: int, interpret: bool, kept: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     q, k, v, out, log_sum = kept
-    return _backward(q, k, v, out, log_sum, grad, interpret)
+    return _backward(q, k, v, out, log_sum, grad, valid, interpret)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> tuple[jax.Array, jax.Array]:
-    """The weighted values (B, N, D, L), and the logarithm to base 2 of each query's sum of weights (B, N, 1, L)."""
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: int, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """The weighted values (B, N, D, L), and the logarithm to base 2 of each query's sum of weights (B, N, 1, L).
+
+    Only the first `valid` keys are attended to.
+    """
     batch, heads, channels, queries = q.shape
     keys = k.shape[-1]
     block, chunk = _largest(queries, QUERIES), _largest(keys, KEYS)
@@ -93,7 +98,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> tuple
     row = pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i))
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32))
     return pl.pallas_call(
-        functools.partial(_forward_kernel, scale=_scale(channels), chunk=chunk),
+        functools.partial(_forward_kernel, scale=_scale(channels), chunk=chunk, valid=valid),
         grid=(batch, heads, queries // block),
         in_specs=[by_query, all_keys, all_keys],
         out_specs=(by_query, row),
@@ -105,14 +110,16 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, interpret: bool) -> tuple
     )(q, k, v)
 
 
-def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any, *, scale: float, chunk: int):
+def _forward_kernel(
+    q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any, *, scale: float, chunk: int, valid: int
+):
     """One block of queries: the softmax goes on from chunk to chunk of keys."""
     q = q_ref[...]
 
     def attend(index: Any, carry: Any) -> Any:
         top, total, out = carry
         part = pl.ds(index * chunk, chunk)
-        scores = _dot(k_ref[:, part], q, _OVER_CHANNELS) * scale  # (S, L)
+        scores = _scores(k_ref, q, index, scale=scale, chunk=chunk, valid=valid)
         new_top = jnp.maximum(top, scores.max(axis=0, keepdims=True))
         weights = jnp.exp2(scores - new_top)
         fade = jnp.exp2(top - new_top)
@@ -130,7 +137,14 @@ def _forward_kernel(q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_re
 
 
 def _backward(
-    q: jax.Array, k: jax.Array, v: jax.Array, out: jax.Array, log_sum: jax.Array, grad: jax.Array, interpret: bool
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    out: jax.Array,
+    log_sum: jax.Array,
+    grad: jax.Array,
+    valid: int,
+    interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values."""
     batch, heads, channels, queries = q.shape
@@ -140,7 +154,7 @@ def _backward(
     all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))
     row = pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i))
     return pl.pallas_call(
-        functools.partial(_backward_kernel, scale=_scale(channels), chunk=chunk),
+        functools.partial(_backward_kernel, scale=_scale(channels), chunk=chunk, valid=valid),
         grid=(batch, heads, queries // block),
         in_specs=[by_query, all_keys, all_keys, by_query, row, by_query],
         out_specs=(by_query, all_keys, all_keys),
@@ -155,7 +169,7 @@ def _backward(
 
 def _backward_kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, out_ref: Any, log_sum_ref: Any, grad_ref: Any,
-    dq_ref: Any, dk_ref: Any, dv_ref: Any, dk_sum: Any, dv_sum: Any, *, scale: float, chunk: int,
+    dq_ref: Any, dk_ref: Any, dv_ref: Any, dk_sum: Any, dv_sum: Any, *, scale: float, chunk: int, valid: int,
 ):  # fmt: skip
     """One block of queries: its gradient, and what it adds to those of all keys and values."""
     q, grad, log_sum = q_ref[...], grad_ref[...], log_sum_ref[...]
@@ -170,7 +184,7 @@ def _backward_kernel(
     def attend(index: Any, dq: jax.Array) -> jax.Array:
         part = pl.ds(index * chunk, chunk)
         k, v = k_ref[:, part], v_ref[:, part]
-        weights = jnp.exp2(_dot(k, q, _OVER_CHANNELS) * scale - log_sum)  # (S, L)
+        weights = jnp.exp2(_scores(k_ref, q, index, scale=scale, chunk=chunk, valid=valid) - log_sum)
         dv_sum[:, part] += _dot(grad, weights.astype(grad.dtype), _OVER_LANES)
         dscores = (weights * (_dot(v, grad, _OVER_CHANNELS) - of_softmax)).astype(q.dtype)
         dk_sum[:, part] += _dot(q, dscores, _OVER_LANES)
@@ -184,6 +198,15 @@ def _backward_kernel(
     def _():
         dk_ref[...] = (dk_sum[...] * natural).astype(dk_ref.dtype)
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+
+def _scores(k_ref: Any, q: jax.Array, index: Any, *, scale: float, chunk: int, valid: int) -> jax.Array:
+    """Of a chunk of keys and all queries (S, L); minus infinity for keys that only fill up."""
+    scores = _dot(k_ref[:, pl.ds(index * chunk, chunk)], q, _OVER_CHANNELS) * scale
+    if valid == k_ref.shape[1]:
+        return scores
+    key = index * chunk + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    return jnp.where(key < valid, scores, -jnp.inf)
 
 
 def _dot(a: jax.Array, b: jax.Array, dimensions: Any) -> jax.Array:

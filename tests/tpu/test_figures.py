@@ -20,12 +20,12 @@ TUNE = ["text_to_image", "--train_data_dir", ".", *CACHED]
 LORA = [*TUNE, "--lora_rank", "4", "--gradient_checkpointing", "--train_batch_size", "1"]
 DREAMBOOTH = ["dreambooth", "--instance_data_dir", ".", "--instance_prompt", "a sks dog", "--train_batch_size", "1"]
 DREAMBOOTH += [*CACHED, "--gradient_checkpointing", "--use_8bit_adam"]
-POD = ["--train_batch_size", "8", "--fsdp_parallelism", "4"]
+POD = ["--train_batch_size", "16", "--fsdp_parallelism", "4"]
 
 ROWS = {
     "sd15": ("sd15", "v5e:2x2", [*TUNE, *POD], {"GiB": 16, "ms": 32, "GB": 25}),
     "sd21": ("sd21", "v5e:2x2", [*TUNE, *POD], {"GiB": 16, "ms": 32, "GB": 25}),
-    "one-chip": ("sd15", "v5e:1x1", [*TUNE, "--train_batch_size", "4", "--gradient_checkpointing"], {"GiB": 16}),
+    "one-chip": ("sd15", "v5e:1x1", [*TUNE, "--train_batch_size", "4"], {"GiB": 16}),
     "dreambooth": ("sd15", "v5e:1x1", DREAMBOOTH, {"GiB": 12}),
     "dreambooth-offload": ("sd15", "v5e:1x1", [*DREAMBOOTH, "--offload_optimizer"], {"GiB": 8}),
     "lora": ("sd15", "v5e:1x1", LORA, {"GiB": 6}),
