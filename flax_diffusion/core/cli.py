@@ -135,7 +135,7 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
         else:
             how = {"type": functools.partial(_parse_flag, annotation=kind), "metavar": _metavar(kind)}
             if get_origin(kind) is list:
-                how["nargs"] = "+"
+                how |= {"nargs": "+", "action": "extend"}  # --prompt A B, or --prompt A --prompt B
         text = f"{field.description} (default: {field.default})".replace("%", "%%")
         parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
 

@@ -32,6 +32,12 @@ def test_booleans_can_be_turned_off_on_the_command_line(tmp_path):
     assert (config.use_ema, config.center_crop) == (False, False)
 
 
+def test_a_list_in_one_flag_or_in_several():
+    prompts = ["--validation_prompts", "a", "b", "--validation_prompts", "c"]
+    config = parse("text_to_image", "--dataset_name", "digits", *prompts)
+    assert config.validation_prompts == ["a", "b", "c"]
+
+
 def test_a_saved_config_reads_back_as_itself(tmp_path):
     config = parse("unconditional", "--dataset_name", "digits", "--unet", '{"block_out_channels": [32, 64]}')
     saved = tmp_path / "config.yaml"

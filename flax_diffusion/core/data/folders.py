@@ -75,10 +75,10 @@ def open_folder(
     from flax_diffusion.core.data.parquet import open_parquet
 
     if not root.exists():
-        raise DataError(f"train_data_dir {root} does not exist; give a folder of images or of Parquet files")
+        raise DataError(f"{root} does not exist; give a folder of images or of Parquet files")
     if root.is_file():
         if root.suffix.lower() != ".parquet":
-            raise DataError(f"train_data_dir {root} is a file; only a .parquet file may stand for a folder")
+            raise DataError(f"{root} is a file; only a .parquet file may stand for a folder")
         return open_parquet([root], image_column, caption_column, max_samples, cache_dir)
     if (root / split).is_dir() and not any(_is_data(path.name) for path in root.iterdir()):
         root = root / split
@@ -89,13 +89,13 @@ def open_folder(
     metadata = [name for name in files if os.path.basename(name) in METADATA_FILES]
     if tables and images:
         raise DataError(
-            f"train_data_dir {root} holds both images and Parquet files ({first_few(tables)}); "
+            f"{root} holds both images and Parquet files ({first_few(tables)}); "
             "keep them in folders of their own, and metadata in metadata.jsonl or metadata.csv"
         )
     if tables:
         return open_parquet([root / name for name in tables], image_column, caption_column, max_samples, cache_dir)
     if not images and not metadata:
-        raise DataError(f"train_data_dir {root} holds no images; looked for {' '.join(IMAGE_EXTENSIONS)} and .parquet")
+        raise DataError(f"{root} holds no images; looked for {' '.join(IMAGE_EXTENSIONS)} and .parquet")
     if caption_column is None:
         return FolderSource(root, images[:max_samples], None)
     if metadata:
