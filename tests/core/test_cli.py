@@ -34,7 +34,7 @@ def test_booleans_can_be_turned_off_on_the_command_line(tmp_path):
 
 def test_a_list_in_one_flag_or_in_several():
     prompts = ["--validation_prompts", "a", "b", "--validation_prompts", "c"]
-    config = parse("text_to_image", "--dataset_name", "digits", *prompts)
+    config = parse("text_to_image", "--dataset_name", "digits", "--pretrained_model_name_or_path", "sd", *prompts)
     assert config.validation_prompts == ["a", "b", "c"]
 
 
