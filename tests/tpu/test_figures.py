@@ -20,7 +20,7 @@ TUNE = ["text_to_image", "--train_data_dir", ".", *CACHED]
 LORA = [*TUNE, "--lora_rank", "4", "--gradient_checkpointing", "--train_batch_size", "1"]
 DREAMBOOTH = ["dreambooth", "--instance_data_dir", ".", "--instance_prompt", "a sks dog", "--train_batch_size", "1"]
 DREAMBOOTH += [*CACHED, "--gradient_checkpointing", "--use_8bit_adam"]
-POD = ["--train_batch_size", "16", "--fsdp_parallelism", "4"]
+POD = ["--train_batch_size", "8", "--fsdp_parallelism", "4"]
 
 ROWS = {
     "sd15": ("sd15", "v5e:2x2", [*TUNE, *POD], {"GiB": 16, "ms": 32, "GB": 25}),
