@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_diffusion.core import adapters
 from flax_diffusion.core.pipeline import Component
 from flax_diffusion.core.torch_names import from_torch_layout, to_torch_layout, torch_name
+from flax_diffusion.models.layers import HalvedDense
 from flax_diffusion.weights import torch_shapes
 
 Tree = dict[str, Any]
@@ -75,7 +76,7 @@ def interceptor(component: Component, *, train: bool) -> Any:
 
     def call(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         layer = context.module
-        if context.method_name != "__call__" or not isinstance(layer, nn.Dense | nn.Embed):
+        if context.method_name != "__call__" or not isinstance(layer, nn.Dense | nn.Embed | HalvedDense):
             return next_call(*args, **kwargs)
         own = layer.variables["params"]
         if new_tokens is not None and "new_rows" in own:

@@ -196,9 +196,7 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x_BLC: jax.Array) -> jax.Array:
         """Map (B, L, C) to (B, L, features)."""
-        config = self.config
-        proj = HalvedDense(2 * self.features, dtype=config.dtype, param_dtype=config.param_dtype, name="proj")
-        x, gate = proj(x_BLC)
+        x, gate = HalvedDense(2 * self.features, self.config, name="proj")(x_BLC)
         return x * ACTIVATIONS["gelu"](gate)
 
 

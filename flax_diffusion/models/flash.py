@@ -52,7 +52,6 @@ def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, 
 
     Reference: Dao, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
     """
-
     keys = k_BSND.shape[1]
 
     def local(*tokens_first: jax.Array) -> jax.Array:
@@ -119,7 +118,7 @@ def _forward_kernel(
     def attend(index: Any, carry: Any) -> Any:
         top, total, out = carry
         part = pl.ds(index * chunk, chunk)
-        scores = _scores(k_ref, q, index, scale=scale, chunk=chunk, valid=valid)
+        scores = _scores(k_ref[:, part], q, index * chunk, scale=scale, valid=valid)
         new_top = jnp.maximum(top, scores.max(axis=0, keepdims=True))
         weights = jnp.exp2(scores - new_top)
         fade = jnp.exp2(top - new_top)
@@ -184,7 +183,7 @@ def _backward_kernel(
     def attend(index: Any, dq: jax.Array) -> jax.Array:
         part = pl.ds(index * chunk, chunk)
         k, v = k_ref[:, part], v_ref[:, part]
-        weights = jnp.exp2(_scores(k_ref, q, index, scale=scale, chunk=chunk, valid=valid) - log_sum)
+        weights = jnp.exp2(_scores(k, q, index * chunk, scale=scale, valid=valid) - log_sum)
         dv_sum[:, part] += _dot(grad, weights.astype(grad.dtype), _OVER_LANES)
         dscores = (weights * (_dot(v, grad, _OVER_CHANNELS) - of_softmax)).astype(q.dtype)
         dk_sum[:, part] += _dot(q, dscores, _OVER_LANES)
@@ -200,12 +199,12 @@ def _backward_kernel(
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
 
 
-def _scores(k_ref: Any, q: jax.Array, index: Any, *, scale: float, chunk: int, valid: int) -> jax.Array:
-    """Of a chunk of keys and all queries (S, L); minus infinity for keys that only fill up."""
-    scores = _dot(k_ref[:, pl.ds(index * chunk, chunk)], q, _OVER_CHANNELS) * scale
-    if valid == k_ref.shape[1]:
+def _scores(k: jax.Array, q: jax.Array, first: Any, *, scale: float, valid: int) -> jax.Array:
+    """Of a chunk of keys, counted from `first`, and all queries (S, L); minus infinity where a key only fills up."""
+    scores = _dot(k, q, _OVER_CHANNELS) * scale
+    if valid % LANES == 0:
         return scores
-    key = index * chunk + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
+    key = first + jax.lax.broadcasted_iota(jnp.int32, scores.shape, 0)
     return jnp.where(key < valid, scores, -jnp.inf)
 
 

@@ -47,18 +47,26 @@ def dense(features: int, config: LayerConfig, name: str, *, bias: bool = True) -
     return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
-class HalvedDense(nn.Dense):
+class HalvedDense(nn.Module):
     """A linear layer with the first and the second half of its features as two arrays.
 
     To slice them out of one, and to join the gradients of two into one, takes XLA more time than the products.
+
+    Args:
+        features: of both halves together.
+        config: dtypes.
     """
 
+    features: int
+    config: LayerConfig
+
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map (..., C) to two of (..., features / 2)."""
-        kernel = self.param("kernel", self.kernel_init, (inputs.shape[-1], self.features), self.param_dtype)
-        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        x, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        config, shape = self.config, (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, config.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape[1:], config.param_dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=config.dtype)
         kernels, biases = jnp.split(kernel, 2, axis=-1), jnp.split(bias, 2)
         return x @ kernels[0] + biases[0], x @ kernels[1] + biases[1]
 
