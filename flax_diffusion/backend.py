@@ -192,7 +192,7 @@ class JaxBackend:
     def state_arrays(self) -> portable.Arrays:
         """The whole state as plain arrays on the host, by portable name."""
         leaves = jax.tree_util.tree_flatten_with_path(to_host(self.state))[0]
-        return portable.from_tree((_keys(path), np.asarray(leaf)) for path, leaf in leaves)
+        return portable.from_tree((_keys(path), leaf) for path, leaf in leaves)
 
     def _load(self, arrays: portable.Arrays, step: int, folder: Path) -> None:
         """Takes over a state by portable name: the inverse of `state_arrays`."""
@@ -232,7 +232,7 @@ class JaxBackend:
     def trained_arrays(self) -> portable.Arrays:
         """What trains, averaged if there is an average, by component and PyTorch name."""
         leaves = jax.tree_util.tree_flatten_with_path(to_host(self._exported()))[0]
-        named = portable.from_tree((("params", *_keys(path)), np.asarray(leaf)) for path, leaf in leaves)
+        named = portable.from_tree((("params", *_keys(path)), leaf) for path, leaf in leaves)
         return {name.removeprefix("params/"): array for name, array in named.items()}
 
     def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:

@@ -22,7 +22,8 @@ def connect() -> None:
     On a TPU VM or a GKE node pool the machine itself says who they are; elsewhere the environment variables do.
 
     Raises:
-        ConfigError: If the variables are not all there, or hold no numbers.
+        ConfigError: If the variables are not all there, or hold no numbers; or if this is one host of several and they
+            cannot meet.
     """
     if jax.distributed.is_initialized():
         return
@@ -31,8 +32,9 @@ def connect() -> None:
     elif find_spec("libtpu") is not None and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
         try:
             jax.distributed.initialize()
-        except ValueError:  # not on a TPU
-            return
+        except (ValueError, RuntimeError) as error:  # not on a TPU, or JAX is already in use
+            if jax.process_count() > 1:
+                raise ConfigError(f"the {jax.process_count()} hosts of this slice do not meet: {error}") from error
 
 
 def _number(name: str) -> int:
@@ -52,10 +54,10 @@ def everywhere(holds: bool) -> bool:
 def to_host(tree: Any) -> Any:
     """Arrays as NumPy's, whole in every process, wherever their parts are. All processes must call it."""
 
-    def whole(array: jax.Array) -> np.ndarray:
+    def gather(array: jax.Array) -> Any:
         if array.is_fully_addressable or array.is_fully_replicated:
-            return np.asarray(array)
+            return array
         on_device = jax.device_put(array, array.sharding.with_memory_kind("device"))
-        return np.asarray(multihost_utils.process_allgather(on_device, tiled=True))
+        return multihost_utils.process_allgather(on_device, tiled=True)
 
-    return jax.tree.map(whole, tree)
+    return jax.device_get(jax.tree.map(gather, tree))

@@ -305,8 +305,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     own = cli.Parser(prog="python -m tpu.plan", add_help=False)
     own.add_argument("--topology", default="v5e:2x2")
-    own.add_argument("--sweep", action="store_true")
-    own.add_argument("--hlo", type=Path)
+    result = own.add_mutually_exclusive_group()
+    result.add_argument("--sweep", action="store_true")
+    result.add_argument("--hlo", type=Path)
     if {"-h", "--help"} & set(words):
         sys.stdout.write(_HELP)
         return
@@ -314,6 +315,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     _, config = cli.parse_train(rest, "python -m tpu.plan")
     topologies.prepare()
     where = topologies.describe(options.topology)
+    if options.hlo:
+        try:
+            options.hlo.touch()
+        except OSError as error:
+            raise ConfigError(f"--hlo {options.hlo}: cannot be written: {error.strerror}") from error
     if options.sweep:
         from tpu import sweep
 

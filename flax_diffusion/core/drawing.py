@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from flax_diffusion.core import cli
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.files import as_path
 from flax_diffusion.core.pipeline import PipelineSpec, check_prompts, open_pipeline
 
@@ -71,11 +72,15 @@ def main(draw: Callable[[GenerateConfig], np.ndarray], prog: str, argv: Sequence
     parser = cli.Parser(prog=prog, description="Draw images from a trained pipeline.")
     cli.add_fields(parser, GenerateConfig)
     config = cli.build(GenerateConfig, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
+    folder = as_path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {folder}: cannot be made: {error.strerror}") from error
     images = draw(config)
 
     from flax_diffusion.core.tracking import enlarge, image_grid, save_picture, to_pillow
 
-    folder = as_path(config.output_dir)
     for number, image in enumerate(images):
         save_picture(to_pillow(image), folder / f"{number:05d}.png")
     columns = config.num_images if config.prompt else None

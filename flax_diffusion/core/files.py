@@ -13,25 +13,31 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+import fsspec
+from etils import epath
+
 from flax_diffusion.core.errors import ConfigError
+
+STORES = ("gs", "s3")
+"""Object stores, as paths in them start."""
 
 
 def as_path(name: str | Path) -> Path:
-    """The path that a user names: of this machine, or, where it starts like `gs://`, of an object store.
+    """The path that a user names: of this machine, or, where it starts with `gs://` or `s3://`, of an object store.
 
     Raises:
-        ConfigError: If what reads that store is not installed.
+        ConfigError: If it starts in another such way, or what reads that store is not installed.
     """
-    if isinstance(name, Path) or "://" not in str(name):
+    scheme, has_scheme, _ = str(name).partition("://")
+    if isinstance(name, Path) or not has_scheme:
         return Path(name)
-    from etils import epath
-
-    path = cast(Path, epath.Path(name))
+    if scheme not in STORES:
+        raise ConfigError(f"{name}: paths of object stores start with {' or '.join(f'{one}://' for one in STORES)}")
     try:
-        path.exists()
+        fsspec.get_filesystem_class(scheme)
     except ImportError as error:
-        raise ConfigError(f"{name}: needs a package that is not installed ({error}); for gs:// it is gcsfs") from error
-    return path
+        raise ConfigError(f"{name}: {error}") from error
+    return cast(Path, epath.Path(name))
 
 
 def is_local(path: Path) -> bool:
@@ -50,9 +56,39 @@ def absolute(path: Path) -> Path:
 
 
 @functools.cache
-def _copies() -> tempfile.TemporaryDirectory[str]:
+def _temporary() -> tempfile.TemporaryDirectory[str]:
     """Deleted when the process ends."""
     return tempfile.TemporaryDirectory(prefix="flax_diffusion-")
+
+
+def temporary_folder() -> Path:
+    """A new folder of this machine, there as long as the process is."""
+    return Path(tempfile.mkdtemp(dir=_temporary().name))
+
+
+def version_of(file: Path) -> tuple[int, int]:
+    """Bytes and time of change, by which two states of a file differ."""
+    stat: Any = file.stat()
+    return (stat.st_size, stat.st_mtime_ns) if is_local(file) else (stat.length, stat.mtime)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file's content, from and to anywhere."""
+    with source.open("rb") as readable, target.open("wb") as writable:
+        shutil.copyfileobj(readable, writable)
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copies the files of a folder to another that is there, not those in its subfolders."""
+    for file in source.iterdir():
+        if not file.is_dir():
+            copy_file(file, target / file.name)
+
+
+@functools.cache
+def _copied(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """Where a folder's copy is, and the versions of the files in it."""
+    return temporary_folder(), {}
 
 
 def local_copy(folder: Path, patterns: tuple[str, ...] = ("*",)) -> Path:
@@ -64,13 +100,15 @@ def local_copy(folder: Path, patterns: tuple[str, ...] = ("*",)) -> Path:
     """
     if is_local(folder):
         return folder
-    target = Path(_copies().name, str(folder).replace("://", "/"))
-    target.mkdir(parents=True, exist_ok=True)
+    target, versions = _copied(folder)
     for file in folder.iterdir():
-        wanted = any(fnmatch(file.name, pattern) for pattern in patterns)
-        if wanted and not (target / file.name).exists() and not file.is_dir():
-            with replacing(target / file.name) as partial, file.open("rb") as source, partial.open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+        if file.is_dir() or not any(fnmatch(file.name, pattern) for pattern in patterns):
+            continue
+        version = version_of(file)
+        if versions.get(file.name) != version:
+            with replacing(target / file.name) as partial:
+                copy_file(file, partial)
+            versions[file.name] = version
     return target
 
 
@@ -109,16 +147,15 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     if not is_local(path):
-        partial = Path(_copies().name, partial.name)
+        partial = Path(_temporary().name, partial.name)
     try:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-            if not is_local(path):  # an object is there when all of it is
-                with path.open("wb") as sink:
-                    shutil.copyfileobj(file, sink)
-                return
-        os.replace(partial, path)
+        if is_local(path):
+            os.replace(partial, path)
+        else:
+            copy_file(partial, path)  # an object is there when all of it is
     finally:
         partial.unlink(missing_ok=True)
 
@@ -135,9 +172,7 @@ def written_folder(folder: Path) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as local:
         yield Path(local)
-        for file in Path(local).iterdir():
-            with file.open("rb") as source, (folder / file.name).open("wb") as sink:
-                shutil.copyfileobj(source, sink)
+        copy_files(Path(local), folder)
 
 
 def write_text(path: Path, text: str) -> None:

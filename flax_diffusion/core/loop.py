@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError
-from flax_diffusion.core.files import as_path, remove_tree, write_text
+from flax_diffusion.core.files import as_path, is_local, remove_tree, temporary_folder, write_text
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.precompute import precompute
 from flax_diffusion.core.rates import ema_decay
@@ -60,7 +59,7 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
     schedule = recipe.make_schedule(config, num_examples, backend.device_count)
     parameters = backend.init_state()
     source = recipe.complete_source(config, source, backend)
-    scratch = output_dir / "precomputed" if isinstance(output_dir, Path) else Path(tempfile.mkdtemp())
+    scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
     made = precompute(config, spec, source, backend, scratch)
     first_step, first_example = 0, 0
     if resume_from is not None:
@@ -270,8 +269,7 @@ def _check_output(output_dir: Path, config: TrainConfig) -> Path | None:
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"--output_dir {output_dir}: is a file; name a folder")
     resume_from = checkpoints.to_resume(output_dir, config.resume_from_checkpoint)
-    has_run = bool(checkpoints.committed(output_dir)) or any((output_dir / name).exists() for name in _WRITTEN)
-    if has_run and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
+    if _has_run(output_dir) and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
         raise ConfigError(
             f"--output_dir {output_dir}: holds another run; go on with it by --resume_from_checkpoint latest, "
             "delete it by --overwrite_output_dir, or name another folder"
@@ -283,15 +281,19 @@ def _check_output(output_dir: Path, config: TrainConfig) -> Path | None:
     return resume_from
 
 
+def _has_run(output_dir: Path) -> bool:
+    return bool(checkpoints.committed(output_dir)) or any((output_dir / name).exists() for name in _WRITTEN)
+
+
 def _clear_output(output_dir: Path, config: TrainConfig, backend: Backend) -> None:
-    """Deletes what an earlier run left, once every process has looked.
+    """Deletes an earlier run where that is asked for, and what a killed one left, once every process has looked.
 
     Raises:
         ConfigError: If a process does not see what the first one writes.
     """
     shared_folder(output_dir, backend, "--output_dir")
     if backend.process_index == 0:
-        if config.resume_from_checkpoint is None:
+        if config.overwrite_output_dir and config.resume_from_checkpoint is None and _has_run(output_dir):
             for path in checkpoints.committed(output_dir):
                 remove_tree(path)
             for name in (*_WRITTEN_FOLDERS, config.logging_dir):

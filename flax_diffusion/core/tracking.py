@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flax_diffusion.core.files import is_local, remove_tree, replacing, written_folder
+from flax_diffusion.core.files import copy_files, is_local, replacing, temporary_folder
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, border: int = 0) -> Image.Image:
@@ -67,7 +65,7 @@ class TensorBoard:
         self._event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
         self._summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
         self._folder = folder
-        self._local = folder if is_local(folder) else Path(tempfile.mkdtemp())
+        self._local = folder if is_local(folder) else temporary_folder()
         self._writer = EventFileWriter(str(self._local))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
@@ -94,14 +92,11 @@ class TensorBoard:
         """Writes what is left to disk."""
         self._writer.close()
         self._upload()
-        if self._local != self._folder:
-            remove_tree(self._local)
 
     def _upload(self) -> None:
         """Event files grow and objects cannot, so that those of an object store are written again."""
         if self._local != self._folder:
-            with written_folder(self._folder) as folder:
-                shutil.copytree(self._local, folder, dirs_exist_ok=True)
+            copy_files(self._local, self._folder)
 
 
 class Tracker:

@@ -129,6 +129,16 @@ def test_another_run_in_the_folder(tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-2"]
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_run_stays(tmp_path, overwrite):
+    mine = [tmp_path / "samples/notes.txt", tmp_path / "unet/mine.txt"]
+    for file in mine:
+        file.parent.mkdir()
+        file.write_text("mine")
+    run(tmp_path, max_train_steps=1, overwrite_output_dir=overwrite)
+    assert [file.read_text() for file in mine] == ["mine", "mine"]
+
+
 def test_resume_takes_the_next_examples(tmp_path):
     whole = run(tmp_path / "whole", max_train_steps=12)
     run(tmp_path / "part", max_train_steps=12, checkpointing_steps=5)

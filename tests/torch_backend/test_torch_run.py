@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from tiny import RUN, TEXT_RUN, losses
+from tiny import RUN, TEXT_RUN, losses, pictures, stable_diffusion
 
 from flax_diffusion.core.cli import merge
 from flax_diffusion.core.errors import ConfigError
@@ -76,17 +76,35 @@ def test_the_same_command_starts_from_the_same_weights(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def in_two_processes(request, folder, task, values):
+    recipe = folder / "run.yaml"
+    recipe.write_text(json.dumps({"task": task} | values))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "torch_backend.train", "--config", str(recipe), "--output_dir", str(folder / "two")]
+    subprocess.run(command, check=True, env=environment, cwd=request.config.rootpath)
+    return folder / "two"
+
+
 def test_two_processes_equal_one(request, tmp_path):
     values = RUN | {"train_batch_size": 16, "use_ema": True}
     one = train("unconditional", **values, output_dir=str(tmp_path / "one"))
-    recipe = tmp_path / "run.yaml"
-    recipe.write_text(json.dumps({"task": "unconditional"} | values | {"train_batch_size": 8}))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "torch_backend.train", "--config", str(recipe), "--output_dir", str(tmp_path / "two")]
-    subprocess.run(command, check=True, env=environment, cwd=request.config.rootpath)
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(one), rtol=1e-6)
-    assert (tmp_path / "two/checkpoint-6/state.safetensors").is_file()
+    two = in_two_processes(request, tmp_path, "unconditional", values | {"train_batch_size": 8})
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-6)
+    assert (two / "checkpoint-6/state.safetensors").is_file()
+
+
+@pytest.mark.acceptance
+def test_two_processes_compute_latents_together(request, tmp_path):
+    values = {
+        "pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")),
+        "train_data_dir": str(pictures(tmp_path / "data", 7)), "resolution": 16, "center_crop": True,
+        "random_flip": True, "cache_latents": True, "pre_compute_text_embeddings": True, "train_batch_size": 4,
+        "max_train_steps": 6, "learning_rate": 1e-3, "lr_warmup_steps": 0,
+    }  # fmt: skip
+    one = train("text_to_image", **values, output_dir=str(tmp_path / "one"))
+    two = in_two_processes(request, tmp_path, "text_to_image", values | {"train_batch_size": 2})
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""What Stable Diffusion costs on TPUs, by their compiler: `python -m pytest -m tpu_compile -s tests/tpu/test_figures.py`.
+"""What Stable Diffusion costs on TPUs: `python -m pytest -m tpu_compile -s tests/tpu/test_figures.py`.
 
-Each row compiles the whole step, for ten to twenty minutes on two cores.
+Their compiler says it. Each row compiles the whole step, for ten to twenty minutes on two cores.
 """
 
 import functools

@@ -175,6 +175,11 @@ def test_slices_that_are_not(topology):
         topologies.describe(topology)
 
 
+def test_a_sweep_has_no_one_program():
+    with pytest.raises(ConfigError, match="--hlo: not allowed with argument --sweep"):
+        plan.main(["--sweep", "--hlo", "step.hlo"])
+
+
 def test_without_libtpu(monkeypatch):
     monkeypatch.setattr(topologies, "find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"pip install 'flax-diffusion\[tpu\]'"):
@@ -230,6 +235,7 @@ def test_digits(request):
     ("words", "says"),
     [
         (["--topology", "v5e:3x7"], "--topology v5e:3x7: "),
+        (["--hlo", "nowhere/step.hlo"], "--hlo nowhere/step.hlo: cannot be written: No such file or directory"),
         (["--fsdp_parallelism", "3"], "a mesh of fsdp 3 does not fit 4 devices"),
         (["--global_batch_size", "6"], "--global_batch_size 6: not divisible over 4 devices"),
     ],

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import CONDITION_UNET, RUN, TEXT_RUN, UNET, VAE, pictures, stable_diffusion
 
 from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
-from flax_diffusion.train import train
+from flax_diffusion.train import _keep_programs, train
 
 
 def picture(path):
@@ -206,3 +206,12 @@ def test_a_second_start_compiles_no_step(tmp_path, own_programs):
     first = steps("first")
     assert len(first) == 1
     assert steps("second") == first
+
+
+def test_programs_of_accelerators_are_kept(monkeypatch, tmp_path, own_programs):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    for named, kept in ((str(own_programs), own_programs), (None, tmp_path / "flax_diffusion/programs")):
+        jax.config.update("jax_compilation_cache_dir", named)
+        _keep_programs()
+        assert jax.config.values["jax_compilation_cache_dir"] == str(kept)

@@ -118,10 +118,16 @@ def test_mistakes(digits, text, tmp_path, request):
         generate(digits, num_image=1)
     with pytest.raises(WeightsError, match=r"model_index\.json"):
         generate(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"--output_dir .*file/images: cannot be made: Not a directory"):
+        main(["--model", str(digits), "--output_dir", str(tmp_path / "file/images")])
     with pytest.raises(ConfigError, match="num_inference_steps"):
         generate(digits, num_inference_steps=2000)
     done = subprocess.run(
-        [sys.executable, "-m", "flax_diffusion.generate", "--model", str(tmp_path / "nowhere")],
+        [
+            sys.executable, "-m", "flax_diffusion.generate", "--model", str(tmp_path / "nowhere"),
+            "--output_dir", str(tmp_path / "images"),
+        ],
         capture_output=True, text=True, cwd=request.config.rootpath,
     )  # fmt: skip
     assert done.returncode == 2

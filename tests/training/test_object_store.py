@@ -1,14 +1,21 @@
 """A run whose pictures, model and output are in an object store."""
 
+import io
 import os
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from fake_gcs import Store
+from PIL import Image
 from tiny import pictures, stable_diffusion
 
+from flax_diffusion.core import checkpoints
+from flax_diffusion.core.data.images import decode
+from flax_diffusion.core.data.parquet import open_parquet
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.files import as_path, write_text
+from flax_diffusion.core.files import as_path, copy_file, local_copy, write_text
 from flax_diffusion.train import train
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # of which the server here knows nothing
@@ -37,6 +44,50 @@ def test_files(bucket):
     write_text(path, "second")
     assert path.read_text() == "second"
     assert [one.name for one in path.parent.iterdir()] == ["notes.txt"]
+
+
+def test_a_local_copy_is_of_what_is_there_now(bucket):
+    folder = as_path(f"{bucket}/copied")
+    write_text(folder / "a.json", "first")
+    write_text(folder / "b.txt", "not asked for")
+    copy = local_copy(folder, ("*.json",))
+    assert [(file.name, file.read_text()) for file in copy.iterdir()] == [("a.json", "first")]
+    write_text(folder / "a.json", "second")
+    assert (local_copy(folder, ("*.json",)) / "a.json").read_text() == "second"
+
+
+def test_paths_that_are_not(monkeypatch):
+    with pytest.raises(ConfigError, match="gcs://bucket/a: paths of object stores start with gs:// or s3://"):
+        as_path("gcs://bucket/a")
+
+    def missing(scheme):
+        raise ImportError("Please install gcsfs")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    with pytest.raises(ConfigError, match="gs://bucket/a: Please install gcsfs"):
+        as_path("gs://bucket/a")
+
+
+def test_a_checkpoint_that_was_cut_off(bucket):
+    """A store cannot rename, so that such a one bears a whole one's name."""
+    run = as_path(f"{bucket}/cut")
+    write_text(run / "checkpoint-1/commit_success.txt", "")
+    write_text(run / "checkpoint-2/state", "half")
+    assert [folder.name for folder in checkpoints.committed(run)] == ["checkpoint-1"]
+    checkpoints.clear_leftovers(run)
+    assert [folder.name for folder in run.iterdir()] == ["checkpoint-1"]
+
+
+def test_parquet(bucket, tmp_path):
+    file = as_path(f"{bucket}/parquet/train.parquet")
+    for value in (10, 200):  # written again, it is read again
+        picture = io.BytesIO()
+        Image.new("L", (4, 4), value).save(picture, "PNG")
+        pq.write_table(pa.table({"image": [picture.getvalue()] * value, "text": ["grey"] * value}), tmp_path / "own")
+        copy_file(tmp_path / "own", file)
+        source = open_parquet([file], cache_dir=tmp_path / "cache")
+        assert len(source) == value
+        assert decode(source[value - 1]).getpixel((0, 0))[0] == value
 
 
 def test_a_run_from_store_to_store(bucket, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from tiny import RUN, losses, pictures, stable_diffusion
 
 from flax_diffusion.core.data.table import write_table
-from flax_diffusion.core.errors import ConfigError, DataError
+from flax_diffusion.core.errors import ConfigError, DataError, NonFiniteError
 from flax_diffusion.train import train
 
 
@@ -55,6 +55,16 @@ def test_the_losses_are_those_of_a_run_without(options, tmp_path, backend):
 def test_a_picture_that_cannot_be_read(options, tmp_path):
     (tmp_path / "data/1.png").write_bytes(b"not a picture")
     with pytest.raises(DataError, match=r"1\.png"):
+        train("text_to_image", **options, cache_latents=True)
+
+
+def test_latents_that_are_not_finite(options, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    file = tmp_path / "base/vae/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file(weights | {"encoder.conv_in.bias": np.full_like(weights["encoder.conv_in.bias"], np.nan)}, file)
+    with pytest.raises(NonFiniteError, match=r"the latents of .*0\.png are not finite: check the picture, or"):
         train("text_to_image", **options, cache_latents=True)
 
 

@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from tiny import RUN, losses, pictures, stable_diffusion
 
+from flax_diffusion import processes
 from flax_diffusion.core import portable
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.processes import connect
@@ -110,6 +112,22 @@ def test_folders_that_are_not_the_same_on_all_hosts(request, tmp_path):
     assert codes == [2, 2], logs
     for log, folder in zip(logs, own, strict=True):
         assert f"--output_dir {folder}: is not the same folder on all 2 hosts; name one that they share" in log
+
+
+@pytest.mark.parametrize("error", [ValueError("coordinator_address should be defined."), RuntimeError("too late")])
+def test_hosts_that_do_not_meet(monkeypatch, error):
+    """A machine alone goes on: one with libtpu and no TPU, or where JAX is in use already. One of several does not."""
+
+    def refuse():
+        raise error
+
+    monkeypatch.setattr(processes, "find_spec", lambda _: True)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(jax.distributed, "initialize", refuse)
+    connect()
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ConfigError, match=f"the 4 hosts of this slice do not meet: {error}"):
+        connect()
 
 
 def test_variables_that_do_not_say_all(monkeypatch):

@@ -12,7 +12,6 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,7 @@ import pyarrow.parquet as pq
 
 from flax_diffusion.core.data.sources import Record, first_few, require_column
 from flax_diffusion.core.errors import DataError
-from flax_diffusion.core.files import is_local, user_cache
+from flax_diffusion.core.files import absolute, is_local, user_cache, version_of
 
 _ROWS = 256  # a record batch
 
@@ -118,14 +117,6 @@ def _opened(file: Path) -> pq.ParquetFile:
     return pq.ParquetFile(file if is_local(file) else file.open("rb"))
 
 
-def _version(file: Path) -> tuple[str, int, int]:
-    """Path, bytes and time of change."""
-    stat: Any = file.stat()
-    if is_local(file):
-        return str(file.resolve()), stat.st_size, stat.st_mtime_ns
-    return str(file), stat.length, stat.mtime
-
-
 def _is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
@@ -144,7 +135,8 @@ def _is_image_struct(kind: pa.DataType) -> bool:
 
 def _unpacked(files: list[Path], columns: dict[str, str], starts: np.ndarray, cache_dir: Path | None) -> Path:
     """Return the Arrow file of these rows and columns, made now unless an earlier run did."""
-    identity = repr(([*map(_version, files)], sorted(columns.items()), starts.tolist()))
+    versions = [(str(absolute(file)), *version_of(file)) for file in files]
+    identity = repr((versions, sorted(columns.items()), starts.tolist()))
     folder = cache_dir or user_cache()
     target = folder / f"parquet-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.arrow"
     if target.is_file():
