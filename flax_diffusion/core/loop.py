@@ -17,13 +17,12 @@ from typing import Any
 
 import yaml
 
-from flax_diffusion.core import checkpoints, pipeline, recipe, reconstruction
-from flax_diffusion.core.adapters import EMBEDDINGS_FILE, LORA_FILE
-from flax_diffusion.core.backend import Backend, shared_folder
+from flax_diffusion.core import checkpoints, output_folder, pipeline, recipe, reconstruction
+from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.loader import Loader
-from flax_diffusion.core.errors import CheckpointError, ConfigError, NonFiniteError
-from flax_diffusion.core.files import as_path, is_local, remove_tree, temporary_folder, write_text
+from flax_diffusion.core.errors import CheckpointError, NonFiniteError
+from flax_diffusion.core.files import as_path, is_local, temporary_folder, write_text
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.precompute import precompute
 from flax_diffusion.core.rates import ema_decay
@@ -50,11 +49,11 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
         UserError: For input that cannot be used, before any long work where that can be known.
     """
     output_dir = as_path(config.output_dir)
-    resume_from = _check_output(output_dir, config)
+    resume_from = output_folder.check(output_dir, config)
     source = recipe.open_run_source(config)
     spec = recipe.make_spec(config, source)
     backend = make_backend(config, spec)
-    _clear_output(output_dir, config, backend)
+    output_folder.clear(output_dir, config, backend)
     num_examples = recipe.count_examples(config, source)
     schedule = recipe.make_schedule(config, num_examples, backend.device_count)
     parameters = backend.init_state()
@@ -254,54 +253,6 @@ def _put_ahead(backend: Backend, loader: Loader) -> Iterator[Any]:
         following = next(batches, None)
         yield current
         current = following
-
-
-_WRITTEN = ("config.yaml", "model_index.json", LORA_FILE, EMBEDDINGS_FILE)
-_WRITTEN_FOLDERS = ("samples", "logs", "unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
-
-
-def _check_output(output_dir: Path, config: TrainConfig) -> Path | None:
-    """Finds the checkpoint to resume from, or makes sure that no other run is in the way.
-
-    Raises:
-        ConfigError: If another run is in the folder, or it cannot be written.
-    """
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ConfigError(f"--output_dir {output_dir}: is a file; name a folder")
-    resume_from = checkpoints.to_resume(output_dir, config.resume_from_checkpoint)
-    if _has_run(output_dir) and config.resume_from_checkpoint is None and not config.overwrite_output_dir:
-        raise ConfigError(
-            f"--output_dir {output_dir}: holds another run; go on with it by --resume_from_checkpoint latest, "
-            "delete it by --overwrite_output_dir, or name another folder"
-        )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output_dir {output_dir}: cannot be made: {error.strerror}") from error
-    return resume_from
-
-
-def _has_run(output_dir: Path) -> bool:
-    return bool(checkpoints.committed(output_dir)) or any((output_dir / name).exists() for name in _WRITTEN)
-
-
-def _clear_output(output_dir: Path, config: TrainConfig, backend: Backend) -> None:
-    """Deletes an earlier run where that is asked for, and what a killed one left, once every process has looked.
-
-    Raises:
-        ConfigError: If a process does not see what the first one writes.
-    """
-    shared_folder(output_dir, backend, "--output_dir")
-    if backend.process_index == 0:
-        if config.overwrite_output_dir and config.resume_from_checkpoint is None and _has_run(output_dir):
-            for path in checkpoints.committed(output_dir):
-                remove_tree(path)
-            for name in (*_WRITTEN_FOLDERS, config.logging_dir):
-                remove_tree(output_dir / name)
-            for name in _WRITTEN:
-                (output_dir / name).unlink(missing_ok=True)
-        checkpoints.clear_leftovers(output_dir)
-    backend.everywhere(True)
 
 
 def _check_resume(
