@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from flax_diffusion import adapters
 from flax_diffusion.core import portable
@@ -19,12 +20,12 @@ from flax_diffusion.core.backend import Batch, refuse
 from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import CheckpointError
-from flax_diffusion.core.files import absolute, remove_tree, written_folder
+from flax_diffusion.core.files import absolute, written_folder
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.torch_names import from_torch_layout
 from flax_diffusion.modules import load_pretrained
 from flax_diffusion.optimizer import Params
-from flax_diffusion.processes import everywhere, to_host
+from flax_diffusion.processes import everywhere, from_first, to_host
 from flax_diffusion.program import Program
 from flax_diffusion.sampling import Sampler, to_uint8
 from flax_diffusion.schedulers import scheduler_from_config
@@ -54,6 +55,8 @@ class JaxBackend:
     Raises:
         ConfigError: For an option that this backend does not have, or that does not fit the devices.
     """
+
+    command = "python -m flax_diffusion.train"
 
     def __init__(
         self, config: TrainConfig, spec: PipelineSpec, devices: Sequence[Any] | None = None, dtype: Any = jnp.float32
@@ -152,11 +155,9 @@ class JaxBackend:
         return {key: float(value) for key, value in jax.device_get(metrics).items()}
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Copies the state to the host and writes it in the background, under a temporary name until complete."""
+        """Copies the state to the host and writes it in the background."""
         if self._checkpointer is None:
             self._checkpointer = ocp.AsyncCheckpointer(_checkpoint_handler())
-        if self.process_index == 0 and folder.exists():  # written by a run that resumed from before it
-            remove_tree(folder)
         self._checkpointer.save(
             absolute(folder),
             args=ocp.args.Composite(state=ocp.args.StandardSave(self.state), metadata=ocp.args.JsonSave(metadata)),
@@ -170,6 +171,14 @@ class JaxBackend:
     def everywhere(self, holds: bool) -> bool:
         """Asks all processes."""
         return everywhere(holds)
+
+    def from_first(self, value: int) -> int:
+        """Tells all processes."""
+        return from_first(value)
+
+    def stops(self, wanted: bool, step: int) -> bool:
+        """Asks JAX, which where there are several processes hears the signal itself."""
+        return wanted if self.process_count == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Loads a checkpoint of either backend onto the shards of this mesh, whatever mesh wrote it."""

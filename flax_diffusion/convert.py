@@ -17,6 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flax_diffusion.core import adapters, cli, hub, pipeline, portable, single_file
+from flax_diffusion.core.checkpoints import require_whole
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.portable import Arrays
@@ -122,9 +123,10 @@ def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:
     """Puts the trained weights of a checkpoint of either backend in place of a pipeline's.
 
     Raises:
-        CheckpointError: If it is no checkpoint.
+        CheckpointError: If it is no checkpoint, or its files are not those that were written.
         WeightsError: If it is of another architecture, or of adapters.
     """
+    require_whole(folder)
     arrays, _ = portable.read(folder)
     kind = "ema" if any(name.startswith("ema/") for name in arrays) else "params"
     for name, array in arrays.items():

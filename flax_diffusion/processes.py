@@ -51,6 +51,13 @@ def everywhere(holds: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
 
 
+def from_first(value: int) -> int:
+    """The first process's value, in all of them."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def to_host(tree: Any) -> Any:
     """Arrays as NumPy's, whole in every process, wherever their parts are. All processes must call it."""
 

@@ -63,6 +63,7 @@ class Program:
             rate_factors=rate_factors(config),
             seed=config.seed,
             unroll=mesh.devices.flat[0].platform == "cpu",
+            skip_nonfinite=config.skip_nonfinite > 0,
             offload=config.offload_optimizer,
         )
         self._offload = config.offload_optimizer

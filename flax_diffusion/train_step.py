@@ -161,6 +161,7 @@ def train_step(
     rate_factors: Mapping[str, float],
     seed: int,
     unroll: bool,
+    skip_nonfinite: bool = False,
     offload: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one optimizer step.
@@ -176,6 +177,7 @@ def train_step(
         rate_factors: Static; by which the learning rate of some components is multiplied.
         seed: Static; of dropout.
         unroll: Static; see `sum_over_micro_batches`.
+        skip_nonfinite: Static; where the loss or the gradient is not finite, only the step is counted.
         offload: Static; the optimizer's state comes from the host's memory.
 
     Returns:
@@ -213,9 +215,10 @@ def train_step(
     ema = None if state.ema is None else update_ema(state.ema, params, rates["ema_decay"])
     new = state.replace(params=params, opt_state=opt_state, ema=ema)
     metrics = {"loss": loss, "grad_norm": norm}
-    if state.loss_scale:
-        finite = jnp.isfinite(norm)
+    if state.loss_scale or skip_nonfinite:
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        new = new.replace(loss_scale=state.loss_scale.update(finite))
-        metrics["loss_scale"] = scale
+        if state.loss_scale:
+            new = new.replace(loss_scale=state.loss_scale.update(finite))
+            metrics["loss_scale"] = scale
     return new.replace(step=state.step + 1), metrics

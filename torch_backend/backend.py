@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast
 from torch import Tensor
 
 from flax_diffusion.core import portable
@@ -45,6 +46,8 @@ class TorchBackend:
         ConfigError: For an option that this backend, this machine or this installation does not have.
     """
 
+    command = "python -m torch_backend.train"
+
     def __init__(self, config: TrainConfig, spec: PipelineSpec, dtype: torch.dtype = torch.float32):
         options.check(config)
         self.config, self.spec, self.dtype = config, spec, dtype
@@ -62,6 +65,9 @@ class TorchBackend:
         self.device: torch.device = self.accelerator.device
         self._scheduler = scheduler_from_config(spec.scheduler) if spec.scheduler else None
         self.count = self.steps = 0
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
+        self._writing: Future[None] | None = None
+        self._hosts: Any = None  # all processes, on their CPUs
         self._gone: set[str] = set()  # frozen components that wait on the host
 
     def init_state(self) -> int:
@@ -114,24 +120,30 @@ class TorchBackend:
         # Dropout is drawn on the device; seeded by the step, it does not depend on where the run was interrupted.
         entropy = np.random.SeedSequence([self.config.seed, self.steps, self.process_index])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        losses, norm = [], torch.zeros(())
+        losses: list[Tensor] = []
+        norm = mean = torch.zeros(())
+        skipped = False
         for micro in batch:
             with self.accelerator.accumulate(self.loss):
                 loss = self.loss(micro)
+                losses.append(loss.detach())
                 self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
                     norm = torch.as_tensor(
                         self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.max_grad_norm)
                     )
-                self.optimizer.step()
+                    mean = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+                    # Under fp16 the scaler looks at the gradients itself.
+                    looks = self.config.skip_nonfinite > 0 and self.accelerator.scaler is None
+                    skipped = looks and not bool(torch.isfinite(norm + mean))
+                if not skipped:
+                    self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=self.config.set_grads_to_none)
-            losses.append(loss.detach())
         self.steps += 1
-        if not self.accelerator.optimizer_step_was_skipped:
+        if not (skipped or self.accelerator.optimizer_step_was_skipped):
             self.count += 1
             if self.ema is not None:
                 update_ema(self.ema, self._parameters(), ema_decay)
-        mean = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
         metrics = {"loss": mean, "grad_norm": norm}
         scale = self.placement.loss_scale()
         if scale is not None:
@@ -185,19 +197,34 @@ class TorchBackend:
             self.placement.set_loss_scale(LossScale(float(arrays["loss_scale"]), int(arrays["good_steps"])))
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Writes the state; the folder gets its name only when it is complete."""
+        """Copies the state to the host and writes it in the background."""
         arrays = self.state_arrays()
         if self.process_index == 0:
-            portable.write(folder, arrays, metadata)
+            self._writing = self._writer.submit(portable.write, folder, arrays, metadata)
 
     def wait(self) -> None:
-        """Waits until every process has come here: the last save is then complete."""
-        self.accelerator.wait_for_everyone()
+        """Waits until the last save is written."""
+        if self._writing is not None:
+            self._writing.result()
 
     def everywhere(self, holds: bool) -> bool:
         """Asks all processes."""
         answers = self.accelerator.gather(torch.tensor([holds], device=self.device))
         return bool(answers.all())
+
+    def from_first(self, value: int) -> int:
+        """Tells all processes."""
+        return int(broadcast(torch.tensor([value], device=self.device))[0])  # pyright: ignore[reportArgumentType]
+
+    def stops(self, wanted: bool, step: int) -> bool:
+        """Asks all processes, over the network of the hosts: the devices are not waited for."""
+        if self.process_count == 1:
+            return wanted
+        if self._hosts is None:
+            self._hosts = torch.distributed.new_group(backend="gloo")
+        any_wants = torch.tensor(int(wanted))
+        torch.distributed.all_reduce(any_wants, torch.distributed.ReduceOp.MAX, self._hosts)
+        return bool(any_wants)
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Loads a checkpoint of either backend."""

@@ -54,6 +54,8 @@ def _set_up_deepspeed(accelerator: Any, config: TrainConfig) -> None:
             "--use_ema does not go with DeepSpeed, which keeps the float32 weights divided over the processes: drop "
             "it, or use FSDP"
         )
+    if config.skip_nonfinite:
+        raise ConfigError("--skip_nonfinite does not go with DeepSpeed, which takes the step by itself: drop it")
     values = accelerator.state.deepspeed_plugin.deepspeed_config
     if values["zero_optimization"]["stage"] not in (1, 2):
         raise ConfigError(

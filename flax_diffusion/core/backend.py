@@ -34,6 +34,8 @@ def refuse(config: TrainConfig, options: Mapping[str, str], backend: str) -> Non
 class Backend(Protocol):
     """Owns models, optimizer state and devices; the loop owns order, time and files."""
 
+    command: str
+    """That trains on this backend."""
     process_index: int
     process_count: int
     device_count: int
@@ -56,15 +58,28 @@ class Backend(Protocol):
         ...
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Starts writing state and metadata; the folder gets its name only when it is complete."""
+        """Starts writing state and metadata to a folder that is not there yet. Training may go on meanwhile."""
         ...
 
     def wait(self) -> None:
-        """Waits for the save in flight and raises what went wrong in it."""
+        """Waits for the save in flight and raises what went wrong in it. Any thread may call it, in some processes."""
         ...
 
     def everywhere(self, holds: bool) -> bool:
         """Waits until every process calls it, and returns whether `holds` is true in all of them."""
+        ...
+
+    def from_first(self, value: int) -> int:
+        """Returns the first process's value in all of them."""
+        ...
+
+    def stops(self, wanted: bool, step: int) -> bool:
+        """Returns whether the run ends after a step: in all processes after the same one.
+
+        Args:
+            wanted: This process was told to.
+            step: That was just started.
+        """
         ...
 
     def restore(self, folder: Path) -> dict[str, Any]:

@@ -1,19 +1,30 @@
-"""Which checkpoint folders a run has, which to resume from, and which to let go."""
+"""Checkpoint folders: what makes one whole, which to resume from, and which to let go.
+
+A checkpoint is written under another name. When all of it is on disk it is sealed: a manifest notes the checksum of
+every file, and the folder gets its name. Object stores cannot rename: there the manifest alone says that it is whole.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from flax_diffusion.core.errors import CheckpointError
-from flax_diffusion.core.files import as_path, is_local, remove_tree
+from flax_diffusion.core.files import as_path, is_local, remove_tree, walk, write_json
 
 log = logging.getLogger(__name__)
 
+MANIFEST = "manifest.json"
+
 _NAME = re.compile(r"checkpoint-(\d+)")
-_LEFTOVER = re.compile(r"checkpoint-\d+\.(orbax-checkpoint-tmp.*|\d+\.partial)")
+_LEFTOVER = re.compile(r"checkpoint-\d+\.partial(\..*)?")
+_DAMAGED = re.compile(r"checkpoint-\d+\.damaged")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -21,17 +32,74 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / f"checkpoint-{step}"
 
 
+def unsealed(folder: Path) -> Path:
+    """Where a checkpoint is written until it is sealed."""
+    return folder.with_name(f"{folder.name}.partial") if is_local(folder) else folder
+
+
+def make_room(folder: Path) -> None:
+    """Deletes what an earlier run left where a checkpoint is about to be written."""
+    if is_local(folder):
+        remove_tree(unsealed(folder))
+    else:
+        remove(folder)
+
+
+def seal(folder: Path) -> None:
+    """Makes a checkpoint of what stands in `unsealed(folder)`. One of the same name gives way."""
+    written = unsealed(folder)
+    names = [*walk(written)]
+    with ThreadPoolExecutor() as pool:
+        sums = [*pool.map(lambda name: _checksum(written / name), names)]
+    write_json(written / MANIFEST, {"sha256": dict(zip(names, sums, strict=True))})
+    if written != folder:
+        old = written.with_name(f"{written.name}.old")
+        remove_tree(old)
+        if folder.exists():
+            folder.rename(old)
+        written.rename(folder)
+        remove_tree(old)
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with the files of a sealed checkpoint: reads all of them. None: nothing."""
+    try:
+        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+        items: list[tuple[str, Any]] = list(sums.items())
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+
+    def check(item: tuple[str, Any]) -> str | None:
+        name, expected = item
+        try:
+            return None if _checksum(folder / name) == expected else f"{name} is not what was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except (OSError, ValueError) as error:
+            return f"{name} cannot be read ({error})"
+
+    with ThreadPoolExecutor() as pool:
+        return next(filter(None, pool.map(check, items)), None)
+
+
 def committed(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. A save in flight bears another name."""
+    """The checkpoints of a run, oldest first. A save in flight is none."""
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(filter(_is_complete, found), key=step_of)
+    return sorted(filter(_is_sealed, found), key=step_of)
 
 
-def _is_complete(folder: Path) -> bool:
-    """Object stores cannot rename: there Orbax writes a file last that says so."""
-    return is_local(folder) or (folder / "commit_success.txt").exists()
+def _is_sealed(folder: Path) -> bool:
+    """On this machine the name says so, and a manifest that is not there is a damage."""
+    return is_local(folder) or (folder / MANIFEST).exists()
 
 
 def step_of(folder: Path) -> int:
@@ -42,40 +110,87 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
-def to_resume(output_dir: Path, request: str | None) -> Path | None:
-    """Finds what `--resume_from_checkpoint` asks for.
-
-    Args:
-        output_dir: Folder of the run.
-        request: `latest`, the name of a checkpoint in `output_dir`, a path to one, or None.
-
-    Returns:
-        The folder, or None to start from the beginning: no request, or `latest` of a run that has none yet.
+def find(output_dir: Path, request: str) -> Path:
+    """Finds a checkpoint by its name in the folder of a run, or by its path.
 
     Raises:
-        CheckpointError: If a checkpoint is named that is not there.
+        CheckpointError: If there is none.
     """
-    if request is None:
-        return None
-    have = committed(output_dir)
-    if request == "latest":
-        if not have:
-            log.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
-            return None
-        return have[-1]
     for folder in (output_dir / request, as_path(request)):
         if folder.is_dir():
             step_of(folder)
             return folder
-    names = ", ".join(path.name for path in have) or "none"
+    names = ", ".join(path.name for path in committed(output_dir)) or "none"
     raise CheckpointError(f"--resume_from_checkpoint {request}: not in {output_dir}, which has: {names}")
 
 
+def require_whole(folder: Path) -> None:
+    """Reads all files of a checkpoint.
+
+    Raises:
+        CheckpointError: Naming what is wrong with it.
+    """
+    wrong = damage(folder)
+    if wrong is not None:
+        raise CheckpointError(f"{folder}: {wrong}; use another checkpoint")
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """The newest checkpoint with nothing wrong; newer ones get another name, with a warning.
+
+    Returns:
+        The folder, or None if the run has saved none yet.
+
+    Raises:
+        CheckpointError: If something is wrong with each of them.
+    """
+    wrong: dict[Path, str] = {}
+    for folder in reversed(committed(output_dir)):
+        why = damage(folder)
+        if why is None:
+            for one, reason in wrong.items():
+                log.warning("%s: %s; set aside as %s", one.name, reason, _set_aside(one).name)
+            return folder
+        wrong[folder] = why
+    reasons = [f"{folder.name}: {why}" for folder, why in wrong.items()]
+    reasons += [f"{path.name} was set aside" for path in set_aside(output_dir)]
+    if reasons:
+        raise CheckpointError(
+            f"{output_dir}: no checkpoint is whole ({'; '.join(reasons)}); bring one back from a copy, or start "
+            "anew by --overwrite_output_dir"
+        )
+    log.warning("no checkpoint in %s yet: starting from the beginning", output_dir)
+    return None
+
+
+def _set_aside(folder: Path) -> Path:
+    aside = folder.with_name(f"{folder.name}.damaged")
+    remove_tree(aside)
+    folder.rename(aside)
+    return aside
+
+
+def set_aside(output_dir: Path) -> list[Path]:
+    """Checkpoints that were found damaged."""
+    return sorted(path for path in output_dir.iterdir() if _DAMAGED.fullmatch(path.name)) if output_dir.is_dir() else []
+
+
 def rotate(output_dir: Path, limit: int | None) -> None:
-    """Deletes the oldest committed checkpoints beyond `limit`. Call it after a new one is committed."""
+    """Deletes the oldest checkpoints beyond `limit`. Call it after a new one is sealed."""
     if limit is None:
         return
     for folder in committed(output_dir)[:-limit]:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint; one that is not there is no error. Cut off midway, it leaves no half of one."""
+    if is_local(folder):
+        if folder.exists():
+            remove_tree(unsealed(folder))
+            remove_tree(folder.rename(unsealed(folder)))
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)
         remove_tree(folder)
 
 
@@ -83,7 +198,7 @@ def clear_leftovers(output_dir: Path) -> None:
     """Deletes what a killed run left of a save in flight."""
     if output_dir.is_dir():
         for path in output_dir.iterdir():
-            cut_off = _NAME.fullmatch(path.name) and path.is_dir() and not _is_complete(path)
+            cut_off = _NAME.fullmatch(path.name) and path.is_dir() and not _is_sealed(path)
             if _LEFTOVER.fullmatch(path.name) or cut_off:
                 remove_tree(path)
 

@@ -129,6 +129,12 @@ class TrainConfig(BaseModel):
     )
     checkpoints_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep. None: all.")
     resume_from_checkpoint: str | None = Field(None, description="`latest`, or the name of one: checkpoint-1500.")
+    skip_nonfinite: int = Field(
+        0, ge=0, description="Steps whose loss or gradient is not finite to pass over; one more stops the run."
+    )
+    repeat_step: int | None = Field(
+        None, ge=1, description="Compute the batch of this step once with the resumed weights, print its loss, and end."
+    )
     report_to: Literal["tensorboard", "none"] = Field(
         "tensorboard", validation_alias=also("report_to", "logger"), description="Where metrics and grids go."
     )
@@ -144,6 +150,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"--lr_step_rules goes with piecewise_constant, not {self.lr_scheduler}: drop one")
         if self.data_parallelism != -1 and self.data_parallelism < 1:
             raise ValueError(f"--data_parallelism {self.data_parallelism}: give a size from 1, or -1 for what is left")
+        if self.repeat_step is not None and self.resume_from_checkpoint is None:
+            raise ValueError("--repeat_step computes with the weights of a checkpoint: add --resume_from_checkpoint")
         if self.scale_lr and self.global_batch_size:
             raise ValueError("--scale_lr multiplies by the batch a device: drop it or --global_batch_size")
         return self

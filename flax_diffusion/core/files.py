@@ -13,9 +13,6 @@ from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-import fsspec
-from etils import epath
-
 from flax_diffusion.core.errors import ConfigError
 
 STORES = ("gs", "s3")
@@ -33,6 +30,9 @@ def as_path(name: str | Path) -> Path:
         return Path(name)
     if scheme not in STORES:
         raise ConfigError(f"{name}: paths of object stores start with {' or '.join(f'{one}://' for one in STORES)}")
+    import fsspec  # only now: most runs need neither
+    from etils import epath
+
     try:
         fsspec.get_filesystem_class(scheme)
     except ImportError as error:

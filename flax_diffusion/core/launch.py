@@ -10,6 +10,10 @@ from typing import Any
 
 from flax_diffusion.core import cli
 from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.files import as_path
+from flax_diffusion.core.preemption import Preempted, Preemption
+
+log = logging.getLogger(__name__)
 
 LoadBackend = Callable[[], Any]
 """Imports a framework and returns its backend's class; only now, so that --help and mistakes are answered at once."""
@@ -44,4 +48,9 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
 def _run(load_backend: LoadBackend, task: str, config: TrainConfig) -> Path:
     from flax_diffusion.core.loop import fit
 
-    return fit(task, config, load_backend())
+    with Preemption() as preemption:  # before frameworks of several hosts, which then hear the signal themselves
+        try:
+            return fit(task, config, load_backend(), preemption)
+        except Preempted:
+            log.info("ended by SIGTERM before the first step")
+            return as_path(config.output_dir)

@@ -6,6 +6,7 @@ models and devices. Nothing in a step waits for the devices: losses are read a f
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import shutil
@@ -15,17 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from flax_diffusion.core import checkpoints, output_folder, pipeline, recipe, reconstruction
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
-from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.data.batches import Precomputed
+from flax_diffusion.core.data.loader import Loader, example_name
+from flax_diffusion.core.data.sources import Source
 from flax_diffusion.core.errors import CheckpointError, NonFiniteError
-from flax_diffusion.core.files import as_path, is_local, temporary_folder, write_text
+from flax_diffusion.core.files import as_path, is_local, temporary_folder, write_json, write_text
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.precompute import precompute
+from flax_diffusion.core.preemption import Preempted, Preemption
 from flax_diffusion.core.rates import ema_decay
+from flax_diffusion.core.saving import Saver
 from flax_diffusion.core.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -34,77 +40,62 @@ READ_LAG = 2
 """Steps that may be under way before the loop waits for a loss; enough to keep the devices busy."""
 
 
-def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, PipelineSpec], Backend]) -> Path:
+def fit(
+    task: str,
+    config: TrainConfig,
+    make_backend: Callable[[TrainConfig, PipelineSpec], Backend],
+    preemption: Preemption | None = None,
+) -> Path:
     """Trains, and leaves a Diffusers pipeline in `config.output_dir`.
 
     Args:
         task: Name of the task, kept in the run's config file.
         config: The run's options.
         make_backend: Builds the backend for a config and a pipeline; checks options it does not have.
+        preemption: Tells when to end early; None for never.
 
     Returns:
         The output folder.
 
     Raises:
         UserError: For input that cannot be used, before any long work where that can be known.
+        Preempted: If the run is to end before it has begun.
     """
+    preemption = preemption or Preemption()
     output_dir = as_path(config.output_dir)
-    resume_from = output_folder.check(output_dir, config)
-    source = recipe.open_run_source(config)
-    spec = recipe.make_spec(config, source)
-    backend = make_backend(config, spec)
-    output_folder.clear(output_dir, config, backend)
-    num_examples = recipe.count_examples(config, source)
-    schedule = recipe.make_schedule(config, num_examples, backend.device_count)
-    parameters = backend.init_state()
-    source = recipe.complete_source(config, source, backend)
-    scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
-    made = precompute(config, spec, source, backend, scratch)
-    first_step, first_example = 0, 0
-    if resume_from is not None:
-        metadata = _check_resume(backend.restore(resume_from), resume_from, task, config, num_examples)
-        first_step, first_example = metadata["step"], metadata["examples_seen"]
-    main = backend.process_index == 0
-    if main:
-        values = {"task": task} | config.model_dump(mode="json")
-        write_text(output_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-        pipeline.save_tokenizer(spec, output_dir)
-        log.info(
-            "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
-            task, spec.kind, num_examples, parameters, backend.device_count, schedule.step_examples,
-            first_step + 1, schedule.total_steps,
-        )  # fmt: skip
-
-    loader = recipe.make_loader(
-        config,
-        spec,
-        source,
-        schedule,
-        process_index=backend.process_index,
-        process_count=backend.process_count,
-        start_example=first_example,
-        num_steps=max(0, schedule.total_steps - first_step),
-        made=made,
-    )
-    tracker = Tracker(
-        output_dir,
-        config.logging_dir if config.report_to == "tensorboard" else None,
-        first_step=first_step,
-        total_steps=schedule.total_steps,
-        main=main,
-    )
-    preview = None
-    if spec.autoencoder_loss is not None:
-        preview = reconstruction.Preview(source, recipe.make_example_fn(config, spec), config)
-    run = _Run(task, config, spec, backend, schedule, tracker, output_dir, first_step, first_example, preview)
+    with preemption.leaves():
+        output_folder.check(output_dir, config)
+        source = recipe.open_run_source(config)
+        spec = recipe.make_spec(config, source)
+        backend = make_backend(config, spec)
+        preemption.alone = backend.process_count == 1
+    with preemption.leaves():
+        output_folder.clear(output_dir, config, backend)
+        resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
+        num_examples = recipe.count_examples(config, source)
+        identity = {"task": task, "num_examples": num_examples, "seed": config.seed, "data": recipe.data_digest(source)}
+        schedule = recipe.make_schedule(config, num_examples, backend.device_count)
+        parameters = backend.init_state()
+        source = recipe.complete_source(config, source, backend)
+        scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
+        made = precompute(config, spec, source, backend, scratch)
+        begin = {"step": 0, "examples_seen": 0, "nonfinite_steps": 0}
+        if resume_from is not None:
+            begin = backend.restore(resume_from)
+            _check_resume(begin, identity, resume_from)
+    run = _Run(config, spec, backend, source, made, schedule, preemption, output_dir, identity, begin)
     try:
-        with loader:
-            run.steps(loader)
-        if loader.skipped:
-            tracker.say(f"skipped {len(loader.skipped)} unreadable images: {', '.join(sorted(loader.skipped))}")
-        run.finish()
+        if config.repeat_step is not None:
+            run.repeat(config.repeat_step)
+        else:
+            log.info(
+                "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
+                task, spec.kind, num_examples, parameters, backend.device_count, schedule.step_examples,
+                begin["step"] + 1, schedule.total_steps,
+            )  # fmt: skip
+            run.train()
     finally:
-        tracker.close()
+        run.close()
     shutil.rmtree(scratch, ignore_errors=True)
     return output_dir
 
@@ -113,30 +104,100 @@ def fit(task: str, config: TrainConfig, make_backend: Callable[[TrainConfig, Pip
 class _Run:
     """A run under way."""
 
-    task: str
     config: TrainConfig
     spec: PipelineSpec
     backend: Backend
+    source: Source
+    made: Precomputed
     schedule: recipe.Schedule
-    tracker: Tracker
+    preemption: Preemption
     output_dir: Path
-    first_step: int
-    first_example: int
-    preview: reconstruction.Preview | None  # what an autoencoder's progress is seen by
+    identity: dict[str, Any]  # what a checkpoint must share with a run that goes on from it
+    begin: dict[str, Any]  # the loop's part of the checkpoint that this run goes on from
 
     def __post_init__(self) -> None:
+        self.main = self.backend.process_index == 0
         self.rate_of = recipe.make_rate(self.config, self.schedule)
-        self.pending: deque[tuple[int, float, Any]] = deque()
-        self.last_saved = self.first_step
+        self.first_step: int = self.begin["step"]
+        self.nonfinite_steps: int = self.begin["nonfinite_steps"]
+        self.taken = self.last_saved = self.first_step
+        self.pending: deque[tuple[int, float, np.ndarray, Any]] = deque()
+        self.saver = Saver(self.backend, self.output_dir, self.config.checkpoints_total_limit)
+        trains = self.config.repeat_step is None
+        self.tracker = Tracker(
+            self.output_dir,
+            self.config.logging_dir if trains and self.config.report_to == "tensorboard" else None,
+            first_step=self.first_step,
+            total_steps=self.schedule.total_steps,
+            main=self.main and trains,
+        )
+        self.preview = None  # what an autoencoder's progress is seen by
+        if self.spec.autoencoder_loss is not None:
+            example_fn = recipe.make_example_fn(self.config, self.spec)
+            self.preview = reconstruction.Preview(self.source, example_fn, self.config)
 
-    def steps(self, loader: Loader) -> None:
-        """Takes every step that is left."""
+    def close(self) -> None:
+        """Lets a save end, and closes what is open."""
+        self.saver.close()
+        self.tracker.close()
+
+    def train(self) -> None:
+        """Takes the steps that are left, and leaves what they made; or saves, when the run is to end early."""
+        if self.main:
+            values = {"task": self.identity["task"]} | self.config.model_dump(mode="json")
+            write_text(self.output_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+            pipeline.save_tokenizer(self.spec, self.output_dir)
+        try:
+            with self._loader(self.first_step, max(0, self.schedule.total_steps - self.first_step)) as loader:
+                self._steps(loader)
+            if loader.skipped:
+                names = ", ".join(sorted(loader.skipped))
+                self.tracker.say(f"skipped {len(loader.skipped)} unreadable images: {names}")
+            self._finish()
+        except Preempted:
+            self._stop()
+
+    def repeat(self, step: int) -> None:
+        """Computes one step's batch with the weights that are there, and keeps nothing.
+
+        Args:
+            step: Its number, from 1.
+        """
+        with self._loader(step - 1, 1) as loader:
+            (batch,) = loader
+        handle = self.backend.put(batch)
+        metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), 0.0))
+        said = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
+        names = ", ".join(one["name"] for one in self._examples(batch["example_index"]))
+        log.info("the batch of step %d, with the weights of step %d: %s; of %s", step, self.first_step, said, names)
+
+    def _loader(self, done: int, num_steps: int) -> Loader:
+        """The batches after some steps."""
+        return recipe.make_loader(
+            self.config,
+            self.spec,
+            self.source,
+            self.schedule,
+            process_index=self.backend.process_index,
+            process_count=self.backend.process_count,
+            start_example=self._seen(done),
+            num_steps=num_steps,
+            made=self.made,
+        )
+
+    def _steps(self, loader: Loader) -> None:
+        """Takes the steps of a loader."""
         config = self.config
-        for done, batch in enumerate(_put_ahead(self.backend, loader), start=self.first_step):
-            rate, step = self.rate_of(done), done + 1
-            self.pending.append((step, rate, self.backend.train_step(batch, rate, ema_decay(config, done))))
+        for indices, batch in self._put_ahead(loader):
+            done, step = self.taken, self.taken + 1
+            rate = self.rate_of(done)
+            self.pending.append((step, rate, indices, self.backend.train_step(batch, rate, ema_decay(config, done))))
+            self.taken = step
+            if self.backend.stops(self.preemption.wanted, step):
+                raise Preempted
             while len(self.pending) > READ_LAG:
                 self._report()
+            self.saver.poll()
             if config.validation_steps:
                 sample = step % config.validation_steps == 0
             else:
@@ -144,87 +205,124 @@ class _Run:
             if step == self.schedule.total_steps:
                 break
             if step % config.checkpointing_steps == 0:
-                self._save(step)
+                self._save()
             if sample:
                 self._sample(step)
             if self.schedule.ends_epoch(self._seen(step), config.save_model_epochs):
                 self._export()
 
-    def finish(self) -> None:
+    def _put_ahead(self, loader: Loader) -> Iterator[tuple[np.ndarray, Any]]:
+        """Indices of examples, and their device batch; the copy of the next one starts before the current is used."""
+        batches = iter(loader)
+
+        def following() -> tuple[np.ndarray, Any] | None:
+            with self.preemption.leaves():
+                batch = next(batches, None)
+            return None if batch is None else (batch["example_index"], self.backend.put(batch))
+
+        current = following()
+        while current is not None:
+            ahead = following()
+            yield current
+            current = ahead
+
+    def _finish(self) -> None:
         """Saves, samples and exports the end of the run."""
-        self._drain()
-        last = max(self.schedule.total_steps, self.first_step)
-        if self.last_saved < last:
-            self._save(last)
+        self._save()
         self._export()
-        self._sample(last)
-        self.backend.wait()
-        self._rotate()
+        self._sample(max(self.schedule.total_steps, self.first_step))
+        self.saver.wait()
+        self.backend.everywhere(True)  # or one that is done would leave the others alone
         self.tracker.say(f"pipeline, checkpoints and samples are in {self.output_dir}")
+
+    def _stop(self) -> None:
+        """Saves what was done so far."""
+        self._save()
+        self.saver.wait()
+        self.backend.everywhere(True)
+        self.tracker.say(f"ended by SIGTERM after step {self.taken}; go on with --resume_from_checkpoint latest")
 
     def _seen(self, step: int) -> int:
         """Examples that the run has used up to a step, also across a resume with another batch size."""
-        return self.first_example + (step - self.first_step) * self.schedule.step_examples
+        return self.begin["examples_seen"] + (step - self.first_step) * self.schedule.step_examples
 
     def _report(self) -> None:
-        step, rate, handle = self.pending.popleft()
+        step, rate, indices, handle = self.pending.popleft()
         metrics = self.backend.read(handle)
-        if not math.isfinite(metrics["loss"]):
-            self.backend.wait()  # a save in flight is of a state before this one
-            have = checkpoints.committed(self.output_dir)
-            raise NonFiniteError(
-                f"the loss is {metrics['loss']} at step {step}: lower --learning_rate, check the data, or use "
-                f"--mixed_precision bf16; {f'{have[-1].name} is good' if have else 'no checkpoint was saved yet'}"
-            )
-        self.tracker.step(step, metrics | {"learning_rate": rate}, self.schedule.step_examples)
+        if _is_finite(metrics):
+            self.tracker.step(step, metrics | {"learning_rate": rate}, self.schedule.step_examples)
+        else:
+            self._note_nonfinite(step, metrics, indices)
+
+    def _note_nonfinite(self, step: int, metrics: dict[str, float], indices: np.ndarray) -> None:
+        """Writes down what was in the batch; goes on if such steps are to be passed over, and there were not too many.
+
+        Raises:
+            NonFiniteError: Otherwise.
+        """
+        self.nonfinite_steps += 1
+        of_process = f"-process-{self.backend.process_index}" if self.backend.process_count > 1 else ""
+        file = self.output_dir / f"nonfinite-{step}{of_process}.json"
+        repeat = (
+            f"{self.backend.command} --config {self.output_dir / 'config.yaml'} --resume_from_checkpoint latest "
+            f"--repeat_step {step}"
+        )
+        numbers = {name: str(value) for name, value in metrics.items()}
+        write_json(file, {"step": step, **numbers, "examples": self._examples(indices), "repeat": repeat})
+        what = ", ".join(f"{name} {value}" for name, value in numbers.items() if name != "loss_scale")
+        if self.nonfinite_steps <= self.config.skip_nonfinite:
+            self.tracker.say(f"step {step} is not finite ({what}) and passed over; its examples are in {file}")
+            self.tracker.advance()
+            return
+        self.saver.wait()  # a save under way is of a state before this one
+        have = checkpoints.committed(self.output_dir)
+        raise NonFiniteError(
+            f"step {step} is not finite ({what}); its examples are in {file.name}: lower --learning_rate, check the "
+            "data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
+            + (f"{have[-1].name} is good" if have else "no checkpoint was saved yet")
+        )
+
+    def _examples(self, indices: np.ndarray) -> list[dict[str, Any]]:
+        return [{"index": index, "name": example_name(self.source, index)} for index in indices.ravel().tolist()]
 
     def _drain(self) -> None:
         while self.pending:
             self._report()
 
-    def _save(self, step: int) -> None:
-        """Starts a checkpoint. Losses are read first, so that no state after a non-finite one is kept."""
+    def _save(self) -> None:
+        """Starts a checkpoint, unless it was saved. Losses are read first: no state after a non-finite one is kept."""
         self._drain()
-        self.backend.wait()
-        self._rotate()
-        metadata = {
-            "step": step,
-            "examples_seen": self._seen(step),
-            "num_examples": self.schedule.num_examples,
-            "task": self.task,
-            "seed": self.config.seed,
+        if self.last_saved == self.taken:
+            return
+        self.tracker.flush()  # a run that goes on from here reports what follows
+        metadata = self.identity | {
+            "step": self.taken,
+            "examples_seen": self._seen(self.taken),
+            "nonfinite_steps": self.nonfinite_steps,
         }
-        folder = checkpoints.checkpoint_folder(self.output_dir, step)
-        self.backend.save(folder, metadata)
-        if self.config.checkpoint_models:
-            self.backend.wait()
-            self._export_trained(folder, only_trained=True)
-        self.last_saved = step
-
-    def _rotate(self) -> None:
-        if self.backend.process_index == 0:
-            checkpoints.rotate(self.output_dir, self.config.checkpoints_total_limit)
+        beside = functools.partial(self._export_trained, only_trained=True) if self.config.checkpoint_models else None
+        self.saver.start(self.taken, metadata, beside)
+        self.last_saved = self.taken
 
     def _sample(self, step: int) -> None:
         config = self.config
-        if self.preview is not None:
-            self._drain()
-            self.tracker.grid(step, reconstruction.compare(self.backend, self.preview), 8)
-            return
-        assert isinstance(config, DiffusionConfig)
         text = isinstance(config, TextConfig)
-        prompts = config.validation_prompts if text else []
-        if text and not prompts:
+        if text and not config.validation_prompts:
             return
         self._drain()
-        images = self.backend.sample(
-            prompts=prompts,
-            num_images=config.eval_batch_size,
-            num_inference_steps=config.validation_num_inference_steps,
-            guidance_scale=config.validation_guidance_scale if text else 1.0,
-            seed=config.seed,
-        )
-        self.tracker.grid(step, images, config.eval_batch_size if text else None)
+        with self.preemption.leaves():
+            if self.preview is not None:
+                self.tracker.grid(step, reconstruction.compare(self.backend, self.preview), 8)
+                return
+            assert isinstance(config, DiffusionConfig)
+            images = self.backend.sample(
+                prompts=config.validation_prompts if text else [],
+                num_images=config.eval_batch_size,
+                num_inference_steps=config.validation_num_inference_steps,
+                guidance_scale=config.validation_guidance_scale if text else 1.0,
+                seed=config.seed,
+            )
+            self.tracker.grid(step, images, config.eval_batch_size if text else None)
 
     def _export(self) -> None:
         """Writes what the run is for: a pipeline, an autoencoder, or adapters."""
@@ -232,7 +330,7 @@ class _Run:
         self._export_trained(self.output_dir)
         if self.preview is not None:
             reconstruction.write_scaling_factor(self.backend, self.preview, self.spec, self.output_dir)
-        elif self.backend.process_index == 0 and not self.spec.adapted:
+        elif self.main and not self.spec.adapted:
             pipeline.write_index(self.spec, self.output_dir)
 
     def _export_trained(self, folder: Path, *, only_trained: bool = False) -> None:
@@ -240,30 +338,22 @@ class _Run:
             self.backend.export(folder, only_trained=only_trained)
             return
         arrays = self.backend.trained_arrays()
-        if self.backend.process_index == 0:
+        if self.main:
             form = self.config.lora_format if isinstance(self.config, LoraConfig) else "peft"
             pipeline.write_adapters(self.spec, arrays, folder, form)
 
 
-def _put_ahead(backend: Backend, loader: Loader) -> Iterator[Any]:
-    """Device batches, with the copy of the next one started before the current one is used."""
-    batches = (backend.put(batch) for batch in loader)
-    current = next(batches, None)
-    while current is not None:
-        following = next(batches, None)
-        yield current
-        current = following
+def _is_finite(metrics: dict[str, float]) -> bool:
+    """Under fp16 gradients overflow now and then, and the loss scale sees to it."""
+    looked_at = ["loss"] if "loss_scale" in metrics else ["loss", "grad_norm"]
+    return all(math.isfinite(metrics[name]) for name in looked_at)
 
 
-def _check_resume(
-    metadata: dict[str, Any], folder: Path, task: str, config: TrainConfig, num_examples: int
-) -> dict[str, Any]:
+def _check_resume(metadata: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Refuses to go on where the next batch could not be the one that the interrupted run would have taken."""
-    now = {"task": task, "num_examples": num_examples, "seed": config.seed}
     for name, value in now.items():
-        if metadata[name] != value:
+        if metadata.get(name) != value:
             raise CheckpointError(
-                f"{folder.name} was made with {name} {metadata[name]}, this run has {value}: resume with the same, or "
-                "start a new run in another --output_dir"
+                f"{folder.name} was made with {name} {metadata.get(name)}, this run has {value}: resume with the same, "
+                "or start a new run in another --output_dir"
             )
-    return metadata

@@ -12,7 +12,6 @@ read here, into the same plain arrays, by names that no framework owns:
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import numpy as np
 
 from flax_diffusion.core import hub
 from flax_diffusion.core.errors import CheckpointError
-from flax_diffusion.core.files import absolute, is_local, remove_tree, write_json
+from flax_diffusion.core.files import absolute, is_local, write_json
 from flax_diffusion.core.torch_names import to_torch_layout, torch_name
 
 Arrays = dict[str, np.ndarray]
@@ -64,14 +63,10 @@ def is_portable(folder: Path) -> bool:
 
 
 def write(folder: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Writes the PyTorch side's checkpoint; the folder gets its name when it is complete."""
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
-    hub.write_safetensors(partial / ARRAYS, arrays)
-    write_json(partial / METADATA, dict(metadata))
-    if folder.exists():  # written by a run that resumed from before it
-        remove_tree(folder)
-    partial.rename(folder)
+    """Writes the PyTorch side's checkpoint to a folder that is not there yet."""
+    folder.mkdir(parents=True)
+    hub.write_safetensors(folder / ARRAYS, arrays)
+    write_json(folder / METADATA, dict(metadata))
 
 
 def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:

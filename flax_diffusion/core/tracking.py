@@ -56,9 +56,14 @@ def enlarge(image: Image.Image, at_least: int) -> Image.Image:
 
 
 class TensorBoard:
-    """Writes scalars and images as TensorBoard event files, with nothing but the tensorboard package."""
+    """Writes scalars and images as TensorBoard event files, with nothing but the tensorboard package.
 
-    def __init__(self, folder: Path):
+    Args:
+        folder: For the files; those of earlier runs stay.
+        first_step: Before which nothing is written; what an earlier run wrote from it on, readers pass over.
+    """
+
+    def __init__(self, folder: Path, first_step: int):
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -67,6 +72,8 @@ class TensorBoard:
         self._folder = folder
         self._local = folder if is_local(folder) else temporary_folder()
         self._writer = EventFileWriter(str(self._local))
+        start = event_pb2.SessionLog(status="START")  # pyright: ignore[reportAttributeAccessIssue]
+        self._writer.add_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Adds one point to each curve."""
@@ -85,6 +92,10 @@ class TensorBoard:
         )
         summary = self._summary(value=[self._summary.Value(tag=tag, image=image)])
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what there is to disk."""
         self._writer.flush()
         self._upload()
 
@@ -105,7 +116,7 @@ class Tracker:
     def __init__(self, output_dir: Path, logging_dir: str | None, *, first_step: int, total_steps: int, main: bool):
         self._samples = output_dir / "samples"
         self._main = main
-        self._board = TensorBoard(output_dir / logging_dir) if main and logging_dir else None
+        self._board = TensorBoard(output_dir / logging_dir, first_step + 1) if main and logging_dir else None
         self._bar = tqdm(
             total=total_steps, initial=first_step, disable=not main, unit="step", dynamic_ncols=True, file=sys.stderr
         )
@@ -132,6 +143,10 @@ class Tracker:
         )
         self._bar.update()
 
+    def advance(self) -> None:
+        """Counts a step of which there is nothing to report."""
+        self._bar.update()
+
     def grid(self, step: int, images: np.ndarray, columns: int | None) -> None:
         """Writes sampled images (uint8, NHWC) to `samples/` and TensorBoard."""
         if not self._main:
@@ -141,6 +156,11 @@ class Tracker:
         if self._board:
             self._board.image("samples", picture, step)
         self._last = time.perf_counter()
+
+    def flush(self) -> None:
+        """Writes what was reported to disk."""
+        if self._board:
+            self._board.flush()
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""

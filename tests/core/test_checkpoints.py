@@ -1,40 +1,100 @@
+import shutil
+
 import pytest
 
 from flax_diffusion.core import checkpoints
 from flax_diffusion.core.errors import CheckpointError
 
 
+def save(output_dir, step, text="state"):
+    folder = checkpoints.checkpoint_folder(output_dir, step)
+    (checkpoints.unsealed(folder) / "deep").mkdir(parents=True)
+    for name in ("state", "deep/part"):
+        (checkpoints.unsealed(folder) / name).write_text(f"{text} of {step}")
+    checkpoints.seal(folder)
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path):
-    for name in ("checkpoint-5", "checkpoint-40", "checkpoint-100", "checkpoint-x", "samples"):
+    for step in (5, 100, 40):
+        save(tmp_path, step)
+    for name in ("checkpoint-x", "samples", "checkpoint-200.partial", "checkpoint-7.partial.orbax-checkpoint-tmp"):
         (tmp_path / name).mkdir()
-    (tmp_path / "checkpoint-200.orbax-checkpoint-tmp-1").mkdir()
     (tmp_path / "checkpoint-300").write_text("a file, not a checkpoint")
     return tmp_path
 
 
-def test_only_complete_folders_count_in_order_of_steps(run):
-    assert [path.name for path in checkpoints.committed(run)] == ["checkpoint-5", "checkpoint-40", "checkpoint-100"]
+def names(folders):
+    return [folder.name for folder in folders]
 
 
-def test_what_to_resume(run, tmp_path_factory):
-    assert checkpoints.to_resume(run, None) is None
-    assert checkpoints.to_resume(run, "latest") == run / "checkpoint-100"
-    assert checkpoints.to_resume(run, "checkpoint-40") == run / "checkpoint-40"
-    assert checkpoints.to_resume(run, str(run / "checkpoint-5")) == run / "checkpoint-5"
-    assert checkpoints.to_resume(tmp_path_factory.mktemp("empty"), "latest") is None
+def test_only_sealed_folders_count_in_order_of_steps(run):
+    assert names(checkpoints.committed(run)) == ["checkpoint-5", "checkpoint-40", "checkpoint-100"]
+
+
+def test_a_checkpoint_by_name_and_path(run):
+    assert checkpoints.find(run, "checkpoint-40") == run / "checkpoint-40"
+    assert checkpoints.find(run, str(run / "checkpoint-5")) == run / "checkpoint-5"
     with pytest.raises(CheckpointError, match=r"checkpoint-41: not in .*checkpoint-40"):
-        checkpoints.to_resume(run, "checkpoint-41")
+        checkpoints.find(run, "checkpoint-41")
+    with pytest.raises(CheckpointError, match="not a checkpoint's name"):
+        checkpoints.find(run, "samples")
 
 
 def test_rotation_keeps_the_newest(run):
     checkpoints.rotate(run, None)
     assert len(checkpoints.committed(run)) == 3
     checkpoints.rotate(run, 2)
-    assert [path.name for path in checkpoints.committed(run)] == ["checkpoint-40", "checkpoint-100"]
+    assert names(checkpoints.committed(run)) == ["checkpoint-40", "checkpoint-100"]
 
 
 def test_leftovers_of_a_killed_save_go(run):
     checkpoints.clear_leftovers(run)
-    assert not (run / "checkpoint-200.orbax-checkpoint-tmp-1").exists()
+    assert not [*run.glob("*.partial*")]
     assert len(checkpoints.committed(run)) == 3
+
+
+def test_a_checkpoint_takes_the_place_of_one_of_its_name(run):
+    folder = save(run, 40, "another state")
+    assert (folder / "state").read_text() == "another state of 40"
+    assert checkpoints.damage(folder) is None
+    assert not [*run.glob("checkpoint-40.*")]
+
+
+DAMAGES = {
+    "state is missing": lambda folder: (folder / "state").unlink(),
+    "deep/part is missing": lambda folder: shutil.rmtree(folder / "deep"),
+    "state is not what was written": lambda folder: (folder / "state").write_text("State of 100"),
+    "deep/part is not what was written": lambda folder: (folder / "deep/part").write_text(""),
+    "manifest.json is missing": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest.json cannot be read": lambda folder: (folder / "manifest.json").write_text('{"sha256": ['),
+    "state cannot be read": lambda folder: ((folder / "state").unlink(), (folder / "state").mkdir()),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_the_one_before_a_damaged_one_is_used(run, caplog, what):
+    DAMAGES[what](run / "checkpoint-100")
+    with pytest.raises(CheckpointError, match=f"checkpoint-100: {what}.*; use another checkpoint"):
+        checkpoints.require_whole(run / "checkpoint-100")
+    assert checkpoints.newest_whole(run) == run / "checkpoint-40"
+    assert f"checkpoint-100: {what}" in caplog.text
+    assert "set aside as checkpoint-100.damaged" in caplog.text
+    assert names(checkpoints.committed(run)) == ["checkpoint-5", "checkpoint-40"]
+    assert checkpoints.newest_whole(run) == run / "checkpoint-40"
+
+
+def test_a_run_with_damaged_ones_alone_does_not_start_anew(run, tmp_path_factory):
+    assert checkpoints.newest_whole(tmp_path_factory.mktemp("empty")) is None
+    for folder in checkpoints.committed(run):
+        (folder / "state").unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no checkpoint is whole \(checkpoint-100: state is missing; check"):
+            checkpoints.newest_whole(run)
+    assert len(checkpoints.committed(run)) == 3
+    (run / "checkpoint-100").rename(run / "checkpoint-100.damaged")
+    for folder in checkpoints.committed(run):
+        shutil.rmtree(folder)
+    with pytest.raises(CheckpointError, match=r"no checkpoint is whole \(checkpoint-100.damaged was set aside\)"):
+        checkpoints.newest_whole(run)

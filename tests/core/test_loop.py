@@ -10,6 +10,7 @@ from tiny import RUN, UNET, pictures
 
 from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from flax_diffusion.core.loop import fit
+from flax_diffusion.core.preemption import Preempted, Preemption
 from flax_diffusion.core.rates import ema_decay
 from flax_diffusion.core.tasks import UnconditionalConfig
 
@@ -17,10 +18,10 @@ from flax_diffusion.core.tasks import UnconditionalConfig
 class Recorder:
     """Implements `core.backend.Backend`; remembers what the loop asked for."""
 
-    process_index, process_count, device_count = 0, 1, 1
+    command, process_index, process_count, device_count = "train", 0, 1, 1
 
-    def __init__(self, config, spec, nan_at=None):
-        self.nan_at = nan_at
+    def __init__(self, config, spec, nan_at=()):
+        self.nan_at = (nan_at,) if isinstance(nan_at, int) else nan_at
         self.taken, self.saved, self.sampled, self.exported = 0, [], [], []
         self.examples, self.rates = [], []
 
@@ -34,7 +35,7 @@ class Recorder:
     def train_step(self, batch, learning_rate, ema_decay):
         self.taken += 1
         self.rates.append((learning_rate, ema_decay))
-        return {"loss": float("nan") if self.taken == self.nan_at else 1.0, "grad_norm": 1.0}
+        return {"loss": float("nan") if self.taken in self.nan_at else 1.0, "grad_norm": 1.0}
 
     def read(self, metrics):
         return metrics
@@ -50,6 +51,12 @@ class Recorder:
     def everywhere(self, holds):
         return holds
 
+    def from_first(self, value):
+        return value
+
+    def stops(self, wanted, step):
+        return wanted
+
     def restore(self, folder):
         metadata = json.loads((folder / "state.json").read_text())
         self.taken = metadata.pop("taken")
@@ -64,7 +71,7 @@ class Recorder:
         self.exported.append(self.taken)
 
 
-def run(folder, nan_at=None, **options):
+def run(folder, nan_at=(), preemption=None, **options):
     made = []
 
     def make(config, spec):
@@ -72,7 +79,7 @@ def run(folder, nan_at=None, **options):
         return made[-1]
 
     config = UnconditionalConfig(**RUN | {"output_dir": str(folder), "report_to": "none"} | options)
-    fit("unconditional", config, make)
+    fit("unconditional", config, make, preemption)
     return made[-1]
 
 
@@ -114,9 +121,95 @@ def test_rates(tmp_path):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_non_finite_loss_names_the_step_and_is_never_saved(tmp_path, every):
-    with pytest.raises(NonFiniteError, match=r"the loss is nan at step 5: .*checkpoint-4 is good"):
+    with pytest.raises(NonFiniteError, match=r"step 5 is not finite \(loss nan, .*; checkpoint-4 is good"):
         run(tmp_path, nan_at=5, checkpointing_steps=every)
     assert checkpoints(tmp_path)[-1] == "checkpoint-4"
+    said = json.loads((tmp_path / "nonfinite-5.json").read_text())
+    whole = run(tmp_path / "whole", max_train_steps=5)
+    assert [one["index"] for one in said["examples"]] == whole.examples[4 * 8 : 5 * 8]
+    assert said["examples"][0]["name"] == f"digits[{whole.examples[32]}]"
+    assert said["loss"] == "nan"
+
+
+def test_non_finite_steps_that_are_passed_over(tmp_path, capsys):
+    seen = run(tmp_path / "a", nan_at=(3, 5), max_train_steps=6, skip_nonfinite=2, checkpointing_steps=4)
+    assert seen.taken == 6
+    assert sorted(path.name for path in (tmp_path / "a").glob("nonfinite-*")) == [
+        "nonfinite-3.json",
+        "nonfinite-5.json",
+    ]
+    assert "step 3 is not finite (loss nan, grad_norm 1.0) and passed over" in capsys.readouterr().err
+    with pytest.raises(NonFiniteError, match="step 5 is not finite"):
+        run(tmp_path / "b", nan_at=(3, 5), max_train_steps=6, skip_nonfinite=1, checkpointing_steps=4)
+    with pytest.raises(NonFiniteError, match="step 5 is not finite"):  # the first one is not forgotten
+        run(
+            tmp_path / "b", nan_at=(5,), max_train_steps=6, skip_nonfinite=1, checkpointing_steps=4,
+            resume_from_checkpoint="latest",
+        )  # fmt: skip
+
+
+def test_the_batch_of_a_step_again(tmp_path, caplog):
+    whole = run(tmp_path, max_train_steps=6, checkpointing_steps=4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with caplog.at_level(logging.INFO):
+        again = run(tmp_path, resume_from_checkpoint="checkpoint-4", repeat_step=6)
+    assert again.examples == whole.examples[5 * 8 :]
+    assert "the batch of step 6, with the weights of step 4: loss 1, grad_norm 1; of digits[" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    with pytest.raises(ValueError, match="--repeat_step computes with the weights of a checkpoint: add --resume"):
+        run(tmp_path, repeat_step=6)
+
+
+@pytest.mark.parametrize("state", ["step", "data", "sample", "save", "setup"])
+def test_a_signal_to_end(tmp_path, monkeypatch, state, capsys):
+    """The step that was started is the last, and saved; once more does no harm."""
+    preemption = Preemption()
+    places = {
+        "step": (Recorder, "train_step"), "data": (Recorder, "put"), "sample": (Recorder, "sample"),
+        "save": (Recorder, "save"), "setup": (Recorder, "init_state"),
+    }  # fmt: skip
+    owner, name = places[state]
+    real = getattr(owner, name)
+
+    def signalled(self, *args, **kwargs):
+        if state == "setup" or self.taken >= 2:
+            for _ in range(2):
+                preemption._hear(15, None)
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(owner, name, signalled)
+    options = {"max_train_steps": 9, "validation_steps": 3, "checkpointing_steps": 4}
+    if state == "setup":
+        with pytest.raises(Preempted):
+            run(tmp_path, preemption=preemption, **options)
+        return
+    seen = run(tmp_path, preemption=preemption, **options)
+    last = {"step": 3, "data": 3, "sample": 3, "save": 4}[state]
+    assert seen.taken == last
+    assert checkpoints(tmp_path)[-1] == f"checkpoint-{last}"
+    assert f"ended by SIGTERM after step {last}; go on with" in capsys.readouterr().err
+    assert run(tmp_path, resume_from_checkpoint="latest", **options).taken == 9
+
+
+def test_a_save_that_fails(tmp_path, monkeypatch):
+    """It is said at the next step."""
+    real = Recorder.save
+
+    def save(self, folder, metadata):
+        real(self, folder, metadata)
+        self.full = metadata["step"] == 4
+
+    def wait(self):
+        if getattr(self, "full", False):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Recorder, "save", save)
+    monkeypatch.setattr(Recorder, "wait", wait)
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-4 could not be written.*No space left.*whole is checkpoint-2"
+    ):
+        run(tmp_path, max_train_steps=400, checkpointing_steps=2)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4.partial"]
 
 
 def test_another_run_in_the_folder(tmp_path):

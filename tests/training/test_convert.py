@@ -1,16 +1,14 @@
 """Between formats: checkpoints into pipelines, msgpack and back, LoRA under every name, what does not fit."""
 
-import json
-
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 from tiny import pictures, stable_diffusion
 
 from flax_diffusion.convert import convert, main
-from flax_diffusion.core import hub
+from flax_diffusion.core import checkpoints, hub, portable
 from flax_diffusion.core.adapters import LORA_FILE, read_lora
-from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
 from flax_diffusion.models import FlaxUNet2DConditionModel
 from torch_backend.train import train
 
@@ -131,14 +129,18 @@ def test_what_cannot_be_converted(model, tmp_path):
     with pytest.raises(ConfigError, match="--format kohya writes one LoRA file anew"):
         convert(model, tmp_path / "a", format="kohya")
     folder = tmp_path / "checkpoint-1"
-    folder.mkdir()
-    (folder / "metadata.json").write_text(json.dumps({"step": 1}))
-    save_file({"params/unet/conv_in.weight": np.ones((3, 4), np.float32)}, folder / "state.safetensors")
-    with pytest.raises(WeightsError, match=r"is of another model: unet/conv_in\.weight is \(3, 4\) there"):
+    for name, says in (
+        ("unet/conv_in.weight", r"is of another model: unet/conv_in\.weight is \(3, 4\) there"),
+        ("unet/x.lora_A.weight", "holds adapters: give its file by --lora"),
+    ):
+        arrays = {f"params/{name}": np.ones((3, 4), np.float32)}
+        portable.write(checkpoints.unsealed(folder), arrays, {"step": 1})
+        checkpoints.seal(folder)
+        with pytest.raises(WeightsError, match=says):
+            convert(model, tmp_path / "b", checkpoint=str(folder))
+    (folder / "state.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: state\.safetensors is not what was written; use another"):
         convert(model, tmp_path / "b", checkpoint=str(folder))
-    save_file({"params/unet/x.lora_A.weight": np.ones((3, 4), np.float32)}, folder / "state.safetensors")
-    with pytest.raises(WeightsError, match="holds adapters: give its file by --lora"):
-        convert(model, tmp_path / "c", checkpoint=str(folder))
 
 
 def test_command_line(model, tmp_path, capsys):

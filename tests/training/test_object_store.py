@@ -71,7 +71,8 @@ def test_paths_that_are_not(monkeypatch):
 def test_a_checkpoint_that_was_cut_off(bucket):
     """A store cannot rename, so that such a one bears a whole one's name."""
     run = as_path(f"{bucket}/cut")
-    write_text(run / "checkpoint-1/commit_success.txt", "")
+    write_text(run / "checkpoint-1/state", "whole")
+    checkpoints.seal(run / "checkpoint-1")
     write_text(run / "checkpoint-2/state", "half")
     assert [folder.name for folder in checkpoints.committed(run)] == ["checkpoint-1"]
     checkpoints.clear_leftovers(run)

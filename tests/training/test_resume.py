@@ -68,7 +68,7 @@ def assert_same(final, expected):
 
 def check(expected, saved, tmp_path, stop, workers):
     shutil.copytree(saved / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
-    (tmp_path / f"checkpoint-{stop + 1}.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / f"checkpoint-{stop + 1}.partial.orbax-checkpoint-tmp").mkdir()
     final = run(tmp_path, resume_from_checkpoint="latest", checkpointing_steps=STEPS, dataloader_num_workers=workers)
     assert_same(final, expected)
 

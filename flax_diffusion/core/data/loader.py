@@ -110,7 +110,7 @@ class _MicroBatches:
             except DataError as error:
                 if not self.skip_bad_images:
                     raise
-                skipped.append((_name(self.source, record), str(error)))
+                skipped.append((example_name(self.source, record), str(error)))
         raise DataError(
             f"{limit} examples in a row cannot be used; look over the dataset. The last one: {skipped[-1][1]}"
         )
@@ -131,7 +131,8 @@ def _leave_with_parent() -> None:
         os._exit(1)
 
 
-def _name(source: Source, index: int) -> str:
+def example_name(source: Source, index: int) -> str:
+    """What messages call an example."""
     try:
         return source[index].name
     except DataError:  # the record itself is what is bad

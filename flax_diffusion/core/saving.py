@@ -1,0 +1,93 @@
+"""Saves beside training: one at a time, and a checkpoint counts when it is sealed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from flax_diffusion.core import checkpoints
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.errors import CheckpointError
+
+FAILURES = (OSError, ValueError, RuntimeError)
+"""What file systems and the libraries that write to them raise; a full disk is each of them somewhere."""
+
+
+class Saver:
+    """Writes, seals and rotates the checkpoints of a run.
+
+    Args:
+        backend: Has the state.
+        output_dir: Of the run.
+        limit: Checkpoints to keep; None for all.
+    """
+
+    def __init__(self, backend: Backend, output_dir: Path, limit: int | None):
+        self.backend, self.output_dir, self.limit = backend, output_dir, limit
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._step = 0
+        self._sealing: Future[None] | None = None
+
+    def start(self, step: int, metadata: dict[str, Any], beside: Callable[[Path], None] | None = None) -> None:
+        """Copies the state and goes on with the rest in the background, once the save before it is complete.
+
+        Args:
+            step: Names the checkpoint.
+            metadata: Of the loop.
+            beside: Writes more into the checkpoint's folder; it is waited for.
+
+        Raises:
+            CheckpointError: If the save before it, or the start of this one, failed.
+        """
+        self.wait()
+        self._step = step
+        folder = checkpoints.checkpoint_folder(self.output_dir, step)
+        written = checkpoints.unsealed(folder)
+        try:
+            if self.backend.process_index == 0:
+                checkpoints.make_room(folder)
+            self.backend.everywhere(True)
+            self.backend.save(written, metadata)
+            if beside is not None:
+                self.backend.wait()
+                beside(written)
+        except FAILURES as error:
+            raise self._failed(error) from error
+        self._sealing = self._pool.submit(self._complete, folder)
+
+    def _complete(self, folder: Path) -> None:
+        self.backend.wait()
+        if self.backend.process_index == 0:
+            checkpoints.seal(folder)
+            checkpoints.rotate(self.output_dir, self.limit)
+
+    def poll(self) -> None:
+        """Raises, without waiting, what went wrong in a save."""
+        if self._sealing is not None and self._sealing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the save under way is sealed.
+
+        Raises:
+            CheckpointError: If it failed.
+        """
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            try:
+                sealing.result()
+            except FAILURES as error:
+                raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Lets the save under way end, however it ends."""
+        self._pool.shutdown()
+
+    def _failed(self, error: Exception) -> CheckpointError:
+        have = checkpoints.committed(self.output_dir)
+        return CheckpointError(
+            f"checkpoint-{self._step} could not be written to {self.output_dir}: {error}; "
+            + (f"the last one that is whole is {have[-1].name}" if have else "no checkpoint was saved yet")
+        )

@@ -1,0 +1,176 @@
+"""Checkpoints that something happened to, disks that are full, and runs that do not fit their checkpoint."""
+
+import random
+import shutil
+import subprocess
+from importlib import import_module
+
+import jax
+import numpy as np
+import pytest
+from faults.trials import BACKENDS, ended, log_of, start
+from tiny import RUN, TEXT_RUN, pictures
+
+from flax_diffusion.backend import JaxBackend
+from flax_diffusion.core import checkpoints, portable
+from flax_diffusion.core.errors import CheckpointError, UserError
+from flax_diffusion.core.loop import fit
+from flax_diffusion.core.tasks import UnconditionalConfig
+
+EIGHT = jax.devices()  # other tests see the first of them only
+SAVED = RUN | {"max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "validation_epochs": None}
+
+
+def train(backend, task="unconditional", **options):
+    return import_module(f"{backend}.train").train(task, **options)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Of a backend, a run with the checkpoints 2 and 4."""
+    runs = {}
+
+    def of(backend):
+        if backend not in runs:
+            runs[backend] = train(backend, **SAVED, output_dir=str(tmp_path_factory.mktemp(backend) / "run"))
+        return runs[backend]
+
+    return of
+
+
+def damages(file, count, draw):
+    """A file's content after each thing that may happen to it; None: it is gone."""
+    content = file.read_bytes()
+    yield "deleted", None
+    yield "cut in half", content[: len(content) // 2]
+    for _ in range(count if content else 0):
+        flipped = bytearray(content)
+        flipped[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        yield "a bit flipped", bytes(flipped)
+
+
+def check_damages(run, tmp_path, flips):
+    """Each damage of the newest checkpoint: what is restored is right, or it is the one before, and that was said."""
+    expected = portable.read(run / "checkpoint-4")
+    draw, counts = random.Random(0), {"right": 0, "named": 0}
+    work = tmp_path / "work"
+    names = sorted(str(path.relative_to(run / "checkpoint-4")) for path in (run / "checkpoint-4").rglob("*"))
+    for name in (name for name in names if (run / "checkpoint-4" / name).is_file()):
+        for what, content in damages(run / "checkpoint-4" / name, flips, draw):
+            shutil.rmtree(work, ignore_errors=True)
+            for step in (2, 4):
+                shutil.copytree(run / f"checkpoint-{step}", work / f"checkpoint-{step}")
+            if content is None:
+                (work / "checkpoint-4" / name).unlink()
+            else:
+                (work / "checkpoint-4" / name).write_bytes(content)
+            folder = checkpoints.newest_whole(work)
+            step = checkpoints.step_of(folder)
+            if step == 4:
+                arrays, metadata = portable.read(folder)
+                assert metadata == expected[1], (name, what)
+                for key, array in expected[0].items():
+                    np.testing.assert_array_equal(arrays[key], array, err_msg=f"{name} {what}")
+            assert (work / "checkpoint-4.damaged").exists() == (step == 2)
+            counts["right" if step == 4 else "named"] += 1
+    return counts
+
+
+def test_no_damage_is_restored(saved, tmp_path):
+    assert check_damages(saved("flax_diffusion"), tmp_path, 1)["named"] > 20
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_damage_is_restored_of_many(saved, tmp_path, backend):
+    counts = check_damages(saved(backend), tmp_path, 20)
+    print(f"\n{backend}: {sum(counts.values())} damages, {counts['named']} named, none restored")
+    assert counts["named"] > 40
+
+
+def test_a_run_goes_on_from_the_one_before(saved, tmp_path, caplog):
+    run = shutil.copytree(saved("flax_diffusion"), tmp_path / "run")
+    expected = portable.read(run / "checkpoint-4")
+    (run / "checkpoint-4/metadata/metadata").write_text("{}")
+    options = SAVED | {"output_dir": str(run)}
+    with pytest.raises(CheckpointError, match="checkpoint-4: metadata/metadata is not what was written; use another"):
+        train("flax_diffusion", **options, resume_from_checkpoint="checkpoint-4")
+    train("flax_diffusion", **options, resume_from_checkpoint="latest")
+    assert "checkpoint-4: metadata/metadata is not what was written; set aside as checkpoint-4.damaged" in caplog.text
+    arrays, metadata = portable.read(run / "checkpoint-4")
+    assert metadata == expected[1]
+    for name, array in expected[0].items():
+        np.testing.assert_array_equal(arrays[name], array)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_full_disk(small_disk, backend):
+    """The run says so, and the checkpoint that it names is whole."""
+    wide = RUN["unet"] | {"block_out_channels": [48, 96], "layers_per_block": 2}
+    folder = small_disk / "run"
+    process = start(backend, folder, unet=wide, checkpointing_steps=2, checkpoints_total_limit=None, report_to="none")
+    assert ended(process) != 0
+    have = checkpoints.committed(folder)
+    last = log_of(folder).splitlines()[-1]
+    assert f"No space left on device; the last one that is whole is {have[-1].name}" in last
+    assert all(checkpoints.damage(one) is None for one in have)
+    print(f"\n{backend}: {len(have)} checkpoints on a disk of 32 MB, then: {last[:100]}")
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_saved_on_eight_devices(tmp_path, count):
+    made = []
+
+    def make(devices):
+        def backend(config, spec):
+            made.append(JaxBackend(config, spec, devices))
+            return made[-1]
+
+        return backend
+
+    options = SAVED | {"global_batch_size": 8, "output_dir": str(tmp_path), "max_train_steps": 2}
+    fit("unconditional", UnconditionalConfig(**options, fsdp_parallelism=8), make(EIGHT))
+    more = options | {"max_train_steps": 5, "resume_from_checkpoint": "latest"}
+    expected = made[0].state_arrays()
+    restored = make(EIGHT[:count])(config := UnconditionalConfig(**more), made[0].spec)
+    restored.init_state()
+    restored.restore(tmp_path / "checkpoint-2")
+    for name, array in restored.state_arrays().items():
+        np.testing.assert_array_equal(array, expected[name], err_msg=name)
+    fit("unconditional", config, make(EIGHT[:count]))
+    assert checkpoints.committed(tmp_path)[-1].name == "checkpoint-5"
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "says"),
+    [
+        ("unconditional", {"unet": RUN["unet"] | {"block_out_channels": [8, 24]}}, r"params/unet/.* is \(.*16.*24"),
+        ("unconditional", {"use_8bit_adam": True}, "is missing there|is not in this run"),
+        ("unconditional", {"use_ema": False}, "ema/.* is not in this run"),
+        ("unconditional", {"max_train_samples": 39}, "num_examples 40, this run has 39"),
+        ("unconditional", {"dataset_name": None, "train_data_dir": "data"}, "made with data .*, this run has"),
+        ("text_to_image", TEXT_RUN, "made with task unconditional, this run has text_to_image|another model"),
+    ],
+    ids=["width", "optimizer", "average", "size", "data", "task"],
+)
+def test_another_run_than_the_checkpoints(saved, tmp_path, task, changes, says):
+    run = shutil.copytree(saved("flax_diffusion"), tmp_path / "run")
+    if changes.get("train_data_dir"):
+        changes = changes | {"train_data_dir": str(pictures(tmp_path / "data", 40)), "unet": RUN["unet"]}
+    options = SAVED | changes | {"output_dir": str(run), "max_train_steps": 9, "resume_from_checkpoint": "latest"}
+    with pytest.raises(UserError, match=says):
+        train("flax_diffusion", task, **options)
+    assert {path.name for path in checkpoints.committed(run)} == {"checkpoint-2", "checkpoint-4"}
