@@ -167,9 +167,10 @@ class _Run:
             (batch,) = loader
         handle = self.backend.put(batch)
         metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), 0.0))
-        said = ", ".join(f"{name} {value:g}" for name, value in metrics.items())
         names = ", ".join(one["name"] for one in self._examples(batch["example_index"]))
-        log.info("the batch of step %d, with the weights of step %d: %s; of %s", step, self.first_step, said, names)
+        log.info(
+            "the batch of step %d, with the weights of step %d: %s; of %s", step, self.first_step, _said(metrics), names
+        )
 
     def _loader(self, done: int, num_steps: int) -> Loader:
         """The batches after some steps."""
@@ -267,18 +268,19 @@ class _Run:
             f"{self.backend.command} --config {self.output_dir / 'config.yaml'} --resume_from_checkpoint latest "
             f"--repeat_step {step}"
         )
-        numbers = {name: str(value) for name, value in metrics.items()}
+        numbers = {name: str(value) for name, value in metrics.items()}  # JSON has no NaN
         write_json(file, {"step": step, **numbers, "examples": self._examples(indices), "repeat": repeat})
-        what = ", ".join(f"{name} {value}" for name, value in numbers.items() if name != "loss_scale")
         if self.nonfinite_steps <= self.config.skip_nonfinite:
-            self.tracker.say(f"step {step} is not finite ({what}) and passed over; its examples are in {file}")
+            self.tracker.say(
+                f"step {step} is not finite ({_said(metrics)}) and passed over; its examples are in {file}"
+            )
             self.tracker.advance()
             return
         self.saver.wait()  # a save under way is of a state before this one
         have = checkpoints.committed(self.output_dir)
         raise NonFiniteError(
-            f"step {step} is not finite ({what}); its examples are in {file.name}: lower --learning_rate, check the "
-            "data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
+            f"step {step} is not finite ({_said(metrics)}); its examples are in {file.name}: lower --learning_rate, "
+            "check the data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
             + (f"{have[-1].name} is good" if have else "no checkpoint was saved yet")
         )
 
@@ -347,6 +349,10 @@ def _is_finite(metrics: dict[str, float]) -> bool:
     """Under fp16 gradients overflow now and then, and the loss scale sees to it."""
     looked_at = ["loss"] if "loss_scale" in metrics else ["loss", "grad_norm"]
     return all(math.isfinite(metrics[name]) for name in looked_at)
+
+
+def _said(metrics: dict[str, float]) -> str:
+    return f"loss {metrics['loss']:g}, grad_norm {metrics['grad_norm']:g}"
 
 
 def _check_resume(metadata: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -125,7 +125,7 @@ def test_nan(inject, tmp_path, backend, place, step):
     check(inject, tmp_path, backend, place, step)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [BACKENDS[0], pytest.param(BACKENDS[1], marks=pytest.mark.acceptance)])
 def test_a_step_passed_over_changes_nothing(inject, tmp_path, backend):
     """Weights, moments and average are those from before; only the step is counted."""
     inject("gradient", 2 * 8 + 5)
@@ -139,6 +139,7 @@ def test_a_step_passed_over_changes_nothing(inject, tmp_path, backend):
     assert len(losses(folder)) == 3
 
 
+@pytest.mark.acceptance
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_batch_again(inject, tmp_path, backend, caplog):
     """By the command that the file names: the same examples, and with them the same NaN."""
