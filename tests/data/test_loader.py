@@ -249,7 +249,7 @@ def test_an_error_in_a_worker_arrives(folder, caplog):
     with pytest.raises(DataError) as caught:
         next(steps)
     name = folder[3].name
-    assert str(caught.value) == f"{name} is not an image in a format that Pillow reads; remove or convert it"
+    assert str(caught.value) == f"{name} is not an image in a format that is read here; remove or convert it"
     skipping = Loader(
         folder, MAKE, seed=0, batch_size=5, shuffle=False, num_workers=1, skip_bad_images=True, num_steps=2
     )
