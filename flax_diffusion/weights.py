@@ -205,7 +205,7 @@ def _read_msgpack(path: Path) -> dict[str, Tensor]:
     """
     try:
         tree: Any = flax.serialization.msgpack_restore(path.read_bytes())
-        flat = flax.traverse_util.flatten_dict(tree)
+        flat = _flatten(tree)
     except _NO_MSGPACK as error:
         reason = f"{type(error).__name__}: {error}"
         raise WeightsError(f"{path} is not a whole Flax msgpack file ({reason}): fetch it again") from error
