@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import flax.serialization
 import flax.traverse_util
+import jax.numpy as jnp
 import msgpack
 import numpy as np
-from jax.dtypes import issubdtype
 
 from flax_diffusion.core import hub
 from flax_diffusion.core.errors import WeightsError, shown
@@ -99,7 +99,7 @@ def from_tensors(
         view = np.broadcast_to(np.float32(0), tensor.shape)
         if _fits(layout, path, view, leaf.shape):
             array = layout(path, tensor.array(), len(leaf.shape))
-            if not issubdtype(array.dtype, np.floating):
+            if not jnp.issubdtype(array.dtype, np.floating):
                 problems.append(f"{names[name]} holds {array.dtype}, not floats")
                 continue
             # One copy, which also changes the dtype; the mapped file is dropped page by page.
@@ -190,7 +190,7 @@ def load(folder: Path, template: Mapping[str, Any], base: str, variant: str | No
 def _shards(index: Path) -> list[str]:
     """Return the names of the files that an index divides a model into, which lie beside it."""
     listed = hub.read_json(index).get("weight_map")
-    names = list(listed.values()) if isinstance(listed, dict) else [None]
+    names: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
     wrong = [name for name in names if not isinstance(name, str) or name != Path(name).name]
     if wrong:
         raise WeightsError(f"{index} names {shown(wrong[0])}, which is no file beside it: fetch the folder again")

@@ -27,10 +27,12 @@ def workers_of(steps) -> list[int]:
     return [process.pid for process in steps._micro_batches._processes]
 
 
-@pytest.mark.parametrize(
-    "delay", [0.0, 0.5, *(pytest.param(at, marks=pytest.mark.acceptance) for at in np.arange(0.1, 6, 0.3))]
-)
-@pytest.mark.parametrize("which", ["one", "all"])
+LONG = [
+    pytest.param(at, which, marks=pytest.mark.acceptance) for at in np.arange(0, 6, 0.3) for which in ("one", "all")
+]
+
+
+@pytest.mark.parametrize(("delay", "which"), [(0.0, "all"), (0.5, "one"), *LONG])
 def test_killed_after(delay, which):
     """While it starts, makes batches, writes them, or waits until they are taken."""
     with Loader(SOURCE, large, seed=0, batch_size=8, num_workers=2) as loader:
