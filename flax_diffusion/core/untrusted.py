@@ -5,11 +5,12 @@ What is wrong is a ValueError, or an OSError of the file's, which the caller tur
 
 from __future__ import annotations
 
+import io
 import json
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import yaml
 
@@ -35,7 +36,7 @@ def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
 def open_text(path: Path, most: int, newline: str | None = None) -> TextIO:
     """Such a file, opened to read line by line."""
     _check_file(path, most)
-    return cast(TextIO, path.open(encoding="utf-8-sig", newline=newline))
+    return io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", newline=newline)
 
 
 def _check_file(path: Path, most: int) -> None:

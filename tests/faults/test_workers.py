@@ -27,9 +27,8 @@ def workers_of(steps) -> list[int]:
     return [process.pid for process in steps._micro_batches._processes]
 
 
-LONG = [
-    pytest.param(at, which, marks=pytest.mark.acceptance) for at in np.arange(0, 6, 0.3) for which in ("one", "all")
-]
+TIMES = [(float(at), which) for at in np.arange(0, 6, 0.3) for which in ("one", "all")]
+LONG = [pytest.param(*time, marks=pytest.mark.acceptance) for time in TIMES]
 
 
 @pytest.mark.parametrize(("delay", "which"), [(0.0, "all"), (0.5, "one"), *LONG])

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from flax_diffusion.core.data.sources import Record, require_column
 from flax_diffusion.core.errors import DataError
 
-_CACHES = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+_CACHES = (HF_DATASETS_CACHE, DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
 
 
 @dataclass(frozen=True)
