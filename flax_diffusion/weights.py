@@ -7,12 +7,14 @@ from typing import Any, Protocol
 
 import flax.serialization
 import flax.traverse_util
+import jax.numpy as jnp
+import msgpack
 import numpy as np
 
 from flax_diffusion.core import hub
-from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.errors import WeightsError, shown
 from flax_diffusion.core.files import write_json
-from flax_diffusion.core.torch_names import from_torch_layout, to_torch_layout, torch_name, torch_shape
+from flax_diffusion.core.torch_names import LEAVES, from_torch_layout, to_torch_layout, torch_name, torch_shape
 
 # Spellings of old files, tried on names that the model does not have.
 ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -25,6 +27,11 @@ ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 IGNORED = re.compile(r"(^|\.)position_ids$")  # CLIP's buffer 0, 1, 2 …, in files before Transformers 4.31
 
+# What msgpack and Flax raise of a file that is not one of theirs, or is one of something else.
+_NO_MSGPACK = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, OverflowError, RecursionError,
+    MemoryError, msgpack.UnpackException,
+)  # fmt: skip
 FLAX_FILES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 MAX_SHARD_BYTES = 10_000_000_000  # Hugging Face's limit for one file
 
@@ -91,8 +98,11 @@ def from_tensors(
         leaf, tensor = flat[path], tensors[names[name]]
         view = np.broadcast_to(np.float32(0), tensor.shape)
         if _fits(layout, path, view, leaf.shape):
-            # One copy, which also changes the dtype; the mapped file is dropped page by page.
             array = layout(path, tensor.array(), len(leaf.shape))
+            if not jnp.issubdtype(array.dtype, np.floating):
+                problems.append(f"{names[name]} holds {array.dtype}, not floats")
+                continue
+            # One copy, which also changes the dtype; the mapped file is dropped page by page.
             params[path] = np.array(array, dtype=leaf.dtype, order="C")
         else:
             shape = _stored_shape(path, flat) if torch_layout else leaf.shape
@@ -166,17 +176,45 @@ def load(folder: Path, template: Mapping[str, Any], base: str, variant: str | No
         return from_tensors(hub.read_safetensors(folder / single), template, str(folder / single))
     if (folder / index).is_file():
         tensors: dict[str, Tensor] = {}
-        for shard in sorted(set(hub.read_json(folder / index)["weight_map"].values())):
+        for shard in _shards(folder / index):
             if not (folder / shard).is_file():
                 raise WeightsError(f"{folder / index} names {shard}, which is missing: fetch the folder again")
             tensors.update(hub.read_safetensors(folder / shard))
         return from_tensors(tensors, template, str(folder / index))
     for name in FLAX_FILES:
         if variant is None and (folder / name).is_file():
-            tree: Any = flax.serialization.msgpack_restore((folder / name).read_bytes())
-            flat = {torch_name(path): _InMemory(array) for path, array in _flatten(tree).items()}
-            return from_tensors(flat, template, str(folder / name), torch_layout=False)
+            return from_tensors(_read_msgpack(folder / name), template, str(folder / name), torch_layout=False)
     raise WeightsError(_nothing_to_read(folder, single))
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index divides a model into, which lie beside it."""
+    listed = hub.read_json(index).get("weight_map")
+    names: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
+    wrong = [name for name in names if not isinstance(name, str) or name != Path(name).name]
+    if wrong:
+        raise WeightsError(f"{index} names {shown(wrong[0])}, which is no file beside it: fetch the folder again")
+    return sorted(set(names))
+
+
+def _read_msgpack(path: Path) -> dict[str, Tensor]:
+    """Return the arrays of a Flax msgpack file by PyTorch name.
+
+    Raises:
+        WeightsError: if it holds anything else.
+    """
+    try:
+        tree: Any = flax.serialization.msgpack_restore(path.read_bytes())
+        flat = _flatten(tree)
+    except _NO_MSGPACK as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{path} is not a whole Flax msgpack file ({reason}): fetch it again") from error
+    for where, array in flat.items():
+        if not (all(isinstance(key, str) for key in where) and isinstance(array, np.ndarray)):
+            place = "/".join(str(key) for key in where)
+            raise WeightsError(f"{path} holds {shown(array)} as {place}, must be an array: fetch it again")
+    names = {where: torch_name(where) if where[-1] in LEAVES else ".".join(where) for where in flat}
+    return {names[where]: _InMemory(array) for where, array in flat.items()}
 
 
 class _InMemory:

@@ -19,6 +19,7 @@ from flax_diffusion.core.data.noise import Stream, example_rng
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.initial import name_number
 from flax_diffusion.core.portable import Arrays
+from flax_diffusion.core.untrusted import parse_json
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -256,7 +257,7 @@ def _adapter_metadata(path: Path) -> dict[str, Any]:
     """PEFT's settings in the header of a LoRA file; none in older files."""
     saved = hub.safetensors_metadata(path).get("lora_adapter_metadata", "{}")
     try:
-        values = json.loads(saved)
+        values = parse_json(saved)
     except ValueError as error:
         raise WeightsError(f"{path}: lora_adapter_metadata in its header is not JSON ({error})") from error
     if not isinstance(values, dict):

@@ -7,7 +7,6 @@ every file, and the folder gets its name. Object stores cannot rename: there the
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from typing import Any
 
 from flax_diffusion.core.errors import CheckpointError
 from flax_diffusion.core.files import as_path, is_local, remove_tree, walk, write_json
+from flax_diffusion.core.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +69,10 @@ def _checksum(file: Path) -> str:
 def damage(folder: Path) -> str | None:
     """What is wrong with the files of a sealed checkpoint: reads all of them. None: nothing."""
     try:
-        sums = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["sha256"]
-        items: list[tuple[str, Any]] = list(sums.items())
+        items: list[tuple[str, Any]] = list(parse_json(read_text(folder / MANIFEST))["sha256"].items())
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
 
     def check(item: tuple[str, Any]) -> str | None:

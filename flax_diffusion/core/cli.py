@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 import types
 import typing
@@ -16,13 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-import yaml
 from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from flax_diffusion.core.config import TrainConfig
-from flax_diffusion.core.errors import ConfigError, UserError, nearest
+from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
 from flax_diffusion.core.tasks import TASKS
+from flax_diffusion.core.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
 
 
 def spellings(name: str, field: FieldInfo) -> list[str]:
@@ -44,8 +43,8 @@ def _parse_flag(text: str, annotation: Any) -> Any:
         return None
     if any(_takes_mapping(member) for member in members) and text.lstrip().startswith("{"):
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
+            return parse_json(text)
+        except ValueError as error:
             raise ConfigError(f"{text!r} is not valid JSON ({error}): quote the mapping for the shell") from error
     return text
 
@@ -83,20 +82,20 @@ def _describe(item: Any) -> str:
         return text
     name, *inside = item["loc"]
     place = "".join(f".{part}" for part in inside) if inside and isinstance(inside[0], int) else ""  # in a list
-    return f"--{name}{place}: {text[0].lower()}{text[1:]}, got {item['input']!r}"
+    return f"--{name}{place}: {text[0].lower()}{text[1:]}, got {shown(item['input'])}"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a recipe: a YAML mapping of option to value.
 
     Raises:
-        ConfigError: If the file is missing, is not YAML, or is not a mapping.
+        ConfigError: If the file is missing, is not YAML, is larger than any recipe, or is not a mapping.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(read_text(Path(path), MAX_YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"--config {path}: holds {type(values).__name__}, must be a mapping of option: value")
@@ -194,7 +193,7 @@ def parse_train(argv: Sequence[str], prog: str) -> tuple[str, TrainConfig]:
     parser.add_argument("--config", metavar="FILE.yaml", help="Recipe; flags override it.")
     if task is None and not {"-h", "--help"} & set(argv):
         raise ConfigError(f"no task: name one of {', '.join(TASKS)}, e.g. `{prog} unconditional --dataset_name digits`")
-    if task is not None and task not in TASKS:
+    if task is not None and str(task) not in TASKS:
         raise ConfigError(f"unknown task '{task}'{nearest(str(task), TASKS)}; the tasks are {', '.join(TASKS)}")
     model = TASKS[task] if task else TrainConfig
     add_fields(parser, model)

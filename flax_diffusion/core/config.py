@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from flax_diffusion.core.adapters import TEXT_ENCODER_TARGETS, UNET_TARGETS
+from flax_diffusion.core.errors import SECRET
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 LrScheduler = Literal[
@@ -144,6 +145,9 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         """The rules that every task has. A ValueError's text is the error line."""
+        for name, value in self:
+            if SECRET.search(str(value)):  # a run's config.yaml is there for others to read
+                raise ValueError(f"--{name} holds a password or token: log in instead, by `hf auth login` for the Hub")
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:1000,0.1:2000,0.01'")
         if self.lr_scheduler != "piecewise_constant" and self.lr_step_rules:

@@ -1,6 +1,7 @@
 """Errors that are the user's to fix. The command line prints their one line and exits with status 2."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -10,13 +11,27 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
+def shown(value: object) -> str:
+    """A value for a message, not all of it if it is long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+SECRET = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{20,}")
+"""What is for nobody's eyes: user and password in an address, a token of the Hub."""
+
+
 class UserError(Exception):
-    """Something in the input is wrong. The message is one line: the value, the rule and the fix."""
+    """Something in the input is wrong. The message is one line: the value, the rule and the fix.
+
+    It is safe to print, whatever the value holds: no control characters, no secrets.
+    """
 
     exit_status = 2
 
     def __init__(self, message: str):
-        super().__init__(" ".join(message.split()))
+        line = SECRET.sub("…", " ".join(message.split()))
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class ConfigError(UserError):

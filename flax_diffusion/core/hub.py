@@ -1,6 +1,5 @@
 """Model folders, local or on the Hugging Face Hub, and their safetensors, without a framework."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,29 @@ from safetensors.numpy import save_file
 
 from flax_diffusion.core.errors import WeightsError
 from flax_diffusion.core.files import as_path, is_local, local_copy, replacing
+from flax_diffusion.core.untrusted import parse_json, read_text
+
+MAX_HEADER_BYTES = 2**25  # of a safetensors file: a hundred bytes a tensor are usual
+_NO_ARRAY = (SafetensorError, ValueError, TypeError, AttributeError, OverflowError)
 
 
 class StoredTensor:
     """A tensor in an open safetensors file; its values are read when asked for."""
 
-    def __init__(self, file: Any, name: str):
-        self._file, self._name = file, name
+    def __init__(self, file: Any, name: str, path: Path):
+        self._file, self._name, self._path = file, name, path
         self.shape: tuple[int, ...] = tuple(file.get_slice(name).get_shape())
 
     def array(self) -> np.ndarray:
-        """Return the values; bfloat16 is ml_dtypes' type of that name."""
-        return self._file.get_tensor(self._name)
+        """Return the values; bfloat16 is ml_dtypes' type of that name.
+
+        Raises:
+            WeightsError: if they are of a type that NumPy has not.
+        """
+        try:
+            return self._file.get_tensor(self._name)
+        except _NO_ARRAY as error:
+            raise WeightsError(f"{self._path}: {self._name} cannot be read ({error}): save it as float32") from error
 
 
 def resolve(
@@ -87,10 +97,10 @@ def read_json(path: Path) -> dict[str, Any]:
         WeightsError: if the file does not exist or does not hold a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_text(path))
     except FileNotFoundError:
         raise WeightsError(f"{path} does not exist: name a folder that holds a model") from None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise WeightsError(f"{path} is not valid JSON ({error}): fetch the file again") from error
     if not isinstance(value, dict):
         raise WeightsError(f"{path} holds a {type(value).__name__}, not a JSON object: fetch the file again")
@@ -104,10 +114,18 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
         WeightsError: if the file is not a whole safetensors file.
     """
     try:
-        file = safe_open(path, framework="numpy")
-        return {name: StoredTensor(file, name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-    except (SafetensorError, OSError) as error:
+        file = _open(path)
+        return {name: StoredTensor(file, name, path) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from error
+
+
+def _open(path: Path) -> Any:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"its header is {size} bytes long, over {MAX_HEADER_BYTES}")
+    return safe_open(path, framework="numpy")
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:

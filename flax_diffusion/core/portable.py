@@ -11,7 +11,6 @@ read here, into the same plain arrays, by names that no framework owns:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from flax_diffusion.core import hub
 from flax_diffusion.core.errors import CheckpointError
 from flax_diffusion.core.files import absolute, is_local, write_json
 from flax_diffusion.core.torch_names import to_torch_layout, torch_name
+from flax_diffusion.core.untrusted import parse_json, read_text
 
 Arrays = dict[str, np.ndarray]
 
@@ -81,15 +81,15 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     try:
         if is_portable(folder):
             stored = hub.read_safetensors(folder / ARRAYS)
-            metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+            metadata = parse_json(read_text(folder / METADATA))
             return {name: tensor.array() for name, tensor in stored.items()}, metadata
-        tree = json.loads((folder / "state" / "_METADATA").read_text(encoding="utf-8"))
+        tree = parse_json(read_text(folder / "state" / "_METADATA"))
         paths = [
             tuple(key["key"] for key in leaf["key_metadata"])
             for leaf in tree["tree_metadata"].values()
             if leaf["value_metadata"]["value_type"] == "jax.Array"  # else an empty place in the tree
         ]
-        metadata = json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
+        metadata = parse_json(read_text(folder / "metadata" / "metadata"))
         return from_tree(_read_orbax(folder / "state", paths)), metadata
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error

@@ -18,10 +18,11 @@ import numpy as np
 from flax_diffusion.core import recipe
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import CaptionedConfig, DiffusionConfig, TrainConfig
+from flax_diffusion.core.data.bad import BadExamples, name_of
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.images import decode
 from flax_diffusion.core.data.noise import Stream
-from flax_diffusion.core.data.sources import Source
+from flax_diffusion.core.data.sources import Record, Source
 from flax_diffusion.core.data.table import write_table
 from flax_diffusion.core.data.transforms import ImageTransform
 from flax_diffusion.core.errors import DataError, NonFiniteError
@@ -31,6 +32,7 @@ from flax_diffusion.core.tasks import TextToImageConfig
 log = logging.getLogger(__name__)
 
 PROMPTS_AT_A_TIME = 64
+_NOT_FINITE = "the latents of {} are not finite: check the picture, or the autoencoder's precision"
 
 
 def precompute(config: TrainConfig, spec: PipelineSpec, source: Source, backend: Backend, folder: Path) -> Precomputed:
@@ -44,24 +46,36 @@ def precompute(config: TrainConfig, spec: PipelineSpec, source: Source, backend:
         folder: For the files, each process its own.
 
     Raises:
-        DataError: For a picture that cannot be read, unless such pictures are skipped.
+        DataError: For a picture that cannot be read; where such pictures are skipped, for too many of them.
     """
     made = Precomputed()
+    bad = BadExamples(len(source)) if config.skip_bad_images else None
     if isinstance(config, CaptionedConfig) and config.pre_compute_text_embeddings:
-        prompts = _prompts(config, source)
+        prompts = _prompts(config, source, bad)
         path = folder / f"embeddings-{backend.process_index}.npy"
         made = replace(made, embeddings=write_table(path, len(prompts), _embedded(prompts, backend)))
         backend.let_go("text_encoder")
     if isinstance(config, DiffusionConfig) and config.cache_latents:
-        named = {source[index].name: index for index in range(len(source))}
-        batches = _encoded(config, source, named, recipe.make_transform(config, spec), backend)
+        named = {record.name: index for index, record in _records(source, bad)}
+        batches = _encoded(config, source, named, recipe.make_transform(config, spec), backend, bad)
         made = replace(made, moments=write_table(folder / f"moments-{backend.process_index}.npy", len(named), batches))
         backend.let_go(spec.vae_name)
     return made
 
 
-def _prompts(config: CaptionedConfig, source: Source) -> list[str]:
-    captions = (source[index].caption for index in range(len(source)))
+def _records(source: Source, bad: BadExamples | None) -> Iterator[tuple[int, Record]]:
+    """All records and their indices, but those that are bad in themselves, if such are counted."""
+    for index in range(len(source)):
+        try:
+            yield index, source[index]
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.add(name_of(source, index), str(error))
+
+
+def _prompts(config: CaptionedConfig, source: Source, bad: BadExamples | None) -> list[str]:
+    captions = (record.caption for _, record in _records(source, bad))
     listed = ([caption] if isinstance(caption, str) else caption or [] for caption in captions)
     prompts = dict.fromkeys(prompt for several in listed for prompt in several)
     if isinstance(config, TextToImageConfig) and config.proportion_empty_prompts:
@@ -77,20 +91,26 @@ def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str],
 
 
 def _encoded(
-    config: DiffusionConfig, source: Source, named: Mapping[str, int], transform: ImageTransform, backend: Backend
+    config: DiffusionConfig,
+    source: Source,
+    named: Mapping[str, int],
+    transform: ImageTransform,
+    backend: Backend,
+    bad: BadExamples | None,
 ) -> Iterator[tuple[list[str], np.ndarray]]:
     upright = replace(transform, random_flip=False)
 
     shape = (transform.channels, transform.resolution, transform.resolution)
     nothing = np.full(shape, np.nan, np.float32)  # what cannot be read: its moments say so to every process
+    reasons: dict[str, str] = {}  # of what this process could not read
 
     def read(name: str) -> np.ndarray:
         try:
             return upright(decode(source[named[name]]), _no_draw).pixel_values
-        except DataError:
-            if not config.skip_bad_images:
+        except DataError as error:
+            if bad is None:
                 raise
-            log.warning("%s cannot be read: it is left out", name)
+            reasons[name] = str(error)
             return nothing
 
     names, share = list(named), config.train_batch_size * (backend.device_count // backend.process_count)
@@ -103,15 +123,15 @@ def _encoded(
             pixels = np.stack([*pool.map(read, mine), *[nothing] * (share - len(mine))])
             orientations = [pixels, np.ascontiguousarray(pixels[..., ::-1])] if transform.random_flip else [pixels]
             moments = np.stack([backend.posteriors(each) for each in orientations], axis=1)
-            good = [place for place, name in enumerate(several) if _is_finite(moments[place], name, config)]
+            good = []
+            for place, name in enumerate(several):
+                if np.isfinite(moments[place]).all():
+                    good.append(place)
+                elif bad is None:
+                    raise NonFiniteError(_NOT_FINITE.format(name))
+                else:
+                    bad.add(name, reasons.get(name, _NOT_FINITE.format(name)))
             yield [several[place] for place in good], moments[good]
-
-
-def _is_finite(moments: np.ndarray, name: str, config: DiffusionConfig) -> bool:
-    finite = bool(np.isfinite(moments).all())
-    if not finite and not config.skip_bad_images:
-        raise NonFiniteError(f"the latents of {name} are not finite: check the picture, or the autoencoder's precision")
-    return finite
 
 
 def _no_draw(stream: Stream) -> np.random.Generator:

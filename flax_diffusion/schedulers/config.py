@@ -16,6 +16,7 @@ import numpy as np
 
 from flax_diffusion.core import noise_schedule
 from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.untrusted import parse_json, read_text
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -194,7 +195,7 @@ def read_config(
     if not path.is_file():
         raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the scheduler's folder (subfolder='scheduler'?)")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(read_text(path))
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON ({error}); restore or rewrite it") from error
     if not isinstance(values, dict):

@@ -47,6 +47,18 @@ def test_unconditional_and_lists(monkeypatch):
     assert open_source(dataset_name="x/y")[0].caption == ["a", "b"]
 
 
+def test_rows_that_name_files(monkeypatch, tmp_path):
+    """Those that were downloaded with the dataset, and no others."""
+    path = tmp_path / "cache" / "a.png"
+    path.parent.mkdir()
+    pictures(1)[0].save(path)
+    serve(monkeypatch, {"image": [str(path)], "text": ["a"]})
+    assert open_source(dataset_name="x/y", cache_dir=tmp_path / "cache")[0].image == path
+    for elsewhere in (tmp_path / "other", tmp_path / "cache/../cachet"):
+        with pytest.raises(DataError, match=r"x/y\[0\] is the file .*a\.png, which was not downloaded with"):
+            open_source(dataset_name="x/y", cache_dir=elsewhere)[0]
+
+
 @pytest.mark.parametrize(
     ("columns", "image_column", "message"),
     [

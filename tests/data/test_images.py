@@ -167,7 +167,7 @@ def test_damaged_png():
     ("data", "message"),
     [
         (b"", r"picture is empty \(0 bytes\); replace or remove it"),
-        (b"<html>not found</html>", r"picture is not an image in a format that Pillow reads"),
+        (b"<html>not found</html>", r"picture is not an image in a format that is read here"),
     ],
 )
 def test_no_image(data, message):

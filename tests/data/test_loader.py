@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flax_diffusion.core.data import bad
 from flax_diffusion.core.data import loader as loader_module
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.data.loader import Loader, example_at
@@ -156,8 +157,9 @@ def test_no_examples():
 
 
 @pytest.fixture
-def folder(tmp_path):
-    """Ten pictures, of which numbers 3, 4 and 9 cannot be decoded."""
+def folder(tmp_path, monkeypatch):
+    """Ten pictures, of which numbers 3, 4 and 9 cannot be decoded, and no more."""
+    monkeypatch.setattr(bad, "MAX_BAD_SHARE", 0.3)
     for number in range(10):
         path = tmp_path / f"{number}.png"
         Image.new("RGB", (8, 8), (number, 0, 0)).save(path)
@@ -208,6 +210,27 @@ def test_too_many_in_a_row(folder, tmp_path, monkeypatch, limit, message):
         next(iter(Loader(folder, MAKE, seed=0, batch_size=2, skip_bad_images=True)))
 
 
+@pytest.mark.parametrize("count", [8, 400])
+def test_too_many_in_all(tmp_path, count):
+    """Of few pictures one may be bad, of many one in a hundred; the same picture counts once."""
+    for number in range(count):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number:03}.png")
+    source = open_source(train_data_dir=tmp_path, caption_column=None)
+    limit = max(1, count // 100)
+    for number in range(limit):
+        (tmp_path / f"{number * 7:03}.png").write_bytes(b"")
+    options = {"batch_size": 8, "num_steps": 2 * count // 8, "skip_bad_images": True}
+    with Loader(source, MAKE, seed=0, **options) as loader:
+        assert len(list(loader)) == 2 * count // 8
+        assert len(loader.skipped) == limit
+    (tmp_path / "001.png").write_bytes(b"")
+    with (
+        Loader(source, MAKE, seed=0, **options) as loader,
+        pytest.raises(DataError, match=rf"^{limit + 1} of {count} examples cannot be used, over 1% of them: .*\.png"),
+    ):
+        list(loader)
+
+
 # Worker processes
 
 
@@ -226,7 +249,7 @@ def test_an_error_in_a_worker_arrives(folder, caplog):
     with pytest.raises(DataError) as caught:
         next(steps)
     name = folder[3].name
-    assert str(caught.value) == f"{name} is not an image in a format that Pillow reads; remove or convert it"
+    assert str(caught.value) == f"{name} is not an image in a format that is read here; remove or convert it"
     skipping = Loader(
         folder, MAKE, seed=0, batch_size=5, shuffle=False, num_workers=1, skip_bad_images=True, num_steps=2
     )

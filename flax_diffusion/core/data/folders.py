@@ -1,7 +1,6 @@
 """Local folders of images: with a metadata file, with .txt captions beside them, or bare."""
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -9,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from flax_diffusion.core.data.sources import Record, Source, first_few, require_column
-from flax_diffusion.core.errors import DataError
-from flax_diffusion.core.files import walk
+from flax_diffusion.core.errors import DataError, shown
+from flax_diffusion.core.files import is_local, walk
+from flax_diffusion.core.untrusted import open_text, parse_json, read_text
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
+MAX_METADATA_BYTES = 2**31
+MAX_CAPTION_BYTES = 2**20
 
 Caption = str | list[str] | None
 
@@ -126,8 +128,8 @@ def _text_file(name: str) -> str:
 
 def _read_text(path: Path) -> str:
     try:
-        return " ".join(path.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
+        return " ".join(read_text(path, MAX_CAPTION_BYTES).split())
+    except (OSError, ValueError) as error:
         raise DataError(f"caption file {path} cannot be read ({error}); it must be UTF-8 text") from error
 
 
@@ -158,7 +160,7 @@ def _with_metadata(
             files.append(_inside(os.path.dirname(name), row.get(file_column), f"{where}, row {number}"))
             captions.append(_checked_caption(row.get(caption_column), f"{where}, row {number}"))
     known = set(images)
-    absent = [name for name in files if name not in known and not (root / name).is_file()]
+    absent = [name for name in files if name not in known and not _is_below(root, name)]
     if absent:
         raise DataError(
             f"metadata in {root} names {len(absent)} files that are not there: {first_few(absent)}; "
@@ -171,25 +173,41 @@ def _with_metadata(
 
 def _inside(folder: str, name: Any, where: str) -> str:
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: file_name is {name!r}; it must be a path relative to the metadata file")
+        raise DataError(f"{where}: file_name is {shown(name)}; it must be a path relative to the metadata file")
     path = os.path.normpath(os.path.join(folder, name))
     if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
         raise DataError(f"{where}: file_name {name} leaves the folder; use a path below it")
     return path
 
 
+def _is_below(root: Path, name: str) -> bool:
+    """Whether a file is there, and no link to a folder leads to it: such a one may lead anywhere."""
+    path = root / name
+    try:
+        direct = not is_local(root) or path.parent.resolve() == root.resolve() / os.path.dirname(name)
+        return direct and path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def _checked_caption(caption: Any, where: str) -> Caption:
     several = isinstance(caption, list) and caption and all(isinstance(one, str) for one in caption)
-    if caption is None or isinstance(caption, str) or several:
-        return caption
-    raise DataError(f"{where}: the caption is {caption!r}; it must be text or a list of texts")
+    if caption is None:
+        return None
+    if not (isinstance(caption, str) or several):
+        raise DataError(f"{where}: the caption is {shown(caption)}; it must be text or a list of texts")
+    try:
+        "".join(caption).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{where}: the caption is {shown(caption)}, which is no Unicode text; repair it") from error
+    return caption
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with open_text(path, MAX_METADATA_BYTES, newline="") as file:
             return list(csv.DictReader(file, restkey="(no header)"))
-    except (csv.Error, UnicodeDecodeError) as error:
+    except (csv.Error, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); it must be CSV in UTF-8") from error
 
 
@@ -199,15 +217,15 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
+                row = parse_json(line)
+            except ValueError as error:
                 raise DataError(f"{path}, line {number} is not JSON ({error}); write one object a line") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}, line {number} is {line.strip()[:40]}; write one object a line")
             yield row
 
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with open_text(path, MAX_METADATA_BYTES) as file:
             return list(rows(file))
-    except UnicodeDecodeError as error:
+    except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); it must be UTF-8") from error

@@ -1,13 +1,18 @@
 """Datasets of the Hugging Face Hub, through its `datasets` library."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from flax_diffusion.core.data.sources import Record, require_column
 from flax_diffusion.core.errors import DataError
+
+_CACHES = (HF_DATASETS_CACHE, DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,7 @@ class HubSource:
     name: str
     image_column: str
     caption_column: str | None
+    folders: tuple[Path, ...] = field(default=(), repr=False)  # where downloads are, and files that rows may name
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -28,8 +34,16 @@ class HubSource:
         image = row[self.image_column]
         if image is None or (image["bytes"] is None and image["path"] is None):
             raise DataError(f"{name} holds no image; use another dataset, or skip bad images")
-        encoded = Path(image["path"]) if image["bytes"] is None else image["bytes"]
+        encoded = self._inside(image["path"], name) if image["bytes"] is None else image["bytes"]
         return Record(encoded, None if self.caption_column is None else row[self.caption_column], name)
+
+    def _inside(self, path: str, name: str) -> Path:
+        where = Path(os.path.abspath(path))
+        if not any(where.is_relative_to(folder) for folder in self.folders):
+            raise DataError(
+                f"{name} is the file {path}, which was not downloaded with the dataset; use another dataset"
+            )
+        return where
 
 
 def open_hub(
@@ -80,7 +94,11 @@ def open_hub(
         raise DataError(f"dataset {name}, split {split} holds no rows; take another split")
     _check_types(dataset, name, image_column, caption_column)
     return HubSource(
-        dataset.cast_column(image_column, datasets.Image(decode=False)), name, image_column, caption_column
+        dataset.cast_column(image_column, datasets.Image(decode=False)),
+        name,
+        image_column,
+        caption_column,
+        tuple(Path(os.path.abspath(folder)) for folder in (*_CACHES, cache_dir) if folder is not None),
     )
 
 

@@ -7,7 +7,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from flax_diffusion.core.data.sources import Record
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.untrusted import read_bytes
 
+# Others that Pillow knows run programs (EPS), draw (WMF) or are no pictures.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
+MAX_FILE_BYTES = 2**30
 _WHITE = (255, 255, 255, 255)
 
 
@@ -24,7 +28,8 @@ def decode(record: Record) -> Image.Image:
         The picture in mode RGB.
 
     Raises:
-        DataError: the file is missing, empty, truncated, no image, implausibly large, or of unbounded floats.
+        DataError: the file is missing, empty, truncated, no image, implausibly large (told before its pixels are
+            decoded), or of unbounded floats.
     """
     name = record.name
     try:
@@ -37,7 +42,7 @@ def decode(record: Record) -> Image.Image:
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise DataError(f"{name} is not an image in a format that Pillow reads; remove or convert it") from error
+        raise DataError(f"{name} is not an image in a format that is read here; remove or convert it") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is too large ({error}); scale it down") from error
     except FileNotFoundError as error:
@@ -52,10 +57,10 @@ def _open(record: Record) -> Image.Image:
         return source
     if isinstance(source, np.ndarray):
         return Image.fromarray(source)
-    data = source if isinstance(source, bytes) else source.read_bytes()
+    data = source if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES)
     if not data:
         raise DataError(f"{record.name} is empty (0 bytes); replace or remove it")
-    image = Image.open(BytesIO(data))
+    image = Image.open(BytesIO(data), formats=FORMATS)
     # Pillow itself warns from this size on and refuses at twice it.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:

@@ -5,37 +5,27 @@ Position p holds example `order(epoch)[p % N]` of epoch `p // N`. Step k takes p
 the same, also where the data hold fewer examples than a batch. To resume, give the position to start at.
 """
 
-import gc
-import logging
-import multiprocessing
-import os
-import signal
 import sys
-import threading
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Self
 
 import grain
 import numpy as np
-from absl import flags
 from grain.experimental import index_shuffle
 
+from flax_diffusion.core.data.bad import BadExamples, name_of
 from flax_diffusion.core.data.batches import MakeExample
 from flax_diffusion.core.data.noise import Stream, example_rng
 from flax_diffusion.core.data.sources import Source
+from flax_diffusion.core.data.workers import Workers
 from flax_diffusion.core.errors import DataError
 
-logger = logging.getLogger(__name__)
-
 MAX_CONSECUTIVE_BAD = 100  # examples in a row; more means that the dataset is broken, not an image
-# Larger arrays go from process to process through shared memory. What goes through the pipe must fit into it (64 KiB):
-# Grain empties a pipe once when it stops a worker, and then waits for one that may still be writing.
-_OPTIONS = grain.experimental.DatasetOptions(min_shm_size=1024)
 # Up to here an epoch's order is a true permutation, held in memory; beyond, Grain's block cipher over the indices,
 # which holds nothing but, on small sets, takes milliseconds an index.
 _PERMUTED = 2**20
@@ -110,33 +100,15 @@ class _MicroBatches:
             except DataError as error:
                 if not self.skip_bad_images:
                     raise
-                skipped.append((example_name(self.source, record), str(error)))
+                skipped.append((name_of(self.source, record), str(error)))
         raise DataError(
             f"{limit} examples in a row cannot be used; look over the dataset. The last one: {skipped[-1][1]}"
         )
 
 
-def _start_worker(number: int, count: int) -> None:
-    # What a terminal or a cluster sends to the whole group is for the main process, which may still want batches
-    # on its way to a checkpoint. It stops the workers itself; and should it be killed, they must not outlive it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def example_name(source: Source, index: int) -> str:
-    """What messages call an example."""
-    try:
-        return source[index].name
-    except DataError:  # the record itself is what is bad
-        return f"example {index}"
+def _read(micro_batches: _MicroBatches, options: grain.ReadOptions, places: slice) -> grain.DatasetIterator:
+    """The micro-batches at some places, made ahead by threads."""
+    return iter(grain.MapDataset.source(micro_batches).slice(places).to_iter_dataset(options))
 
 
 class Loader:
@@ -186,7 +158,7 @@ class Loader:
             raise DataError("the dataset holds no examples")
         self.accumulation = accumulation
         self.global_batch_size = batch_size * accumulation * process_count
-        self.skipped: dict[str, str] = {}  # name of each bad example met so far: what is wrong with it
+        self._bad = BadExamples(len(source))
         self._micro_batches = _MicroBatches(
             source=source,
             example_fn=example_fn,
@@ -204,24 +176,26 @@ class Loader:
         self._read = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads) if num_threads else 0
         )
-        self._workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=prefetch)
+        self._num_workers = num_workers
         self._open: weakref.WeakSet[_Steps] = weakref.WeakSet()
 
     def __iter__(self) -> "_Steps":
         """Give one dictionary a step, of arrays (accumulation, batch_size, ...).
 
         Raises:
-            DataError: an example cannot be made, whichever process made it.
+            DataError: an example cannot be made, whichever process made it; too many cannot, where such are skipped;
+                or a process is dead.
         """
-        dataset = grain.MapDataset.source(self._micro_batches).to_iter_dataset(self._read)
-        if self._workers.num_workers:
-            if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain asks for absl's flags, which only absl's app.run would parse
-            dataset = grain.experimental.WithOptionsIterDataset(dataset, _OPTIONS)
-            dataset = dataset.mp_prefetch(self._workers, _start_worker)
-        steps = _Steps(iter(dataset), self.accumulation, self.skipped)
+        make = partial(_read, self._micro_batches, self._read)
+        micro_batches = Workers(make, self._num_workers) if self._num_workers else make(slice(None))
+        steps = _Steps(micro_batches, self.accumulation, self._bad)
         self._open.add(steps)
         return steps
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """The name of each bad example met so far, and what is wrong with it."""
+        return self._bad.reasons
 
     def close(self) -> None:
         """Stop worker processes and threads, and end the iterations under way."""
@@ -240,13 +214,13 @@ class Loader:
 class _Steps(Iterator[dict[str, np.ndarray]]):
     """One iteration: joins micro-batches to steps and keeps the account of bad examples passed over."""
 
-    def __init__(self, micro_batches: grain.DatasetIterator, accumulation: int, skipped: dict[str, str]):
-        self._micro_batches: grain.DatasetIterator | None = micro_batches
+    def __init__(self, micro_batches: grain.DatasetIterator | Workers, accumulation: int, bad: BadExamples):
+        self._micro_batches: grain.DatasetIterator | Workers | None = micro_batches
         self._accumulation = accumulation
-        self._skipped = skipped
-        # Python runs this at exit before it takes apart the modules that Grain's own clean-up needs, and before it
-        # ends Grain's thread that frees shared memory (priority 15).
-        self._finalizer = Finalize(self, _close, args=(weakref.ref(self),), exitpriority=100)
+        self._bad = bad
+        # Python runs this when nobody holds the iteration any more; and at exit, before it takes apart the modules that
+        # Grain's own clean-up needs, and before it waits for processes that would wait for it.
+        self._stop = Finalize(self, micro_batches.close, exitpriority=100)
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._micro_batches is None:
@@ -260,22 +234,10 @@ class _Steps(Iterator[dict[str, np.ndarray]]):
 
     def _account(self, arrays: dict[str, np.ndarray], skipped: list[tuple[str, str]]) -> dict[str, np.ndarray]:
         for name, reason in skipped:
-            if name not in self._skipped:
-                logger.warning("skipped: %s", reason)
-                self._skipped[name] = reason
+            self._bad.add(name, reason)
         return arrays
 
     def close(self) -> None:
         """Stop what runs ahead for this iteration."""
-        if self._micro_batches is None:
-            return
-        self._micro_batches.close()
+        self._stop()
         self._micro_batches = None
-        # Batches made ahead lie in shared memory, held by Grain's iterators in reference cycles.
-        gc.collect()
-
-
-def _close(reference: "weakref.ref[_Steps]") -> None:
-    steps = reference()
-    if steps is not None:
-        steps.close()

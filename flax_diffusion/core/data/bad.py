@@ -1,0 +1,52 @@
+"""The account of examples that cannot be used and are passed over, and when there are too many of them."""
+
+import logging
+
+from flax_diffusion.core.data.sources import Source, first_few
+from flax_diffusion.core.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_SHARE = 0.01
+"""Of the examples. A dataset with more bad ones was cut off on its way, or is not what it was taken for."""
+
+
+class BadExamples:
+    """The examples that could not be used so far. One is borne in any dataset, however small.
+
+    Args:
+        examples: In the dataset.
+    """
+
+    def __init__(self, examples: int):
+        self._examples = examples
+        self._limit = max(1, int(MAX_BAD_SHARE * examples))
+        self.reasons: dict[str, str] = {}
+
+    def add(self, name: str, reason: str) -> None:
+        """Counts one, once however often it is met.
+
+        Args:
+            name: Of the example.
+            reason: The message of its error.
+
+        Raises:
+            DataError: If there are too many now.
+        """
+        if name in self.reasons:
+            return
+        logger.warning("skipped: %s", reason)
+        self.reasons[name] = reason
+        if len(self.reasons) > self._limit:
+            raise DataError(
+                f"{len(self.reasons)} of {self._examples} examples cannot be used, over {MAX_BAD_SHARE:.0%} of them: "
+                f"{first_few(list(self.reasons))}; restore or remove them. The last one: {reason}"
+            )
+
+
+def name_of(source: Source, index: int) -> str:
+    """The name of an example, of which the record itself may be what is bad."""
+    try:
+        return source[index].name
+    except DataError:
+        return f"example {index}"

@@ -1,0 +1,113 @@
+"""Reading what strangers wrote: bounded in size and in depth, and free of code.
+
+What is wrong is a ValueError, or an OSError of the file's, which the caller turns into the message that fits.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+
+from flax_diffusion.core.files import is_local
+
+MAX_TEXT_BYTES = 2**26
+MAX_YAML_BYTES = 2**17  # PyYAML takes seconds for it
+MAX_DEPTH = 64
+MAX_YAML_WRITTEN_OUT = 2**20  # values and characters, where every alias is put in full, as whoever uses them does
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The bytes of a file, which is no device, no pipe and no larger than `most`."""
+    _check_file(path, most)
+    return path.read_bytes()
+
+
+def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
+    """The text of such a file in UTF-8, with or without a byte-order mark."""
+    return read_bytes(path, most).decode("utf-8-sig")
+
+
+def open_text(path: Path, most: int, newline: str | None = None) -> TextIO:
+    """Such a file, opened to read line by line."""
+    _check_file(path, most)
+    return io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", newline=newline)
+
+
+def _check_file(path: Path, most: int) -> None:
+    if not is_local(path):  # in an object store there are only files, and asking takes as long as reading one
+        return
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    if status.st_size > most:
+        raise ValueError(f"it is larger than {most} bytes")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        _check_depth(value)
+    return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text: plain data, no objects."""
+    try:
+        _check_events(text)
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+        # The last three are PyYAML's for scalars that are not of the type that their tag says.
+        raise ValueError(str(error)) from error
+
+
+def _check_events(text: str) -> None:
+    """Bounds a document before anything is made of it; aliases of a few lines may stand for billions of values."""
+    sizes: dict[str, int] = {}  # of what has an anchor
+    open_nodes: list[tuple[str | None, int]] = []  # anchor and size so far of what the parser is in
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_nodes.append((event.anchor, 1))
+            if len(open_nodes) > MAX_DEPTH:
+                raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_nodes.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor not in sizes:
+                raise ValueError(f"the alias *{event.anchor} stands for nothing, or for what it is in")
+            anchor, size = None, sizes[event.anchor]
+        elif isinstance(event, yaml.ScalarEvent):
+            anchor, size = event.anchor, 1 + len(event.value)
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        if open_nodes:
+            outer, so_far = open_nodes.pop()
+            open_nodes.append((outer, so_far + size))
+            if so_far + size > MAX_YAML_WRITTEN_OUT:
+                raise ValueError("its aliases stand for more than any recipe holds")

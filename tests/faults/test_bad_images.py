@@ -1,0 +1,154 @@
+"""Pictures that are cut off, empty, no pictures or bombs: each is named, or skipped where that is asked for."""
+
+import os
+import struct
+import zlib
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, PngImagePlugin
+
+from flax_diffusion.core.data.batches import ExampleFn
+from flax_diffusion.core.data.images import FORMATS, decode
+from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.data.noise import NoiseSpec
+from flax_diffusion.core.data.sources import Record, open_source
+from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.errors import DataError
+
+MAKE = ExampleFn(transform=ImageTransform(resolution=8), noise=NoiseSpec(shape=(1, 2, 2)))
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
+
+
+def encoded(kind, picture=PICTURE, **options):
+    buffer = BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png(width, height, *chunks, pixels=b""):
+    """A PNG file of any size, of which the pixels need not be there."""
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), *chunks]
+    parts += [(b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in parts
+    )
+
+
+def bad_files(offsets):
+    """Name to content of what cannot be decoded."""
+    files = {"empty.png": b"", "text.png": b"not a picture\n" * 20, "page.jpg": b"<html>not found</html>"}
+    files["bomb.png"] = png(60_000, 60_000)
+    files["half_a_bomb.png"] = png(12_000, 12_000)
+    files["post_script.jpg"] = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encoded(kind)
+        # The last 20 bytes of a PNG are checksums and its end: without them all pixels are there.
+        for place in np.linspace(1, len(data) - 21, offsets, dtype=int):
+            files[f"{kind.lower()}_{place:05}.{kind.lower()}"] = data[:place]
+    return files
+
+
+@pytest.fixture(params=[3, pytest.param(20, marks=pytest.mark.acceptance)])
+def folder(request, tmp_path):
+    """A hundred good pictures for each bad one, by names that mix them, and the names of the bad ones."""
+    bad = bad_files(request.param)
+    good = encoded("PNG", PICTURE.resize((10, 8)))
+    for number, (name, content) in enumerate(bad.items()):
+        (tmp_path / f"{number:03}_050_{name}").write_bytes(content)
+        for place in range(100):
+            (tmp_path / f"{number:03}_{place:03}.jpg").write_bytes(good)  # the content counts, not the extension
+    return tmp_path, sorted(f"{number:03}_050_{name}" for number, name in enumerate(bad))
+
+
+def indices(source, **options):
+    with Loader(source, MAKE, seed=3, batch_size=8, **options) as loader:
+        seen = np.concatenate([batch["example_index"].ravel() for batch in loader])
+        return seen, sorted(os.path.basename(name) for name in loader.skipped)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_named_or_skipped(folder):
+    root, bad = folder
+    source = open_source(train_data_dir=root, caption_column=None)
+    for name in bad:
+        with pytest.raises(DataError, match=rf"{name}\b.* (decoded|image|empty|large)"):
+            decode(Record(root / name, None, str(root / name)))
+    whole = len(source) // 8
+    with pytest.raises(DataError, match=r"_050_"):
+        indices(source, num_steps=whole)
+    seen, skipped = indices(source, num_steps=whole, skip_bad_images=True)
+    for name in bad:
+        (root / name).write_bytes(encoded("PNG"))
+    expected, none = indices(source, num_steps=whole, skip_bad_images=True)
+    assert none == []
+    was_bad = np.isin(expected, [source.files.index(name) for name in bad])
+    np.testing.assert_array_equal(seen[~was_bad], expected[~was_bad])
+    assert skipped == sorted(source.files[index] for index in set(expected[was_bad]))
+    assert was_bad.sum() >= len(bad) - 1
+    print(f"\nbad pictures: {len(bad)} named, {len(skipped)} met and skipped; order of {len(seen)} others unchanged")
+
+
+def test_a_file_of_another_extension():
+    for kind in ("JPEG", "PNG", "WEBP"):
+        assert decode(Record(encoded(kind), None, "picture.gif")).size == PICTURE.size
+
+
+def test_all_formats_are_there():
+    Image.init()
+    assert set(FORMATS) <= set(Image.OPEN)
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("width", "height"), [(12_000, 12_000), (60_000, 60_000), (2**31 - 1, 1), (2**31 - 1, 2**31 - 1)]
+)
+def test_bombs_are_refused_before_they_are_decoded(width, height, monkeypatch):
+    def load(self):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    with pytest.raises(DataError, match=r"^bomb is too large \(.*(pixels|x).*\); scale it down"):
+        decode(Record(png(width, height), None, "bomb"))
+
+
+ZEROS = zlib.compress(bytes(100_000_000), 9)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        (b"zTXt", b"Comment\x00\x00" + ZEROS),
+        (b"iTXt", b"Comment\x00\x01\x00\x00\x00" + ZEROS),
+        (b"iCCP", b"profile\x00\x00" + ZEROS),
+    ],
+)
+def test_bombs_in_what_is_written_beside_the_pixels(chunk):
+    with pytest.raises(DataError, match=r"^bomb cannot be decoded .*too large"):
+        decode(Record(png(1, 1, chunk, pixels=bytes(4)), None, "bomb"))
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\x00\x00" + b"\xff" * 60_000, b"MM\x00*\x00\x00\x00\x08\xff\xff" + b"\x01\x12" * 30_000]
+)
+def test_strange_exif(exif):
+    """It is read, or is an error of ours."""
+    try:
+        assert decode(Record(encoded("JPEG", exif=exif), None, "picture")).mode == "RGB"
+    except DataError as error:
+        assert str(error).startswith("picture cannot be decoded")  # noqa: PT017
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(DataError, match=rf"{name} cannot be decoded \(it is no regular file\)"):
+            decode(Record(tmp_path / name, None, name))
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(DataError, match=r"huge cannot be decoded \(it is larger than 1073741824 bytes\)"):
+        decode(Record(tmp_path / "huge.png", None, "huge"))
