@@ -15,6 +15,9 @@ from flax_diffusion.core.errors import ConfigError
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 """Environment variables by which processes meet where nothing else says how."""
 
+HEARTBEAT = "JAX_HEARTBEAT_TIMEOUT_SECONDS"
+"""Environment variable: seconds of silence after which a process is taken for dead and the others end; 100 if unset."""
+
 
 def connect() -> None:
     """Joins the other processes of this run, if it has any. Call it before anything asks for a device.
@@ -27,11 +30,14 @@ def connect() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    heartbeat = _number(HEARTBEAT) if HEARTBEAT in os.environ else 100
     if ADDRESS in os.environ:
-        jax.distributed.initialize(os.environ[ADDRESS], _number(COUNT), _number(INDEX))
+        jax.distributed.initialize(
+            os.environ[ADDRESS], _number(COUNT), _number(INDEX), heartbeat_timeout_seconds=heartbeat
+        )
     elif find_spec("libtpu") is not None and "tpu" in os.environ.get("JAX_PLATFORMS", "tpu"):
         try:
-            jax.distributed.initialize()
+            jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat)
         except (ValueError, RuntimeError) as error:  # not on a TPU, or JAX is already in use
             if jax.process_count() > 1:
                 raise ConfigError(f"the {jax.process_count()} hosts of this slice do not meet: {error}") from error
@@ -40,7 +46,9 @@ def connect() -> None:
 def _number(name: str) -> int:
     value = os.environ.get(name, "")
     if not value.isdigit():
-        raise ConfigError(f"{ADDRESS} is set and {name} is {value!r}: set {COUNT}, and in each process its own {INDEX}")
+        others = f"{ADDRESS} is set and " if name != HEARTBEAT else ""
+        fix = "give whole seconds" if name == HEARTBEAT else f"set {COUNT}, and in each process its own {INDEX}"
+        raise ConfigError(f"{others}{name} is {value!r}: {fix}")
     return int(value)
 
 

@@ -1,14 +1,9 @@
 """Two processes of four devices each, which meet as the hosts of a pod do: the same run as one process."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-
 import jax
 import numpy as np
 import pytest
+from hosts import together
 from PIL import Image
 from tiny import RUN, losses, pictures, stable_diffusion
 
@@ -17,27 +12,6 @@ from flax_diffusion.core import portable
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.processes import connect
 from flax_diffusion.train import train
-
-
-def together(request, folder, count, values, **own):
-    """Starts the command in several processes; each may have options of its own."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        address = f"localhost:{probe.getsockname()[1]}"
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", "device_count=4")
-    started = []
-    for index in range(count):
-        recipe = folder / f"{index}.yaml"
-        recipe.write_text(json.dumps(values | {name: several[index] for name, several in own.items()}))
-        meeting = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        command = [sys.executable, "-m", "flax_diffusion.train", "--config", str(recipe)]
-        environment = os.environ | meeting | {"XLA_FLAGS": flags}
-        with (folder / f"{index}.log").open("w") as log:
-            started.append(
-                subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=request.config.rootpath)
-            )
-    codes = [process.wait() for process in started]
-    return codes, [(folder / f"{index}.log").read_text() for index in range(count)]
 
 
 def check(request, folder, task, options, changes):
@@ -118,7 +92,7 @@ def test_folders_that_are_not_the_same_on_all_hosts(request, tmp_path):
 def test_hosts_that_do_not_meet(monkeypatch, error):
     """A machine alone goes on: one with libtpu and no TPU, or where JAX is in use already. One of several does not."""
 
-    def refuse():
+    def refuse(**options):
         raise error
 
     monkeypatch.setattr(processes, "find_spec", lambda _: True)
@@ -131,6 +105,10 @@ def test_hosts_that_do_not_meet(monkeypatch, error):
 
 
 def test_variables_that_do_not_say_all(monkeypatch):
+    monkeypatch.setenv("JAX_HEARTBEAT_TIMEOUT_SECONDS", "soon")
+    with pytest.raises(ConfigError, match="JAX_HEARTBEAT_TIMEOUT_SECONDS is 'soon': give whole seconds"):
+        connect()
+    monkeypatch.delenv("JAX_HEARTBEAT_TIMEOUT_SECONDS")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
     with pytest.raises(ConfigError, match="JAX_NUM_PROCESSES is '': set JAX_NUM_PROCESSES, and in each process its"):
         connect()

@@ -25,12 +25,14 @@ CONFIG = RUN | {
 }
 
 
-def run(folder, **options):
-    """Trains and returns every array of the final state."""
+def run(folder, until=None, **options):
+    """Trains, where asked to no further than some step, and returns every array of the final state."""
     made = []
 
     def make(config, spec):
         made.append(JaxBackend(config, spec, jax.devices()[:1]))
+        if until is not None:
+            made[-1].stops = lambda wanted, step: step == until
         return made[-1]
 
     fit("unconditional", UnconditionalConfig(output_dir=str(folder), **CONFIG | options), make)
@@ -66,11 +68,16 @@ def assert_same(final, expected):
         np.testing.assert_array_equal(a, b)
 
 
-def check(expected, saved, tmp_path, stop, workers):
-    shutil.copytree(saved / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
+def check(expected, saved, tmp_path, stop, workers, again=None):
+    """Goes on from a checkpoint; where asked to, stops again and goes on once more."""
+    if stop:
+        shutil.copytree(saved / f"checkpoint-{stop}", tmp_path / f"checkpoint-{stop}")
     (tmp_path / f"checkpoint-{stop + 1}.partial.orbax-checkpoint-tmp").mkdir()
-    final = run(tmp_path, resume_from_checkpoint="latest", checkpointing_steps=STEPS, dataloader_num_workers=workers)
-    assert_same(final, expected)
+    options = {"resume_from_checkpoint": "latest", "checkpointing_steps": STEPS, "dataloader_num_workers": workers}
+    if again is not None:
+        run(tmp_path, until=again, **options)
+        assert (tmp_path / f"checkpoint-{again}").is_dir()
+    assert_same(run(tmp_path, **options), expected)
 
 
 @pytest.mark.parametrize(("stop", "workers"), [(4, 2), (STEPS, 0)])
@@ -80,6 +87,8 @@ def test_resume_is_bitwise(uninterrupted, saved, tmp_path, stop, workers):
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop", range(1, 11))
+@pytest.mark.parametrize("stop", range(STEPS + 1))
 def test_resume_is_bitwise_at_every_step(uninterrupted, all_saved, tmp_path, stop, workers):
-    check(uninterrupted, all_saved, tmp_path, stop, workers)
+    """And twice in a row."""
+    again = stop + 1 + stop % 3
+    check(uninterrupted, all_saved, tmp_path, stop, workers, again if again < STEPS else None)

@@ -1,0 +1,90 @@
+"""Two hosts, one of which is killed or told to end."""
+
+import random
+import signal
+import time
+
+import numpy as np
+import pytest
+from hosts import log_of, start_together
+from tiny import RUN, losses
+
+from flax_diffusion.core import portable
+from flax_diffusion.core.checkpoints import committed, damage, step_of
+
+HEARTBEAT = 10
+OPTIONS = RUN | {
+    "task": "unconditional", "global_batch_size": 8, "max_train_steps": 60, "checkpointing_steps": 5,
+    "validation_epochs": None, "eval_batch_size": 1, "fsdp_parallelism": 8, "use_ema": True,
+    "unet": RUN["unet"] | {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2},
+}  # fmt: skip
+
+
+def begin(request, folder, **options):
+    folder.mkdir(parents=True, exist_ok=True)
+    values = OPTIONS | options | {"output_dir": str(folder / "run")}
+    return start_together(request, folder, 2, values, {"JAX_HEARTBEAT_TIMEOUT_SECONDS": str(HEARTBEAT)})
+
+
+def finish(processes, folder, within=300):
+    codes = [process.wait(within) for process in processes]
+    assert codes == [0, 0], log_of(folder, 0) + log_of(folder, 1)
+
+
+def wait_for_step(folder, processes, step):
+    until = time.monotonic() + 300
+    while not any(step_of(one) >= step for one in committed(folder / "run")):
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes), log_of(folder, 0) + log_of(folder, 1)
+        time.sleep(0.05)
+
+
+def left(folder):
+    arrays, metadata = portable.read(folder / "run/checkpoint-60")
+    return arrays, metadata, losses(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def whole(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    finish(begin(request, folder), folder)
+    return left(folder)
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
+def test_one_is_killed(request, tmp_path, whole, victim):
+    """The other ends too, and the restart of both comes to the same end."""
+    draw, slowest = random.Random(victim), 0.0
+    for number in range(10):
+        folder = tmp_path / str(number)
+        processes = begin(request, folder)
+        wait_for_step(folder, processes, draw.randint(1, 8) * 5)
+        time.sleep(draw.uniform(0, 1))
+        processes[victim].send_signal(signal.SIGKILL)
+        began = time.monotonic()
+        assert processes[1 - victim].wait(HEARTBEAT + 5) != 0
+        slowest = max(slowest, time.monotonic() - began)
+        assert all(damage(one) is None for one in committed(folder / "run"))
+        finish(begin(request, folder, resume_from_checkpoint="latest"), folder)
+        for ours, theirs in zip(left(folder)[0].items(), whole[0].items(), strict=True):
+            assert ours[0] == theirs[0]
+            np.testing.assert_array_equal(ours[1], theirs[1], err_msg=ours[0])
+        assert left(folder)[1:] == whole[1:]
+    print(f"\n{['coordinator', 'worker'][victim]} killed 10 times: the other ended after {slowest:.1f} s at most")
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("told", [0, 1])
+def test_one_is_told_to_end(request, tmp_path, told):
+    """Both save the same step and end well."""
+    processes = begin(request, tmp_path, max_train_steps=2000, checkpointing_steps=7)
+    wait_for_step(tmp_path, processes, 7)
+    processes[told].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    finish(processes, tmp_path)
+    took = time.monotonic() - began
+    last = committed(tmp_path / "run")[-1]
+    assert damage(last) is None
+    assert f"ended by SIGTERM after step {step_of(last)}; go on with" in log_of(tmp_path, 0)
+    print(f"\nprocess {told} told to end: both saved step {step_of(last)} and ended after {took:.1f} s")
