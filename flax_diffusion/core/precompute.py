@@ -18,7 +18,7 @@ import numpy as np
 from flax_diffusion.core import recipe
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import CaptionedConfig, DiffusionConfig, TrainConfig
-from flax_diffusion.core.data.bad import BadExamples, name_of
+from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.images import decode
 from flax_diffusion.core.data.noise import Stream
@@ -71,7 +71,7 @@ def _records(source: Source, bad: BadExamples | None) -> Iterator[tuple[int, Rec
         except DataError as error:
             if bad is None:
                 raise
-            bad.add(name_of(source, index), str(error))
+            bad.add(example_name(source, index), str(error))
 
 
 def _prompts(config: CaptionedConfig, source: Source, bad: BadExamples | None) -> list[str]:

@@ -44,8 +44,8 @@ class BadExamples:
             )
 
 
-def name_of(source: Source, index: int) -> str:
-    """The name of an example, of which the record itself may be what is bad."""
+def example_name(source: Source, index: int) -> str:
+    """What messages call an example, of which the record itself may be what is bad."""
     try:
         return source[index].name
     except DataError:

@@ -18,7 +18,7 @@ import grain
 import numpy as np
 from grain.experimental import index_shuffle
 
-from flax_diffusion.core.data.bad import BadExamples, name_of
+from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import MakeExample
 from flax_diffusion.core.data.noise import Stream, example_rng
 from flax_diffusion.core.data.sources import Source
@@ -100,7 +100,7 @@ class _MicroBatches:
             except DataError as error:
                 if not self.skip_bad_images:
                     raise
-                skipped.append((name_of(self.source, record), str(error)))
+                skipped.append((example_name(self.source, record), str(error)))
         raise DataError(
             f"{limit} examples in a row cannot be used; look over the dataset. The last one: {skipped[-1][1]}"
         )
