@@ -22,7 +22,7 @@ import yaml
 from flax_diffusion.core import checkpoints, output_folder, pipeline, recipe, reconstruction
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
-from flax_diffusion.core.data.bad import name_of
+from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import Source
@@ -286,7 +286,7 @@ class _Run:
         )
 
     def _examples(self, indices: np.ndarray) -> list[dict[str, Any]]:
-        return [{"index": index, "name": name_of(self.source, index)} for index in indices.ravel().tolist()]
+        return [{"index": index, "name": example_name(self.source, index)} for index in indices.ravel().tolist()]
 
     def _drain(self) -> None:
         while self.pending:

@@ -91,7 +91,7 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
         ]
         metadata = parse_json(read_text(folder / "metadata" / "metadata"))
         return from_tree(_read_orbax(folder / "state", paths)), metadata
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # also a tree of other form
         raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error
 
 
