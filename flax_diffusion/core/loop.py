@@ -86,15 +86,16 @@ def fit(
             _check_resume(begin, identity, resume_from)
     run = _Run(config, spec, backend, source, made, schedule, preemption, output_dir, identity, begin)
     try:
-        if config.repeat_step is not None:
-            run.repeat(config.repeat_step)
-        else:
+        if run.main:
             log.info(
                 "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
                 task, spec.kind, num_examples, parameters, backend.device_count, schedule.step_examples,
                 begin["step"] + 1, schedule.total_steps,
             )  # fmt: skip
+        if config.repeat_step is None:
             run.train()
+        else:
+            run.repeat(config.repeat_step)
     finally:
         run.close()
     shutil.rmtree(scratch, ignore_errors=True)

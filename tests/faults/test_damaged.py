@@ -3,6 +3,7 @@
 import random
 import shutil
 import subprocess
+import time
 from importlib import import_module
 
 import jax
@@ -12,9 +13,10 @@ from faults.trials import BACKENDS, ended, log_of, start
 from tiny import RUN, TEXT_RUN, pictures
 
 from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core import checkpoints, portable
+from flax_diffusion.core import checkpoints, portable, recipe
 from flax_diffusion.core.errors import CheckpointError, UserError
 from flax_diffusion.core.loop import fit
+from flax_diffusion.core.saving import Saver
 from flax_diffusion.core.tasks import UnconditionalConfig
 
 EIGHT = jax.devices()  # other tests see the first of them only
@@ -174,3 +176,28 @@ def test_another_run_than_the_checkpoints(saved, tmp_path, task, changes, says):
     with pytest.raises(UserError, match=says):
         train("flax_diffusion", task, **options)
     assert {path.name for path in checkpoints.committed(run)} == {"checkpoint-2", "checkpoint-4"}
+
+
+@pytest.mark.acceptance
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saves_hardly_stall_training(tmp_path, backend):
+    """The step waits for a tenth of a save at most."""
+    options = SAVED | {"output_dir": str(tmp_path), "unet": RUN["unet"] | {"block_out_channels": [256, 256]}}
+    config = UnconditionalConfig(**options)
+    owner = JaxBackend if backend == "flax_diffusion" else import_module("torch_backend.backend").TorchBackend
+    own = owner(config, recipe.make_spec(config, recipe.open_run_source(config)))
+    own.init_state()
+    metadata = {"step": 0}
+    saver, times = Saver(own, tmp_path, None), []
+    saver.start(1, metadata)  # the first one also makes what saves need
+    saver.wait()
+    for step in range(2, 7):
+        began = time.monotonic()
+        saver.start(step, metadata)
+        stalled = time.monotonic() - began
+        saver.wait()
+        times.append((stalled, time.monotonic() - began))
+    stalled, whole = (float(np.median(column)) for column in zip(*times, strict=True))
+    size = sum(file.stat().st_size for file in (tmp_path / "checkpoint-6").rglob("*") if file.is_file())
+    print(f"\n{backend}: a save of {size / 2**20:.0f} MiB takes {whole:.2f} s, of which training waits {stalled:.3f}")
+    assert stalled < 0.1 * whole
