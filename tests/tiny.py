@@ -12,6 +12,8 @@ UNET = {
     "norm_num_groups": 4,
     "attention_head_dim": 8,
 }
+ONE_BLOCK = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+"""For tests of what is around the model."""
 CONDITION_UNET = {
     "in_channels": 1,
     "out_channels": 1,

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from hosts import log_of, start_together
-from tiny import RUN, losses
+from tiny import ONE_BLOCK, RUN, UNET, losses
 
 from flax_diffusion.core import portable
 from flax_diffusion.core.checkpoints import committed, damage, step_of
@@ -16,7 +16,7 @@ HEARTBEAT = 10
 OPTIONS = RUN | {
     "task": "unconditional", "global_batch_size": 8, "max_train_steps": 60, "checkpointing_steps": 5,
     "validation_epochs": None, "eval_batch_size": 1, "fsdp_parallelism": 8, "use_ema": True,
-    "unet": RUN["unet"] | {"down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2},
+    "unet": UNET | ONE_BLOCK,
 }  # fmt: skip
 
 

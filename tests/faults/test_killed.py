@@ -10,7 +10,7 @@ from faults.trials import BACKENDS, STEPS, assert_same, die, ended, go_on, left,
 from flax_diffusion.core import checkpoints, saving
 from flax_diffusion.core.checkpoints import committed, damage
 
-SHORT = {"max_train_steps": 40, "checkpointing_steps": 5}
+SHORT = {"max_train_steps": 24, "checkpointing_steps": 3}
 
 
 class Saves:
@@ -104,7 +104,7 @@ def short(tmp_path_factory):
     return left(whole, SHORT["max_train_steps"])
 
 
-@pytest.mark.parametrize("kind", ["save", "rotation"])
+@pytest.mark.parametrize("kind", ["save", pytest.param("rotation", marks=pytest.mark.acceptance)])
 def test_killed(short, tmp_path, kind):
     (happens,) = happenings([kind], 7)
     assert survive("torch_backend", tmp_path / "run", happens, **SHORT) == f"in a {kind}"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from faults.trials import BACKENDS
-from tiny import RUN, losses
+from tiny import ONE_BLOCK, RUN, UNET, losses
 
 from flax_diffusion import train_step
 from flax_diffusion.core import portable
@@ -18,7 +18,8 @@ from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.errors import NonFiniteError
 from torch_backend import train_step as torch_train_step
 
-OPTIONS = RUN | {"max_train_steps": 8, "checkpointing_steps": 2, "use_ema": True, "validation_steps": 2}
+OPTIONS = RUN | {"max_train_steps": 8, "checkpointing_steps": 2, "use_ema": True, "validation_epochs": None}
+OPTIONS["unet"] = UNET | ONE_BLOCK
 MARK = 3.0  # the loss weight of the example that it happens to
 
 

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 from conftest import QUICK
-from tiny import RUN, losses
+from tiny import ONE_BLOCK, RUN, UNET, losses
 
 from flax_diffusion.core import portable
 
@@ -18,7 +18,7 @@ STEPS = 200
 CONFIG = RUN | {
     "max_train_steps": STEPS, "checkpointing_steps": 10, "checkpoints_total_limit": 2, "use_ema": True,
     "validation_epochs": None, "eval_batch_size": 1, "max_train_samples": 24,
-    "unet": RUN["unet"] | {"dropout": 0.1, "block_out_channels": [8, 8]},
+    "unet": UNET | ONE_BLOCK | {"dropout": 0.1},
 }  # fmt: skip
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two of PyTorch's threads wait for each other where the cores are busy

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hosts import together
 from PIL import Image
-from tiny import RUN, losses, pictures, stable_diffusion
+from tiny import ONE_BLOCK, RUN, UNET, losses, pictures, stable_diffusion
 
 from flax_diffusion import processes
 from flax_diffusion.core import portable
@@ -42,8 +42,7 @@ def check(request, folder, task, options, changes):
 
 
 def test_two_processes_equal_one(request, tmp_path):
-    unet = {"block_out_channels": [8], "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
-    options = RUN | {"global_batch_size": 8, "max_train_steps": 3, "use_ema": True, "unet": RUN["unet"] | unet}
+    options = RUN | {"global_batch_size": 8, "max_train_steps": 3, "use_ema": True, "unet": UNET | ONE_BLOCK}
     check(request, tmp_path, "unconditional", options, {"fsdp_parallelism": 8})
 
 
