@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,8 @@ def train(load_backend: LoadBackend, task: str, config: str | Path | None, optio
     Raises:
         UserError: For input that cannot be used.
     """
-    return _run(load_backend, task, cli.merge(task, cli.read_yaml(config) if config else {}, options, str(config)))
+    values = cli.merge(task, cli.read_yaml(config) if config else {}, options, str(config))
+    return _run(load_backend, task, values, Preemption())
 
 
 def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> None:
@@ -42,13 +44,19 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("flax_diffusion").setLevel(logging.INFO)
     task, config = cli.parse_train(sys.argv[1:] if argv is None else argv, prog)
-    _run(load_backend, task, config)
+    preemption = Preemption()
+    _run(load_backend, task, config, preemption)
+    if preemption.wanted and preemption.alone:  # all is saved; Python would wait for threads that may wait for a disk
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
-def _run(load_backend: LoadBackend, task: str, config: TrainConfig) -> Path:
+def _run(load_backend: LoadBackend, task: str, config: TrainConfig, preemption: Preemption) -> Path:
     from flax_diffusion.core.loop import fit
 
-    with Preemption() as preemption:  # before frameworks of several hosts, which then hear the signal themselves
+    with preemption:  # before frameworks of several hosts, which then hear the signal themselves
         try:
             return fit(task, config, load_backend(), preemption)
         except Preempted:

@@ -41,7 +41,7 @@ def tell(backend, sign):
 
 
 def in_state(backend, sign, state):
-    """After step 3, gets into a state and stays there for a minute; says in a file that it is there."""
+    """Gets into a state and stays there, where it can for a minute; says in a file that it is there."""
     from flax_diffusion.core import checkpoints
     from flax_diffusion.core.data.batches import ExampleFn
 
@@ -54,22 +54,24 @@ def in_state(backend, sign, state):
         def replaced(*arguments, **keywords):
             nonlocal calls
             calls += 1
-            if calls >= first:
+            if calls == first:
                 Path(sign).touch()
-                for _ in range(pause * 10):
+                for _ in range(round(pause * 10)):
                     time.sleep(0.1)
             return real(*arguments, **keywords)
 
         return replaced
 
     if state == "data":
-        ExampleFn.__call__ = stays(ExampleFn.__call__, 3 * 8 + 1, 60)
+        ExampleFn.__call__ = stays(
+            ExampleFn.__call__, 12 * 8 + 1, 60
+        )  # far ahead of what is made before the first step
     elif state == "sample":
         owner.sample = stays(owner.sample, 1, 60)
     elif state == "save":
         checkpoints.seal = stays(checkpoints.seal, 1, 2)
     elif state == "compile":  # which cannot be cut short
-        owner.train_step = stays(owner.train_step, 1, 2)
+        owner.train_step = stays(owner.train_step, 1, 0.5)
 
 
 def steps_said(sign):
