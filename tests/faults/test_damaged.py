@@ -121,15 +121,17 @@ def small_disk(tmp_path):
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_full_disk(small_disk, backend):
+def test_a_full_disk(small_disk, tmp_path, backend):
     """The run says so, and the checkpoint that it names is whole."""
-    wide = UNET | {"block_out_channels": [48, 96], "layers_per_block": 2}
-    folder = small_disk / "run"
+    wide = UNET | {"block_out_channels": [24, 48]}
+    folder = tmp_path / "run"  # and what it prints beside it
+    folder.symlink_to(small_disk)
     process = start(backend, folder, unet=wide, checkpointing_steps=2, checkpoints_total_limit=None, report_to="none")
     assert ended(process) != 0
-    have = checkpoints.committed(folder)
-    last = log_of(folder).splitlines()[-1]
-    assert f"No space left on device; the last one that is whole is {have[-1].name}" in last
+    have, last = checkpoints.committed(folder), log_of(folder).splitlines()[-1]
+    assert have, last
+    assert "No space left on device" in last
+    assert last.endswith(f"; the last one that is whole is {have[-1].name}")
     assert all(checkpoints.damage(one) is None for one in have)
     print(f"\n{backend}: {len(have)} checkpoints on a disk of 32 MB, then: {last[:100]}")
 
