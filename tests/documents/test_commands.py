@@ -108,7 +108,7 @@ def test_it_runs(request, tmp_path, models, number):
     assert images[0].size == (512, 512)
 
 
-@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("number", [2, pytest.param(3, marks=pytest.mark.acceptance)])
 def test_the_same_cut_short(request, tmp_path, models, number):
     """One of each launcher, with fewer steps and class pictures."""
     pictures(tmp_path / "new", 3, size=520)

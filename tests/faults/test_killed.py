@@ -104,7 +104,8 @@ def short(tmp_path_factory):
     return left(whole, SHORT["max_train_steps"])
 
 
-@pytest.mark.parametrize("kind", ["save", pytest.param("rotation", marks=pytest.mark.acceptance)])
+@pytest.mark.acceptance
+@pytest.mark.parametrize("kind", ["save", "rotation"])
 def test_killed(short, tmp_path, kind):
     (happens,) = happenings([kind], 7)
     assert survive("torch_backend", tmp_path / "run", happens, **SHORT) == f"in a {kind}"
