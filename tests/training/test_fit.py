@@ -198,6 +198,7 @@ def own_programs(tmp_path):
             yield tmp_path / "programs"
 
 
+@pytest.mark.acceptance
 def test_a_second_start_compiles_no_step(tmp_path, own_programs):
     def steps(name):
         train("unconditional", **RUN | {"max_train_steps": 1}, output_dir=str(tmp_path / name))
