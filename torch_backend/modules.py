@@ -98,6 +98,10 @@ class Modules:
         return bar.sqrt() * noise - (1 - bar).sqrt() * clean
 
 
+_MALFORMED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+"""What PyTorch's classes raise for configs with values of other types or sizes than they have."""
+
+
 def build_modules(
     spec: PipelineSpec, *, seed: int, frozen_dtype: torch.dtype, trained_dtype: torch.dtype, device: torch.device
 ) -> Modules:
@@ -166,7 +170,7 @@ def load(component: Component) -> Any:
         module, report = _CLASSES[component.kind].from_pretrained(
             component.weights, variant=component.variant, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, *_MALFORMED) as error:
         raise WeightsError(f"{component.weights}/{component.subfolder or ''}: {error}") from error
     problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
     problems += [f"misshapen {name}" for name in sorted(str(key) for key in report["mismatched_keys"])]
@@ -203,7 +207,7 @@ def make(component: Component) -> Any:
         if kind is CLIPTextModel:
             return CLIPTextModel(CLIPTextConfig(**component.config))
         return kind(**component.config)
-    except (TypeError, ValueError) as error:
+    except _MALFORMED as error:
         raise ConfigError(f"{component.kind}: {error}") from error
 
 

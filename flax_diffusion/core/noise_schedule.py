@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.typed import Size, check_values
 
+Beta = Annotated[float, Field(ge=0, le=1)]
 Table = NDArray[np.float32]
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
@@ -170,6 +173,15 @@ def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
     return np.float32(1) - np.concatenate([bar[:1], bar[1:] / bar[:-1]])
 
 
+class _Keys:
+    beta_schedule: str
+    num_train_timesteps: Size
+    beta_start: Beta
+    beta_end: Beta
+    trained_betas: Sequence[float] | None
+    rescale_betas_zero_snr: bool
+
+
 def betas_from_config(config: Mapping[str, Any]) -> Table:
     """Return β_t of a scheduler configuration, as a `scheduler_config.json` holds it.
 
@@ -181,10 +193,11 @@ def betas_from_config(config: Mapping[str, Any]) -> Table:
         float32 array (T,).
 
     Raises:
-        ConfigError: as `betas`.
+        ConfigError: as `betas`, and for values of other types.
     """
-    names = ("beta_schedule", "num_train_timesteps", "beta_start", "beta_end", "trained_betas")
-    return betas(**{name: config[name] for name in (*names, "rescale_betas_zero_snr") if name in config})
+    values = {name: config[name] for name in _Keys.__annotations__ if name in config}
+    check_values(_Keys, values, "scheduler config")
+    return betas(**values)
 
 
 def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Table:

@@ -5,44 +5,67 @@ Both backends build their modules from the same `PipelineSpec`. It is read and c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from pydantic import FiniteFloat
 
 from flax_diffusion.core import adapters, hub, noise_schedule
 from flax_diffusion.core.adapters import Lora, NewTokens
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.files import write_json, written_folder
+from flax_diffusion.core.typed import Count, Size, check_values
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from flax_diffusion.core.data.captions import Tokenize
 
-_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
-    "UNet2DModel": {"in_channels": 3, "out_channels": 3, "down_block_types": [""] * 4},
-    "UNet2DConditionModel": {
-        "in_channels": 4,
-        "out_channels": 4,
-        "down_block_types": [""] * 4,
-        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
-        "layers_per_block": 2,
-        "cross_attention_dim": 1280,
-        "addition_embed_type": None,
-    },
-    "AutoencoderKL": {
-        "in_channels": 3,
-        "latent_channels": 4,
-        "block_out_channels": [64],
-        "layers_per_block": 1,
-        "scaling_factor": 0.18215,
-    },
-    "CLIPTextModel": {"hidden_size": 512, "max_position_embeddings": 77, "hidden_act": "quick_gelu"},
+
+class _UNet2D:
+    sample_size: Size | list[Size] | None = None
+    in_channels: Size = 3
+    out_channels: Size = 3
+    block_out_channels: Sequence[Size] = (224, 448, 672, 896)
+    down_block_types: Sequence[str] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
+    layers_per_block: Count | list[Count] = 2
+
+
+class _UNet2DCondition(_UNet2D):
+    in_channels: Size = 4
+    out_channels: Size = 4
+    block_out_channels: Sequence[Size] = (320, 640, 1280, 1280)
+    down_block_types: Sequence[str] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
+    up_block_types: Sequence[str] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
+    cross_attention_dim: Size | list[Size] = 1280
+    addition_embed_type: str | None = None
+
+
+class _AutoencoderKL:
+    in_channels: Size = 3
+    latent_channels: Size = 4
+    block_out_channels: Sequence[Size] = (64,)
+    layers_per_block: Count = 1
+    scaling_factor: FiniteFloat = 0.18215
+
+
+class _CLIPText:
+    hidden_size: Size = 512
+    num_hidden_layers: Count = 12
+    max_position_embeddings: Size = 77
+    hidden_act: str = "quick_gelu"
+
+
+_KNOWN: dict[str, type] = {
+    "UNet2DModel": _UNet2D,
+    "UNet2DConditionModel": _UNet2DCondition,
+    "AutoencoderKL": _AutoencoderKL,
+    "CLIPTextModel": _CLIPText,
 }
-"""Defaults of the Diffusers and Transformers classes for the keys that this module reads."""
+"""The keys of configs that are read before there are models, with the defaults of Diffusers and Transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +82,11 @@ class Component:
     lora: Lora | None = None  # these beside it
     new_tokens: NewTokens | None = None  # their rows behind its embedding table
 
+    def __post_init__(self) -> None:
+        known = _KNOWN[self.kind]
+        read = {key: value for key, value in self.config.items() if key in known.__annotations__}
+        check_values(known, read, f"config of a {self.kind}")
+
     @property
     def adapted(self) -> bool:
         """Whether something beside the model's own weights trains, and those do not."""
@@ -70,7 +98,7 @@ class Component:
         return self.train or self.adapted
 
     def __getitem__(self, key: str) -> Any:
-        return self.config.get(key, _CLASS_DEFAULTS[self.kind].get(key))
+        return self.config.get(key, getattr(_KNOWN[self.kind], key, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,17 +192,18 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     from flax_diffusion.core.data import captions as text
 
     index = hub.read_json(hub.resolve(source, None, revision, allow_patterns=["model_index.json"]) / "model_index.json")
-    kind = index.get("_class_name")
+    kind = str(index.get("_class_name"))
     if kind not in _PIPELINES:
         raise WeightsError(f"{source}: is a {kind}; known pipelines are {', '.join(_PIPELINES)}")
     components = {}
     for name, model in _PIPELINES[kind].items():
-        if index.get(name, [None])[0] is not None:
+        if index.get(name) not in (None, [None, None]):
             folder = hub.resolve(source, name, revision, allow_patterns=["*.json"])
             components[name] = read_component(folder, model, source, name, revision, variant)
     scheduler = hub.read_json(hub.resolve(source, "scheduler", revision) / "scheduler_config.json")
     tokenizer = text.load_tokenizer(hub.resolve(source, "tokenizer", revision)) if "tokenizer" in index else None
-    unet = components["unet"]
+    if "unet" not in components or not isinstance(size := components["unet"]["sample_size"], int):
+        raise WeightsError(f"{source}: has no UNet whose config says its sample_size as one number")
     spec = PipelineSpec(
         kind=kind,
         components=components,
@@ -183,7 +212,7 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
         alphas_cumprod=noise_schedule.alphas_cumprod_from_config(scheduler),
         tokenizer=tokenizer,
     )
-    return replace(spec, resolution=unet["sample_size"] * spec.vae_factor)
+    return replace(spec, resolution=size * spec.vae_factor)
 
 
 _PIPELINES: dict[str, dict[str, str]] = {
@@ -215,7 +244,9 @@ def read_component(
         WeightsError: If it is missing, or of another class.
     """
     values = hub.read_json(folder / "config.json")
-    found = values.get("_class_name") or next(iter(values.get("architectures") or []), kind)
+    architectures = values.get("architectures")
+    listed = architectures[0] if isinstance(architectures, list) and architectures else kind
+    found = str(values.get("_class_name") or listed)
     if found.removeprefix("Flax") != kind:
         raise WeightsError(f"{source}/{subfolder or ''}: holds a {found}, this task needs a {kind}")
     return Component(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.typed import Count, Size
 from flax_diffusion.models.blocks import AttentionConfig, DownBlock, MidBlock, UpBlock
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, conv
 from flax_diffusion.models.modeling import Config, PretrainedModel
@@ -100,15 +101,15 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
     torch_class: ClassVar[str] = "AutoencoderKL"
     allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {"act_fn": TIMESTEP_ACTS}
 
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Size = 3
+    out_channels: Size = 3
     down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
     up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
-    block_out_channels: tuple[int, ...] = (64,)
-    layers_per_block: int = 1
+    block_out_channels: tuple[Size, ...] = (64,)
+    layers_per_block: Count = 1
     act_fn: str = "silu"
-    latent_channels: int = 4
-    norm_num_groups: int = 32
+    latent_channels: Size = 4
+    norm_num_groups: Size = 32
     sample_size: Any = 32
     scaling_factor: float = 0.18215
     shift_factor: float | None = None

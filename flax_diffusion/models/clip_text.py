@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.typed import Count, Size
 from flax_diffusion.models.attention import attention, merge_heads, split_heads
 from flax_diffusion.models.layers import ACTIVATIONS
 from flax_diffusion.models.modeling import Config, PretrainedModel
@@ -215,13 +216,13 @@ class CLIPPretrained(PretrainedModel):
 class CLIPTextBase(CLIPPretrained, nn.Module):
     """The fields of both text encoders: the config keys of Transformers' CLIPTextConfig, and how to run them."""
 
-    vocab_size: int = 49408
-    hidden_size: int = 512
-    intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 8
-    max_position_embeddings: int = 77
+    vocab_size: Size = 49408
+    hidden_size: Size = 512
+    intermediate_size: Size = 2048
+    projection_dim: Size = 512
+    num_hidden_layers: Count = 12
+    num_attention_heads: Size = 8
+    max_position_embeddings: Size = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     dropout: float = 0.0

@@ -15,6 +15,7 @@ from flax_diffusion.core import hub, initial
 from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.core.files import write_json
 from flax_diffusion.core.torch_names import from_torch_layout, torch_name, torch_shape
+from flax_diffusion.core.typed import check_values
 
 # Fields of every model that say how to run it, not what it is; never saved.
 RUN_FIELDS = ("parent", "name", "dtype", "param_dtype", "gradient_checkpointing")
@@ -58,6 +59,7 @@ class PretrainedModel:
         for field in self.config_fields():
             object.__setattr__(self, field, freeze(getattr(self, field)))
         config = self.config
+        check_values(type(self), {field: getattr(self, field) for field in self.config_fields()})
         for field, values in self.allowed.items():
             if config[field] not in values:
                 raise ConfigError(

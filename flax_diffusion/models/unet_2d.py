@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.typed import Count, Size
 from flax_diffusion.models.blocks import (
     DOWN_BLOCKS,
     UP_BLOCKS,
@@ -51,33 +52,33 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
     }
 
     sample_size: Any = None
-    in_channels: int = 3
-    out_channels: int = 3
+    in_channels: Size = 3
+    out_channels: Size = 3
     center_input_sample: bool = False
     time_embedding_type: str = "positional"
-    time_embedding_dim: int | None = None
+    time_embedding_dim: Size | None = None
     freq_shift: float = 0
     flip_sin_to_cos: bool = True
     down_block_types: tuple[str, ...] = ("DownBlock2D", *("AttnDownBlock2D",) * 3)
     mid_block_type: str | None = "UNetMidBlock2D"
     up_block_types: tuple[str, ...] = (*("AttnUpBlock2D",) * 3, "UpBlock2D")
-    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
-    layers_per_block: int = 2
+    block_out_channels: tuple[Size, ...] = (224, 448, 672, 896)
+    layers_per_block: Count = 2
     mid_block_scale_factor: float = 1
-    downsample_padding: int = 1
+    downsample_padding: Count = 1
     downsample_type: str = "conv"
     upsample_type: str = "conv"
     dropout: float = 0.0
     act_fn: str = "silu"
-    attention_head_dim: int | None = 8
-    norm_num_groups: int = 32
-    attn_norm_num_groups: int | None = None
+    attention_head_dim: Size | None = 8
+    norm_num_groups: Size = 32
+    attn_norm_num_groups: Size | None = None
     norm_eps: float = 1e-5
     resnet_time_scale_shift: str = "default"
     add_attention: bool = True
     class_embed_type: str | None = None
-    num_class_embeds: int | None = None
-    num_train_timesteps: int | None = None
+    num_class_embeds: Size | None = None
+    num_train_timesteps: Size | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     gradient_checkpointing: bool = False

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.typed import Count, Size
 from flax_diffusion.models.blocks import (
     DOWN_BLOCKS,
     UP_BLOCKS,
@@ -60,8 +61,8 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     }
 
     sample_size: Any = None
-    in_channels: int = 4
-    out_channels: int = 4
+    in_channels: Size = 4
+    out_channels: Size = 4
     center_input_sample: bool = False
     flip_sin_to_cos: bool = True
     freq_shift: float = 0
@@ -69,44 +70,44 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     mid_block_type: str | None = "UNetMidBlock2DCrossAttn"
     up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
     only_cross_attention: bool | tuple[bool, ...] = False
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
-    layers_per_block: int | tuple[int, ...] = 2
-    downsample_padding: int = 1
+    block_out_channels: tuple[Size, ...] = (320, 640, 1280, 1280)
+    layers_per_block: Count | tuple[Count, ...] = 2
+    downsample_padding: Count = 1
     mid_block_scale_factor: float = 1
     dropout: float = 0.0
     act_fn: str = "silu"
-    norm_num_groups: int = 32
+    norm_num_groups: Size = 32
     norm_eps: float = 1e-5
-    cross_attention_dim: int | tuple[int, ...] = 1280
-    transformer_layers_per_block: int | tuple[Any, ...] = 1
-    reverse_transformer_layers_per_block: tuple[Any, ...] | None = None
-    encoder_hid_dim: int | None = None
+    cross_attention_dim: Size | tuple[Size, ...] = 1280
+    transformer_layers_per_block: Count | tuple[Count | tuple[Count, ...], ...] = 1
+    reverse_transformer_layers_per_block: tuple[Count | tuple[Count, ...], ...] | None = None
+    encoder_hid_dim: Size | None = None
     encoder_hid_dim_type: str | None = None
-    attention_head_dim: int | tuple[int, ...] = 8
+    attention_head_dim: Size | tuple[Size, ...] = 8
     num_attention_heads: int | None = None
     dual_cross_attention: bool = False
     use_linear_projection: bool = False
     class_embed_type: str | None = None
     addition_embed_type: str | None = None
-    addition_time_embed_dim: int | None = None
-    num_class_embeds: int | None = None
-    upcast_attention: bool = False
+    addition_time_embed_dim: Size | None = None
+    num_class_embeds: Size | None = None
+    upcast_attention: bool | None = False
     resnet_time_scale_shift: str = "default"
     resnet_skip_time_act: bool = False
     resnet_out_scale_factor: float = 1.0
     time_embedding_type: str = "positional"
-    time_embedding_dim: int | None = None
+    time_embedding_dim: Size | None = None
     time_embedding_act_fn: str | None = None
     timestep_post_act: str | None = None
-    time_cond_proj_dim: int | None = None
-    conv_in_kernel: int = 3
-    conv_out_kernel: int = 3
-    projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: Size | None = None
+    conv_in_kernel: Size = 3
+    conv_out_kernel: Size = 3
+    projection_class_embeddings_input_dim: Size | None = None
     attention_type: str = "default"
     class_embeddings_concat: bool = False
     mid_block_only_cross_attention: bool | None = None
     cross_attention_norm: str | None = None
-    addition_embed_type_num_heads: int = 64
+    addition_embed_type_num_heads: Size = 64
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     gradient_checkpointing: bool = False
@@ -236,7 +237,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
             groups=self.norm_num_groups,
             linear_projection=self.use_linear_projection,
             only_cross=only_cross,
-            upcast=self.upcast_attention,
+            upcast=bool(self.upcast_attention),
             dual=self.dual_cross_attention,
             cross_norm=self.cross_attention_norm == "group_norm",
         )

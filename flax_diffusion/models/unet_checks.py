@@ -27,10 +27,9 @@ def check_blocks(config: Config, down_types: Iterable[str], up_types: Iterable[s
                 f"{field} has {len(config[field])} entries and block_out_channels {blocks}: make them equally long"
             )
     groups = config.norm_num_groups
-    if not isinstance(groups, int) or any(channels % groups for channels in config.block_out_channels):
+    if any(channels % groups for channels in config.block_out_channels):
         raise ConfigError(
-            f"norm_num_groups={groups!r} must be an integer that divides every entry of "
-            f"block_out_channels={config.block_out_channels}"
+            f"norm_num_groups={groups!r} must divide every entry of block_out_channels={config.block_out_channels}"
         )
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, Union
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +14,7 @@ import numpy as np
 
 from flax_diffusion.core import noise_schedule
 from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.typed import Size, check_values
 from flax_diffusion.core.untrusted import parse_json, read_text
 
 CONFIG_NAME = "scheduler_config.json"
@@ -64,7 +63,7 @@ class FlaxSchedulerConfig:
         dtype: float32 or float64, the precision of the tables. Samples in half precision are computed in float32.
     """
 
-    num_train_timesteps: int = 1000
+    num_train_timesteps: Size = 1000
     beta_start: float = 0.0001
     beta_end: float = 0.02
     trained_betas: Sequence[float] | None = None
@@ -86,9 +85,7 @@ class FlaxSchedulerConfig:
     def __post_init__(self) -> None:
         if self.trained_betas is not None:
             object.__setattr__(self, "trained_betas", tuple(np.asarray(self.trained_betas, float).tolist()))
-        hints = typing.get_type_hints(type(self))
-        for name in self.field_names():
-            _check_value(type(self).__name__, name, getattr(self, name), hints[name])
+        check_values(type(self), {name: getattr(self, name) for name in self.field_names()})
         if self.dtype not in (jnp.float32, jnp.float64):
             raise ConfigError(
                 f"dtype is {self.dtype}; scheduler tables need float32 or float64 (samples may be bfloat16)"
@@ -206,32 +203,3 @@ def read_config(
 def _keys_of_all(base: type[FlaxSchedulerConfig]) -> set[str]:
     own = set(base.field_names())
     return own.union(*(_keys_of_all(sub) for sub in base.__subclasses__()))
-
-
-def _check_value(owner: str, name: str, value: Any, hint: Any) -> None:
-    options = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if any(_fits(value, option) for option in options):
-        return
-    choices = [str(choice) for option in options for choice in _choices(option)]
-    rule = f"one of {', '.join(choices)}" if choices else " or ".join(_describe(option) for option in options)
-    raise ConfigError(f"{owner}: {name} is {value!r}; it must be {rule}{nearest(value, choices)}")
-
-
-def _choices(option: Any) -> tuple[Any, ...]:
-    return typing.get_args(option) if typing.get_origin(option) is Literal else ()
-
-
-def _describe(option: Any) -> str:
-    return "None" if option is type(None) else getattr(option, "__name__", str(option))
-
-
-def _fits(value: Any, option: Any) -> bool:
-    if _choices(option):
-        return isinstance(value, str) and value in _choices(option)
-    if option in (bool, type(None)):
-        return isinstance(value, option)
-    if option is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if option is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    return isinstance(value, tuple)  # trained_betas, made a tuple above

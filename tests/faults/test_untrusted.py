@@ -8,15 +8,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.numpy import save
-from tiny import UNET
+from tiny import ONE_BLOCK, UNET
 
+from flax_diffusion import FlaxDDPMScheduler, FlaxUNet2DModel
 from flax_diffusion.core import cli, hub
 from flax_diffusion.core.data.folders import open_folder
 from flax_diffusion.core.errors import ConfigError, DataError, UserError, WeightsError
-from flax_diffusion.core.pipeline import Component
+from flax_diffusion.core.pipeline import Component, open_pipeline
+from torch_backend.modules import make
 
 MAX_SECONDS, MAX_MEGABYTES = 1.0, 200
 PARTS = {
@@ -31,6 +34,10 @@ PARTS = {
     "jsonl": [
         b'"', b"\\ud800", b"\\u0000", b"../", b"/etc/passwd", b"[" * 2000, b"{", b"null", b"9" * 5000, b"\n", b"\xff",
         b"1e999", b"NaN", b",", b'{"file_name": 1}\n', b"\\",
+    ],
+    "json": [
+        b"null", b"[null]", b"-1", b"1e999", b"NaN", b"true", b"[]", b"{}", b"1000000000", b'"', b"[1, [2]]", b'"x"',
+        b"9" * 5000, b"[" * 2000, b"\xff", b'"sample_size": ', b'"block_out_channels": ',
     ],
     "msgpack": [
         b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc9\x00\x00\x00\x10\x01", b"\x93", b"\xc0", b"\x81" * 900,
@@ -72,12 +79,24 @@ def mutated_header(rng: np.random.Generator, data: bytes, parts: list[bytes]) ->
     return len(header).to_bytes(8, "little") + header + data[end:]
 
 
+def mutated_value(rng: np.random.Generator, data: bytes, parts: list[bytes]) -> bytes:
+    """A JSON object of which a value is another."""
+    value = json.loads(data)
+    keys, values = list(value), [None, True, -1, 0, 1e308, 10**9, 10**400, "x", "", [], [None], [[1]], {}, [10**9] * 2]
+    value[keys[rng.integers(len(keys))]] = values[rng.integers(len(values))]
+    return json.dumps(value).encode()
+
+
+MUTATIONS = {"safetensors": mutated_header, "json": mutated_value}
+"""Of what a format says of itself, where most mutations of bytes break the format."""
+
+
 def peak_kilobytes() -> int:
     return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
 
 
-def fuzz(name: str, count: int, seeds: list[bytes], path: Path, read) -> None:
-    """Reads mutations of some files, and prints what became of them."""
+def fuzz(figure, name: str, count: int, seeds: list[bytes], path: Path, read) -> None:
+    """Reads mutations of some files, and notes what became of them."""
     rng = np.random.default_rng(0)
     for data in seeds:
         path.write_bytes(data)
@@ -85,7 +104,7 @@ def fuzz(name: str, count: int, seeds: list[bytes], path: Path, read) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts over from what is used now
     before, messages, slowest = peak_kilobytes(), [], 0.0
     for number in range(count):
-        mutate = mutated_header if name == "safetensors" and rng.random() < 0.5 else mutated
+        mutate = MUTATIONS[name] if name in MUTATIONS and rng.random() < 0.5 else mutated
         data = mutate(rng, seeds[number % len(seeds)], PARTS[name])
         path.write_bytes(data)
         start = time.perf_counter()
@@ -101,10 +120,10 @@ def fuzz(name: str, count: int, seeds: list[bytes], path: Path, read) -> None:
     refused = len(messages)
     more = (peak_kilobytes() - before) / 1024
     found = f"{refused} refused, {count - refused} read, slowest {slowest:.2f} s, +{more:.0f} MB"
-    print(f"\n{name}: {count} mutations, {found}")
     assert more < MAX_MEGABYTES
     assert 0 < refused < count
     assert all(message.isprintable() for message in messages)
+    figure(10, f"{name}: {count} mutations: {found}")
 
 
 def counts(full: int):
@@ -119,7 +138,7 @@ TREE = {
 
 
 @counts(10_000)
-def test_safetensors(count, tmp_path):
+def test_safetensors(count, tmp_path, figure):
     """As weights of a model, which must fit it, and as any arrays."""
     from flax_diffusion import weights
 
@@ -131,11 +150,11 @@ def test_safetensors(count, tmp_path):
         assert hub.safetensors_metadata(path) is not None
         weights.load(tmp_path, TREE, "model")
 
-    fuzz("safetensors", count, [save(tensors), save(tensors, metadata={"format": "pt"})], path, read)
+    fuzz(figure, "safetensors", count, [save(tensors), save(tensors, metadata={"format": "pt"})], path, read)
 
 
 @counts(1_000)
-def test_msgpack(count, tmp_path):
+def test_msgpack(count, tmp_path, figure):
     from flax.serialization import msgpack_serialize
 
     from flax_diffusion import weights
@@ -145,7 +164,7 @@ def test_msgpack(count, tmp_path):
     chunks["chunks"]["1"] = np.zeros(1, np.float32)
     chunked = msgpack_serialize({**TREE, "conv": {**TREE["conv"], "bias": chunks}})
     path = tmp_path / "diffusion_flax_model.msgpack"
-    fuzz("msgpack", count, [whole, chunked], path, lambda: weights.load(tmp_path, TREE, "model"))
+    fuzz(figure, "msgpack", count, [whole, chunked], path, lambda: weights.load(tmp_path, TREE, "model"))
 
 
 DREAMBOOTH = """
@@ -162,7 +181,7 @@ max_train_steps: 1_000
 
 
 @counts(5_000)
-def test_yaml(count, tmp_path, request):
+def test_yaml(count, tmp_path, request, figure):
     path = tmp_path / "recipe.yaml"
     recipes = [file.read_bytes() for file in sorted((request.config.rootpath / "configs").glob("*.yaml"))]
     recipes = [recipe for recipe in recipes if b"dataset_name" in recipe] + [DREAMBOOTH.encode()]
@@ -171,11 +190,11 @@ def test_yaml(count, tmp_path, request):
         task, config = cli.parse_train(["--config", str(path)], "train")
         yaml.safe_dump({"task": task} | config.model_dump(mode="json"))
 
-    fuzz("yaml", count, recipes, path, read)
+    fuzz(figure, "yaml", count, recipes, path, read)
 
 
 @counts(2_000)
-def test_metadata(count, tmp_path):
+def test_metadata(count, tmp_path, figure):
     for name in ("a.png", "b.png"):
         Image.new("RGB", (4, 4)).save(tmp_path / name)
     rows = [{"file_name": "a.png", "text": "größer"}, {"file_name": "b.png", "text": ["one", "two"]}]
@@ -189,7 +208,35 @@ def test_metadata(count, tmp_path):
             assert record.caption is not None
             "".join(record.caption).encode()
 
-    fuzz("jsonl", count, [whole], tmp_path / "metadata.jsonl", read)
+    fuzz(figure, "jsonl", count, [whole], tmp_path / "metadata.jsonl", read)
+
+
+@pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
+@counts(2_000)
+def test_pipeline(count, file, tmp_path, figure):
+    """Whatever can be read makes models of both sides."""
+    unet = {"_class_name": "UNet2DModel", "sample_size": 8} | UNET | ONE_BLOCK
+    files = {
+        "unet/config.json": unet,
+        "scheduler/scheduler_config.json": {"_class_name": "DDPMScheduler", "beta_start": 1e-4, "beta_end": 0.02},
+        "model_index.json": {
+            "_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"],
+            "scheduler": ["diffusers", "DDPMScheduler"],
+        },
+    }  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
+
+    def read():
+        spec = open_pipeline(str(tmp_path))
+        assert spec.sample_shape[0] == spec.unet["in_channels"]
+        FlaxUNet2DModel.from_config(spec.unet.config)
+        FlaxDDPMScheduler.from_config(spec.scheduler)
+        with torch.device("meta"):
+            make(spec.unet)
+
+    fuzz(figure, "json", count, [json.dumps(files[file]).encode()], tmp_path / file, read)
 
 
 def test_a_safetensors_header_without_end(tmp_path):
