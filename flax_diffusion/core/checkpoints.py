@@ -96,6 +96,12 @@ def committed(output_dir: Path) -> list[Path]:
     return sorted(filter(_is_sealed, found), key=step_of)
 
 
+def newest_named(output_dir: Path) -> str:
+    """Tells which checkpoint a run that fails leaves to go on from."""
+    have = committed(output_dir)
+    return f"the newest checkpoint is {have[-1].name}" if have else "no checkpoint was saved yet"
+
+
 def _is_sealed(folder: Path) -> bool:
     """On this machine the name says so, and a manifest that is not there is a damage."""
     return is_local(folder) or (folder / MANIFEST).exists()

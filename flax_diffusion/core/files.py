@@ -145,9 +145,8 @@ def replacing(path: Path) -> Iterator[Path]:
     If writing fails, the temporary file goes and what stood at `path` stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    if not is_local(path):
-        partial = Path(_temporary().name, partial.name)
+    beside = f".{path.name}.{os.getpid()}.partial"
+    partial = path.with_name(beside) if is_local(path) else temporary_folder() / path.name
     try:
         yield partial
         with partial.open("rb+") as file:

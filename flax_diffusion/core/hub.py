@@ -130,13 +130,20 @@ def _open(path: Path) -> Any:
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
     """Return the texts in a safetensors file's header."""
-    with safe_open(path, framework="numpy") as file:
+    with _open(path) as file:
         return file.metadata() or {}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all, with texts for its header."""
+    """Write a safetensors file, whole or not at all, with texts for its header.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        # Transformers refuses files without a format.
-        save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
+        try:
+            # Transformers refuses files without a format.
+            save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            raise OSError(f"{path.name}: {error}") from error

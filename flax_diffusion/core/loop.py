@@ -279,11 +279,10 @@ class _Run:
             self.tracker.advance()
             return
         self.saver.wait()  # a save under way is of a state before this one
-        have = checkpoints.committed(self.output_dir)
         raise NonFiniteError(
             f"step {step} is not finite ({_said(metrics)}); its examples are in {file.name}: lower --learning_rate, "
             "check the data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
-            + (f"{have[-1].name} is good" if have else "no checkpoint was saved yet")
+            + checkpoints.newest_named(self.output_dir)
         )
 
     def _examples(self, indices: np.ndarray) -> list[dict[str, Any]]:

@@ -10,12 +10,13 @@ from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.files import remove_tree
+from flax_diffusion.core.tracking import EVENT_FILES
 
 LATEST = "latest"
 _NOTHING, _FAILED = -1, -2  # instead of a step
 
 _WRITTEN = ("config.yaml", "model_index.json", LORA_FILE, EMBEDDINGS_FILE)
-_WRITTEN_FOLDERS = ("samples", "logs", "unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
+_WRITTEN_FOLDERS = ("samples", "unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
 
 
 def check(output_dir: Path, config: TrainConfig) -> None:
@@ -91,11 +92,12 @@ def clear(output_dir: Path, config: TrainConfig, backend: Backend) -> None:
     shared_folder(output_dir, backend, "--output_dir")
     if backend.process_index == 0:
         if config.overwrite_output_dir and config.resume_from_checkpoint is None and has_run(output_dir):
-            for path in checkpoints.committed(output_dir) + checkpoints.set_aside(output_dir):
+            for path in checkpoints.committed(output_dir):
+                checkpoints.remove(path)
+            for path in (*checkpoints.set_aside(output_dir), *map(output_dir.joinpath, _WRITTEN_FOLDERS)):
                 remove_tree(path)
-            for name in (*_WRITTEN_FOLDERS, config.logging_dir):
-                remove_tree(output_dir / name)
-            for name in _WRITTEN:
-                (output_dir / name).unlink(missing_ok=True)
+            written = [output_dir / name for name in _WRITTEN]
+            for path in (*written, *(output_dir / config.logging_dir).glob(EVENT_FILES)):
+                path.unlink(missing_ok=True)
         checkpoints.clear_leftovers(output_dir)
     backend.everywhere(True)

@@ -7,13 +7,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from flax_diffusion.core import checkpoints
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.errors import CheckpointError
 
-FAILURES = (OSError, ValueError, RuntimeError, SafetensorError)
+_FAILURES = (OSError, ValueError, RuntimeError)
 """What file systems and the libraries that write to them raise; a full disk is each of them somewhere."""
 
 
@@ -55,7 +53,7 @@ class Saver:
             if beside is not None:
                 self.backend.wait()
                 beside(written)
-        except FAILURES as error:
+        except _FAILURES as error:
             raise self._failed(error) from error
         self._sealing = self._pool.submit(self._complete, folder)
 
@@ -80,7 +78,7 @@ class Saver:
         if sealing is not None:
             try:
                 sealing.result()
-            except FAILURES as error:
+            except _FAILURES as error:
                 raise self._failed(error) from error
 
     def close(self) -> None:
@@ -88,8 +86,7 @@ class Saver:
         self._pool.shutdown()
 
     def _failed(self, error: Exception) -> CheckpointError:
-        have = checkpoints.committed(self.output_dir)
         return CheckpointError(
             f"checkpoint-{self._step} could not be written to {self.output_dir}: {error}; "
-            + (f"the last one that is whole is {have[-1].name}" if have else "no checkpoint was saved yet")
+            + checkpoints.newest_named(self.output_dir)
         )

@@ -15,6 +15,9 @@ from tqdm import tqdm
 
 from flax_diffusion.core.files import copy_files, is_local, replacing, temporary_folder
 
+EVENT_FILES = "events.out.tfevents.*"
+"""What TensorBoard's files are called."""
+
 
 def image_grid(images: np.ndarray, columns: int | None = None, border: int = 0) -> Image.Image:
     """Lays pictures out in rows.

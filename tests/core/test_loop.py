@@ -121,7 +121,9 @@ def test_rates(tmp_path):
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_non_finite_loss_names_the_step_and_is_never_saved(tmp_path, every):
-    with pytest.raises(NonFiniteError, match=r"step 5 is not finite \(loss nan, .*; checkpoint-4 is good"):
+    with pytest.raises(
+        NonFiniteError, match=r"step 5 is not finite \(loss nan, .*; the newest checkpoint is checkpoint-4"
+    ):
         run(tmp_path, nan_at=5, checkpointing_steps=every)
     assert checkpoints(tmp_path)[-1] == "checkpoint-4"
     said = json.loads((tmp_path / "nonfinite-5.json").read_text())
@@ -206,7 +208,7 @@ def test_a_save_that_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(Recorder, "save", save)
     monkeypatch.setattr(Recorder, "wait", wait)
     with pytest.raises(
-        CheckpointError, match=r"checkpoint-4 could not be written.*No space left.*whole is checkpoint-2"
+        CheckpointError, match=r"checkpoint-4 could not be written.*No space left.*newest checkpoint is checkpoint-2"
     ):
         run(tmp_path, max_train_steps=400, checkpointing_steps=2)
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4.partial"]
@@ -217,8 +219,10 @@ def test_another_run_in_the_folder(tmp_path):
     with pytest.raises(ConfigError, match="holds another run; go on with it by --resume_from_checkpoint latest"):
         run(tmp_path, max_train_steps=2)
     (tmp_path / "notes.txt").write_text("mine")
-    run(tmp_path, max_train_steps=2, overwrite_output_dir=True)
+    (tmp_path / "events.out.tfevents.1").write_text("of the run")
+    run(tmp_path, max_train_steps=2, overwrite_output_dir=True, logging_dir=".")
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert not (tmp_path / "events.out.tfevents.1").exists()
     assert checkpoints(tmp_path) == ["checkpoint-2"]
 
 

@@ -173,7 +173,7 @@ class Loader:
             # Python's own limit on a length; there is no end.
             length=sys.maxsize if num_steps is None else num_steps * accumulation,
         )
-        self._read = grain.ReadOptions(
+        self._options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads) if num_threads else 0
         )
         self._num_workers = num_workers
@@ -186,7 +186,7 @@ class Loader:
             DataError: an example cannot be made, whichever process made it; too many cannot, where such are skipped;
                 or a process is dead.
         """
-        make = partial(_read, self._micro_batches, self._read)
+        make = partial(_read, self._micro_batches, self._options)
         micro_batches = Workers(make, self._num_workers) if self._num_workers else make(slice(None))
         steps = _Steps(micro_batches, self.accumulation, self._bad)
         self._open.add(steps)
