@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,22 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def figure(record_property):
+    """Puts a line into the table that the tests end with: the number of what was measured, and what came out."""
+    return lambda number, text: record_property("figure", (number, text))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints the table."""
+    passed = terminalreporter.getreports("passed")
+    rows = Counter(tuple(row) for report in passed for name, row in report.user_properties if name == "figure")
+    if rows:
+        terminalreporter.section("figures")
+        for (number, text), times in sorted(rows.items()):
+            terminalreporter.write_line(f"{number:3}  {text}" + (f" ({times} times)" if times > 1 else ""))
 
 
 @pytest.fixture(scope="session", autouse=True)

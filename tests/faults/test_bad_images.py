@@ -69,7 +69,7 @@ def indices(source, **options):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_named_or_skipped(folder):
+def test_named_or_skipped(folder, figure):
     root, bad = folder
     source = open_source(train_data_dir=root, caption_column=None)
     for name in bad:
@@ -87,7 +87,7 @@ def test_named_or_skipped(folder):
     np.testing.assert_array_equal(seen[~was_bad], expected[~was_bad])
     assert skipped == sorted(source.files[index] for index in set(expected[was_bad]))
     assert was_bad.sum() >= len(bad) - 1
-    print(f"\nbad pictures: {len(bad)} named, {len(skipped)} met and skipped; order of {len(seen)} others unchanged")
+    figure(9, f"{len(bad)} bad pictures named, {len(skipped)} met and skipped; order of {len(seen)} others unchanged")
 
 
 def test_a_file_of_another_extension():

@@ -53,7 +53,7 @@ def whole(request, tmp_path_factory):
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("victim", [0, 1], ids=["coordinator", "worker"])
-def test_one_is_killed(request, tmp_path, whole, victim):
+def test_one_is_killed(request, tmp_path, whole, victim, figure):
     """The other ends too, and the restart of both comes to the same end."""
     draw, slowest = random.Random(victim), 0.0
     for number in range(10):
@@ -71,12 +71,17 @@ def test_one_is_killed(request, tmp_path, whole, victim):
             assert ours[0] == theirs[0]
             np.testing.assert_array_equal(ours[1], theirs[1], err_msg=ours[0])
         assert left(folder)[1:] == whole[1:]
-    print(f"\n{['coordinator', 'worker'][victim]} killed 10 times: the other ended after {slowest:.1f} s at most")
+    name = ["coordinator", "worker"][victim]
+    figure(
+        4,
+        f"{name} of two processes killed 10 times: the other ended after {slowest:.1f} s at most (heartbeat "
+        f"{HEARTBEAT} s); bitwise the same after the restart",
+    )
 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("told", [0, 1])
-def test_one_is_told_to_end(request, tmp_path, told):
+def test_one_is_told_to_end(request, tmp_path, told, figure):
     """Both save the same step and end well."""
     processes = begin(request, tmp_path, max_train_steps=2000, checkpointing_steps=7)
     wait_for_step(tmp_path, processes, 7)
@@ -87,4 +92,4 @@ def test_one_is_told_to_end(request, tmp_path, told):
     last = committed(tmp_path / "run")[-1]
     assert damage(last) is None
     assert f"ended by SIGTERM after step {step_of(last)}; go on with" in log_of(tmp_path, 0)
-    print(f"\nprocess {told} told to end: both saved step {step_of(last)} and ended after {took:.1f} s")
+    figure(4, f"SIGTERM to process {told} of two: both saved step {step_of(last)} and ended after {took:.1f} s")

@@ -114,7 +114,7 @@ def test_killed(short, tmp_path, kind):
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_killed_fifty_times(tmp_path, backend):
+def test_killed_fifty_times(tmp_path, backend, figure):
     """At any moment, and often where a save or a rotation is under way."""
     whole = tmp_path / "whole"
     assert ended(start(backend, whole)) == 0, log_of(whole)
@@ -124,16 +124,15 @@ def test_killed_fifty_times(tmp_path, backend):
         found.append(survive(backend, folder, happens))
         assert_same(left(folder), expected)
     kinds = {kind: found.count(kind) for kind in sorted(set(found))}
-    print(
-        f"\n{backend}: killed {len(found) - found.count('after the end')} of {len(found)} runs of {STEPS} steps {kinds}"
-    )
+    said = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    figure(1, f"{backend}: SIGKILL to {len(found)} runs of {STEPS} steps ({said}): bitwise the same after the restart")
     assert found.count("in a save") >= 20
     assert found.count("in a rotation") >= 5
 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_killed_in_rotation_with_one_checkpoint(tmp_path, backend):
+def test_killed_in_rotation_with_one_checkpoint(tmp_path, backend, figure):
     """There is always one that is whole."""
     options = {"checkpoints_total_limit": 1, "max_train_steps": 20, "checkpointing_steps": 2}
     draw, killed = random.Random(1), 0
@@ -142,5 +141,5 @@ def test_killed_in_rotation_with_one_checkpoint(tmp_path, backend):
         happens = (in_rotation, draw.randint(1, 8), draw.randint(0, 8))
         killed += ended(start(backend, folder, happens, **options)) == -9
         assert any(damage(one) is None for one in committed(folder)), number
-    print(f"\n{backend}: killed {killed} times in rotation, a whole checkpoint every time")
     assert killed == 50
+    figure(7, f"{backend}: {killed} kills in the rotation of one checkpoint: a whole one every time")

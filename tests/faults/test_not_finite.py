@@ -122,8 +122,9 @@ def test_nan_in_the_gradient(inject, tmp_path, backend):
 @pytest.mark.parametrize("step", [1, 4, 5])
 @pytest.mark.parametrize("place", ["data", "loss", "gradient"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan(inject, tmp_path, backend, place, step):
+def test_nan(inject, tmp_path, backend, place, step, figure):
     check(inject, tmp_path, backend, place, step)
+    figure(8, f"{backend}: NaN in the {place}: stopped, the step and its examples named, nothing of it on disk")
 
 
 @pytest.mark.parametrize("backend", [BACKENDS[0], pytest.param(BACKENDS[1], marks=pytest.mark.acceptance)])

@@ -114,26 +114,26 @@ def test_a_signal(tmp_path):
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_twenty_signals(tmp_path, backend):
+def test_twenty_signals(tmp_path, backend, figure):
     slowest = check_random(tmp_path, backend, 20)
-    print(f"\n{backend}: 20 of 20 signals, status 0 and the step saved, after {slowest:.1f} s at most")
     assert slowest < SECONDS
     whole = tmp_path / "whole"
     assert ended(start(backend, whole, **QUICK)) == 0
     for number in range(2):
         go_on(backend, tmp_path / str(number), **QUICK)
         assert_same(left(tmp_path / str(number)), left(whole))
+    figure(3, f"{backend}: SIGTERM to 20 runs: status 0 and the step saved in all, after {slowest:.1f} s at most")
 
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("state", ["data", "sample", "save", "compile"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_signal_in_any_state(tmp_path, backend, state):
+def test_a_signal_in_any_state(tmp_path, backend, state, figure):
     folder, sign = tmp_path / "run", tmp_path / "sign"
     options = QUICK | {"validation_steps": 3, "checkpointing_steps": 3 if state == "save" else 1000}
     process = start(backend, folder, (in_state, backend, str(sign), state), **options)
     wait_for(sign.exists, process)
     took = end(process, folder, times=2)
     assert saved_step(folder) == steps_said(f"{sign}.steps")
-    print(f"\n{backend}, {state}: ended after {took:.1f} s")
     assert took < SECONDS
+    figure(3, f"{backend}: SIGTERM twice, state {state}: saved and ended after {took:.1f} s")
