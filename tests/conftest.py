@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 @pytest.fixture
 def figure(record_property):
-    """Puts a line into the table that the tests end with: the number of what was measured, and what came out."""
-    return lambda number, text: record_property("figure", (number, text))
+    """Puts a line into the table that the tests end with: what was measured, and what came out."""
+    return lambda name, text: record_property("figure", (f"{name:>3}", text))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -35,8 +35,8 @@ def pytest_terminal_summary(terminalreporter):
     rows = Counter(tuple(row) for report in passed for name, row in report.user_properties if name == "figure")
     if rows:
         terminalreporter.section("figures")
-        for (number, text), times in sorted(rows.items()):
-            terminalreporter.write_line(f"{number:3}  {text}" + (f" ({times} times)" if times > 1 else ""))
+        for (name, text), times in sorted(rows.items()):
+            terminalreporter.write_line(f"{name}  {text}" + (f" ({times} times)" if times > 1 else ""))
 
 
 @pytest.fixture(scope="session", autouse=True)

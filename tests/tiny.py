@@ -18,9 +18,9 @@ CONDITION_UNET = {
     "in_channels": 1,
     "out_channels": 1,
     "layers_per_block": 1,
-    "block_out_channels": [8, 16],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    "block_out_channels": [8],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
     "norm_num_groups": 4,
     "attention_head_dim": 2,
     "cross_attention_dim": 16,
@@ -70,6 +70,7 @@ def stable_diffusion(
     length: int = 8,
     vae: dict[str, object] | None = None,
     text_encoder: dict[str, object] | None = None,
+    unet: dict[str, object] | None = None,
 ) -> Path:
     """A Stable Diffusion pipeline with random weights, written by Diffusers and Transformers."""
     import torch
@@ -83,7 +84,8 @@ def stable_diffusion(
     sizes = TEXT_ENCODER | {"max_position_embeddings": length} | (text_encoder or {})
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     encoder = CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), **ids, **sizes)).eval()
-    unet = UNet2DConditionModel(**CONDITION_UNET | {"in_channels": 4, "out_channels": 4, "sample_size": 8})
+    latent = {"in_channels": 4, "out_channels": 4, "sample_size": 8}
+    denoiser = UNet2DConditionModel(**CONDITION_UNET | latent | (unet or {}))
     scheduler = PNDMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -96,7 +98,7 @@ def stable_diffusion(
         vae=AutoencoderKL(**VAE | (vae or {})),
         text_encoder=encoder,
         tokenizer=tokenizer,
-        unet=unet,
+        unet=denoiser,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

@@ -142,6 +142,7 @@ def test_deepspeed_takes_the_batch_of_the_run(monkeypatch, options, micro):
     assert accelerator.values["gradient_accumulation_steps"] == 4
 
 
+@pytest.mark.acceptance
 def test_accelerate_configured_for_a_package_that_is_missing(request, tmp_path):
     recipe = tmp_path / "run.yaml"
     recipe.write_text(json.dumps(RUN | {"task": "unconditional", "output_dir": str(tmp_path / "run")}))

@@ -1,4 +1,4 @@
-"""What Stable Diffusion costs on TPUs: `python -m pytest -m tpu_compile -s tests/tpu/test_figures.py`.
+"""What Stable Diffusion costs on TPUs: `python -m pytest -m tpu_compile tests/tpu/test_figures.py`.
 
 Their compiler says it. Each row compiles the whole step, for ten to twenty minutes on two cores.
 """
@@ -70,7 +70,7 @@ def described(request, version, folder):
 
 @pytest.fixture(scope="module")
 def figures(request, tmp_path_factory):
-    """What a row costs; each is compiled once and printed."""
+    """What a row costs; each is compiled once."""
 
     @functools.cache
     def measure(row):
@@ -81,16 +81,15 @@ def figures(request, tmp_path_factory):
         command += ["--mixed_precision", "bf16", "--pretrained_model_name_or_path", str(model)]
         ran = subprocess.run(command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-2000:]
-        found = {name: float(re.search(pattern, ran.stdout)[1]) for name, pattern in SAID.items()}
-        print(f"\n{row} on {topology}: " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
-        return found
+        return {name: float(re.search(pattern, ran.stdout)[1]) for name, pattern in SAID.items()}
 
     return measure
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_figures(figures, row):
-    found, bounds = figures(row), ROWS[row][-1]
+def test_figures(figures, row, figure):
+    found, (_, topology, _, bounds) = figures(row), ROWS[row]
+    figure(row, f"{topology}: " + ", ".join(f"{name} {value:g}" for name, value in found.items()))
     assert {name: found[name] for name, bound in bounds.items() if found[name] > bound} == {}
 
 

@@ -99,7 +99,7 @@ def test_lora_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, bac
 
     kohya = convert(model, tmp_path / "kohya", lora=[str(out)], format="kohya") / LORA_FILE
     names = set(hub.read_safetensors(kohya))
-    assert "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight" in names
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.lora_down.weight" in names
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.alpha" in names
     pipe = StableDiffusionPipeline.from_pretrained(model)
     pipe.load_lora_weights(kohya)

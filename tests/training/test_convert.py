@@ -12,12 +12,17 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsErro
 from flax_diffusion.models import FlaxUNet2DConditionModel
 from torch_backend.train import train
 
+TWO_LEVELS = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
 LAYER = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return stable_diffusion(tmp_path_factory.mktemp("model"))
+    return stable_diffusion(tmp_path_factory.mktemp("model"), unet=TWO_LEVELS)
 
 
 def unet(folder):
@@ -90,7 +95,7 @@ def test_single_file_in_plain_diffusers_and_back(tmp_path, act):
     """Diffusers reads every model from what is written, by names of its own; what is read back is what was written."""
     from diffusers import StableDiffusionPipeline
 
-    model = stable_diffusion(tmp_path / "model", text_encoder={"hidden_act": act})
+    model = stable_diffusion(tmp_path / "model", text_encoder={"hidden_act": act}, unet=TWO_LEVELS)
     out = convert(model, tmp_path / "single", format="single_file")
     file = out / "model.safetensors"
     theirs = StableDiffusionPipeline.from_single_file(str(file), config=str(model), safety_checker=None)
@@ -116,7 +121,7 @@ def test_single_files_that_do_not_fit(model, tmp_path):
     with pytest.raises(WeightsError, match="no single-file checkpoint of Stable Diffusion"):
         convert(model, tmp_path / "b", checkpoint=str(tmp_path / "other.safetensors"))
     file = convert(model, tmp_path / "c", format="single_file") / "model.safetensors"
-    deeper = stable_diffusion(tmp_path / "deeper", vae={"layers_per_block": 2})
+    deeper = stable_diffusion(tmp_path / "deeper", vae={"layers_per_block": 2}, unet=TWO_LEVELS)
     with pytest.raises(WeightsError, match=r"model\.safetensors does not fit .* missing decoder\.up_blocks"):
         convert(deeper, tmp_path / "d", checkpoint=str(file))
 

@@ -12,7 +12,7 @@ from tiny import RUN, TEXT_RUN, stable_diffusion
 from flax_diffusion.core.data.noise import sampling_noise
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.generate import generate, main
-from flax_diffusion.train import train
+from torch_backend.train import train
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,7 @@ def test_eight_devices_equal_one(one_device, data, fsdp):
     assert exchanged(backend) < 2.5 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
 
 
+@pytest.mark.acceptance
 def test_accumulation_in_a_loop_equals_one_batch(one_device):
     accumulated, _ = losses(1, gradient_accumulation_steps=4)
     np.testing.assert_allclose(accumulated, one_device, rtol=1e-5)

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import RUN
+from tiny import ONE_BLOCK, RUN
 
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import portable
@@ -22,7 +22,7 @@ CONFIG = RUN | {
     "gradient_accumulation_steps": 2,
     "validation_epochs": None,
     "save_model_epochs": None,
-    "unet": RUN["unet"] | {"dropout": 0.1},
+    "unet": RUN["unet"] | ONE_BLOCK | {"dropout": 0.1},
     "report_to": "none",
 }
 
