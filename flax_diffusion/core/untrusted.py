@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,6 +48,22 @@ def _check_file(path: Path, most: int) -> None:
         raise ValueError("it is no regular file")
     if status.st_size > most:
         raise ValueError(f"it is larger than {most} bytes")
+
+
+def path_inside(name: str) -> str:
+    """A path relative to a folder, without detours."""
+    path = os.path.normpath(name)
+    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
+        raise ValueError("it leaves the folder")
+    return path
+
+
+def path_below(root: Path, name: str) -> Path:
+    """The path of a file below a folder. No link to a folder may lead to it: such a one may lead anywhere."""
+    path = root / path_inside(name)
+    if is_local(root) and path.parent.resolve() != root.resolve() / os.path.dirname(path_inside(name)):
+        raise ValueError("a link to a folder leads to it")
+    return path
 
 
 def parse_json(text: str) -> Any:

@@ -103,8 +103,8 @@ def test_captions_missing(tmp_path):
         ({"file_name": "a.png", "txt": "x"}, r"caption_column is text, but .*metadata.jsonl has the columns "
          r"file_name, txt; did you mean 'txt'\?"),
         ({"name": "a.png", "text": "x"}, r"metadata.jsonl has no column file_name; it has name, text"),
-        ({"file_name": "../a.png", "text": "x"}, r"row 1: file_name ../a.png leaves the folder"),
-        ({"file_name": "/etc/a.png", "text": "x"}, r"row 1: file_name /etc/a.png leaves the folder"),
+        ({"file_name": "../a.png", "text": "x"}, r"row 1: file_name ../a.png: it leaves the folder"),
+        ({"file_name": "/etc/a.png", "text": "x"}, r"row 1: file_name /etc/a.png: it leaves the folder"),
         ({"file_name": "x/../../a.png", "text": "x"}, r"leaves the folder"),
         ({"file_name": None, "text": "x"}, r"row 1: file_name is None; it must be a path"),
         ({"file_name": "a.png", "text": 5}, r"row 1: the caption is 5; it must be text or a list"),

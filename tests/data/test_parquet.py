@@ -119,12 +119,15 @@ def test_mistakes(tmp_path, columns, message):
 
 def test_null_and_escaping_images(tmp_path):
     file = tmp_path / "data.parquet"
-    pq.write_table(pa.table({"image": [None, "../secret.png"], "text": ["x", "y"]}), file)
+    pq.write_table(pa.table({"image": [None, "../secret.png", "sub/a.png"], "text": ["x", "y", "z"]}), file)
+    (tmp_path / "sub").symlink_to(tmp_path.parent)
     source = open_parquet([file], cache_dir=tmp_path)
     with pytest.raises(DataError, match=r"row 0 holds no image"):
         source[0]
-    with pytest.raises(DataError, match=r"row 1: image path \.\./secret\.png leaves the folder"):
+    with pytest.raises(DataError, match=r"row 1: image path \.\./secret\.png: it leaves the folder"):
         source[1]
+    with pytest.raises(DataError, match=r"row 2: image path sub/a\.png: a link to a folder leads to it"):
+        source[2]
 
 
 def test_not_parquet(tmp_path):

@@ -9,8 +9,8 @@ from typing import Any
 
 from flax_diffusion.core.data.sources import Record, Source, first_few, require_column
 from flax_diffusion.core.errors import DataError, shown
-from flax_diffusion.core.files import is_local, walk
-from flax_diffusion.core.untrusted import open_text, parse_json, read_text
+from flax_diffusion.core.files import walk
+from flax_diffusion.core.untrusted import open_text, parse_json, path_below, path_inside, read_text
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
@@ -174,19 +174,16 @@ def _with_metadata(
 def _inside(folder: str, name: Any, where: str) -> str:
     if not isinstance(name, str) or not name:
         raise DataError(f"{where}: file_name is {shown(name)}; it must be a path relative to the metadata file")
-    path = os.path.normpath(os.path.join(folder, name))
-    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-        raise DataError(f"{where}: file_name {name} leaves the folder; use a path below it")
-    return path
+    try:
+        return path_inside(os.path.join(folder, name))
+    except ValueError as error:
+        raise DataError(f"{where}: file_name {name}: {error}; use a path below it") from error
 
 
 def _is_below(root: Path, name: str) -> bool:
-    """Whether a file is there, and no link to a folder leads to it: such a one may lead anywhere."""
-    path = root / name
     try:
-        direct = not is_local(root) or path.parent.resolve() == root.resolve() / os.path.dirname(name)
-        return direct and path.is_file()
-    except (OSError, ValueError):  # a name that no file can have
+        return path_below(root, name).is_file()
+    except (OSError, ValueError):  # also for a name that no file can have
         return False
 
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from flax_diffusion.core.data.sources import Record, first_few, require_column
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.files import absolute, is_local, user_cache, version_of
+from flax_diffusion.core.untrusted import path_below
 
 _ROWS = 256  # a record batch
 
@@ -50,7 +51,10 @@ class ParquetSource:
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str):
-            image = _inside(file.parent, image, name)
+            try:
+                image = path_below(file.parent, image)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{name}: image path {image}: {error}; use a path below it") from error
         if image is None:
             raise DataError(f"{name} holds no image; remove the row")
         return Record(image, caption, name)
@@ -182,10 +186,3 @@ def _unpack(files: list[Path], columns: dict[str, str], starts: np.ndarray, path
     finally:
         if writer is not None:
             writer.close()
-
-
-def _inside(folder: Path, name: str, where: str) -> Path:
-    path = os.path.normpath(name)
-    if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-        raise DataError(f"{where}: image path {name} leaves the folder; use a path below it")
-    return folder / path
