@@ -135,15 +135,8 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all, with texts for its header.
-
-    Raises:
-        OSError: if it cannot be written.
-    """
+    """Write a safetensors file, whole or not at all, with texts for its header."""
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with replacing(path) as partial:
-        try:
-            # Transformers refuses files without a format.
-            save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})
-        except SafetensorError as error:
-            raise OSError(f"{path.name}: {error}") from error
+        # Transformers refuses files without a format.
+        save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})

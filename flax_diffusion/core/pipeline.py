@@ -83,9 +83,7 @@ class Component:
     new_tokens: NewTokens | None = None  # their rows behind its embedding table
 
     def __post_init__(self) -> None:
-        known = _KNOWN[self.kind]
-        read = {key: value for key, value in self.config.items() if key in known.__annotations__}
-        check_values(known, read, f"config of a {self.kind}")
+        check_values(_KNOWN[self.kind], self.config, f"config of a {self.kind}")
 
     @property
     def adapted(self) -> bool:

@@ -7,11 +7,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from flax_diffusion.core import checkpoints
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.errors import CheckpointError
 
-_FAILURES = (OSError, ValueError, RuntimeError)
+_FAILURES = (OSError, ValueError, RuntimeError, SafetensorError)
 """What file systems and the libraries that write to them raise; a full disk is each of them somewhere."""
 
 

@@ -21,21 +21,24 @@ def check_values(owner: type, values: Mapping[str, Any], name: str | None = None
     """Compares values with the annotations of a class, strictly: an integer will do for a float, and that is all.
 
     Args:
-        owner: Has an annotation for each of the values.
-        values: By field.
+        owner: Has the annotations.
+        values: By field; those of fields without an annotation are not looked at.
         name: What the message calls the owner; by default its own name.
 
     Raises:
         ConfigError: Naming the first that does not fit.
     """
-    for field, value in values.items():
+    for field, hint in _hints(owner).items():
+        if field not in values:
+            continue
+        value = values[field]
         try:
             _type_of(owner, field).validate_python(value)
         except ValidationError as error:
             rules = dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in error.errors())
             raise ConfigError(
                 f"{name or owner.__name__}: {field} is {shown(value)}; it must be {', or '.join(rules)}"
-                f"{nearest(value, _choices(_hints(owner)[field]))}"
+                f"{nearest(value, _choices(hint))}"
             ) from error
 
 

@@ -211,6 +211,13 @@ def test_metadata(count, tmp_path, figure):
     fuzz(figure, "jsonl", count, [whole], tmp_path / "metadata.jsonl", read)
 
 
+def test_a_pipeline_of_odd_types():
+    for config in ({"layers_per_block": 10**9}, {"sample_size": "64"}, {"cross_attention_dim": [8, None]}):
+        (key,) = config
+        with pytest.raises(ConfigError, match=f"config of a UNet2DConditionModel: {key} is .*; it must be"):
+            Component(kind="UNet2DConditionModel", config=config)
+
+
 @pytest.mark.parametrize("file", ["model_index.json", "unet/config.json", "scheduler/scheduler_config.json"])
 @counts(2_000)
 def test_pipeline(count, file, tmp_path, figure):
