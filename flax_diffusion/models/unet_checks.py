@@ -21,6 +21,8 @@ def check_blocks(config: Config, down_types: Iterable[str], up_types: Iterable[s
             if name not in types:
                 raise ConfigError(f"{name!r} in {field} is not supported: choose from " + ", ".join(types))
     blocks = len(config.block_out_channels)
+    if not blocks:
+        raise ConfigError("block_out_channels is empty: give each block its channels")
     for field in ("down_block_types", "up_block_types"):
         if len(config[field]) != blocks:
             raise ConfigError(

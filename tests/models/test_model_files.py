@@ -246,6 +246,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["value"]
 
 
+BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -254,6 +257,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("tutorial", {"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
         ("tutorial", {"up_block_types": ("UpBlock2D",)}, "up_block_types has 1 entries"),
         ("tutorial", {"norm_num_groups": 3}, "norm_num_groups=3"),
+        ("tutorial", {"norm_num_groups": "4"}, "norm_num_groups is '4'; it must be a valid integer"),
+        ("tutorial", dict.fromkeys(BLOCKS, ()), "block_out_channels is empty"),
         ("tutorial", {"_class_name": "UNet2DConditionModel"}, "the config is of a UNet2DConditionModel"),
         ("sd1", {"addition_embed_type": "image"}, "addition_embed_type='image'"),
         ("sd1", {"attention_type": "gated"}, "attention_type='gated'"),
