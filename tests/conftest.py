@@ -19,6 +19,8 @@ QUICK = " ".join([
 FLAGS = f" --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: PyTorch's threads would only wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(Path(__file__).parent))
 
