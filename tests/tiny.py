@@ -126,9 +126,10 @@ def pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
 
 
 def losses(folder: Path) -> list[float]:
-    """The logged losses of a run."""
+    """The logged losses of a run; none, if it logged none."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "logs"))
     events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
+    logged = "train/loss" in events.Tags()["scalars"]
+    return [event.value for event in events.Scalars("train/loss")] if logged else []

@@ -63,6 +63,7 @@ def test_one_is_killed(request, tmp_path, whole, victim, figure):
         time.sleep(draw.uniform(0, 1))
         processes[victim].send_signal(signal.SIGKILL)
         began = time.monotonic()
+        assert processes[victim].wait() == -signal.SIGKILL
         assert processes[1 - victim].wait(HEARTBEAT + 5) != 0
         slowest = max(slowest, time.monotonic() - began)
         assert all(damage(one) is None for one in committed(folder / "run"))
