@@ -60,10 +60,10 @@ def path_inside(name: str) -> str:
 
 def path_below(root: Path, name: str) -> Path:
     """The path of a file below a folder. No link to a folder may lead to it: such a one may lead anywhere."""
-    path = root / path_inside(name)
-    if is_local(root) and path.parent.resolve() != root.resolve() / os.path.dirname(path_inside(name)):
+    inside = path_inside(name)
+    if is_local(root) and (root / inside).parent.resolve() != root.resolve() / os.path.dirname(inside):
         raise ValueError("a link to a folder leads to it")
-    return path
+    return root / inside
 
 
 def parse_json(text: str) -> Any:

@@ -113,6 +113,19 @@ def test_mixed_precision_learns_about_as_well(tmp_path, float32_loss, mixed_prec
     assert loss != float32_loss
 
 
+def test_resuming_with_another_architecture_names_the_difference(tmp_path):
+    run = RUN | {"max_train_steps": 1, "output_dir": str(tmp_path)}
+    train("unconditional", **run)
+    again = run | {"resume_from_checkpoint": "latest", "max_train_steps": 2}
+    with pytest.raises(
+        CheckpointError,
+        match=r"checkpoint-1 is of another model or optimizer: params/unet/.* is \(.*\) there and \(.*\) here",
+    ):
+        train("unconditional", **again | {"unet": UNET | {"block_out_channels": [16, 16]}})
+    with pytest.raises(CheckpointError, match=r"checkpoint-1 is of another model or optimizer: .*ema"):
+        train("unconditional", **again, use_ema=True)
+
+
 def test_a_broken_checkpoint_is_one_line(tmp_path):
     run = RUN | {"max_train_steps": 1, "output_dir": str(tmp_path)}
     train("unconditional", **run)

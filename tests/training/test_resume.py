@@ -86,8 +86,9 @@ def check(backend, expected, saved, folder, stop, workers, again=None):
     assert_same(run(backend, folder, **options), expected)
 
 
-def test_resume_is_bitwise(backend, uninterrupted, saved, tmp_path):
-    check(backend, uninterrupted, saved, tmp_path, 4, 2)
+@pytest.mark.parametrize(("stop", "workers"), [(4, 2), (STEPS, 0)])
+def test_resume_is_bitwise(backend, uninterrupted, saved, tmp_path, stop, workers):
+    check(backend, uninterrupted, saved, tmp_path, stop, workers)
 
 
 @pytest.mark.acceptance
