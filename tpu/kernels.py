@@ -1,4 +1,4 @@
-"""Time of kernels written by hand, of which the compiler knows none, from their FLOPs and bytes."""
+"""Time of kernels written by hand, of which the compiler gives no estimate, from their FLOPs and bytes."""
 
 from __future__ import annotations
 
@@ -11,15 +11,21 @@ from tpu.hlo import Kernel
 PRODUCT_SHARE, COPY_SHARE = 0.88, 0.80
 """Of a chip's peaks, as the compiler estimates a large bfloat16 product and a large copy on v5e."""
 
+FLASH_SHARE, FLASH_STEP = 0.95, 700
+"""Of the matrix units' peak in attention, and cycles around a step of its grid, as the compiler lays it out on v5e."""
+
+PACKED = 16
+"""Rows of bfloat16 that a matrix unit takes at a time."""
+
 
 def seconds(kernel: Kernel, chip: Chip, devices_per_chip: int = 1) -> float | None:
     """Of one execution on one device: the longer of its products and of its traffic.
 
-    The exponentials run beside the products, and take less time than they.
+    In attention the exponentials run beside the products, and take less time than they.
 
     Args:
-        kernel: Those of `flax_diffusion.models.flash` count with channels as many as matrix units have rows; others as
-            their authors say.
+        kernel: Those of `flax_diffusion.models.flash` as they fill the matrix units: sums over channels take as long as
+            those over a whole unit, sums over tokens count their rows. Others as their authors say.
         chip: The chip.
         devices_per_chip: Among which its units are divided.
 
@@ -28,10 +34,16 @@ def seconds(kernel: Kernel, chip: Chip, devices_per_chip: int = 1) -> float | No
     """
     if kernel.flops is None or kernel.bytes_accessed is None:
         return None
-    flops = float(kernel.flops)
+    computing = kernel.flops / (PRODUCT_SHARE * chip.flops) * devices_per_chip
     if kernel.name in flash.PRODUCTS:
+        over_channels, over_tokens = flash.PRODUCTS[kernel.name]
         channels = kernel.shapes[0][-2]
-        flops *= math.ceil(channels / chip.matrix_side) * chip.matrix_side / channels
-    computing = flops / (PRODUCT_SHARE * chip.flops)
-    moving = kernel.bytes_accessed / (COPY_SHARE * chip.bandwidth)
-    return max(computing, moving) * devices_per_chip
+        done = over_channels * _filled(channels, chip.matrix_side) + over_tokens * _filled(channels, PACKED)
+        flops = kernel.flops * done / ((over_channels + over_tokens) * channels)
+        steps = math.prod(flash.grid_of(kernel.shapes[0]))
+        computing = flops / (FLASH_SHARE * chip.flops) * devices_per_chip + steps * FLASH_STEP / chip.clock
+    return max(computing, kernel.bytes_accessed / (COPY_SHARE * chip.bandwidth) * devices_per_chip)
+
+
+def _filled(channels: int, unit: int) -> int:
+    return math.ceil(channels / unit) * unit

@@ -2,11 +2,14 @@
 
 Shape suffixes: B batch, L query tokens, S key tokens, N heads, D channels a head. The kernels lay tokens out in lanes
 and channels in sublanes: a head of 40 channels then takes 48 in memory and not 128, and the sums of the softmax run
-over sublanes, where they are cheap.
+over sublanes, where they are cheap. Keys come in chunks as long as the matrix units are wide; while the exponentials of
+one are taken, these multiply for the next.
 """
 
 import functools
+import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, PartitionSpec
 
 LANES = 128
-QUERIES, KEYS = 512, 1024  # at most, of a block of scores
-PRODUCTS = {"flash_attention": 2, "flash_attention_gradient": 5}  # of matrices of scores' size, by kernel
+QUERIES = 512  # at most, of a block of scores
+KEYS = (
+    4096  # at most, whose chunks are laid out one after the other: beyond, compiling takes longer and is worth little
+)
+PRODUCTS = {"flash_attention": (1, 1), "flash_attention_gradient": (2, 3)}
+"""By kernel: products of matrices of scores' size that sum over channels, and those that sum over tokens."""
 
 _OVER_CHANNELS = (((0,), (0,)), ((), ()))
 _OVER_LANES = (((1,), (1,)), ((), ()))
@@ -66,6 +73,12 @@ def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, 
     return jax.shard_map(local, in_specs=(images,) * 3, out_specs=images, check_vma=False)(q_BLND, k_BSND, v_BSND)
 
 
+def grid_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """Steps of the kernels over queries (B, N, D, L): by image, head and block of queries."""
+    batch, heads, _, queries = shape
+    return batch, heads, queries // _largest(queries, QUERIES)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def _attend(q_BNDL: jax.Array, k_BNDS: jax.Array, v_BNDS: jax.Array, valid: int, interpret: bool) -> jax.Array:
     return _forward(q_BNDL, k_BNDS, v_BNDS, valid, interpret)[0]
@@ -90,15 +103,15 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: int, interpret: bo
     Only the first `valid` keys are attended to.
     """
     batch, heads, channels, queries = q.shape
-    keys = k.shape[-1]
-    block, chunk = _largest(queries, QUERIES), _largest(keys, KEYS)
+    keys, grid = k.shape[-1], grid_of(q.shape)
+    block = queries // grid[-1]
     by_query = pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i))
     all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))
     row = pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i))
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32))
     return pl.pallas_call(
-        functools.partial(_forward_kernel, scale=_scale(channels), chunk=chunk, valid=valid),
-        grid=(batch, heads, queries // block),
+        functools.partial(_forward_kernel, scale=_scale(channels), chunk=_chunk(keys, interpret), valid=valid),
+        grid=grid,
         in_specs=[by_query, all_keys, all_keys],
         out_specs=(by_query, row),
         out_shape=results,
@@ -115,22 +128,23 @@ def _forward_kernel(
     """One block of queries: the softmax goes on from chunk to chunk of keys."""
     q = q_ref[...]
 
-    def attend(index: Any, carry: Any) -> Any:
+    def products(first: Any) -> jax.Array:
+        return _scores(k_ref[:, pl.ds(first, chunk)], q, first, scale=scale, valid=valid)
+
+    def attend(first: Any, scores: jax.Array, carry: Any) -> Any:
         top, total, out = carry
-        part = pl.ds(index * chunk, chunk)
-        scores = _scores(k_ref[:, part], q, index * chunk, scale=scale, valid=valid)
         new_top = jnp.maximum(top, scores.max(axis=0, keepdims=True))
         weights = jnp.exp2(scores - new_top)
         fade = jnp.exp2(top - new_top)
         total = total * fade + weights.sum(axis=0, keepdims=True)
-        return new_top, total, out * fade + _dot(v_ref[:, part], weights.astype(q.dtype), _PLAIN)
+        return new_top, total, out * fade + _dot(v_ref[:, pl.ds(first, chunk)], weights.astype(q.dtype), _PLAIN)
 
     start = (
         jnp.full((1, q.shape[1]), -jnp.inf, jnp.float32),
         jnp.zeros((1, q.shape[1]), jnp.float32),
         jnp.zeros(q.shape, jnp.float32),
     )
-    top, total, out = jax.lax.fori_loop(0, k_ref.shape[1] // chunk, attend, start, unroll=True)
+    top, total, out = _over_chunks(products, attend, start, k_ref.shape[1], chunk)
     out_ref[...] = (out / total).astype(out_ref.dtype)
     log_sum_ref[...] = top + jnp.log2(total)
 
@@ -146,15 +160,15 @@ def _backward(
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values."""
-    batch, heads, channels, queries = q.shape
-    keys = k.shape[-1]
-    block, chunk = _largest(queries, QUERIES), _largest(keys, KEYS)
+    _, _, channels, queries = q.shape
+    keys, grid = k.shape[-1], grid_of(q.shape)
+    block = queries // grid[-1]
     by_query = pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i))
     all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))
     row = pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i))
     return pl.pallas_call(
-        functools.partial(_backward_kernel, scale=_scale(channels), chunk=chunk, valid=valid),
-        grid=(batch, heads, queries // block),
+        functools.partial(_backward_kernel, scale=_scale(channels), chunk=_chunk(keys, interpret), valid=valid),
+        grid=grid,
         in_specs=[by_query, all_keys, all_keys, by_query, row, by_query],
         out_specs=(by_query, all_keys, all_keys),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
@@ -180,16 +194,20 @@ def _backward_kernel(
         dk_sum[...] = jnp.zeros_like(dk_sum)
         dv_sum[...] = jnp.zeros_like(dv_sum)
 
-    def attend(index: Any, dq: jax.Array) -> jax.Array:
-        part = pl.ds(index * chunk, chunk)
-        k, v = k_ref[:, part], v_ref[:, part]
-        weights = jnp.exp2(_scores(k, q, index * chunk, scale=scale, valid=valid) - log_sum)
-        dv_sum[:, part] += _dot(grad, weights.astype(grad.dtype), _OVER_LANES)
-        dscores = (weights * (_dot(v, grad, _OVER_CHANNELS) - of_softmax)).astype(q.dtype)
-        dk_sum[:, part] += _dot(q, dscores, _OVER_LANES)
-        return dq + _dot(k, dscores, _PLAIN)
+    def products(first: Any) -> tuple[jax.Array, jax.Array]:
+        part = pl.ds(first, chunk)
+        scores = _scores(k_ref[:, part], q, first, scale=scale, valid=valid)
+        return scores, _dot(v_ref[:, part], grad, _OVER_CHANNELS)
 
-    dq = jax.lax.fori_loop(0, k_ref.shape[1] // chunk, attend, jnp.zeros(q.shape, jnp.float32), unroll=True)
+    def attend(first: Any, made: tuple[jax.Array, jax.Array], dq: jax.Array) -> jax.Array:
+        part, (scores, dweights) = pl.ds(first, chunk), made
+        weights = jnp.exp2(scores - log_sum)
+        dv_sum[:, part] += _dot(grad, weights.astype(grad.dtype), _OVER_LANES)
+        dscores = (weights * (dweights - of_softmax)).astype(q.dtype)
+        dk_sum[:, part] += _dot(q, dscores, _OVER_LANES)
+        return dq + _dot(k_ref[:, part], dscores, _PLAIN)
+
+    dq = _over_chunks(products, attend, jnp.zeros(q.shape, jnp.float32), k_ref.shape[1], chunk)
     natural = scale / math.log2(math.e)
     dq_ref[...] = (dq * natural).astype(dq_ref.dtype)
 
@@ -197,6 +215,32 @@ def _backward_kernel(
     def _():
         dk_ref[...] = (dk_sum[...] * natural).astype(dk_ref.dtype)
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+
+def _over_chunks(
+    products: Callable[[Any], Any], use: Callable[[Any, Any, Any], Any], carry: Any, keys: int, chunk: int
+) -> Any:
+    """Uses the products of each chunk of keys, after those of the next one are asked for.
+
+    Args:
+        products: Of the chunk that begins at a key.
+        use: Takes the first key, its products and what is carried on; returns the last.
+        carry: Before the first chunk.
+        keys: In all.
+        chunk: Keys of one.
+    """
+    span = _largest(keys, KEYS, chunk)
+
+    def of_span(index: Any, carry: Any) -> Any:
+        places = [pl.multiple_of(index * span + first, chunk) for first in range(0, span, chunk)]
+        made = products(places[0])
+        for here, following in itertools.zip_longest(places, places[1:]):
+            ahead = None if following is None else products(following)
+            carry = use(here, made, carry)
+            made = ahead
+        return carry
+
+    return jax.lax.fori_loop(0, keys // span, of_span, carry)
 
 
 def _scores(k: jax.Array, q: jax.Array, first: Any, *, scale: float, valid: int) -> jax.Array:
@@ -217,16 +261,21 @@ def _scale(channels: int) -> float:
     return math.log2(math.e) / math.sqrt(channels)
 
 
-def _largest(length: int, longest: int) -> int:
-    """The largest multiple of 128 up to `longest` that divides a length."""
-    return next(size for size in range(min(length, longest), 0, -LANES) if length % size == 0)
+def _chunk(keys: int, interpret: bool) -> int:
+    """Keys that are multiplied at a time."""
+    return _largest(keys, LANES if interpret else pltpu.get_tpu_info().mxu_column_size)
+
+
+def _largest(length: int, longest: int, unit: int = LANES) -> int:
+    """The largest multiple of a unit up to `longest` that divides a length, which is a multiple of it too."""
+    return next(size for size in range(min(length, longest), 0, -unit) if length % size == 0)
 
 
 def _cost(kernel: str, q: jax.Array, keys: int, arrays: Any) -> pl.CostEstimate:
     """Of its products, and of each array once."""
     scores = q.size // q.shape[-2] * keys
     return pl.CostEstimate(
-        flops=2 * PRODUCTS[kernel] * scores * q.shape[-2],
+        flops=2 * sum(PRODUCTS[kernel]) * scores * q.shape[-2],
         transcendentals=scores,
         bytes_accessed=sum(array.size * array.dtype.itemsize for array in arrays),
     )
