@@ -40,7 +40,7 @@ def seconds(kernel: Kernel, chip: Chip, devices_per_chip: int = 1) -> float | No
         channels = kernel.shapes[0][-2]
         done = over_channels * _filled(channels, chip.matrix_side) + over_tokens * _filled(channels, PACKED)
         flops = kernel.flops * done / ((over_channels + over_tokens) * channels)
-        steps = math.prod(flash.grid_of(kernel.shapes[0]))
+        steps = math.prod(flash.grid_of(*kernel.shapes[:2]))
         computing = flops / (FLASH_SHARE * chip.flops) * devices_per_chip + steps * FLASH_STEP / chip.clock
     return max(computing, kernel.bytes_accessed / (COPY_SHARE * chip.bandwidth) * devices_per_chip)
 

@@ -19,7 +19,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, PartitionSpec
 
 LANES = 128
-QUERIES = 512  # at most, of a block of scores
+QUERIES = 512  # of a step of the kernels' grid at most,
+SCORES = 2**21  # or as many as make this many scores
 KEYS = (
     4096  # at most, whose chunks are laid out one after the other: beyond, compiling takes longer and is worth little
 )
@@ -73,10 +74,15 @@ def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, 
     return jax.shard_map(local, in_specs=(images,) * 3, out_specs=images, check_vma=False)(q_BLND, k_BSND, v_BSND)
 
 
-def grid_of(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """Steps of the kernels over queries (B, N, D, L): by image, head and block of queries."""
-    batch, heads, _, queries = shape
-    return batch, heads, queries // _largest(queries, QUERIES)
+def grid_of(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, int, int]:
+    """Steps of the kernels, by image, head and block of queries.
+
+    Args:
+        queries: Shape (B, N, D, L).
+        keys: Shape (B, N, D, S).
+    """
+    batch, heads, _, length = queries
+    return batch, heads, length // _largest(length, max(QUERIES, SCORES // keys[-1]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -103,7 +109,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: int, interpret: bo
     Only the first `valid` keys are attended to.
     """
     batch, heads, channels, queries = q.shape
-    keys, grid = k.shape[-1], grid_of(q.shape)
+    keys, grid = k.shape[-1], grid_of(q.shape, k.shape)
     block = queries // grid[-1]
     by_query = pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i))
     all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))
@@ -161,7 +167,7 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values."""
     _, _, channels, queries = q.shape
-    keys, grid = k.shape[-1], grid_of(q.shape)
+    keys, grid = k.shape[-1], grid_of(q.shape, k.shape)
     block = queries // grid[-1]
     by_query = pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i))
     all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))

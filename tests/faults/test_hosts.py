@@ -12,9 +12,9 @@ from tiny import ONE_BLOCK, RUN, UNET, losses
 from flax_diffusion.core import portable
 from flax_diffusion.core.checkpoints import committed, damage, step_of
 
-HEARTBEAT = 10
+HEARTBEAT, STEPS = 10, 30
 OPTIONS = RUN | {
-    "task": "unconditional", "global_batch_size": 8, "max_train_steps": 60, "checkpointing_steps": 5,
+    "task": "unconditional", "global_batch_size": 8, "max_train_steps": STEPS, "checkpointing_steps": 3,
     "validation_epochs": None, "eval_batch_size": 1, "fsdp_parallelism": 8, "use_ema": True,
     "unet": UNET | ONE_BLOCK,
 }  # fmt: skip
@@ -40,7 +40,7 @@ def wait_for_step(folder, processes, step):
 
 
 def left(folder):
-    arrays, metadata = portable.read(folder / "run/checkpoint-60")
+    arrays, metadata = portable.read(folder / f"run/checkpoint-{STEPS}")
     return arrays, metadata, losses(folder / "run")
 
 
@@ -59,7 +59,7 @@ def test_one_is_killed(request, tmp_path, whole, victim, figure):
     for number in range(10):
         folder = tmp_path / str(number)
         processes = begin(request, folder)
-        wait_for_step(folder, processes, draw.randint(1, 8) * 5)
+        wait_for_step(folder, processes, draw.randint(1, 6) * 3)
         time.sleep(draw.uniform(0, 1))
         processes[victim].send_signal(signal.SIGKILL)
         began = time.monotonic()

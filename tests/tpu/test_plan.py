@@ -92,10 +92,10 @@ def test_parts(module, part):
 def test_time_of_kernels():
     """By products as they fill the matrix units, or by traffic, whichever takes longer."""
     chip = CHIPS["v5e"]
-    forward = hlo.Kernel("flash_attention", ((1, 8, 40, 4096),), 10**12, 1)
+    forward = hlo.Kernel("flash_attention", ((1, 8, 40, 4096),) * 3, 10**12, 1)
     around = 8 * 8 * 700 / 1.5e9
     assert kernels.seconds(forward, chip) == pytest.approx((128 + 48) / 80 * 1e12 / (0.95 * 197e12) + around, rel=1e-4)
-    backward = hlo.Kernel("flash_attention_gradient", ((1, 8, 128, 4096),), 10**12, 1)
+    backward = hlo.Kernel("flash_attention_gradient", ((1, 8, 128, 4096),) * 6, 10**12, 1)
     assert kernels.seconds(backward, chip) == pytest.approx(1e12 / (0.95 * 197e12) + around, rel=1e-4)
     other = hlo.Kernel("other", (), 10**12, 1)
     assert kernels.seconds(other, chip) == pytest.approx(1e12 / (0.88 * 197e12))
@@ -234,20 +234,23 @@ from flax_diffusion.sharding import batch_sharding, make_mesh
 from tpu import hlo, kernels
 where = topologies.describe("v5e:1x1")
 mesh = make_mesh(1, 1, where.devices)
-for tokens, heads, channels in ((4096, 8, 40), (4096, 5, 64), (1024, 8, 80), (256, 8, 160)):
-    x = jax.ShapeDtypeStruct((8, tokens, heads, channels), jnp.bfloat16, sharding=batch_sharding(mesh, 0))
+def tokens(number, heads, channels):
+    return jax.ShapeDtypeStruct((8, number, heads, channels), jnp.bfloat16, sharding=batch_sharding(mesh, 0))
+square = [(length, length, *of) for length, *of in ((4096, 8, 40), (4096, 5, 64), (1024, 8, 80), (256, 8, 160))]
+for queries, keys, *of in [*square, (4096, 77, 8, 40)]:
+    q, k = tokens(queries, *of), tokens(keys, *of)
     with jax.set_mesh(mesh):
         gradient = jax.grad(lambda q, k, v: flash.flash_attention(q, k, v).sum(), (0, 1, 2))
-        text = jax.jit(gradient).lower(x, x, x).compile().as_text()
+        text = jax.jit(gradient).lower(q, k, k).compile().as_text()
     (profile,) = glob.glob(f"{folder}/*hlo-static-bundle-profile*")
     cycles = {}
     for part in open(profile).read().split("HLO: %flash")[1:]:
         cycles["flash" + part.split(".")[0]] = int(re.search(r"VECTOR_STORE: [(][0-9]+/([0-9]+)[)]", part)[1])
     for one in hlo.operations(text):
         if one.kernel:
-            steps = math.prod(flash.grid_of(one.kernel.shapes[0]))
+            steps = math.prod(flash.grid_of(*one.kernel.shapes[:2]))
             scheduled = cycles[one.kernel.name] * steps / where.chip.clock
-            print(tokens, one.kernel.name, scheduled, kernels.seconds(one.kernel, where.chip))
+            print(queries, keys, one.kernel.name, scheduled, kernels.seconds(one.kernel, where.chip))
     for file in glob.glob(f"{folder}/*"):
         os.remove(file)
 """
@@ -259,10 +262,11 @@ def test_the_time_of_attention_is_that_of_its_schedule(request, tmp_path):
     ran = run(request, "-c", SCHEDULE, str(tmp_path))
     assert ran.returncode == 0, ran.stderr[-2000:]
     rows = [line.split() for line in ran.stdout.splitlines()]
-    assert len(rows) == 8
-    for tokens, name, scheduled, estimated in rows:
-        print(f"\n{name}, {tokens} tokens: {float(scheduled) * 1e3:.3f} ms, estimated {float(estimated) * 1e3:.3f}")
-        assert float(estimated) == pytest.approx(float(scheduled), rel=0.05, abs=2e-5)
+    assert len(rows) == 10
+    for queries, keys, name, scheduled, estimated in rows:
+        milliseconds = [float(seconds) * 1e3 for seconds in (scheduled, estimated)]
+        print("\n{}, {} queries, {} keys: {:.3f} ms, estimated {:.3f}".format(name, queries, keys, *milliseconds))
+        assert milliseconds[1] == pytest.approx(milliseconds[0], rel=0.1, abs=0.02)
 
 
 @pytest.mark.tpu_compile
