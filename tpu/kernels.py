@@ -18,8 +18,8 @@ PACKED = 16
 """Rows of bfloat16 that a matrix unit takes at a time."""
 
 
-def seconds(kernel: Kernel, chip: Chip, devices_per_chip: int = 1) -> float | None:
-    """Of one execution on one device: the longer of its products and of its traffic.
+def seconds(kernel: Kernel, chip: Chip) -> float | None:
+    """Of one execution on a chip: the longer of its products and of its traffic.
 
     In attention the exponentials run beside the products, and take less time than they.
 
@@ -27,22 +27,21 @@ def seconds(kernel: Kernel, chip: Chip, devices_per_chip: int = 1) -> float | No
         kernel: Those of `flax_diffusion.models.flash` as they fill the matrix units: sums over channels take as long as
             those over a whole unit, sums over tokens count their rows. Others as their authors say.
         chip: The chip.
-        devices_per_chip: Among which its units are divided.
 
     Returns:
         None of a kernel whose author says nothing.
     """
     if kernel.flops is None or kernel.bytes_accessed is None:
         return None
-    computing = kernel.flops / (PRODUCT_SHARE * chip.flops) * devices_per_chip
+    computing = kernel.flops / (PRODUCT_SHARE * chip.flops)
     if kernel.name in flash.PRODUCTS:
         over_channels, over_tokens = flash.PRODUCTS[kernel.name]
         channels = kernel.shapes[0][-2]
         done = over_channels * _filled(channels, chip.matrix_side) + over_tokens * _filled(channels, PACKED)
         flops = kernel.flops * done / ((over_channels + over_tokens) * channels)
         steps = math.prod(flash.grid_of(*kernel.shapes[:2]))
-        computing = flops / (FLASH_SHARE * chip.flops) * devices_per_chip + steps * FLASH_STEP / chip.clock
-    return max(computing, kernel.bytes_accessed / (COPY_SHARE * chip.bandwidth) * devices_per_chip)
+        computing = flops / (FLASH_SHARE * chip.flops) + steps * FLASH_STEP / chip.clock
+    return max(computing, kernel.bytes_accessed / (COPY_SHARE * chip.bandwidth))
 
 
 def _filled(channels: int, unit: int) -> int:

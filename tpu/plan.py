@@ -37,6 +37,7 @@ class Plan:
         state: Bytes of each kind of array that is there before the step, as shapes and shardings say, unpadded.
         arguments: Bytes of all of them, padded.
         temporaries: Bytes of gradients, activations and what else comes and goes.
+        code: Bytes of the program.
         peak: Bytes at most: arguments, outputs that are not written over them, temporaries and code.
         host: Bytes that stay in the host's memory.
         flops: A step.
@@ -51,6 +52,7 @@ class Plan:
     state: Mapping[str, int]
     arguments: int
     temporaries: int
+    code: int
     peak: int
     host: int
     flops: float
@@ -67,7 +69,7 @@ class Plan:
         """Of an operation: the compiler's estimated cycles at the chip's clock, or what `tpu.kernels` says."""
         if operation.kernel is None:
             return operation.cycles / self.slice.chip.clock
-        one = kernels.seconds(operation.kernel, self.slice.chip, self.slice.devices_per_chip)
+        one = kernels.seconds(operation.kernel, self.slice.chip)
         return operation.count * (one or 0.0)
 
     @property
@@ -85,12 +87,12 @@ class Plan:
     @property
     def capacity(self) -> float:
         """Bytes of memory that a device has."""
-        return self.slice.chip.hbm_bytes / self.slice.devices_per_chip
+        return self.slice.chip.hbm_bytes
 
     @property
     def utilization(self) -> float:
         """FLOPs of the step over those that the device could do in its time (MFU)."""
-        return self.flops / self.seconds / (self.slice.chip.flops / self.slice.devices_per_chip)
+        return self.flops / self.seconds / self.slice.chip.flops
 
     @property
     def exchanged(self) -> int:
@@ -159,6 +161,7 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
         state={kind: _bytes_a_device(tree) for kind, tree in kinds.items()},
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
         peak=memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
@@ -240,12 +243,12 @@ def report(plan: Plan, top: int = 10) -> str:
     """The plan as text."""
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [
-        f"{plan.slice.chip.name}, {plan.slice.chips} chips, {mesh}: {plan.images:g} images a device and step",
+        f"{plan.slice.chip.name}, {len(plan.slice.devices)} chips, {mesh}: {plan.images:g} images a device and step",
         "",
         f"{'memory a device':24} {'GiB':>8}",
     ]
     padded = plan.arguments - sum(plan.state.values())
-    rows = dict(plan.state) | {"padding": padded, "gradients, activations": plan.temporaries}
+    rows = dict(plan.state) | {"padding": padded, "gradients, activations": plan.temporaries, "program": plan.code}
     lines += [f"  {kind:22} {amount / GIB:8.3f}" for kind, amount in rows.items() if amount]
     fits = "fits" if plan.peak <= plan.capacity else "does not fit"
     lines += [f"  {'peak':22} {plan.peak / GIB:8.3f}   of {plan.capacity / GIB:.0f}: {fits}"]

@@ -24,16 +24,10 @@ KNOWN = tuple(
 
 
 class Slice(NamedTuple):
-    """A slice's chips, and its devices: one a chip, or one for each of its two cores."""
+    """A slice's devices, of which each is a chip."""
 
     chip: Chip
-    chips: int
     devices: Any
-
-    @property
-    def devices_per_chip(self) -> int:
-        """One, or two where the cores of a chip are devices of their own."""
-        return len(self.devices) // self.chips
 
 
 def prepare() -> None:
@@ -69,11 +63,12 @@ def describe(topology: str) -> Slice:
     from jax.experimental import topologies
 
     sizes = [int(size) for size in shape.split("x")]
-    # libtpu takes hosts of four chips or more unless it is told that there are fewer.
-    options = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+    # libtpu takes hosts of four chips or more, and a v4 chip for two devices, unless it is told better.
+    options: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(sizes) == 1 else {}
+    options |= {"chip_config_name": "megacore"} if kind == "v4" else {}
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as error:  # jax raises what libtpu reports, of several types
         reason = str(error).splitlines()[0]
         raise ConfigError(f"--topology {topology}: {reason}; known are {', '.join(KNOWN)}") from error
-    return Slice(CHIPS[kind], math.prod(sizes), devices)
+    return Slice(CHIPS[kind], devices)

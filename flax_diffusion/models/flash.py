@@ -19,11 +19,10 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractMesh, PartitionSpec
 
 LANES = 128
-QUERIES = 512  # of a step of the kernels' grid at most,
-SCORES = 2**21  # or as many as make this many scores
-KEYS = (
-    4096  # at most, whose chunks are laid out one after the other: beyond, compiling takes longer and is worth little
-)
+QUERIES, SCORES, MOST_QUERIES = 512, 2**21, 4096
+"""Queries of a step of the kernels' grid at most; or as many as make so many scores, up to the last number."""
+KEYS = 4096
+"""At most, whose chunks are laid out one after the other: beyond, compiling takes longer and is worth little."""
 PRODUCTS = {"flash_attention": (1, 1), "flash_attention_gradient": (2, 3)}
 """By kernel: products of matrices of scores' size that sum over channels, and those that sum over tokens."""
 
@@ -82,7 +81,7 @@ def grid_of(queries: tuple[int, ...], keys: tuple[int, ...]) -> tuple[int, int, 
         keys: Shape (B, N, D, S).
     """
     batch, heads, _, length = queries
-    return batch, heads, length // _largest(length, max(QUERIES, SCORES // keys[-1]))
+    return batch, heads, length // _largest(length, max(QUERIES, min(SCORES // keys[-1], MOST_QUERIES)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -121,7 +120,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: int, interpret: bo
         in_specs=[by_query, all_keys, all_keys],
         out_specs=(by_query, row),
         out_shape=results,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        compiler_params=_parameters(("parallel",) * 3, keys, interpret),
         cost_estimate=_cost("flash_attention", q, keys, (q, k, v, *results)),
         name="flash_attention",
         interpret=interpret,
@@ -179,7 +178,7 @@ def _backward(
         out_specs=(by_query, all_keys, all_keys),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
         scratch_shapes=[pltpu.VMEM((channels, keys), jnp.float32)] * 2,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=_parameters(("parallel", "parallel", "arbitrary"), keys, interpret),
         cost_estimate=_cost("flash_attention_gradient", q, keys, (q, k, v, out, log_sum, grad, q, k, v)),
         name="flash_attention_gradient",
         interpret=interpret,
@@ -275,6 +274,14 @@ def _chunk(keys: int, interpret: bool) -> int:
 def _largest(length: int, longest: int, unit: int = LANES) -> int:
     """The largest multiple of a unit up to `longest` that divides a length, which is a multiple of it too."""
     return next(size for size in range(min(length, longest), 0, -unit) if length % size == 0)
+
+
+def _parameters(order: tuple[Any, ...], keys: int, interpret: bool) -> pltpu.CompilerParams:
+    """The order of a grid's steps; and more of the chip's memory than the compiler gives unasked, for long images."""
+    room = None
+    if keys > KEYS and not interpret:
+        room = max(pltpu.get_tpu_info().vmem_capacity_bytes // 2, 2**24)
+    return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=room)
 
 
 def _cost(kernel: str, q: jax.Array, keys: int, arrays: Any) -> pl.CostEstimate:

@@ -103,7 +103,7 @@ def test_time_of_kernels():
     assert kernels.seconds(hlo.Kernel("mine", (), None, None), chip) is None
 
 
-SLICE = topologies.Slice(CHIPS["v5e"], 4, [None] * 4)
+SLICE = topologies.Slice(CHIPS["v5e"], [None] * 4)
 CONFIG = UnconditionalConfig(dataset_name="digits")
 
 
@@ -111,8 +111,8 @@ def a_plan(seconds=0.1, **changes):
     work = hlo.Operation("work", "fusion", "UNet2D/resnets_0", round(seconds * SLICE.chip.clock), 1, 0)
     values = {
         "slice": SLICE, "mesh": {"data": 4, "fsdp": 1}, "images": 2, "state": {"parameters": GIB}, "arguments": GIB,
-        "temporaries": GIB, "peak": 2 * GIB, "host": 0, "flops": 1e12, "accessed": 2e9, "compile_seconds": 60,
-        "operations": [work],
+        "temporaries": GIB, "code": GIB // 4, "peak": 2 * GIB, "host": 0, "flops": 1e12, "accessed": 2e9,
+        "compile_seconds": 60, "operations": [work],
     }  # fmt: skip
     return plan.Plan(**values | changes)
 
@@ -126,6 +126,7 @@ def test_report():
     assert "17.3 of these in kernels, counted from their FLOPs and bytes" in text
     assert "not counted, since they say nothing of their cost: mine" in text
     assert "custom-call  attn1 x 3" in text
+    assert "  program                   0.250\n" in text
 
 
 @pytest.mark.parametrize(
@@ -270,11 +271,14 @@ def test_the_time_of_attention_is_that_of_its_schedule(request, tmp_path):
 
 
 @pytest.mark.tpu_compile
-def test_digits(request):
-    ran = run(request, *PLAN, "--topology", "v5e:2x2", "--fsdp_parallelism", "2")
+@pytest.mark.parametrize(
+    ("topology", "memory"), [("v5e:2x2", 16), ("v4:2x2x1", 32), ("v5p:2x2x1", 95), ("v6e:2x2", 32)]
+)
+def test_digits(request, topology, memory):
+    ran = run(request, *PLAN, "--topology", topology, "--fsdp_parallelism", "2")
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "v5e, 4 chips, data 2 x fsdp 2: 64 images a device and step" in ran.stdout
-    assert "of 16: fits" in ran.stdout
+    assert f"{topology[: topology.index(':')]}, 4 chips, data 2 x fsdp 2: 64 images a device and step" in ran.stdout
+    assert f"of {memory}: fits" in ran.stdout
     print("\n" + ran.stdout)
 
 
