@@ -1,4 +1,4 @@
-"""Adam whose moments take 8 bits: float8 codes, with a float32 scale for every block of up to 256."""
+"""Adam whose moments take 8 bits: codes of few digits, with a float32 scale for every block of up to 256."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-CODE = jnp.float8_e4m3fn
-LARGEST, SMALLEST = 448.0, 2.0**-9
-"""Positive numbers that the code ends with."""
+LARGEST, LAST = 1.875, 127
+"""The number that the last code stands for, and that code: a sign, four bits of exponent, three of mantissa."""
+
+_BELOW = (0x3FF00000 >> 20) - LAST
+"""What lies under the codes of the 12 leading bits of float32 numbers, of which 0x3FF00000 is 1.875."""
 
 BLOCK = 256
 FEWEST = 4096
 """Smaller arrays, of which there are many and which weigh little, keep float32 moments, as in bitsandbytes."""
+
+PACKED = 4
+"""Codes in a word: TPUs lay out bytes in another way than their hosts, and XLA cannot move them between the two."""
 
 
 class Quantized(struct.PyTreeNode):
     """An array as codes and scales.
 
     Attributes:
-        codes: Of the array's shape, so that it is divided over devices as the array would be.
-        absmax: The largest absolute value of each block; blocks lie along the second axis from the end.
+        codes: Of the array's shape, so that it is divided over devices as the array would be, but of a fourth of its
+            rows (the second axis from the end): a word holds the codes of four, each a fourth of the axis further.
+        absmax: The largest absolute value of each block; blocks lie along the same axis.
     """
 
     codes: jax.Array
@@ -39,19 +45,36 @@ class EightBitAdamState(struct.PyTreeNode):
 
 
 def quantize(x: jax.Array) -> Quantized:
-    """To the nearest codes; what is not zero does not become so, since a second moment must not."""
+    """To the nearest codes, within a sixteenth. What is not zero does not become so, since a second moment must not.
+
+    Args:
+        x: Of rows that come in fours.
+    """
+    x = x.astype(jnp.float32)
     blocks = x.reshape(*x.shape[:-2], -1, _block(x.shape[-2]), x.shape[-1])
     absmax = jnp.abs(blocks).max(axis=-2)
     scaled = blocks * (LARGEST / jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny))[..., None, :]
-    scaled = jnp.where(blocks == 0, 0.0, jnp.sign(scaled) * jnp.clip(jnp.abs(scaled), SMALLEST, LARGEST))
-    return Quantized(codes=scaled.astype(CODE).reshape(x.shape), absmax=absmax.astype(jnp.float32))
+    bits = jax.lax.bitcast_convert_type(scaled.reshape(x.shape), jnp.int32)
+    nearest = jnp.clip((((bits & 0x7FFFFFFF) + (1 << 19)) >> 20) - _BELOW, 1, LAST)
+    codes = jnp.where(x == 0, 0, nearest | jnp.where(bits < 0, 128, 0)).astype(jnp.uint32)
+    quarters = codes.reshape(*x.shape[:-2], PACKED, -1, x.shape[-1])
+    return Quantized(codes=(quarters << _places()).sum(axis=-3, dtype=jnp.uint32), absmax=absmax)
 
 
 def dequantize(x: Quantized) -> jax.Array:
     """The float32 array."""
     shape = x.codes.shape
-    blocks = x.codes.astype(jnp.float32).reshape(*shape[:-2], -1, _block(shape[-2]), shape[-1])
-    return (blocks * (x.absmax / LARGEST)[..., None, :]).reshape(shape)
+    codes = (x.codes[..., None, :, :] >> _places()).reshape(*shape[:-2], -1, shape[-1])
+    size, sign = codes & LAST, codes & 128
+    numbers = jax.lax.bitcast_convert_type((size + _BELOW) << 20 | sign << 24, jnp.float32)
+    numbers = jnp.where(size == 0, 0.0, numbers)
+    blocks = numbers.reshape(*codes.shape[:-2], -1, _block(codes.shape[-2]), codes.shape[-1])
+    return (blocks * (x.absmax / LARGEST)[..., None, :]).reshape(codes.shape)
+
+
+def _places() -> jax.Array:
+    """By how many bits the codes of each quarter of the rows are shifted."""
+    return 8 * jnp.arange(PACKED, dtype=jnp.uint32)[:, None, None]
 
 
 def _block(length: int) -> int:
@@ -73,7 +96,9 @@ def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
     def init(params: Any) -> Any:
         def moment(p: jax.Array) -> Any:
-            return quantize(jnp.zeros(p.shape, jnp.float32)) if p.ndim > 1 and p.size >= FEWEST else jnp.zeros_like(p)
+            if p.ndim < 2 or p.size < FEWEST or p.shape[-2] % PACKED:
+                return jnp.zeros_like(p)
+            return quantize(jnp.zeros(p.shape, jnp.float32))
 
         zeros = jax.tree.map(moment, params)
         return EightBitAdamState(count=jnp.int32(0), mu=zeros, nu=jax.tree.map(jnp.copy, zeros))

@@ -282,6 +282,37 @@ def test_digits(request, topology, memory):
     print("\n" + ran.stdout)
 
 
+OFFLOAD = """
+import tpu.topologies as topologies
+topologies.prepare()
+import jax, jax.numpy as jnp
+from flax_diffusion.eight_bit import scale_by_8bit_adam
+where = topologies.describe("v5e:1x1")
+device = jax.sharding.SingleDeviceSharding(where.devices[0])
+host = device.with_memory_kind("pinned_host")
+adam = scale_by_8bit_adam(0.9, 0.999, 1e-8)
+grads = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=device) for shape in ((3, 3, 128, 128), (320, 1280), (320,))]
+state = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host if leaf.shape else device),
+    jax.eval_shape(adam.init, grads),
+)
+step = jax.jit(
+    lambda grads, state: adam.update(grads, jax.device_put(state, jax.memory.Space.Device)),
+    donate_argnums=1, out_shardings=(device, jax.tree.map(lambda leaf: leaf.sharding, state)),
+)
+memory = step.lower(grads, state).compile().memory_analysis()
+print(memory.host_argument_size_in_bytes, sum(leaf.size for leaf in jax.tree.leaves(grads)))
+"""
+
+
+@pytest.mark.tpu_compile
+def test_8bit_moments_go_to_the_host(request):
+    ran = run(request, "-c", OFFLOAD)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    on_host, weights = map(int, ran.stdout.split())
+    assert 2 <= on_host / weights < 2.1
+
+
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
     ("words", "says"),
