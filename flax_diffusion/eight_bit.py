@@ -19,17 +19,16 @@ BLOCK = 256
 FEWEST = 4096
 """Smaller arrays, of which there are many and which weigh little, keep float32 moments, as in bitsandbytes."""
 
-PACKED = 4
-"""Codes in a word: TPUs lay out bytes in another way than their hosts, and XLA cannot move them between the two."""
+ROWS = 8
+"""Codes come in as many rows: longer columns of bytes lie otherwise in a TPU's memory than in its host's."""
 
 
 class Quantized(struct.PyTreeNode):
-    """An array as codes and scales.
+    """An array (…, R, C) as codes and scales; S is the length of a block.
 
     Attributes:
-        codes: Of the array's shape, so that it is divided over devices as the array would be, but of a fourth of its
-            rows (the second axis from the end): a word holds the codes of four, each a fourth of the axis further.
-        absmax: The largest absolute value of each block; blocks lie along the same axis.
+        codes: (…, R / S, S / 8, 8, C).
+        absmax: The largest absolute value of each block, (…, R / S, 1, 1, C).
     """
 
     codes: jax.Array
@@ -44,42 +43,33 @@ class EightBitAdamState(struct.PyTreeNode):
     nu: Any
 
 
-def quantize(x: jax.Array) -> Quantized:
+def in_blocks(x: jax.Array) -> jax.Array:
+    """An array (…, R, C), whose rows come in eights, as float32 (…, R / S, S / 8, 8, C)."""
+    *leading, rows, columns = x.shape
+    block = next(size for size in range(min(rows, BLOCK), 0, -1) if rows % size == 0 and size % ROWS == 0)
+    return x.astype(jnp.float32).reshape(*leading, rows // block, block // ROWS, ROWS, columns)
+
+
+def quantize(blocks: jax.Array) -> Quantized:
     """To the nearest codes, within a sixteenth. What is not zero does not become so, since a second moment must not.
 
     Args:
-        x: Of rows that come in fours.
+        blocks: As of `in_blocks`.
     """
-    x = x.astype(jnp.float32)
-    blocks = x.reshape(*x.shape[:-2], -1, _block(x.shape[-2]), x.shape[-1])
-    absmax = jnp.abs(blocks).max(axis=-2)
-    scaled = blocks * (LARGEST / jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny))[..., None, :]
-    bits = jax.lax.bitcast_convert_type(scaled.reshape(x.shape), jnp.int32)
+    absmax = jnp.abs(blocks).max(axis=(-3, -2), keepdims=True)
+    scaled = blocks * (LARGEST / jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny))
+    bits = jax.lax.bitcast_convert_type(scaled, jnp.int32)
     nearest = jnp.clip((((bits & 0x7FFFFFFF) + (1 << 19)) >> 20) - _BELOW, 1, LAST)
-    codes = jnp.where(x == 0, 0, nearest | jnp.where(bits < 0, 128, 0)).astype(jnp.uint32)
-    quarters = codes.reshape(*x.shape[:-2], PACKED, -1, x.shape[-1])
-    return Quantized(codes=(quarters << _places()).sum(axis=-3, dtype=jnp.uint32), absmax=absmax)
+    codes = jnp.where(blocks == 0, 0, nearest | jnp.where(bits < 0, 128, 0))
+    return Quantized(codes=codes.astype(jnp.uint8), absmax=absmax)
 
 
 def dequantize(x: Quantized) -> jax.Array:
-    """The float32 array."""
-    shape = x.codes.shape
-    codes = (x.codes[..., None, :, :] >> _places()).reshape(*shape[:-2], -1, shape[-1])
+    """The array in blocks, float32."""
+    codes = x.codes.astype(jnp.int32)
     size, sign = codes & LAST, codes & 128
     numbers = jax.lax.bitcast_convert_type((size + _BELOW) << 20 | sign << 24, jnp.float32)
-    numbers = jnp.where(size == 0, 0.0, numbers)
-    blocks = numbers.reshape(*codes.shape[:-2], -1, _block(codes.shape[-2]), codes.shape[-1])
-    return (blocks * (x.absmax / LARGEST)[..., None, :]).reshape(codes.shape)
-
-
-def _places() -> jax.Array:
-    """By how many bits the codes of each quarter of the rows are shifted."""
-    return 8 * jnp.arange(PACKED, dtype=jnp.uint32)[:, None, None]
-
-
-def _block(length: int) -> int:
-    """The longest block that divides an axis."""
-    return next(size for size in range(min(length, BLOCK), 0, -1) if length % size == 0)
+    return jnp.where(size == 0, 0.0, numbers) * (x.absmax / LARGEST)
 
 
 def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
@@ -96,9 +86,8 @@ def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
 
     def init(params: Any) -> Any:
         def moment(p: jax.Array) -> Any:
-            if p.ndim < 2 or p.size < FEWEST or p.shape[-2] % PACKED:
-                return jnp.zeros_like(p)
-            return quantize(jnp.zeros(p.shape, jnp.float32))
+            small = p.ndim < 2 or p.size < FEWEST or p.shape[-2] % ROWS
+            return jnp.zeros_like(p) if small else quantize(in_blocks(jnp.zeros_like(p)))
 
         zeros = jax.tree.map(moment, params)
         return EightBitAdamState(count=jnp.int32(0), mu=zeros, nu=jax.tree.map(jnp.copy, zeros))
@@ -109,11 +98,12 @@ def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
         first, second = (1 - jnp.float32(b) ** count for b in (b1, b2))
 
         def one(grad: jax.Array, mu: Any, nu: Any) -> tuple[jax.Array, Any, Any]:
-            small = not isinstance(mu, Quantized)
-            mean = b1 * (mu if small else dequantize(mu)) + (1 - b1) * grad
-            root = jnp.sqrt(b2 * jnp.square(nu if small else dequantize(nu)) + (1 - b2) * jnp.square(grad))
-            step = (mean / first) / (root / jnp.sqrt(second) + eps)
-            return (step, mean, root) if small else (step, quantize(mean), quantize(root))
+            coded = isinstance(mu, Quantized)
+            new, mean, root = (in_blocks(grad), dequantize(mu), dequantize(nu)) if coded else (grad, mu, nu)
+            mean = b1 * mean + (1 - b1) * new
+            root = jnp.sqrt(b2 * jnp.square(root) + (1 - b2) * jnp.square(new))
+            step = ((mean / first) / (root / jnp.sqrt(second) + eps)).reshape(grad.shape)
+            return (step, quantize(mean), quantize(root)) if coded else (step, mean, root)
 
         leaves, tree = jax.tree.flatten(updates)
         steps, means, roots = zip(
