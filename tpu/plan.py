@@ -158,7 +158,7 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
         slice=where,
         mesh=dict(mesh.shape),
         images=schedule.step_examples * pairs / mesh.size,
-        state={kind: _bytes_a_device(tree) for kind, tree in kinds.items()},
+        state={kind: bytes_a_device(tree) for kind, tree in kinds.items()},
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
@@ -186,11 +186,14 @@ def _described_source(config: TrainConfig) -> Any:
     return ArraySource(images, ["a photo"], "described")
 
 
-def _bytes_a_device(tree: Any) -> int:
+def bytes_a_device(tree: Any) -> int:
+    """Of described arrays that lie in the memory of devices, on one of them."""
     import jax
 
     return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if leaf.sharding.memory_kind != "pinned_host"
     )
 
 

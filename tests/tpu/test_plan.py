@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from flax_diffusion.core.errors import ConfigError
@@ -101,6 +103,14 @@ def test_time_of_kernels():
     assert kernels.seconds(other, chip) == pytest.approx(1e12 / (0.88 * 197e12))
     assert kernels.seconds(hlo.Kernel("copy", (), 0, 10**9), chip) == pytest.approx(1 / (0.8 * 819))
     assert kernels.seconds(hlo.Kernel("mine", (), None, None), chip) is None
+
+
+def test_bytes_on_the_host_are_none_of_a_device():
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = [jax.ShapeDtypeStruct((3, 5), np.float32, sharding=device)]
+    assert plan.bytes_a_device(shapes) == 60
+    shapes += [jax.ShapeDtypeStruct((7,), np.float32, sharding=device.with_memory_kind("pinned_host"))]
+    assert plan.bytes_a_device(shapes) == 60
 
 
 SLICE = topologies.Slice(CHIPS["v5e"], [None] * 4)
