@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_resume import assert_same, run
+from test_resume import STEPS, assert_same, run
 from tiny import RUN
 
 from flax_diffusion import eight_bit
@@ -30,7 +30,7 @@ def test_codes_are_within_a_sixteenth(shape):
     assert coded.codes.nbytes == x.size
     np.testing.assert_array_equal(np.sign(back), np.sign(x))
     large = np.abs(x) > 1e-4 * np.abs(x).max()
-    np.testing.assert_allclose(back[large], x[large], rtol=1 / 16, atol=np.abs(x).max() * 2**-15)
+    np.testing.assert_allclose(back[large], x[large], rtol=1 / 16)
 
 
 def test_updates_are_near_those_of_adam():
@@ -57,7 +57,7 @@ def test_a_run_resumes_bitwise(tmp_path):
     run("flax_diffusion", tmp_path / "part", 3, **WIDE)
     again = {"resume_from_checkpoint": "latest"}
     assert_same(run("flax_diffusion", tmp_path / "part", **again, **WIDE), whole)
-    with pytest.raises(CheckpointError, match="is of another model or optimizer"):
+    with pytest.raises(CheckpointError, match=f"checkpoint-{STEPS} is of another model or optimizer"):
         run("flax_diffusion", tmp_path / "part", **again, **WIDE | {"use_8bit_adam": False})
 
 
