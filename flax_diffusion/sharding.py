@@ -16,8 +16,9 @@ from flax_diffusion.core.errors import ConfigError
 DATA, FSDP = "data", "fsdp"
 
 RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
-    (r"/embedding(/codes|/absmax)?$", (0, 1)),  # (rows, features): rows first, the vocabulary is the large side
-    (r"/kernel(/codes|/absmax)?$", (-1, -2)),  # (…, in, out): output features, else input features
+    (r"/embedding$", (0, 1)),  # (rows, features): rows first, the vocabulary is the large side
+    (r"/kernel$", (-1, -2)),  # (…, in, out): output features, else input features
+    (r"/(codes|absmax)$", (-1,)),  # 8-bit moments of either; their rows come in blocks
     (r"", ()),  # norms, biases and scalars are small: a copy on every device
 )
 """(path regex, axes to try in order): the first rule that matches decides, its first axis that divides is sharded.

@@ -88,6 +88,8 @@ def test_rules():
     assert spec_of("params/unet/conv_out/kernel", (3, 3, 3, 1), mesh) == P()
     assert spec_of("params/unet/norm/scale", (8,), mesh) == P()
     assert spec_of("params/text_encoder/token_embedding/embedding", (64, 6), mesh) == P("fsdp", None)
+    codes = "opt_state/0/mu/text_encoder/token_embedding/embedding/codes"
+    assert spec_of(codes, (193, 32, 8, 768), mesh) == P(None, None, None, over_all)
 
 
 @pytest.fixture(scope="module")
