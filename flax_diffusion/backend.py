@@ -42,6 +42,9 @@ PYTORCH_ONLY = {
 }
 """Options of `python -m torch_backend.train`, and what to use here."""
 
+SLICE_BYTES = 2**20
+"""A save divides an array among the devices that hold copies of it, if the parts are as large: each is a dispatch."""
+
 
 class JaxBackend:
     """Implements `core.backend.Backend` with Flax modules on a mesh of all devices.
@@ -160,7 +163,7 @@ class JaxBackend:
             self._checkpointer = ocp.AsyncCheckpointer(_checkpoint_handler())
         self._checkpointer.save(
             absolute(folder),
-            args=ocp.args.Composite(state=ocp.args.StandardSave(self.state), metadata=ocp.args.JsonSave(metadata)),
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(self.state), metadata=ocp.args.JsonSave(metadata)),
         )
 
     def wait(self) -> None:
@@ -191,9 +194,9 @@ class JaxBackend:
         )
         with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
             _check_same_tree(checkpointer, folder, target)
+            state = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
             restored = checkpointer.restore(
-                absolute(folder),
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(target), metadata=ocp.args.JsonRestore()),
+                absolute(folder), args=ocp.args.Composite(state=state, metadata=ocp.args.JsonRestore())
             )
         self.state = restored["state"]
         return restored["metadata"]
@@ -278,7 +281,11 @@ def _cast(params: Params, dtype: Any) -> Params:
 
 
 def _checkpoint_handler() -> ocp.CompositeCheckpointHandler:
-    return ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(), metadata=ocp.JsonCheckpointHandler())
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), metadata=ocp.JsonCheckpointHandler()
+    )
 
 
 def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) -> None:

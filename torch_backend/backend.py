@@ -67,6 +67,7 @@ class TorchBackend:
         self.count = self.steps = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._writing: Future[None] | None = None
+        self._host_copy: dict[str, Tensor] = {}  # of the state, on the host
         self._hosts: Any = None  # all processes, on their CPUs
         self._gone: set[str] = set()  # frozen components that wait on the host
 
@@ -156,19 +157,17 @@ class TorchBackend:
 
     def state_arrays(self) -> portable.Arrays:
         """The whole state as plain arrays on the host; nothing on processes other than the first."""
-        arrays: portable.Arrays = {}
-
-        def keep(name: str, value: Tensor) -> None:
-            if self.process_index == 0:
-                arrays[name] = value.detach().cpu().numpy().copy()
-
-        for name, parameter in self._parameters().items():
-            keep(f"params/{name}", self.placement.weight(parameter))
-            for key, value in self.placement.moments(parameter).items():
-                keep(f"{PORTABLE.get(key, key)}/{name}", value)
-            if self.ema is not None:
-                keep(f"ema/{name}", whole(self.ema[name]))
+        arrays = {name: value.cpu().numpy().copy() for name, value in self._state() if self.process_index == 0}
         return arrays | self._scalars() if self.process_index == 0 else {}
+
+    def _state(self) -> Iterator[tuple[str, Tensor]]:
+        """Whole weights, moments and averages by portable name; every process must go through all of them."""
+        for name, parameter in self._parameters().items():
+            yield f"params/{name}", self.placement.weight(parameter).detach()
+            for key, value in self.placement.moments(parameter).items():
+                yield f"{PORTABLE.get(key, key)}/{name}", value.detach()
+            if self.ema is not None:
+                yield f"ema/{name}", whole(self.ema[name])
 
     def _scalars(self) -> portable.Arrays:
         scalars: portable.Arrays = {"count": np.asarray(self.count, np.int32)}
@@ -197,9 +196,20 @@ class TorchBackend:
             self.placement.set_loss_scale(LossScale(float(arrays["loss_scale"]), int(arrays["good_steps"])))
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Copies the state to the host and writes it in the background."""
-        arrays = self.state_arrays()
+        """Copies the state to the host and writes it in the background.
+
+        The copy's memory is kept for the next save: to touch it for the first time costs more than to fill it. For a
+        GPU it is pinned, which its copies want.
+        """
+        for name, value in self._state():
+            if self.process_index == 0:
+                if name not in self._host_copy:
+                    self._host_copy[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self._host_copy[name].copy_(value, non_blocking=value.is_cuda)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         if self.process_index == 0:
+            arrays = {name: tensor.numpy() for name, tensor in self._host_copy.items()} | self._scalars()
             self._writing = self._writer.submit(portable.write, folder, arrays, metadata)
 
     def wait(self) -> None:

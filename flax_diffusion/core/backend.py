@@ -58,7 +58,10 @@ class Backend(Protocol):
         ...
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Starts writing state and metadata to a folder that is not there yet. Training may go on meanwhile."""
+        """Starts writing state and metadata to a folder that is not there yet, the save before it being complete.
+
+        Training may go on meanwhile.
+        """
         ...
 
     def wait(self) -> None:
