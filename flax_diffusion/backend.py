@@ -42,7 +42,7 @@ PYTORCH_ONLY = {
 }
 """Options of `python -m torch_backend.train`, and what to use here."""
 
-SLICE_BYTES = 2**20
+SLICE_BYTES = 2**22
 """A save divides an array among the devices that hold copies of it, if the parts are as large: each is a dispatch."""
 
 

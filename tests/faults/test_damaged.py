@@ -190,7 +190,7 @@ def test_another_run_than_the_checkpoints(saved, tmp_path, backend, task, change
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saves_hardly_stall_training(tmp_path, backend, figure):
     """The step waits for a tenth of a save at most."""
-    options = SAVED | {"output_dir": str(tmp_path), "unet": UNET | {"block_out_channels": [256, 256]}}
+    options = SAVED | {"output_dir": str(tmp_path), "unet": UNET | {"block_out_channels": [512, 512]}}
     config = UnconditionalConfig(**options)
     owner = JaxBackend if backend == "flax_diffusion" else import_module("torch_backend.backend").TorchBackend
     own = owner(config, recipe.make_spec(config, recipe.open_run_source(config)))
