@@ -34,7 +34,7 @@ def attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, mask: jax
     Reference: Vaswani et al. 2017, eq. 1; torch.nn.functional.scaled_dot_product_attention.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mask is None and flash.has_kernel(mesh, q_BLND):
+    if mask is None and flash.has_kernel(mesh, q_BLND, k_BSND):
         return flash.flash_attention(q_BLND, k_BSND, v_BSND)
     if mask is None and _has_cudnn_kernel(mesh, q_BLND, k_BSND):
         return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, implementation="cudnn")

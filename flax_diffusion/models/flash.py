@@ -23,6 +23,8 @@ QUERIES, SCORES, MOST_QUERIES = 512, 2**21, 4096
 """Queries of a step of the kernels' grid at most; or as many as make so many scores, up to the last number."""
 KEYS = 4096
 """At most, whose chunks are laid out one after the other: beyond, compiling takes longer and is worth little."""
+GIVEN = 12 * 2**20
+"""Bytes of a chip's memory that a kernel gets unasked, less what it computes with."""
 PRODUCTS = {"flash_attention": (1, 1), "flash_attention_gradient": (2, 3)}
 """By kernel: products of matrices of scores' size that sum over channels, and those that sum over tokens."""
 
@@ -31,18 +33,22 @@ _OVER_LANES = (((1,), (1,)), ((), ()))
 _PLAIN = (((1,), (0,)), ((), ()))
 
 
-def has_kernel(mesh: AbstractMesh, q_BLND: jax.Array) -> bool:
-    """Whether `flash_attention` runs on the devices of a mesh.
+def has_kernel(mesh: AbstractMesh, q_BLND: jax.Array, k_BSND: jax.Array) -> bool:
+    """Whether `flash_attention` runs on the devices of a mesh, and has room in their memory for all keys of a head.
 
     Args:
         mesh: Of the program that is traced, as `jax.sharding.get_abstract_mesh` gives it: kernels have to know how the
             batch is split, so there is none without a mesh.
         q_BLND: Queries.
+        k_BSND: Keys.
     """
     if mesh.empty or mesh.abstract_device is None or mesh.abstract_device.platform != "tpu":
         return False
     batch, queries = q_BLND.shape[:2]
-    return batch % mesh.size == 0 and queries % LANES == 0
+    if batch % mesh.size or queries % LANES:
+        return False
+    q, k = (jax.ShapeDtypeStruct([x.shape[axis] for axis in (0, 2, 3, 1)], x.dtype) for x in (q_BLND, k_BSND))
+    return _held(q, k, buffers=1) <= _room()
 
 
 def flash_attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -108,11 +114,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: int, interpret: bo
     Only the first `valid` keys are attended to.
     """
     batch, heads, channels, queries = q.shape
-    keys, grid = k.shape[-1], grid_of(q.shape, k.shape)
-    block = queries // grid[-1]
-    by_query = pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i))
-    all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))
-    row = pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i))
+    keys, (grid, (by_query, row, all_keys, _)) = k.shape[-1], _blocks(q, k, interpret)
     results = (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((batch, heads, 1, queries), jnp.float32))
     return pl.pallas_call(
         functools.partial(_forward_kernel, scale=_scale(channels), chunk=_chunk(keys, interpret), valid=valid),
@@ -120,7 +122,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, valid: int, interpret: bo
         in_specs=[by_query, all_keys, all_keys],
         out_specs=(by_query, row),
         out_shape=results,
-        compiler_params=_parameters(("parallel",) * 3, keys, interpret),
+        compiler_params=_parameters(("parallel",) * 3, q, k, interpret),
         cost_estimate=_cost("flash_attention", q, keys, (q, k, v, *results)),
         name="flash_attention",
         interpret=interpret,
@@ -165,20 +167,16 @@ def _backward(
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of queries, keys and values."""
-    _, _, channels, queries = q.shape
-    keys, grid = k.shape[-1], grid_of(q.shape, k.shape)
-    block = queries // grid[-1]
-    by_query = pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i))
-    all_keys = pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0))
-    row = pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i))
+    channels, keys = q.shape[2], k.shape[-1]
+    grid, (by_query, row, all_keys, gradient) = _blocks(q, k, interpret)
     return pl.pallas_call(
         functools.partial(_backward_kernel, scale=_scale(channels), chunk=_chunk(keys, interpret), valid=valid),
         grid=grid,
         in_specs=[by_query, all_keys, all_keys, by_query, row, by_query],
-        out_specs=(by_query, all_keys, all_keys),
+        out_specs=(by_query, gradient, gradient),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
         scratch_shapes=[pltpu.VMEM((channels, keys), jnp.float32)] * 2,
-        compiler_params=_parameters(("parallel", "parallel", "arbitrary"), keys, interpret),
+        compiler_params=_parameters(("parallel", "parallel", "arbitrary"), q, k, interpret),
         cost_estimate=_cost("flash_attention_gradient", q, keys, (q, k, v, out, log_sum, grad, q, k, v)),
         name="flash_attention_gradient",
         interpret=interpret,
@@ -220,6 +218,40 @@ def _backward_kernel(
     def _():
         dk_ref[...] = (dk_sum[...] * natural).astype(dk_ref.dtype)
         dv_ref[...] = dv_sum[...].astype(dv_ref.dtype)
+
+
+def _blocks(q: jax.Array, k: jax.Array, interpret: bool) -> tuple[tuple[int, int, int], list[pl.BlockSpec]]:
+    """The kernels' grid, and what a step of it sees of arrays like the queries, of a number each, and of keys.
+
+    Of keys twice: read, and written. Where there is no room to read the next head's ahead, that is waited for.
+    """
+    channels, keys, grid = q.shape[2], k.shape[3], grid_of(q.shape, k.shape)
+    block = q.shape[3] // grid[-1]
+    waits = {} if interpret or _held(q, k) <= _room() else {"pipeline_mode": pl.Buffered(1)}
+    return grid, [
+        pl.BlockSpec((None, None, channels, block), lambda b, n, i: (b, n, 0, i)),
+        pl.BlockSpec((None, None, 1, block), lambda b, n, i: (b, n, 0, i)),
+        pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0), **waits),
+        pl.BlockSpec((None, None, channels, keys), lambda b, n, i: (b, n, 0, 0)),
+    ]
+
+
+def _held(q: Any, k: Any, buffers: int = 2) -> int:
+    """Bytes of a chip's memory for what a step of the gradient's grid sees, more than the other kernel does.
+
+    Args:
+        q: Queries, (B, N, D, L), or anything of their shape and dtype.
+        k: Keys, (B, N, D, S).
+        buffers: Of the keys and of the values; with two, the next head's are read ahead.
+    """
+    narrow, wide = (32 * math.ceil(q.shape[2] * size / 32) for size in (q.dtype.itemsize, 4))
+    block = q.shape[3] // grid_of(q.shape, k.shape)[-1]
+    return k.shape[3] * ((2 * buffers + 4) * narrow + 2 * wide) + block * (8 * narrow + 2 * wide)
+
+
+def _room() -> int:
+    """Bytes of the chip's memory that a kernel may ask for."""
+    return max(pltpu.get_tpu_info().vmem_capacity_bytes // 2, 2**24)
 
 
 def _over_chunks(
@@ -276,11 +308,9 @@ def _largest(length: int, longest: int, unit: int = LANES) -> int:
     return next(size for size in range(min(length, longest), 0, -unit) if length % size == 0)
 
 
-def _parameters(order: tuple[Any, ...], keys: int, interpret: bool) -> pltpu.CompilerParams:
+def _parameters(order: tuple[Any, ...], q: jax.Array, k: jax.Array, interpret: bool) -> pltpu.CompilerParams:
     """The order of a grid's steps; and more of the chip's memory than the compiler gives unasked, for long images."""
-    room = None
-    if keys > KEYS and not interpret:
-        room = max(pltpu.get_tpu_info().vmem_capacity_bytes // 2, 2**24)
+    room = None if interpret or _held(q, k) <= GIVEN else _room()
     return pltpu.CompilerParams(dimension_semantics=order, vmem_limit_bytes=room)
 
 

@@ -100,15 +100,27 @@ def test_flash_attention_is_attention(queries: int, keys: int) -> None:
         np.testing.assert_allclose(gradient, expected, atol=2e-6)
 
 
-def test_where_flash_attention_runs() -> None:
-    device = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
-    tpu = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=device)
-    tokens, text = (jax.ShapeDtypeStruct((4, length, 8, 40), jnp.bfloat16) for length in (1024, 77))
-    assert flash.has_kernel(tpu, tokens)
-    assert not flash.has_kernel(tpu, text)
-    assert not flash.has_kernel(tpu, jax.ShapeDtypeStruct((2, 1024, 8, 40), jnp.bfloat16))
-    assert not flash.has_kernel(jax.sharding.AbstractMesh((), ()), tokens)
-    assert not flash.has_kernel(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]).abstract_mesh, tokens)
+@pytest.mark.parametrize(
+    ("kind", "shape", "keys", "expected"),
+    [
+        ("TPU v5 lite", (4, 1024, 8, 40), 1024, True),
+        ("TPU v5 lite", (4, 1024, 8, 40), 77, True),
+        ("TPU v5 lite", (4, 77, 8, 40), 77, False),
+        ("TPU v5 lite", (2, 1024, 8, 40), 1024, False),  # fewer images than devices
+        ("TPU v5 lite", (4, 4096, 1, 512), 4096, True),
+        ("TPU v5 lite", (4, 16384, 1, 512), 16384, False),  # more than the chip's memory
+        ("TPU v4", (4, 16384, 8, 40), 16384, True),
+        ("TPU v4", (4, 16384, 8, 64), 16384, False),
+    ],
+)
+def test_where_flash_attention_runs(kind, shape, keys, expected) -> None:
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=device)
+    q, k = (jax.ShapeDtypeStruct((shape[0], length, *shape[2:]), jnp.bfloat16) for length in (shape[1], keys))
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert flash.has_kernel(mesh, q, k) == expected
+    assert not flash.has_kernel(jax.sharding.AbstractMesh((), ()), q, k)
+    assert not flash.has_kernel(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]).abstract_mesh, q, k)
 
 
 @pytest.mark.parametrize(

@@ -280,6 +280,41 @@ def test_the_time_of_attention_is_that_of_its_schedule(request, tmp_path):
         assert milliseconds[1] == pytest.approx(milliseconds[0], rel=0.1, abs=0.02)
 
 
+LONG = """
+import sys
+import tpu.topologies as topologies
+topologies.prepare()
+import jax, jax.numpy as jnp
+from flax_diffusion.models.attention import attention
+from flax_diffusion.sharding import batch_sharding, make_mesh
+where = topologies.describe(sys.argv[1])
+mesh = make_mesh(1, len(where.devices), where.devices)
+gradient = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
+for length, heads, channels in ((16384, 8, 40), (16384, 5, 64), (9216, 5, 64), (4096, 1, 512)):
+    q = jax.ShapeDtypeStruct((mesh.size, length, heads, channels), jnp.bfloat16, sharding=batch_sharding(mesh, 0))
+    with jax.set_mesh(mesh):
+        texts = [jax.jit(function).lower(q, q, q).compile().as_text() for function in (attention, gradient)]
+    print(*("flash_attention" in text for text in texts))
+"""
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize(
+    ("topology", "has_kernel"),
+    [
+        ("v4:2x2x1", [True, False, True, False]),
+        ("v5e:2x2", [True, True, True, True]),
+        ("v5p:2x2x1", [True, True, True, False]),
+        ("v6e:2x2", [True, True, True, True]),
+    ],
+)
+def test_long_images_compile(request, topology, has_kernel):
+    """Pictures of 1,024 and 768 pixels, and a VAE's at 512: by a kernel where the chip's memory holds the keys."""
+    ran = run(request, "-c", LONG, topology)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert [line.split() for line in ran.stdout.splitlines()] == [[str(has)] * 2 for has in has_kernel]
+
+
 @pytest.mark.tpu_compile
 @pytest.mark.parametrize(
     ("topology", "memory"), [("v5e:2x2", 16), ("v4:2x2x1", 32), ("v5p:2x2x1", 95), ("v6e:2x2", 32)]
