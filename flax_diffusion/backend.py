@@ -208,8 +208,10 @@ class JaxBackend:
 
     def _load(self, arrays: portable.Arrays, step: int, folder: Path) -> None:
         """Takes over a state by portable name: the inverse of `state_arrays`."""
-        want = {name: array.shape for name, array in self.state_arrays().items()}
-        check_same_shapes({name: array.shape for name, array in arrays.items()}, want, folder)
+        leaves = jax.tree_util.tree_flatten_with_path(self.state)[0]
+        want = portable.from_tree((_keys(path), np.broadcast_to(np.float32(0), leaf.shape)) for path, leaf in leaves)
+        have, want = ({name: array.shape for name, array in named.items()} for named in (arrays, want))
+        check_same_shapes(have, want, folder)
 
         def take(path: Any, leaf: jax.Array) -> jax.Array:
             named = portable.portable_name(_keys(path))
