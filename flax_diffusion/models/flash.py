@@ -237,7 +237,7 @@ def _blocks(q: jax.Array, k: jax.Array, interpret: bool) -> tuple[tuple[int, int
 
 
 def _held(q: Any, k: Any, buffers: int = 2) -> int:
-    """Bytes of a chip's memory for what a step of the gradient's grid sees, more than the other kernel does.
+    """Bytes of a chip's memory for what a step of the gradient's grid sees; the other kernel's sees less.
 
     Args:
         q: Queries, (B, N, D, L), or anything of their shape and dtype.
