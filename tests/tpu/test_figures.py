@@ -27,7 +27,7 @@ EIGHT, SIXTEEN = ([*TUNE, "--train_batch_size", batch, "--fsdp_parallelism", "4"
 ROWS = {
     "sd15": ("sd15", "v5e:2x2", EIGHT, {"GiB": 16, "ms": 32, "GB": 25}),
     "sd15-best": ("sd15", "v5e:2x2", SIXTEEN, {"GiB": 16, "ms": 24, "GB": 25}),
-    "sd21": ("sd21", "v5e:2x2", SIXTEEN, {"GiB": 16, "ms": 32, "GB": 25}),
+    "sd21": ("sd21", "v5e:2x2", SIXTEEN, {"GiB": 16, "ms": 24, "GB": 25}),
     "one-chip": ("sd15", "v5e:1x1", [*TUNE, "--train_batch_size", "4"], {"GiB": 16}),
     "dreambooth": ("sd15", "v5e:1x1", DREAMBOOTH, {"GiB": 12}),
     "offload": ("sd15", "v5e:1x1", [*DREAMBOOTH, "--offload_optimizer"], {"GiB": 8}),
