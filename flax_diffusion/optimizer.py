@@ -14,6 +14,7 @@ from flax import struct
 
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.eight_bit import scale_by_8bit_adam
+from flax_diffusion.offload import from_host
 
 Params = Any
 """A tree of arrays."""
@@ -22,20 +23,35 @@ CLIP_EPSILON = 1e-6
 """Added to the norm by `torch.nn.utils.clip_grad_norm_`, and so by Diffusers' scripts."""
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """AdamW up to the learning rate: the update is `m̂ / (√v̂ + ε) + decay · weight`.
+
+    Its `update` takes `finite`: where that is given and False, the state stays as it was.
 
     Args:
         config: Gives β1, β2, ε and the decoupled weight decay, which falls on every parameter as in PyTorch; and
-            whether moments take 8 bits.
+            whether moments take 8 bits or are at the host.
 
     Reference: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, algorithm 2; `torch.optim.AdamW`.
     """
-    adam = scale_by_8bit_adam if config.use_8bit_adam else optax.scale_by_adam
+    scale = scale_by_8bit_adam if config.use_8bit_adam else optax.scale_by_adam
+    adam = _skipping(scale(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon))
     return optax.chain(
-        adam(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon),
-        optax.add_decayed_weights(config.adam_weight_decay),
+        from_host(adam) if config.offload_optimizer else adam, optax.add_decayed_weights(config.adam_weight_decay)
     )
+
+
+def where_finite(finite: jax.Array | None, after: Any, before: Any) -> Any:
+    """A tree after a step, or as it was before one of which the gradients are not finite; None does not ask."""
+    return after if finite is None else jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+
+
+def _skipping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, *, finite: jax.Array | None = None, **_: Any) -> Any:
+        updates, new = inner.update(updates, state, params)
+        return updates, where_finite(finite, new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Array]:

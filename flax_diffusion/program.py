@@ -19,6 +19,7 @@ from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.rates import rate_factors
 from flax_diffusion.modules import COMPUTE_DTYPES, build_modules
+from flax_diffusion.offload import on_host
 from flax_diffusion.optimizer import Params, make_optimizer
 from flax_diffusion.sharding import batch_sharding, replicated, state_shardings
 from flax_diffusion.train_step import TrainState, create_state, train_step
@@ -37,9 +38,9 @@ COMPILER_OPTIONS = {
 """For the step, by platform."""
 
 OFFLOADING = {
-    # It fetches all moments at once, to hide how long that takes, and then they stand on the device with all that is
-    # computed of them: of 8-bit ones seven times as much memory as where they are never on the host.
-    "tpu": {"xla_tpu_enable_latency_hiding_scheduler": False}
+    # To hide how long a copy takes, the scheduler fills what memory there is with moments that wait. Turned off, it
+    # leaves all copies back to the host to the step's end; this makes it save memory instead.
+    "tpu": {"xla_tpu_scheduler_percent_shared_memory_limit": 1}
 }
 """The same where moments are in the host's memory."""
 
@@ -71,7 +72,6 @@ class Program:
             seed=config.seed,
             unroll=mesh.devices.flat[0].platform == "cpu",
             skip_nonfinite=config.skip_nonfinite > 0,
-            offload=config.offload_optimizer,
         )
         self._offload = config.offload_optimizer
 
@@ -80,7 +80,7 @@ class Program:
         """Shapes, dtypes and shardings of the train state."""
         params = {name: self._shapes(self._trained(name), self.dtype) for name in self.trained}
         state = self.placed(jax.eval_shape(self.create_state, params))
-        return state.replace(opt_state=jax.tree.map(_on_host, state.opt_state)) if self._offload else state
+        return state.replace(opt_state=on_host(state.opt_state)) if self._offload else state
 
     @property
     def trained(self) -> list[str]:
@@ -148,11 +148,3 @@ class Program:
     @staticmethod
     def _shapes(tree: Any, dtype: Any) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
-
-
-def _on_host(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The same, from where a device fetches it. Scalars stay on the device."""
-    if not leaf.shape:
-        return leaf
-    assert leaf.sharding is not None
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding.with_memory_kind("pinned_host"))

@@ -18,7 +18,7 @@ from flax import struct
 from flax_diffusion.adapters import merge
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.modules import Modules
-from flax_diffusion.optimizer import LossScale, Params, clip_by_global_norm, update_ema
+from flax_diffusion.optimizer import LossScale, Params, clip_by_global_norm, update_ema, where_finite
 from flax_diffusion.sharding import gathered, scattered
 
 Batch = dict[str, jax.Array]
@@ -161,13 +161,12 @@ def train_step(
     rates: dict[str, jax.Array],
     *,
     modules: Modules,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     max_grad_norm: float,
     rate_factors: Mapping[str, float],
     seed: int,
     unroll: bool,
     skip_nonfinite: bool = False,
-    offload: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Takes one optimizer step.
 
@@ -177,13 +176,12 @@ def train_step(
         batch: As `diffusion_loss`, with a leading axis A.
         rates: learning_rate and ema_decay, scalars.
         modules: Static; the pipeline.
-        optimizer: Static; gives the update before the learning rate.
+        optimizer: Static; of `make_optimizer`, gives the update before the learning rate.
         max_grad_norm: Static; global norm to clip to.
         rate_factors: Static; by which the learning rate of some components is multiplied.
         seed: Static; of dropout.
         unroll: Static; see `sum_over_micro_batches`.
         skip_nonfinite: Static; where the loss or the gradient is not finite, only the step is counted.
-        offload: Static; the optimizer's state comes from the host's memory.
 
     Returns:
         The new state and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
@@ -209,21 +207,19 @@ def train_step(
     grads = jax.tree.map(lambda g: g / (count * scale), grads)
 
     clipped, norm = clip_by_global_norm(grads, max_grad_norm)
-    if offload:
-        state = state.replace(opt_state=jax.device_put(state.opt_state, jax.memory.Space.Device))
-    updates, opt_state = optimizer.update(clipped, state.opt_state, state.params)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    asked = finite if state.loss_scale or skip_nonfinite else None
+    updates, opt_state = optimizer.update(clipped, state.opt_state, state.params, finite=asked)
     params = {}
     changes: Any = updates
     for name, weights in state.params.items():
         rate = rates["learning_rate"] * rate_factors.get(name, 1.0)
         params[name] = jax.tree.map(lambda p, u, rate=rate: p - rate.astype(p.dtype) * u, weights, changes[name])
     ema = None if state.ema is None else update_ema(state.ema, params, rates["ema_decay"])
-    new = state.replace(params=params, opt_state=opt_state, ema=ema)
+    params, ema = where_finite(asked, (params, ema), (state.params, state.ema))
+    new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
     metrics = {"loss": loss, "grad_norm": norm}
-    if state.loss_scale or skip_nonfinite:
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
-        if state.loss_scale:
-            new = new.replace(loss_scale=state.loss_scale.update(finite))
-            metrics["loss_scale"] = scale
-    return new.replace(step=state.step + 1), metrics
+    if state.loss_scale:
+        new = new.replace(loss_scale=state.loss_scale.update(finite))
+        metrics["loss_scale"] = scale
+    return new, metrics

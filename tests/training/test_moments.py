@@ -1,5 +1,7 @@
 """Moments that take less of a device: in 8 bits, or in the host's memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 from test_resume import STEPS, assert_same, run
 from tiny import RUN
 
-from flax_diffusion import eight_bit
+from flax_diffusion import eight_bit, offload
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import recipe
 from flax_diffusion.core.errors import CheckpointError
@@ -62,13 +64,13 @@ def test_a_run_resumes_bitwise(tmp_path):
 
 
 @pytest.mark.acceptance
-def test_moments_on_the_host(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"skip_nonfinite": 1}, WIDE], ids=["float32", "skipping", "8-bit"])
+def test_moments_on_the_host(tmp_path, options):
     """They are there, and nothing else is; the run is bitwise the one with moments on the device."""
     states = []
-    for offload in (False, True):
-        config = UnconditionalConfig(
-            **RUN, offload_optimizer=offload, use_ema=True, output_dir=str(tmp_path / str(offload)), report_to="none"
-        )
+    for there in (False, True):
+        more = {"offload_optimizer": there, "output_dir": str(tmp_path / str(there)), "report_to": "none"}
+        config = UnconditionalConfig(**RUN | options | more | {"use_ema": True})
         made = []
 
         def make(config, spec, made=made):
@@ -81,6 +83,26 @@ def test_moments_on_the_host(tmp_path):
     assert kinds == {"pinned_host"}
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((states[1].params, states[1].ema))} == {"device"}
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
+
+
+@pytest.mark.parametrize("adam", [optax.scale_by_adam, eight_bit.scale_by_8bit_adam], ids=["float32", "8-bit"])
+def test_a_few_moments_at_a_time(monkeypatch, adam):
+    """Updates are bitwise those of all at once, operation by operation; compiled, XLA rounds divisions in two ways."""
+    monkeypatch.setattr(offload, "AT_ONCE", 5000)
+    rng = np.random.default_rng(0)
+    shapes = {"a": (8, 4), "b": (64, 64), "c": (8,), "d": (128, 64), "e": (), "f": (64, 32)}
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    plain = adam(b1=0.9, b2=0.999, eps=1e-8)
+    visiting = offload.from_host(plain)
+    here, there = (one.init(params) for one in (plain, visiting))
+    for _ in range(3):
+        grads = {name: jnp.asarray(rng.standard_normal(shape), jnp.float32) for name, shape in shapes.items()}
+        with jax.disable_jit():
+            (expected, here), (found, there) = plain.update(grads, here), visiting.update(grads, there)
+        jax.tree.map(np.testing.assert_array_equal, (found, there), (expected, here))
+        compiled, other = (jax.jit(one.update)(grads, here)[0] for one in (visiting, plain))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), compiled, other)
+    assert jax.tree.leaves(there.mu)[0].sharding.memory_kind == "pinned_host"
 
 
 def test_where_a_state_lives():
