@@ -20,7 +20,7 @@ DUAL_TRANSFORMER_FOR_CONDITION = (1, 0)
 
 
 def attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """Return scaled dot-product attention, the softmax in at least float32.
+    """Return scaled dot-product attention, scores and softmax in at least float32 from products of the given dtype.
 
     Args:
         q_BLND: queries, (B, L, N, D).
@@ -79,17 +79,13 @@ def _attend(
     head_dim: int,
     config: LayerConfig,
     bias: bool,
-    upcast: bool = False,
 ) -> jax.Array:
     """Project to queries, keys and values, attend, project back; the layers belong to the calling module."""
     inner = heads * head_dim
     q = split_heads(dense(inner, config, "to_q", bias=bias)(x_BLC), heads)
     k = split_heads(dense(inner, config, "to_k", bias=bias)(context_BSC), heads)
     v = split_heads(dense(inner, config, "to_v", bias=bias)(context_BSC), heads)
-    if upcast:
-        q, k, v = (t.astype(jnp.promote_types(t.dtype, jnp.float32)) for t in (q, k, v))
-    out = merge_heads(attention(q, k, v)).astype(config.dtype)
-    return dense(x_BLC.shape[-1], config, "to_out_0")(out)
+    return dense(x_BLC.shape[-1], config, "to_out_0")(merge_heads(attention(q, k, v)))
 
 
 class Attention(nn.Module):
@@ -99,21 +95,17 @@ class Attention(nn.Module):
         heads: number of heads.
         head_dim: channels a head.
         config: dtypes.
-        upcast: compute scores and weighted sum in float32.
     """
 
     heads: int
     head_dim: int
     config: LayerConfig
-    upcast: bool = False
 
     @nn.compact
     def __call__(self, x_BLC: jax.Array, context_BSC: jax.Array | None = None) -> jax.Array:
         """Attend from `x_BLC` to `context_BSC`, or to itself; returns (B, L, C)."""
         context = x_BLC if context_BSC is None else context_BSC
-        return _attend(
-            x_BLC, context, heads=self.heads, head_dim=self.head_dim, config=self.config, bias=False, upcast=self.upcast
-        )
+        return _attend(x_BLC, context, heads=self.heads, head_dim=self.head_dim, config=self.config, bias=False)
 
 
 class SpatialAttention(nn.Module):
@@ -224,22 +216,18 @@ class BasicTransformerBlock(nn.Module):
         head_dim: channels a head.
         config: dtypes.
         only_cross: the first attention, too, attends to the context.
-        upcast: attention in float32.
     """
 
     heads: int
     head_dim: int
     config: LayerConfig
     only_cross: bool = False
-    upcast: bool = False
 
     @nn.compact
     def __call__(self, x_BLC: jax.Array, context_BSC: jax.Array) -> jax.Array:
         """Map (B, L, C) to the same shape."""
         config = self.config
-        attn1, attn2 = (
-            Attention(self.heads, self.head_dim, config, self.upcast, name=name) for name in ("attn1", "attn2")
-        )
+        attn1, attn2 = (Attention(self.heads, self.head_dim, config, name=name) for name in ("attn1", "attn2"))
         h = layer_norm(config, "norm1")(x_BLC)
         x_BLC = attn1(h, context_BSC if self.only_cross else None) + x_BLC
         x_BLC = attn2(layer_norm(config, "norm2")(x_BLC), context_BSC) + x_BLC
@@ -255,7 +243,6 @@ class Transformer2DModel(nn.Module):
         config: groups, remat, dtypes.
         linear_projection: project with linear layers instead of 1x1 convolutions.
         only_cross: see BasicTransformerBlock.
-        upcast: see BasicTransformerBlock.
 
     Reference: Transformer2DModel of Diffusers (PyTorch), continuous input.
     """
@@ -265,7 +252,6 @@ class Transformer2DModel(nn.Module):
     config: LayerConfig
     linear_projection: bool = False
     only_cross: bool = False
-    upcast: bool = False
 
     @nn.compact
     def __call__(self, x_BHWC: jax.Array, context_BSC: jax.Array) -> jax.Array:
@@ -284,7 +270,7 @@ class Transformer2DModel(nn.Module):
         tokens = project(tokens, inner, "proj_in").reshape(b, h * w, inner)
         for i in range(self.depth):
             name = f"transformer_blocks_{i}"
-            tokens = block(self.heads, head_dim, config, self.only_cross, self.upcast, name=name)(tokens, context_BSC)
+            tokens = block(self.heads, head_dim, config, self.only_cross, name=name)(tokens, context_BSC)
         return project(tokens.reshape(b, h, w, inner), c, "proj_out") + x_BHWC
 
 

@@ -46,7 +46,6 @@ class AttentionConfig:
     groups: int | None = None  #            of the group norm, None: no norm; kind "spatial"
     linear_projection: bool = False  #      kind "cross"
     only_cross: bool = False  #             kinds "cross" and "added_kv"
-    upcast: bool = False  #                 kind "cross"
     dual: bool = False  #                   two transformers; kind "cross"
     cross_norm: bool = False  #             group norm of the context; kind "added_kv"
 
@@ -78,7 +77,7 @@ def _attention(config: LayerConfig, attn: AttentionConfig, index: int, x: jax.Ar
     if attn.dual:
         return DualTransformer2DModel(attn.heads, config, name=name)(x, context)
     transformer = Transformer2DModel(
-        attn.heads, attn.depths[index], config, attn.linear_projection, attn.only_cross, attn.upcast, name=name
+        attn.heads, attn.depths[index], config, attn.linear_projection, attn.only_cross, name=name
     )
     return transformer(x, context)
 

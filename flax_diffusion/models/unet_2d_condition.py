@@ -91,7 +91,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     addition_embed_type: str | None = None
     addition_time_embed_dim: Size | None = None
     num_class_embeds: Size | None = None
-    upcast_attention: bool | None = False
+    upcast_attention: bool | None = False  # scores and softmax in float32, which `attention` has in any case
     resnet_time_scale_shift: str = "default"
     resnet_skip_time_act: bool = False
     resnet_out_scale_factor: float = 1.0
@@ -237,7 +237,6 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
             groups=self.norm_num_groups,
             linear_projection=self.use_linear_projection,
             only_cross=only_cross,
-            upcast=bool(self.upcast_attention),
             dual=self.dual_cross_attention,
             cross_norm=self.cross_attention_norm == "group_norm",
         )

@@ -1,5 +1,6 @@
 """Layers whose form matters, initialisation, and how the models run: dtypes, dropout, rematerialisation."""
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,6 +146,23 @@ def test_where_cudnn_runs(monkeypatch, shape, capability, expected) -> None:
     with jax.sharding.use_abstract_mesh(gpu):
         jax.eval_shape(lambda *inputs: attention(*inputs), tokens, tokens, tokens)
     assert asked == [expected]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("attend", [attention, functools.partial(flash.flash_attention, interpret=True)])
+def test_scores_of_16_bits_are_of_32(attend: Any, dtype: Any) -> None:
+    """As a config's `upcast_attention` asks. Two channels add 15,625 to each; 16 bits could not tell them apart."""
+    rng = np.random.default_rng(0)
+    q, k, v, grad = (jnp.asarray(rng.standard_normal((1, 128, 1, 64)), dtype) for _ in range(4))
+    q, k = (x.at[..., :2].set(250) for x in (q, k))
+    ours, pull = jax.vjp(attend, q, k, v)
+    found = (ours, *pull(grad))
+    with jax.enable_x64(True):
+        theirs, pull = jax.vjp(attention, *(x.astype(jnp.float64) for x in (q, k, v)))
+        expected = (theirs, *pull(grad.astype(jnp.float64)))
+    for one, other in zip(found, expected, strict=True):
+        difference = np.abs(np.asarray(one, np.float64) - np.asarray(other))[..., 2:]
+        assert difference.max() < 2**-7 * np.abs(other).max()
 
 
 def test_attention_masks() -> None:
