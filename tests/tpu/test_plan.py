@@ -1,6 +1,7 @@
 """The plan: what it reads from a program's text, what the TPU compiler says, and what cannot be planned."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -325,6 +326,17 @@ def test_digits(request, topology, memory):
     assert f"{topology[: topology.index(':')]}, 4 chips, data 2 x fsdp 2: 64 images a device and step" in ran.stdout
     assert f"of {memory}: fits" in ran.stdout
     print("\n" + ran.stdout)
+
+
+@pytest.mark.tpu_compile
+@pytest.mark.parametrize("flags", ["--skip_nonfinite 2", "--mixed_precision fp16 --use_8bit_adam"])
+def test_steps_whose_moments_are_on_the_host(request, flags):
+    """Of a divided state, where a step may be skipped."""
+    offload = ["--topology", "v5e:2x2", "--fsdp_parallelism", "2", "--offload_optimizer"]
+    ran = run(request, *PLAN, *offload, *flags.split())
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    assert re.search(r"optimizer +0\.000\n", ran.stdout)
+    assert re.search(r"on the host +0\.00[45]\n", ran.stdout)
 
 
 OFFLOAD = """
