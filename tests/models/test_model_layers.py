@@ -16,7 +16,7 @@ from diffusers.models.embeddings import get_timestep_embedding
 from flax_diffusion import weights
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.models import flash
-from flax_diffusion.models.attention import attention
+from flax_diffusion.models.attention import attention, gated_gelu
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, timestep_embedding, upsample_nearest
 from flax_diffusion.models.norms import group_norm
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
@@ -163,6 +163,23 @@ def test_scores_of_16_bits_are_of_32(attend: Any, dtype: Any) -> None:
     for one, other in zip(found, expected, strict=True):
         difference = np.abs(np.asarray(one, np.float64) - np.asarray(other))[..., 2:]
         assert difference.max() < 2**-7 * np.abs(other).max()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 2**-7)]
+)
+def test_gated_gelu(dtype: torch.dtype, tolerance: float) -> None:
+    """Against PyTorch in float64, of the same inputs; the gradients too."""
+    x, gate, grad = (4 * torch.from_numpy(np.random.default_rng(0).standard_normal((3, 1000)))).to(dtype)
+    inputs = [t.double().detach().clone().requires_grad_() for t in (x, gate)]
+    theirs = inputs[0] * torch.nn.functional.gelu(inputs[1])
+    gradients = torch.autograd.grad(theirs, inputs, grad.double())
+    with jax.enable_x64(True):
+        ours, pull = jax.vjp(gated_gelu, *(jnp.asarray(t.double().numpy(), str(dtype)[6:]) for t in (x, gate)))
+        found = (ours, *pull(jnp.asarray(grad.double().numpy(), ours.dtype)))
+    for one, other in zip(found, (theirs.detach(), *gradients), strict=True):
+        assert one.dtype == ours.dtype
+        assert np.abs(np.asarray(one, np.float64) - other.numpy()).max() < tolerance * other.abs().max()
 
 
 def test_attention_masks() -> None:
