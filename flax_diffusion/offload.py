@@ -10,7 +10,7 @@ import jax
 import optax
 
 AT_ONCE = 2**23
-"""Weights whose moments are fetched together: so many that a copy's start does not count, and a hundredth of SD 1.5."""
+"""Weights whose moments are fetched together, a hundredth of SD 1.5: fewer make more copies, more take more room."""
 
 
 def on_host(state: Any) -> Any:
