@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from flax_diffusion.adapters import interceptor
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.pipeline import Component, PipelineSpec
+from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, FlaxUNet2DModel
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.optimizer import Params
@@ -127,14 +128,18 @@ class Modules:
 
 
 def build_modules(
-    spec: PipelineSpec, dtype: Any = jnp.float32, *, gradient_checkpointing: bool = False, mesh: Mesh | None = None
+    spec: PipelineSpec,
+    dtype: Any = jnp.float32,
+    *,
+    gradient_checkpointing: Checkpointing = False,
+    mesh: Mesh | None = None,
 ) -> Modules:
     """Makes the modules of a pipeline; no weights yet.
 
     Args:
         spec: What to build.
         dtype: Compute precision. A VAE whose config says `force_upcast` (SDXL's) computes in float32 at least.
-        gradient_checkpointing: Recompute activations in the backward pass, of all that gradients pass through.
+        gradient_checkpointing: What the backward pass computes again, of all that gradients pass through.
         mesh: Devices over which batches are split.
 
     Raises:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flax_diffusion.core.backend import refuse
 from flax_diffusion.core.config import TrainConfig
@@ -33,6 +35,15 @@ PACKAGES = {
     ),
 }
 """Options that another package brings: its name, and what to do without."""
+
+_ATEN = torch.ops.aten
+KEPT = [
+    *(_ATEN.mm.default, _ATEN.addmm.default, _ATEN.convolution.default),
+    *(getattr(_ATEN, f"_scaled_dot_product_{kind}").default for kind in (
+        "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention",
+    )),
+]  # fmt: skip
+"""Operations that `--gradient_checkpointing minimal` does not compute again: those that take long."""
 
 
 def check(config: TrainConfig) -> None:
@@ -75,10 +86,13 @@ def apply(config: TrainConfig, modules: Modules) -> None:
         if config.channels_last and name != "text_encoder":
             module.to(memory_format=torch.channels_last)
         if config.gradient_checkpointing and (component.trains or name == "unet"):
+            how: dict[str, Any] = {"use_reentrant": False}
+            if config.gradient_checkpointing == "minimal":
+                how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, KEPT)
             if name == "text_encoder":
-                module.activation_checkpointing_enable()
+                module.activation_checkpointing_enable(how)
             else:
-                module.enable_gradient_checkpointing()
+                module.enable_gradient_checkpointing(functools.partial(checkpoint, **how))
         if component.trains and config.torch_compile:
             module.compile()
 

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.typed import Checkpointing
 from tpu.chips import GIB
 from tpu.plan import DoesNotFit, Plan, make_plan
 from tpu.topologies import Slice
 
 LARGEST_BATCH = 64
+
+_WORDS: dict[Checkpointing, str] = {False: "no", "minimal": "minimal", True: "yes"}
 
 
 @dataclass(frozen=True)
@@ -20,13 +23,13 @@ class Trial:
     Attributes:
         batch: Images a device.
         fsdp: Size of the mesh's fsdp axis.
-        checkpointing: Whether activations are computed again.
+        checkpointing: What is computed again in the backward pass.
         plan: Of the step; the compiler's refusal if it does not fit.
     """
 
     batch: int
     fsdp: int
-    checkpointing: bool
+    checkpointing: Checkpointing
     plan: Plan | DoesNotFit
 
     @property
@@ -36,7 +39,7 @@ class Trial:
 
     def row(self) -> str:
         """As a line of the table."""
-        start = f"{self.batch:6} {self.fsdp:5} {'yes' if self.checkpointing else 'no':>14}"
+        start = f"{self.batch:6} {self.fsdp:5} {_WORDS[self.checkpointing]:>14}"
         if isinstance(self.plan, DoesNotFit):
             return f"{start} {self.plan.needed:7.2f}   does not fit: {self.plan.available:.2f} GiB"
         rate = len(self.plan.slice.devices) / self.seconds
@@ -58,7 +61,7 @@ def trials(
         plan_of: Compiles a config's step.
     """
     for fsdp in meshes(len(where.devices)):
-        for checkpointing in (False, True):
+        for checkpointing in (False, "minimal", True):
             batch = 1
             while batch <= LARGEST_BATCH:
                 setting = {"train_batch_size": batch, "global_batch_size": None, "data_parallelism": -1}

@@ -129,8 +129,8 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
     for name, field in model.model_fields.items():
         flags = [f"--{spelling}" for spelling in spellings(name, field)]
         kind = field.annotation
-        if kind is bool:
-            how: dict[str, Any] = {"action": _Switch, "nargs": "?", "metavar": "BOOL"}
+        if bool in _union_members(kind):
+            how: dict[str, Any] = {"action": _Switch, "nargs": "?", "metavar": _metavar(kind)}
         else:
             how = {"type": functools.partial(_parse_flag, annotation=kind), "metavar": _metavar(kind)}
             if get_origin(kind) is list:

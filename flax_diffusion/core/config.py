@@ -13,6 +13,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from flax_diffusion.core.adapters import TEXT_ENCODER_TARGETS, UNET_TARGETS
 from flax_diffusion.core.errors import SECRET
+from flax_diffusion.core.typed import Checkpointing
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 LrScheduler = Literal[
@@ -89,7 +90,9 @@ class TrainConfig(BaseModel):
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
         "no", description="Compute precision. Weights stay float32; fp16 scales the loss."
     )
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    gradient_checkpointing: Checkpointing = Field(
+        False, description="Recompute activations in the backward pass. minimal: what follows from products alone."
+    )
 
     use_8bit_adam: bool = Field(
         False, description="AdamW with 8-bit moments; on PyTorch those of bitsandbytes, which rounds differently."

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 from flax_diffusion.models import flash
 from flax_diffusion.models.layers import GroupNorm, HalvedDense, LayerConfig, conv, dense, layer_norm
+from flax_diffusion.models.remat import checkpointed
 
 # Upstream's Dual transformer splits the context into 77 text tokens and 257 image tokens, in this order.
 DUAL_CONDITION_LENGTHS = (77, 257)
@@ -269,7 +270,7 @@ class Transformer2DModel(nn.Module):
     Args:
         heads: number of heads.
         depth: number of transformer blocks.
-        config: groups, remat, dtypes.
+        config: groups, checkpointing, dtypes.
         linear_projection: project with linear layers instead of 1x1 convolutions.
         only_cross: see BasicTransformerBlock.
 
@@ -288,7 +289,7 @@ class Transformer2DModel(nn.Module):
         config, (b, h, w, c) = self.config, x_BHWC.shape
         head_dim = c // self.heads
         inner = self.heads * head_dim
-        block = nn.remat(BasicTransformerBlock) if config.remat else BasicTransformerBlock
+        block = checkpointed(BasicTransformerBlock, config.checkpointing)
 
         def project(x: jax.Array, features: int, name: str) -> jax.Array:
             if self.linear_projection:
@@ -308,7 +309,7 @@ class DualTransformer2DModel(nn.Module):
 
     Args:
         heads: number of heads.
-        config: groups, remat, dtypes.
+        config: groups, checkpointing, dtypes.
 
     Reference: DualTransformer2DModel of Diffusers (PyTorch) with its default mixing ratio of one half.
     """

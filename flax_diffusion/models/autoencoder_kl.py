@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.typed import Count, Size
+from flax_diffusion.core.typed import Checkpointing, Count, Size
 from flax_diffusion.models.blocks import AttentionConfig, DownBlock, MidBlock, UpBlock
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, conv
 from flax_diffusion.models.modeling import Config, PretrainedModel
@@ -93,7 +93,7 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
     Args:
         dtype: of matrix products and convolutions.
         param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute residual and attention blocks in the backward pass.
+        gradient_checkpointing: recompute residual and attention blocks in the backward pass, or parts (`minimal`).
 
     Reference: AutoencoderKL of Diffusers (PyTorch); Rombach et al. 2022.
     """
@@ -121,7 +121,7 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
     mid_block_add_attention: bool = True
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
 
     @staticmethod
     def check(config: Config) -> None:
@@ -142,7 +142,7 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
             act=self.act_fn,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            remat=self.gradient_checkpointing,
+            checkpointing=self.gradient_checkpointing,
         )
         shared = (self.block_out_channels, self.layers_per_block)
         attention, width = self.mid_block_add_attention, 2 * self.latent_channels

@@ -14,6 +14,7 @@ from flax_diffusion.models.attention import (
     Transformer2DModel,
 )
 from flax_diffusion.models.layers import Downsample2D, LayerConfig, ResnetBlock2D, Upsample2D
+from flax_diffusion.models.remat import checkpointed
 
 AttentionKind = Literal["spatial", "cross", "added_kv"]
 
@@ -62,17 +63,17 @@ def block_layers(config: LayerConfig, block_type: str) -> LayerConfig:
 
 
 def _resnet(config: LayerConfig) -> Any:
-    return nn.remat(ResnetBlock2D, static_argnums=(3,)) if config.remat else ResnetBlock2D
+    return checkpointed(ResnetBlock2D, config.checkpointing, static_argnums=(3,))
 
 
 def _attention(config: LayerConfig, attn: AttentionConfig, index: int, x: jax.Array, context: Any) -> jax.Array:
     """Apply the block's attention layer `index`; the layer belongs to the calling module."""
     name = f"attentions_{index}"
     if attn.kind == "spatial":
-        module = nn.remat(SpatialAttention) if config.remat else SpatialAttention
+        module = checkpointed(SpatialAttention, config.checkpointing)
         return module(attn.head_dim, config, attn.groups, name=name)(x)
     if attn.kind == "added_kv":
-        module = nn.remat(AddedKVAttention) if config.remat else AddedKVAttention
+        module = checkpointed(AddedKVAttention, config.checkpointing)
         return module(attn.head_dim, config, attn.only_cross, attn.cross_norm, name=name)(x, context)
     if attn.dual:
         return DualTransformer2DModel(attn.heads, config, name=name)(x, context)

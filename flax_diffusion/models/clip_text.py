@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.typed import Count, Size
+from flax_diffusion.core.typed import Checkpointing, Count, Size
 from flax_diffusion.models.attention import attention, merge_heads, split_heads
 from flax_diffusion.models.layers import ACTIVATIONS
 from flax_diffusion.models.modeling import Config, PretrainedModel
 from flax_diffusion.models.outputs import FlaxCLIPTextModelOutput, FlaxCLIPTextOutput
+from flax_diffusion.models.remat import checkpointed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class CLIPConfig:
     eos_token_id: int
     dtype: Any
     param_dtype: Any
-    gradient_checkpointing: bool
+    gradient_checkpointing: Checkpointing
 
 
 def _dense(features: int, config: CLIPConfig, name: str, bias: bool = True) -> nn.Dense:
@@ -135,7 +136,7 @@ class CLIPEncoder(nn.Module):
     @nn.compact
     def __call__(self, x_BLC: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
         """Return the input and every layer's output, each (B, L, C)."""
-        layer = nn.remat(CLIPEncoderLayer) if self.config.gradient_checkpointing else CLIPEncoderLayer
+        layer = checkpointed(CLIPEncoderLayer, self.config.gradient_checkpointing)
         states = [x_BLC]
         for i in range(self.config.num_hidden_layers):
             states.append(layer(self.config, name=f"layers_{i}")(states[-1], mask))
@@ -234,7 +235,7 @@ class CLIPTextBase(CLIPPretrained, nn.Module):
     eos_token_id: int = 49407
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
 
 
 def _layer_config(model: CLIPTextBase) -> CLIPConfig:
@@ -249,7 +250,7 @@ class FlaxCLIPTextModel(CLIPTextBase):
     Args:
         dtype: of matrix products.
         param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute encoder layers in the backward pass.
+        gradient_checkpointing: recompute encoder layers in the backward pass, or parts (`minimal`).
 
     Reference: CLIPTextModel of Transformers (PyTorch); Radford et al. 2021.
     """
@@ -296,7 +297,7 @@ class FlaxCLIPTextModelWithProjection(CLIPTextBase):
     Args:
         dtype: of matrix products.
         param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute encoder layers in the backward pass.
+        gradient_checkpointing: recompute encoder layers in the backward pass, or parts (`minimal`).
 
     Reference: CLIPTextModelWithProjection of Transformers (PyTorch).
     """

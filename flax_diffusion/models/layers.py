@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
 
+from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.models.norms import group_norm
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -39,7 +40,7 @@ class LayerConfig:
     output_scale: float = 1.0  #            divides the output of residual blocks
     dtype: Any = jnp.float32  #             of matrix products and convolutions
     param_dtype: Any = jnp.float32  #       of newly initialised parameters
-    remat: bool = False  #                  recompute residual and transformer blocks in the backward pass
+    checkpointing: Checkpointing = False  # recompute residual and transformer blocks in the backward pass
 
 
 def dense(features: int, config: LayerConfig, name: str, *, bias: bool = True) -> nn.Dense:

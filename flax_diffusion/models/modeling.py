@@ -59,7 +59,8 @@ class PretrainedModel:
         for field in self.config_fields():
             object.__setattr__(self, field, freeze(getattr(self, field)))
         config = self.config
-        check_values(type(self), {field: getattr(self, field) for field in self.config_fields()})
+        checked = (*self.config_fields(), "gradient_checkpointing")
+        check_values(type(self), {field: getattr(self, field) for field in checked})
         for field, values in self.allowed.items():
             if config[field] not in values:
                 raise ConfigError(

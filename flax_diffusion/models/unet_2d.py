@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.typed import Count, Size
+from flax_diffusion.core.typed import Checkpointing, Count, Size
 from flax_diffusion.models.blocks import (
     DOWN_BLOCKS,
     UP_BLOCKS,
@@ -35,7 +35,7 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
     Args:
         dtype: of matrix products and convolutions.
         param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute residual and attention blocks in the backward pass.
+        gradient_checkpointing: recompute residual and attention blocks in the backward pass, or parts (`minimal`).
 
     Reference: UNet2DModel of Diffusers (PyTorch); Ho et al. 2020.
     """
@@ -81,7 +81,7 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
     num_train_timesteps: Size | None = None
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
 
     @staticmethod
     def check(config: Config) -> None:
@@ -164,7 +164,7 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
             "time_scale_shift": self.resnet_time_scale_shift == "scale_shift",
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
-            "remat": self.gradient_checkpointing,
+            "checkpointing": self.gradient_checkpointing,
         }
         return LayerConfig(**{**fields, **changes})
 

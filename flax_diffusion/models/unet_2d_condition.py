@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.typed import Count, Size
+from flax_diffusion.core.typed import Checkpointing, Count, Size
 from flax_diffusion.models.blocks import (
     DOWN_BLOCKS,
     UP_BLOCKS,
@@ -39,7 +39,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     Args:
         dtype: of matrix products and convolutions.
         param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute residual and transformer blocks in the backward pass.
+        gradient_checkpointing: recompute residual and transformer blocks in the backward pass, or parts (`minimal`).
 
     Reference: UNet2DConditionModel of Diffusers (PyTorch); Rombach et al. 2022.
     """
@@ -110,7 +110,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     addition_embed_type_num_heads: Size = 64
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Checkpointing = False
 
     @staticmethod
     def check(config: Config) -> None:
@@ -220,7 +220,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
             output_scale=self.resnet_out_scale_factor,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
-            remat=self.gradient_checkpointing,
+            checkpointing=self.gradient_checkpointing,
         )
 
     def _attention(

@@ -2,6 +2,7 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +11,8 @@ from flax_diffusion.core import cli
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.tasks import TASKS, UnconditionalConfig
+
+RECIPES = Path(__file__).parents[2] / "configs"
 
 
 def parse(*argv):
@@ -32,6 +35,12 @@ def test_booleans_can_be_turned_off_on_the_command_line(tmp_path):
     assert (config.use_ema, config.center_crop) == (False, False)
 
 
+@pytest.mark.parametrize(("words", "how"), [([], True), (["minimal"], "minimal"), (["false"], False), (["true"], True)])
+def test_a_switch_of_several_positions(words, how):
+    config = parse("unconditional", "--dataset_name", "digits", "--gradient_checkpointing", *words)
+    assert config.gradient_checkpointing == how
+
+
 def test_a_list_in_one_flag_or_in_several():
     prompts = ["--validation_prompts", "a", "b", "--validation_prompts", "c"]
     config = parse("text_to_image", "--dataset_name", "digits", "--pretrained_model_name_or_path", "sd", *prompts)
@@ -43,6 +52,14 @@ def test_a_saved_config_reads_back_as_itself(tmp_path):
     saved = tmp_path / "config.yaml"
     saved.write_text(yaml.safe_dump({"task": "unconditional"} | config.model_dump(mode="json")))
     assert parse("--config", str(saved)) == config
+
+
+@pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_recipes_are_of_options_that_exist(recipe):
+    values = yaml.safe_load((RECIPES / recipe).read_text())
+    data = () if "dataset_name" in values else ("--train_data_dir", "pictures")
+    config = parse("--config", str(RECIPES / recipe), *data)
+    assert config.output_dir == values["output_dir"]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -67,6 +84,7 @@ def test_every_option_is_documented_and_read_somewhere(task, request):
         (["unconditional", "--dataset_name", "digits", "--mixed_precision", "fp8"], "'bf16' or 'fp16', got 'fp8'"),
         (["unconditional", "--dataset_name", "digits", "--learning_rate"], "expected one argument"),
         (["unconditional", "--dataset_name", "digits", "--no_use_ema", "yes"], "takes no value"),
+        (["unconditional", "--dataset_name", "digits", "--gradient_checkpointing", "most"], "'minimal', got 'most'"),
         (["unconditional", "--dataset_name", "digits", "stray"], "unexpected word 'stray'"),
         (["unconditional", "--dataset_name", "digits", "--unet", "{bad"], "not valid JSON"),
         (["unconditional"], "no data: give --dataset_name"),

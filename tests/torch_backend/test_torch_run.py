@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 from tiny import RUN, TEXT_RUN, losses, pictures, stable_diffusion
+from torch.utils.flop_counter import FlopCounterMode
 
 from flax_diffusion.core.cli import merge
 from flax_diffusion.core.errors import ConfigError
@@ -126,6 +127,18 @@ def test_speed_options_change_no_number(tmp_path):
     other = run(tmp_path / "b", **options, channels_last=True, gradient_checkpointing=True, set_grads_to_none=True)
     for name, array in plain.items():
         np.testing.assert_allclose(other[name], array, rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def test_minimal_checkpointing_repeats_no_product(tmp_path):
+    options = TEXT_RUN | {"max_train_steps": 2, "validation_epochs": None, "lr_warmup_steps": 0}
+    work, ends = [], []
+    for how in (False, "minimal", True):
+        with FlopCounterMode(display=False) as counter:
+            out = train("text_to_image", **options, gradient_checkpointing=how, output_dir=str(tmp_path / str(how)))
+        work.append(counter.get_total_flops())
+        ends.append(losses(out))
+    assert work[0] == work[1] < work[2]
+    np.testing.assert_allclose(ends[1:], [ends[0]] * 2, rtol=1e-6)
 
 
 @pytest.mark.acceptance

@@ -168,12 +168,13 @@ def test_sweep():
         room = 4 if config.gradient_checkpointing else 2
         if config.train_batch_size > room * config.fsdp_parallelism:
             raise plan.DoesNotFit(20, 15.75, [])
-        seconds = 0.1 + 0.05 * config.train_batch_size * (1 + config.gradient_checkpointing)
+        seconds = 0.1 + 0.05 * config.train_batch_size * (2 if config.gradient_checkpointing else 1)
         return a_plan(seconds, images=config.train_batch_size)
 
     tried = list(sweep.trials(CONFIG, SLICE, plan_of))
     settings = [(one.fsdp, one.checkpointing, one.batch) for one in tried]
-    assert settings[:7] == [(1, False, n) for n in (1, 2, 4)] + [(1, True, n) for n in (1, 2, 4, 8)]
+    kinds = ((False, (1, 2, 4)), ("minimal", (1, 2, 4, 8)), (True, (1, 2, 4, 8)))
+    assert settings[:11] == [(1, kind, batch) for kind, batches in kinds for batch in batches]
     assert {one.fsdp for one in tried} == {1, 4}
     assert sweep.meshes(256) == [1, 4, 16, 64]
     lines = sweep.table(tried).splitlines()
