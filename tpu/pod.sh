@@ -126,7 +126,7 @@ python3-venv >/dev/null && python3 -m venv venv && venv/bin/pip install -q -e '.
 
 start() {
   [ "${1:-}" != -- ] || shift
-  [ $# -gt 0 ] || fail "start: give what to train, as in: tpu/pod.sh start -- text_to_image --config configs/sd15.yaml"
+  [ $# -gt 0 ] || fail "start: give what to train, as in: tpu/pod.sh start -- text_to_image --config configs/sd15_tpu.yaml"
   local words
   words=$(printf '%q ' "$@")
   case " $* " in
@@ -158,7 +158,7 @@ arrangement() { # of the chips: "TOPOLOGY CHIPS"
 
 jobset() {
   [ $# -ge 3 ] && [ "$2" = -- ] || fail "jobset: give an image and what to train, as in: tpu/pod.sh jobset IMAGE -- \
-text_to_image --config configs/sd15.yaml --output_dir gs://bucket/run"
+text_to_image --config configs/sd15_tpu.yaml --output_dir gs://bucket/run"
   local image=$1 arranged topology chips hosts here label words='' word
   shift 2
   arranged=$(arrangement)

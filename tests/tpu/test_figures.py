@@ -22,7 +22,7 @@ LORA = [*TUNE, "--lora_rank", "4", "--train_batch_size", "1"]
 DREAMBOOTH = ["dreambooth", "--instance_data_dir", ".", "--instance_prompt", "a sks dog", *CACHED]
 DREAMBOOTH += ["--with_prior_preservation", "--class_data_dir", ".", "--class_prompt", "a dog"]
 DREAMBOOTH += ["--train_batch_size", "1", "--gradient_checkpointing", "--use_8bit_adam"]
-MINIMAL = ["--gradient_checkpointing", "minimal"]
+AGAIN = [*TUNE, "--train_batch_size", "8", "--gradient_checkpointing"]
 EIGHT, SIXTEEN = ([*TUNE, "--train_batch_size", batch, "--fsdp_parallelism", "4"] for batch in ("8", "16"))
 
 ROWS = {
@@ -30,7 +30,8 @@ ROWS = {
     "sd15-best": ("sd15", "v5e:2x2", SIXTEEN, {"GiB": 16, "ms": 24, "GB": 25}),
     "sd21": ("sd21", "v5e:2x2", SIXTEEN, {"GiB": 16, "ms": 24, "GB": 25}),
     "one-chip": ("sd15", "v5e:1x1", [*TUNE, "--train_batch_size", "4"], {"GiB": 16}),
-    "minimal": ("sd15", "v5e:1x1", [*TUNE, "--train_batch_size", "8", *MINIMAL], {"GiB": 16}),
+    "minimal": ("sd15", "v5e:1x1", [*AGAIN, "minimal"], {"GiB": 16, "ms": 32}),
+    "full": ("sd15", "v5e:1x1", [*AGAIN, "true"], {"GiB": 14}),
     "dreambooth": ("sd15", "v5e:1x1", DREAMBOOTH, {"GiB": 12}),
     "offload": ("sd15", "v5e:1x1", [*DREAMBOOTH, "--offload_optimizer"], {"GiB": 8}),
     "lora": ("sd15", "v5e:1x1", LORA, {"GiB": 6}),
