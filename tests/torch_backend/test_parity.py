@@ -24,7 +24,7 @@ STEPS = 6
 QUIET = {"report_to": "none", "validation_epochs": None, "save_model_epochs": None}
 
 CASES = {
-    "sample": {"prediction_type": "sample", "lr_scheduler": "linear", "gradient_checkpointing": True},
+    "sample": {"prediction_type": "sample", "lr_scheduler": "linear", "gradient_checkpointing": "minimal"},
     "v_min_snr": {"prediction_type": "v_prediction", "snr_gamma": 5.0, "lr_scheduler": "cosine_with_restarts"},
     "everything": {
         "snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "gradient_accumulation_steps": 2,
