@@ -233,7 +233,7 @@ def refusal(error: Exception, config: TrainConfig, devices: int) -> Exception:
         return error
     fixes = {
         "--mixed_precision bf16": config.mixed_precision == "no",
-        "--gradient_checkpointing": not config.gradient_checkpointing,
+        "--gradient_checkpointing": config.gradient_checkpointing is not True,
         f"--fsdp_parallelism {devices}": config.fsdp_parallelism < devices,
         "a lower --train_batch_size, with --gradient_accumulation_steps": True,
         "a slice of more chips or of larger ones": True,

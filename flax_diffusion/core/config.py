@@ -91,7 +91,7 @@ class TrainConfig(BaseModel):
         "no", description="Compute precision. Weights stay float32; fp16 scales the loss."
     )
     gradient_checkpointing: Checkpointing = Field(
-        False, description="Recompute activations in the backward pass. minimal: what follows from products alone."
+        False, description="Recompute activations in the backward pass. minimal: all but products and convolutions."
     )
 
     use_8bit_adam: bool = Field(

@@ -156,6 +156,9 @@ def test_what_does_not_fit(refused):
         "--mixed_precision bf16, --gradient_checkpointing, --fsdp_parallelism 4, "
         "a lower --train_batch_size, with --gradient_accumulation_steps, a slice of more chips or of larger ones"
     )
+    for how, helps in (("minimal", True), (True, False)):
+        config = CONFIG.model_copy(update={"gradient_checkpointing": how})
+        assert ("--gradient_checkpointing" in str(plan.refusal(RuntimeError(refused), config, 4))) == helps
     other = RuntimeError("INTERNAL: something else")
     assert plan.refusal(other, CONFIG, 4) is other
 
