@@ -6,7 +6,7 @@ import flax.linen as nn
 
 from flax_diffusion.core.typed import Checkpointing
 
-_KEPT = ("conv_general_dilated", "pallas_call", "dot_product_attention_fwd")
+_KEPT = ("conv_general_dilated", "pallas_call", "dot_product_attention_fwd_wrapper")
 
 
 def checkpointed(module: Any, how: Checkpointing, **options: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,7 @@ from flax_diffusion.models.attention import attention, gated_gelu
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, timestep_embedding, upsample_nearest
 from flax_diffusion.models.norms import group_norm
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
+from flax_diffusion.models.remat import checkpointed
 
 
 def made(name: str, **changes: Any) -> tuple[Any, Any, dict[str, Any]]:
@@ -254,6 +256,29 @@ def test_what_the_backward_pass_computes_again(name: str) -> None:
     (products, norms), minimal, full = counts
     assert minimal[0] == products < full[0]
     assert norms < minimal[1] == full[1]
+
+
+@pytest.mark.parametrize("kernel", ["pallas", "cudnn"])
+def test_minimal_checkpointing_keeps_what_attention_kernels_made(kernel: str, monkeypatch: Any) -> None:
+    for check in ("check_cudnn_version", "check_compute_capability"):  # they ask a GPU, which traces need not have
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: 91000)
+    attend = {
+        "pallas": functools.partial(flash.flash_attention, interpret=True),
+        "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+    }[kernel]
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return attend(x, x, x)
+
+    def kernels(how: Any) -> int:
+        layer = checkpointed(Layer, how)()
+        loss = jax.grad(lambda x: layer.apply({}, x).astype(jnp.float32).sum())
+        kinds = kinds_of(jax.make_jaxpr(loss)(jnp.zeros((2, 128, 2, 64), jnp.bfloat16)).jaxpr)
+        return sum(kind == "pallas_call" or kind.startswith("dot_product_attention") for kind in kinds)
+
+    assert [kernels(how) for how in (False, "minimal", True)] == [2, 2, 3]
 
 
 @pytest.mark.parametrize("how", ["minimal", True])
