@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh
 
 from flax_diffusion.models import flash
 from flax_diffusion.models.layers import GroupNorm, HalvedDense, LayerConfig, conv, dense, layer_norm
+from flax_diffusion.models.norms import widen
 from flax_diffusion.models.remat import checkpointed
 
 # Upstream's Dual transformer splits the context into 77 text tokens and 257 image tokens, in this order.
@@ -178,7 +179,7 @@ def gated_gelu(x: jax.Array, gate: jax.Array) -> jax.Array:
 
     Reference: Shazeer 2020, https://arxiv.org/abs/2002.05202; torch.nn.functional.gelu, whose form this is.
     """
-    wide_x, wide_gate = _widened(x, gate)
+    wide_x, wide_gate = widen(x), widen(gate)
     return (wide_x * wide_gate * _normal_cdf(wide_gate)).astype(x.dtype)
 
 
@@ -187,17 +188,13 @@ def _gated_gelu_forward(x: jax.Array, gate: jax.Array) -> tuple[jax.Array, tuple
 
 
 def _gated_gelu_backward(kept: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, gate, wide_grad = _widened(*kept, grad)
+    x, gate, wide_grad = map(widen, (*kept, grad))
     below = _normal_cdf(gate)
     slope = below + gate * jnp.exp(-0.5 * jnp.square(gate)) / math.sqrt(2 * math.pi)
     return (wide_grad * gate * below).astype(grad.dtype), (wide_grad * x * slope).astype(grad.dtype)
 
 
 gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
-
-
-def _widened(*arrays: jax.Array) -> list[jax.Array]:
-    return [array.astype(jnp.promote_types(array.dtype, jnp.float32)) for array in arrays]
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:

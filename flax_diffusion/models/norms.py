@@ -39,7 +39,7 @@ def group_norm(
 def _forward(
     x: jax.Array, scale: jax.Array, bias: jax.Array, groups: int, eps: float, act: Activation | None
 ) -> tuple[jax.Array, Any]:
-    wide = _widen(x)
+    wide = widen(x)
     mean = _group_mean(wide, groups)
     if x.dtype.itemsize == 2:
         variance = jnp.maximum(_group_mean(jnp.square(wide), groups) - jnp.square(mean), 0)
@@ -55,7 +55,7 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """With x̂ the normalised input and g the gradient at it: dx = (g − mean(g) − x̂ · mean(g · x̂)) / σ."""
     x, scale, bias, mean, inverse = kept
-    wide = _widen(x)
+    wide = widen(x)
     normal, factor = (wide - mean) * inverse, scale.astype(wide.dtype)
     if act is not None:
         _, pull = jax.vjp(act, normal * factor + bias.astype(wide.dtype))
@@ -77,7 +77,8 @@ def _backward(
 group_norm.defvjp(_forward, _backward)
 
 
-def _widen(x: jax.Array) -> jax.Array:
+def widen(x: jax.Array) -> jax.Array:
+    """Return an array in float32 at least."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
