@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from flax_diffusion.core import adapters
@@ -59,8 +59,10 @@ def add(component: Component, module: Any, seed: int, dtype: torch.dtype) -> Non
         shapes = {name: tuple(parameter.shape) for name, parameter in by_name.items()}
         arrays = adapters.draw_lora(lora, shapes, component.kind, seed)
         alpha: Any = lora.alpha  # PEFT documents whole numbers, and takes any
-        module.add_adapter(
-            LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets))
+        # PEFT's own function: the models' `add_adapter` refuses versions of PEFT that are new enough for this.
+        inject_adapter_in_model(
+            LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)),
+            module,
         )
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:

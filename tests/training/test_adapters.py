@@ -182,6 +182,22 @@ def test_text_encoder_has_a_rate_of_its_own(shared, folder):
             assert np.abs(array).max() == pytest.approx(rate, rel=0.05), name
 
 
+def test_the_models_do_not_choose_the_version_of_peft(shared, folder, monkeypatch):
+    """In their `add_adapter`, Diffusers and Transformers ask for versions of PEFT, even for some that are not out."""
+
+    def refuse(min_version):
+        raise ValueError(f"please use a version >= {min_version}")
+
+    for library in ("diffusers.loaders", "transformers.integrations"):
+        monkeypatch.setattr(f"{library}.peft.check_peft_version", refuse)
+    config = TASKS["dreambooth"](**lora(shared, folder))
+    made = TorchBackend(config, recipe.make_spec(config, recipe.open_run_source(config)))
+    assert made.init_state() == sum(array.size for array in made.trained_arrays().values())
+    trained = {(name.partition("/")[0], name.rpartition(".lora_")[2]) for name in made.trained_arrays()}
+    halves = ("A.weight", "B.weight")
+    assert trained == {(component, half) for component in ("unet", "text_encoder") for half in halves}
+
+
 @BACKENDS
 def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backend):
     import torch
