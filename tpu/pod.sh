@@ -119,9 +119,11 @@ install() {
   trap "rm -rf '$archive'" EXIT
   run tar --exclude=.git --exclude=runs -czf "$archive/flax-diffusion.tgz" -C "$root" .
   run gcloud compute tpus tpu-vm scp "$archive/flax-diffusion.tgz" "$name:" "${where[@]}" --worker all
-  # The checkout must be there to install it, and a virtual environment keeps clear of what the image brings.
+  # The checkout must be there to install it, and a virtual environment keeps clear of what the image brings, which is
+  # Python 3.10: too old. uv brings the Python that constraints.txt is for.
   on all "mkdir -p flax-diffusion && tar -xzf flax-diffusion.tgz -C flax-diffusion && sudo apt-get install -qq -y \
-python3-venv >/dev/null && python3 -m venv venv && venv/bin/pip install -q -e './flax-diffusion[tpu]'"
+python3-venv >/dev/null && python3 -m venv tools && tools/bin/pip install -q uv && tools/bin/uv venv -q --allow-existing \
+--seed --python 3.11 venv && venv/bin/pip install -q -c flax-diffusion/constraints.txt -e './flax-diffusion[tpu]'"
 }
 
 start() {
