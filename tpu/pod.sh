@@ -122,7 +122,7 @@ install() {
   # The checkout must be there to install it, and a virtual environment keeps clear of what the image brings, which is
   # Python 3.10: too old. uv brings the Python that constraints.txt is for.
   on all "mkdir -p flax-diffusion && tar -xzf flax-diffusion.tgz -C flax-diffusion && sudo apt-get install -qq -y \
-python3-venv >/dev/null && python3 -m venv tools && tools/bin/pip install -q uv && tools/bin/uv venv -q --allow-existing \
+python3-venv >/dev/null && python3 -m venv tools && tools/bin/pip install -q uv && tools/bin/uv venv -q --clear \
 --seed --python 3.11 venv && venv/bin/pip install -q -c flax-diffusion/constraints.txt -e './flax-diffusion[tpu]'"
 }
 

@@ -84,7 +84,7 @@ def test_install_copies_the_checkout(pod):
     assert ran.returncode == 0
     assert calls[0].startswith(f"{VM} scp ")
     assert calls[0].endswith("flax-diffusion.tgz flax-diffusion: --worker all")
-    assert "uv venv -q --allow-existing --seed --python 3.11 venv && venv/bin/pip install" in calls[1]
+    assert "uv venv -q --clear --seed --python 3.11 venv && venv/bin/pip install" in calls[1]
     assert "pip install -q -c flax-diffusion/constraints.txt -e './flax-diffusion[tpu]'" in calls[1]
 
 
