@@ -114,19 +114,16 @@ def newer(outdated: Iterable[Mapping[str, str]], asked: Mapping[str, Sequence[Re
     return lines
 
 
-def pip(*words: str) -> subprocess.CompletedProcess[str]:
-    """Runs pip. What it says of the folders that it looks into is kept from the reader."""
-    return subprocess.run([sys.executable, "-m", "pip", *words], capture_output=True, text=True)
-
-
 def say_newer(asked: Mapping[str, Sequence[Requirement]]) -> None:
-    """Prints which newer releases are out."""
-    if pip("index", "versions", "jax").returncode != 0:  # without an index, the list below is empty
-        print("the package index does not answer: no word on newer releases")
-        return
-    listed = pip("list", "--outdated", "--format", "json")
-    listed.check_returncode()
-    say("newer than in constraints.txt", newer(json.loads(listed.stdout), asked))
+    """Prints which newer releases are out, or why pip cannot tell."""
+    # Where no index answers, pip's list is empty and its status 0; so one release is asked for first.
+    for words in ("index versions jax", "list --outdated --format json"):
+        ran = subprocess.run([sys.executable, "-m", "pip", *words.split()], capture_output=True, text=True)
+        if ran.returncode != 0:
+            last_line = ran.stderr.strip().rpartition("\n")[2]
+            print(f"no word on newer releases; pip {words} says: {last_line}")
+            return
+    say("newer than in constraints.txt", newer(json.loads(ran.stdout), asked))
 
 
 def say(title: str, lines: Sequence[str]) -> None:
