@@ -153,6 +153,11 @@ class JaxBackend:
             self.state, metrics = self.program.step(self.state, self.frozen, batch, rates)
         return metrics
 
+    def set_step(self, step: int) -> None:
+        """Counts on from another step."""
+        now = self.state.step
+        self.state = self.state.replace(step=put(np.asarray(step, now.dtype), now.sharding))
+
     def read(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Waits for a step's numbers."""
         return {key: float(value) for key, value in jax.device_get(metrics).items()}
@@ -183,18 +188,29 @@ class JaxBackend:
         """Asks JAX, which where there are several processes hears the signal itself."""
         return wanted if self.process_count == 1 else multihost_utils.reached_preemption_sync_point(step)
 
+    def check(self, folder: Path) -> None:
+        """Compares a checkpoint of either backend with the state, whatever mesh wrote it."""
+        if portable.is_portable(folder):
+            leaves = jax.tree_util.tree_flatten_with_path(self.state)[0]
+            own = ((_keys(path), np.broadcast_to(np.float32(0), leaf.shape)) for path, leaf in leaves)
+            want = {name: array.shape for name, array in portable.from_tree(own).items()}
+            check_same_shapes(portable.shapes(folder), want, folder)
+        else:
+            with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
+                _check_same_tree(checkpointer, folder, self.state)
+
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Loads a checkpoint of either backend onto the shards of this mesh, whatever mesh wrote it."""
+        """Loads a checkpoint of either backend onto the shards of this mesh."""
+        self.check(folder)
         if portable.is_portable(folder):
             arrays, metadata = portable.read(folder)
-            self._load(arrays, metadata["step"], folder)
+            self._load(arrays, metadata["step"])
             return metadata
         target = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state
         )
+        state = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
         with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
-            _check_same_tree(checkpointer, folder, target)
-            state = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
             restored = checkpointer.restore(
                 absolute(folder), args=ocp.args.Composite(state=state, metadata=ocp.args.JsonRestore())
             )
@@ -206,12 +222,8 @@ class JaxBackend:
         leaves = jax.tree_util.tree_flatten_with_path(to_host(self.state))[0]
         return portable.from_tree((_keys(path), leaf) for path, leaf in leaves)
 
-    def _load(self, arrays: portable.Arrays, step: int, folder: Path) -> None:
+    def _load(self, arrays: portable.Arrays, step: int) -> None:
         """Takes over a state by portable name: the inverse of `state_arrays`."""
-        leaves = jax.tree_util.tree_flatten_with_path(self.state)[0]
-        want = portable.from_tree((_keys(path), np.broadcast_to(np.float32(0), leaf.shape)) for path, leaf in leaves)
-        have, want = ({name: array.shape for name, array in named.items()} for named in (arrays, want))
-        check_same_shapes(have, want, folder)
 
         def take(path: Any, leaf: jax.Array) -> jax.Array:
             named = portable.portable_name(_keys(path))
@@ -291,7 +303,7 @@ def _checkpoint_handler() -> ocp.CompositeCheckpointHandler:
 
 
 def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) -> None:
-    """Compares names, shapes and types before anything is read.
+    """Compares names and shapes before anything is read. (In other types, values are converted.)
 
     Raises:
         CheckpointError: Naming the first differences.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from flax_diffusion.core.backend import MIN_LOSS_SCALE
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.eight_bit import scale_by_8bit_adam
 from flax_diffusion.offload import from_host
@@ -91,8 +92,9 @@ class LossScale(struct.PyTreeNode):
         return cls(scale=jnp.float32(65536.0), good_steps=jnp.int32(0))
 
     def update(self, finite: jax.Array) -> LossScale:
-        """Halves the scale after a step whose gradients overflowed; doubles it after 2000 good ones in a row."""
+        """Halves the scale, down to 1, after a step whose gradients overflowed; doubles it after 2000 good ones."""
         good = jnp.where(finite, self.good_steps + 1, 0)
         grow = good == self.GROWTH_INTERVAL
         factor = jnp.where(finite, jnp.where(grow, self.GROWTH, 1.0), self.BACKOFF)
-        return LossScale(scale=self.scale * factor, good_steps=jnp.where(grow, 0, good))
+        scale = jnp.maximum(self.scale * factor, MIN_LOSS_SCALE)
+        return LossScale(scale=scale, good_steps=jnp.where(grow, 0, good))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast
-from torch import Tensor
+from torch import Tensor, nn
 
 from flax_diffusion.core import portable
 from flax_diffusion.core.backend import Batch
@@ -116,6 +117,7 @@ class TorchBackend:
 
     def train_step(self, batch: list[dict[str, Tensor]], learning_rate: float, ema_decay: float) -> dict[str, Tensor]:
         """Takes one optimizer step."""
+        scale = self.placement.loss_scale()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
         # Dropout is drawn on the device; seeded by the step, it does not depend on where the run was interrupted.
@@ -146,10 +148,14 @@ class TorchBackend:
             if self.ema is not None:
                 update_ema(self.ema, self._parameters(), ema_decay)
         metrics = {"loss": mean, "grad_norm": norm}
-        scale = self.placement.loss_scale()
         if scale is not None:
             metrics["loss_scale"] = torch.tensor(scale.scale)
+            self.placement.hold_loss_scale()
         return metrics
+
+    def set_step(self, step: int) -> None:
+        """Counts on from another step."""
+        self.steps = step
 
     def read(self, metrics: dict[str, Tensor]) -> dict[str, float]:
         """Waits for a step's numbers."""
@@ -236,15 +242,20 @@ class TorchBackend:
         torch.distributed.all_reduce(any_wants, torch.distributed.ReduceOp.MAX, self._hosts)
         return bool(any_wants)
 
-    def restore(self, folder: Path) -> dict[str, Any]:
-        """Loads a checkpoint of either backend."""
-        arrays, metadata = portable.read(folder)
+    def check(self, folder: Path) -> None:
+        """Compares a checkpoint of either backend with the state."""
         moments = ("state1", "state2") if self.config.use_8bit_adam else tuple(PORTABLE.values())
         kinds = ["params", *moments, *(["ema"] if self.ema is not None else [])]
         want = {f"{kind}/{name}": tuple(p.shape) for kind in kinds for name, p in self._parameters().items()}
         want |= dict.fromkeys(self._scalars(), ())
-        have = {name: tuple(array.shape) for name, array in arrays.items() if not name.startswith(EIGHT_BIT_TABLES)}
+        shapes = portable.shapes(folder)
+        have = {name: shape for name, shape in shapes.items() if not name.startswith(EIGHT_BIT_TABLES)}
         check_same_shapes(have, want, folder)
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Loads a checkpoint of either backend."""
+        self.check(folder)
+        arrays, metadata = portable.read(folder)
         self._load(arrays, metadata["step"])
         return metadata
 
@@ -333,26 +344,23 @@ class TorchBackend:
 
     @contextmanager
     def _to_sample(self) -> Iterator[Modules]:
-        """The modules, holding the moving average meanwhile if there is one."""
-        trained = [name for name, component in self.spec.components.items() if component.trains]
+        """Modules that hold the moving average if there is one. They are others than those that train, which stay."""
         with self._all_back(), torch.no_grad(), self.accelerator.autocast():
-            if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what it wraps cannot be called
-                copies = {name: self._finished(name).to(self.device).eval() for name in trained}
-                yield replace(self.modules, by_name=self.modules.by_name | copies)
-                return
-            parameters = self._parameters() if self.ema is not None else {}
-            kept = {name: parameter.clone() for name, parameter in parameters.items()}
-            for name, parameter in parameters.items():
-                parameter.copy_((self.ema or {})[name])
-            for name in trained:
-                self.modules.by_name[name].eval()
-            try:
-                yield self.modules
-            finally:
-                for name, parameter in parameters.items():
-                    parameter.copy_(kept[name])
-                for name in trained:
-                    self.modules.by_name[name].train()
+            trained = [name for name, component in self.spec.components.items() if component.trains]
+            yield replace(self.modules, by_name=self.modules.by_name | {name: self._averaged(name) for name in trained})
+
+    def _averaged(self, name: str) -> Any:
+        """A component that trains, built again in evaluation mode around the same tensors, or around the average's."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what it wraps cannot be called
+            return self._finished(name).to(self.device).eval()
+        module = self.modules.by_name[name]
+        average = {} if self.ema is None else {id(p): self.ema[full] for full, p in self._parameters().items()}
+        tensors = [*module.parameters(), *module.buffers()]
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+        shared |= {
+            id(p): nn.Parameter(average[id(p)], requires_grad=False) for p in module.parameters() if id(p) in average
+        }
+        return copy.deepcopy(module, shared).eval()
 
     @contextmanager
     def _all_back(self) -> Iterator[None]:

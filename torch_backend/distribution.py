@@ -14,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from flax_diffusion.core.backend import MIN_LOSS_SCALE
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 
@@ -101,6 +102,10 @@ class Placement(Protocol):
         """Goes on from a loss scale."""
         ...
 
+    def hold_loss_scale(self) -> None:
+        """Lets the loss scale get no smaller than `MIN_LOSS_SCALE`."""
+        ...
+
 
 def whole(tensor: Tensor) -> Tensor:
     """Gathers a tensor that FSDP divides; any other as it is."""
@@ -150,6 +155,12 @@ class TorchPlacement:
         if self.scaler is not None:
             changed = {"scale": value.scale, "_growth_tracker": value.good_steps}
             self.scaler.load_state_dict(self.scaler.state_dict() | changed)
+
+    def hold_loss_scale(self) -> None:
+        """Raises the scaler's scale again where it fell below."""
+        value = self.loss_scale()
+        if value is not None and value.scale < MIN_LOSS_SCALE:
+            self.set_loss_scale(value._replace(scale=MIN_LOSS_SCALE))
 
 
 class DeepSpeedPlacement:
@@ -207,6 +218,12 @@ class DeepSpeedPlacement:
         """Sets DeepSpeed's scaler."""
         scaler = self.zero.loss_scaler
         scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = value.scale, value.good_steps, -1
+
+    def hold_loss_scale(self) -> None:
+        """Keeps DeepSpeed from ending the process where its own minimum is reached: the loop says what happened."""
+        if self.zero.dynamic_loss_scale:
+            self.zero.loss_scaler.raise_error_at_min_scale = False
+            self.zero.loss_scaler.min_scale = MIN_LOSS_SCALE
 
 
 def placement_of(accelerator: Any, optimizer: Any) -> Placement:

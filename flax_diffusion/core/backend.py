@@ -17,6 +17,10 @@ Batch = dict[str, np.ndarray]
 """Arrays of one optimizer step on the host, shaped (accumulation, images of this process, …)."""
 
 
+MIN_LOSS_SCALE = 1.0
+"""Of fp16: a gradient that overflows without any scale is not the scale's fault."""
+
+
 def refuse(config: TrainConfig, options: Mapping[str, str], backend: str) -> None:
     """Raises ConfigError for the first option that is set but that only the other backend has.
 
@@ -53,6 +57,10 @@ class Backend(Protocol):
         """Starts one optimizer step and returns a handle for `read`, without waiting for it."""
         ...
 
+    def set_step(self, step: int) -> None:
+        """Lets the next step draw its dropout as the one after `step` does."""
+        ...
+
     def read(self, metrics: Any) -> dict[str, float]:
         """Waits for a step and returns its `loss` and `grad_norm` (and `loss_scale` under fp16)."""
         ...
@@ -85,11 +93,19 @@ class Backend(Protocol):
         """
         ...
 
+    def check(self, folder: Path) -> None:
+        """Compares names and shapes of a checkpoint's arrays with those of the state, without reading the arrays.
+
+        Raises:
+            CheckpointError: If the checkpoint is of another architecture or optimizer.
+        """
+        ...
+
     def restore(self, folder: Path) -> dict[str, Any]:
         """Loads the state in place and returns the metadata.
 
         Raises:
-            CheckpointError: If the checkpoint is of another architecture or optimizer.
+            CheckpointError: As `check`.
         """
         ...
 

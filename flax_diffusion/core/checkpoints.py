@@ -1,7 +1,11 @@
 """Checkpoint folders: what makes one whole, which to resume from, and which to let go.
 
 A checkpoint is written under another name. When all of it is on disk it is sealed: a manifest notes the checksum of
-every file, and the folder gets its name. Object stores cannot rename: there the manifest alone says that it is whole.
+every file and which checkpoint the run had before it, and the folder gets its name. Object stores cannot rename: there
+the manifest alone says that it is whole.
+
+What a run no longer goes on from, but did not make in vain, is set aside under another name: a damaged checkpoint, and
+those that are newer than the one that the user goes back to.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_diffusion.core.errors import CheckpointError
-from flax_diffusion.core.files import as_path, is_local, remove_tree, walk, write_json
+from flax_diffusion.core.files import absolute, as_path, is_local, move, remove_tree, unused, walk, write_json
 from flax_diffusion.core.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
@@ -23,8 +27,10 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_UNSEALED = re.compile(r"checkpoint-\d+\.partial")
 _LEFTOVER = re.compile(r"checkpoint-\d+\.partial(\..*)?")
-_DAMAGED = re.compile(r"checkpoint-\d+\.damaged")
+_DAMAGED = re.compile(r"checkpoint-\d+\.damaged(\.\d+)?")
+_ABANDONED = re.compile(r"checkpoint-\d+\.abandoned(\.\d+)?")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -38,27 +44,47 @@ def unsealed(folder: Path) -> Path:
 
 
 def make_room(folder: Path) -> None:
-    """Deletes what an earlier run left where a checkpoint is about to be written."""
-    if is_local(folder):
-        remove_tree(unsealed(folder))
-    else:
-        remove(folder)
+    """Clears the place where a checkpoint is about to be written; a whole one that stands there is set aside."""
+    written = unsealed(folder)
+    if written == folder and (folder / MANIFEST).exists():
+        abandon(folder)
+    remove_tree(written)
 
 
-def seal(folder: Path) -> None:
-    """Makes a checkpoint of what stands in `unsealed(folder)`. One of the same name gives way."""
+def seal(folder: Path, parent: str | None = None) -> None:
+    """Makes a checkpoint of what stands in `unsealed(folder)`. One that bears its name by then is set aside.
+
+    Args:
+        folder: Of the checkpoint.
+        parent: `identity_of` the checkpoint that the run had before it; None for its first one.
+    """
     written = unsealed(folder)
     names = [*walk(written)]
     with ThreadPoolExecutor() as pool:
         sums = [*pool.map(lambda name: _checksum(written / name), names)]
-    write_json(written / MANIFEST, {"sha256": dict(zip(names, sums, strict=True))})
+    write_json(written / MANIFEST, {"parent": parent, "sha256": dict(zip(names, sums, strict=True))})
     if written != folder:
-        old = written.with_name(f"{written.name}.old")
-        remove_tree(old)
         if folder.exists():
-            folder.rename(old)
+            abandon(folder)
         written.rename(folder)
-        remove_tree(old)
+
+
+def finish_seals(output_dir: Path) -> None:
+    """Gives their names to checkpoints that were whole but not named yet when the process was killed."""
+    for written in _named(output_dir, _UNSEALED):
+        folder = written.with_name(written.name.removesuffix(".partial"))
+        if (written / MANIFEST).exists() and not folder.exists():
+            written.rename(folder)
+
+
+def identity_of(folder: Path) -> str:
+    """Name of a sealed checkpoint and the checksum of its manifest, by which no other one is the same."""
+    return f"{folder.name}@{_checksum(folder / MANIFEST)[:16]}"
+
+
+def parent_of(folder: Path) -> str | None:
+    """`identity_of` the checkpoint that a sealed one followed; None for a run's first one, and in older manifests."""
+    return parse_json(read_text(folder / MANIFEST)).get("parent")
 
 
 def _checksum(file: Path) -> str:
@@ -154,11 +180,11 @@ def newest_whole(output_dir: Path) -> Path | None:
         why = damage(folder)
         if why is None:
             for one, reason in wrong.items():
-                log.warning("%s: %s; set aside as %s", one.name, reason, _set_aside(one).name)
+                log.warning("%s: %s; set aside as %s", one.name, reason, _set_aside(one, "damaged").name)
             return folder
         wrong[folder] = why
     reasons = [f"{folder.name}: {why}" for folder, why in wrong.items()]
-    reasons += [f"{path.name} was set aside" for path in set_aside(output_dir)]
+    reasons += [f"{path.name} was set aside" for path in damaged(output_dir)]
     if reasons:
         raise CheckpointError(
             f"{output_dir}: no checkpoint is whole ({'; '.join(reasons)}); bring one back from a copy, or start "
@@ -168,23 +194,54 @@ def newest_whole(output_dir: Path) -> Path | None:
     return None
 
 
-def _set_aside(folder: Path) -> Path:
-    aside = folder.with_name(f"{folder.name}.damaged")
-    remove_tree(aside)
-    folder.rename(aside)
+def _set_aside(folder: Path, why: str) -> Path:
+    aside = unused(folder.with_name(f"{folder.name}.{why}"))
+    move(folder, aside)
     return aside
 
 
-def set_aside(output_dir: Path) -> list[Path]:
-    """Checkpoints that were found damaged."""
-    return sorted(path for path in output_dir.iterdir() if _DAMAGED.fullmatch(path.name)) if output_dir.is_dir() else []
+def abandon(folder: Path) -> Path:
+    """Sets a checkpoint aside that the run does not go on from; returns where it is now."""
+    return _set_aside(folder, "abandoned")
 
 
-def rotate(output_dir: Path, limit: int | None) -> None:
-    """Deletes the oldest checkpoints beyond `limit`. Call it after a new one is sealed."""
+def newer_than(output_dir: Path, start: Path) -> list[Path]:
+    """The checkpoints in the folder of a run that lie ahead of one that the run goes on from, oldest first.
+
+    Args:
+        output_dir: Of the run.
+        start: The checkpoint, in that folder or elsewhere.
+    """
+    at = step_of(start)
+    return [one for one in committed(output_dir) if step_of(one) >= at and absolute(one) != absolute(start)]
+
+
+def damaged(output_dir: Path) -> list[Path]:
+    """Checkpoints that were found damaged and set aside."""
+    return _named(output_dir, _DAMAGED)
+
+
+def abandoned(output_dir: Path) -> list[Path]:
+    """Checkpoints that were set aside because the run went back to an older one."""
+    return _named(output_dir, _ABANDONED)
+
+
+def _named(output_dir: Path, pattern: re.Pattern[str]) -> list[Path]:
+    return sorted(path for path in output_dir.iterdir() if pattern.fullmatch(path.name)) if output_dir.is_dir() else []
+
+
+def rotate(output_dir: Path, limit: int | None, newest: Path) -> None:
+    """Deletes the oldest checkpoints beyond a limit.
+
+    Args:
+        output_dir: Of the run.
+        limit: Checkpoints to keep; None for all.
+        newest: That was sealed last: it stays, whatever its step.
+    """
     if limit is None:
         return
-    for folder in committed(output_dir)[:-limit]:
+    others = [folder for folder in committed(output_dir) if folder.name != newest.name]
+    for folder in others[: max(0, len(others) + 1 - limit)]:
         remove(folder)
 
 

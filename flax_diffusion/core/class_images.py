@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.data.folders import image_files
 from flax_diffusion.core.errors import DataError
-from flax_diffusion.core.files import as_path, is_local
+from flax_diffusion.core.files import as_path, is_local, lies_in
 from flax_diffusion.core.tasks import Concept, DreamBoothConfig
 from flax_diffusion.core.tracking import save_picture, to_pillow
 
@@ -46,13 +46,34 @@ def missing(concept: Concept, wanted: int) -> int:
 
 
 def check(config: DreamBoothConfig) -> None:
-    """Finds now which class folders could not be filled.
+    """Finds now which class folders could not be filled, or would hold pictures of something else.
 
     Raises:
-        DataError: As `missing`.
+        DataError: As `missing`, or if folders of two things overlap.
     """
+    _check_apart(config)
     for concept in config.all_concepts:
         missing(concept, config.num_class_images)
+
+
+def _check_apart(config: DreamBoothConfig) -> None:
+    concepts = config.all_concepts
+    for one in concepts:
+        classes = str(one.class_data_dir)
+        for other in concepts:
+            things = other.instance_data_dir
+            if lies_in(classes, things) or lies_in(things, classes):
+                raise DataError(
+                    f"class_data_dir {classes} and instance_data_dir {things}: one lies in the other, so that pictures "
+                    "of the class would be trained as the new thing; name folders apart from each other"
+                )
+            theirs = str(other.class_data_dir)
+            shared = lies_in(theirs, classes) and one.class_prompt == other.class_prompt  # of two things of one class
+            if lies_in(classes, theirs) and not shared:
+                raise DataError(
+                    f"class_data_dir {classes} of '{one.class_prompt}' lies in {theirs} of "
+                    f"'{other.class_prompt}', which would mix the two; name a folder for each class"
+                )
 
 
 def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:

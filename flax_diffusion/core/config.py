@@ -22,6 +22,10 @@ LrScheduler = Literal[
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
+ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "repeat_step")
+"""What is said for one start of a run: a run's own config.yaml, which makes it again, leaves these out."""
+
+
 def also(*names: str) -> AliasChoices:
     """Other spellings of a field: the first name is ours, the rest are those of other Diffusers scripts."""
     return AliasChoices(*names)
@@ -123,7 +127,10 @@ class TrainConfig(BaseModel):
 
     # Output
     output_dir: str = Field("ddpm-model-64", description="Folder of the run.")
-    overwrite_output_dir: bool = Field(False, description="Delete an earlier run in that folder first.")
+    overwrite_output_dir: bool = Field(
+        False,
+        description="Take the place of an earlier run in that folder, which goes when this one saves a checkpoint.",
+    )
     save_model_epochs: int | None = Field(
         None, ge=1, description="Write the pipeline every so many epochs. None: only at the end."
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -112,6 +114,15 @@ def local_copy(folder: Path, patterns: tuple[str, ...] = ("*",)) -> Path:
     return target
 
 
+def lies_in(inner: str, outer: str) -> bool:
+    """Whether a path is another one or below it, through whatever links; neither has to exist."""
+    if is_local(as_path(inner)) != is_local(as_path(outer)):
+        return False
+    if not is_local(as_path(inner)):
+        return PurePosixPath(inner).is_relative_to(outer)
+    return Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(outer))
+
+
 def walk(root: Path) -> Iterator[str]:
     """The files below a folder, relative to it, in an order that every file system agrees on; no hidden ones.
 
@@ -136,6 +147,31 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
     else:
         cast(Any, folder).rmtree()
+
+
+def move(source: Path, target: Path) -> None:
+    """Gives a file or a folder another name, under which nothing is yet.
+
+    Object stores cannot rename: there each file is copied, inside the store, before any is deleted.
+    """
+    if is_local(source):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(source, target)  # also to another file system
+        return
+    files = [*walk(source)] if source.is_dir() else None
+    if files is None:
+        cast(Any, source).copy(target)
+        source.unlink()
+        return
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda name: cast(Any, source / name).copy(target / name), files))
+    remove_tree(source)
+
+
+def unused(path: Path) -> Path:
+    """The path, or where something bears that name, the first of `path.2`, `path.3`, … that nothing bears."""
+    names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Model folders, local or on the Hugging Face Hub, and their safetensors, without a framework."""
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,25 @@ def _download(name: str, subfolder: str | None, revision: str | None, allow_patt
             f"{name} is neither a folder nor a repository on the Hub that you may read: check the name, "
             "or log in with `hf auth login`"
         ) from error
+
+
+def weight_files(source: str, subfolder: str | None, revision: str | None, variant: str | None) -> list[Path]:
+    """Return the files that a model's weights are read from: safetensors, else those of the Flax releases.
+
+    Args:
+        source: folder or Hub id.
+        subfolder: folder inside it.
+        revision: branch, tag or commit on the Hub.
+        variant: such as "fp16"; where there is none of it, the weights without one.
+    """
+    dotted = [f".{variant}", ""] if variant else [""]
+    kinds = [[f"*model{dot}.safetensors", f"*model{dot}-?????-of-?????.safetensors"] for dot in dotted]
+    for patterns in [*kinds, ["*flax_model.msgpack"]]:
+        folder = resolve(source, subfolder, revision, patterns)
+        files = [file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns)]
+        if files:
+            return sorted(files)
+    return []
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from flax_diffusion.core import cli
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.files import as_path
-from flax_diffusion.core.preemption import Preempted, Preemption
+from flax_diffusion.core.preemption import INTERRUPTED, Preempted, Preemption
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +34,14 @@ def train(load_backend: LoadBackend, task: str, config: str | Path | None, optio
 
     Raises:
         UserError: For input that cannot be used.
+        KeyboardInterrupt: After Ctrl-C, when all is saved.
     """
     values = cli.merge(task, cli.read_yaml(config) if config else {}, options, str(config))
-    return _run(load_backend, task, values, Preemption())
+    preemption = Preemption()
+    output_dir = _run(load_backend, task, values, preemption)
+    if preemption.interrupted:
+        raise KeyboardInterrupt
+    return output_dir
 
 
 def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> None:
@@ -46,11 +51,14 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
     task, config = cli.parse_train(sys.argv[1:] if argv is None else argv, prog)
     preemption = Preemption()
     _run(load_backend, task, config, preemption)
+    status = INTERRUPTED if preemption.interrupted else 0
     if preemption.wanted and preemption.alone:  # all is saved; Python would wait for threads that may wait for a disk
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
+    if status:
+        raise SystemExit(status)
 
 
 def _run(load_backend: LoadBackend, task: str, config: TrainConfig, preemption: Preemption) -> Path:
@@ -60,5 +68,5 @@ def _run(load_backend: LoadBackend, task: str, config: TrainConfig, preemption: 
         try:
             return fit(task, config, load_backend(), preemption)
         except Preempted:
-            log.info("ended by SIGTERM before the first step")
+            log.info("ended by %s before the first step; nothing had to be saved", preemption.told)
             return as_path(config.output_dir)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import shlex
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -19,14 +20,14 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flax_diffusion.core import checkpoints, output_folder, pipeline, recipe, reconstruction
-from flax_diffusion.core.backend import Backend
+from flax_diffusion.core import checkpoints, cli, lineage, output_folder, pipeline, portable, recipe, reconstruction
+from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend, shared_folder
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import Source
-from flax_diffusion.core.errors import CheckpointError, NonFiniteError
+from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.files import as_path, is_local, temporary_folder, write_json, write_text
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.precompute import precompute
@@ -64,33 +65,26 @@ def fit(
     """
     preemption = preemption or Preemption()
     output_dir = as_path(config.output_dir)
-    with preemption.leaves():
+
+    def open_inputs() -> tuple[Source, PipelineSpec]:
         output_folder.check(output_dir, config)
         source = recipe.open_run_source(config)
-        spec = recipe.make_spec(config, source)
-        backend = make_backend(config, spec)
-        preemption.alone = backend.process_count == 1
-    with preemption.leaves():
-        output_folder.clear(output_dir, config, backend)
-        resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
-        num_examples = recipe.count_examples(config, source)
-        identity = {"task": task, "num_examples": num_examples, "seed": config.seed, "data": recipe.data_digest(source)}
-        schedule = recipe.make_schedule(config, num_examples, backend.device_count)
-        parameters = backend.init_state()
-        source = recipe.complete_source(config, source, backend)
-        scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
-        made = precompute(config, spec, source, backend, scratch)
-        begin = {"step": 0, "examples_seen": 0, "nonfinite_steps": 0}
-        if resume_from is not None:
-            begin = backend.restore(resume_from)
-            _check_resume(begin, identity, resume_from)
-    run = _Run(config, spec, backend, source, made, schedule, preemption, output_dir, identity, begin)
+        return source, recipe.make_spec(config, source)
+
+    source, spec = preemption.aside(open_inputs)
+    backend = make_backend(config, spec)
+    preemption.alone = backend.process_count == 1
+    scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
+    start = preemption.aside(lambda: _prepare(task, config, spec, source, backend, scratch))
+    if config.repeat_step is None:
+        output_folder.prepare(output_dir, config, start.resume_from, backend)
+    run = _Run(config, spec, backend, preemption, output_dir, start)
     try:
         if run.main:
             log.info(
                 "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
-                task, spec.kind, num_examples, parameters, backend.device_count, schedule.step_examples,
-                begin["step"] + 1, schedule.total_steps,
+                task, spec.kind, start.schedule.num_examples, start.parameters, backend.device_count,
+                start.schedule.step_examples, start.step + 1, max(start.step, start.schedule.total_steps),
             )  # fmt: skip
         if config.repeat_step is None:
             run.train()
@@ -102,41 +96,80 @@ def fit(
     return output_dir
 
 
-@dataclass
-class _Run:
-    """A run under way."""
+@dataclass(frozen=True)
+class _Start:
+    """What a run begins with."""
 
-    config: TrainConfig
-    spec: PipelineSpec
-    backend: Backend
     source: Source
     made: Precomputed
     schedule: recipe.Schedule
-    preemption: Preemption
-    output_dir: Path
+    parameters: int  # that train
     identity: dict[str, Any]  # what a checkpoint must share with a run that goes on from it
-    begin: dict[str, Any]  # the loop's part of the checkpoint that this run goes on from
+    resume_from: Path | None
+    step: int = 0
+    examples_seen: int = 0
+    nonfinite_steps: int = 0
 
-    def __post_init__(self) -> None:
-        self.main = self.backend.process_index == 0
-        self.rate_of = recipe.make_rate(self.config, self.schedule)
-        self.first_step: int = self.begin["step"]
-        self.nonfinite_steps: int = self.begin["nonfinite_steps"]
-        self.taken = self.last_saved = self.first_step
+
+def _prepare(
+    task: str, config: TrainConfig, spec: PipelineSpec, source: Source, backend: Backend, scratch: Path
+) -> _Start:
+    """Checks the checkpoint to go on from, loads the weights, and has the models make what training needs of them."""
+    output_dir = as_path(config.output_dir)
+    shared_folder(output_dir, backend, "--output_dir")
+    num_examples = recipe.count_examples(config, source)
+    identity = lineage.identity(task, config, spec, source, num_examples)
+    resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
+    begin: dict[str, int] = {}
+    if resume_from is not None:
+        metadata = portable.read_metadata(resume_from)
+        lineage.check(metadata, identity, resume_from.name)
+        begin = {name: metadata[name] for name in ("step", "examples_seen", "nonfinite_steps")}
+    counted = {name: begin[name] for name in ("step", "examples_seen") if name in begin}
+    schedule = recipe.make_schedule(config, num_examples, backend.device_count, **counted)
+    parameters = backend.init_state()
+    if resume_from is not None:
+        backend.check(resume_from)
+    source = recipe.complete_source(config, source, backend)
+    made = precompute(config, spec, source, backend, scratch)
+    if resume_from is not None:
+        backend.restore(resume_from)
+    return _Start(source, made, schedule, parameters, identity, resume_from, **begin)
+
+
+class _Run:
+    """A run under way."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        spec: PipelineSpec,
+        backend: Backend,
+        preemption: Preemption,
+        output_dir: Path,
+        start: _Start,
+    ):
+        self.config, self.spec, self.backend, self.preemption = config, spec, backend, preemption
+        self.output_dir, self.start = output_dir, start
+        self.schedule, self.source = start.schedule, start.source
+        self.main = backend.process_index == 0
+        self.rate_of = recipe.make_rate(config, start.schedule)
+        self.first_step, self.nonfinite_steps = start.step, start.nonfinite_steps
+        self.taken = self.last_saved = start.step
         self.pending: deque[tuple[int, float, np.ndarray, Any]] = deque()
-        self.saver = Saver(self.backend, self.output_dir, self.config.checkpoints_total_limit)
-        trains = self.config.repeat_step is None
+        parent = checkpoints.identity_of(start.resume_from) if start.resume_from and self.main else None
+        self.saver = Saver(backend, output_dir, config.checkpoints_total_limit, parent)
+        trains = config.repeat_step is None
         self.tracker = Tracker(
-            self.output_dir,
-            self.config.logging_dir if trains and self.config.report_to == "tensorboard" else None,
-            first_step=self.first_step,
-            total_steps=self.schedule.total_steps,
+            output_dir,
+            config.logging_dir if trains and config.report_to == "tensorboard" else None,
+            first_step=start.step,
+            total_steps=start.schedule.total_steps,
             main=self.main and trains,
         )
         self.preview = None  # what an autoencoder's progress is seen by
-        if self.spec.autoencoder_loss is not None:
-            example_fn = recipe.make_example_fn(self.config, self.spec)
-            self.preview = reconstruction.Preview(self.source, example_fn, self.config)
+        if spec.autoencoder_loss is not None:
+            self.preview = reconstruction.Preview(self.source, recipe.make_example_fn(config, spec), config)
 
     def close(self) -> None:
         """Lets a save end, and closes what is open."""
@@ -146,11 +179,13 @@ class _Run:
     def train(self) -> None:
         """Takes the steps that are left, and leaves what they made; or saves, when the run is to end early."""
         if self.main:
-            values = {"task": self.identity["task"]} | self.config.model_dump(mode="json")
-            write_text(self.output_dir / "config.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+            self._write_config()
             pipeline.save_tokenizer(self.spec, self.output_dir)
+        left = self.schedule.total_steps - self.first_step
+        if left <= 0:
+            self.tracker.say(f"nothing to train: {self._newest()} is there, and {self.schedule.limit}")
         try:
-            with self._loader(self.first_step, max(0, self.schedule.total_steps - self.first_step)) as loader:
+            with self._loader(self.first_step, max(0, left)) as loader:
                 self._steps(loader)
             if loader.skipped:
                 names = ", ".join(sorted(loader.skipped))
@@ -158,6 +193,20 @@ class _Run:
             self._finish()
         except Preempted:
             self._stop()
+
+    def _write_config(self) -> None:
+        """Keeps the options that make this run again, and says which of them are not those that it was begun with."""
+        file = self.output_dir / output_folder.CONFIG
+        if self.start.resume_from is not None and file.exists():
+            changed = lineage.changes(cli.read_yaml(file), self.config)
+            if changed:
+                log.info("goes on with other options than %s says: %s", file, "; ".join(changed))
+        values = {"task": self.start.identity["task"]} | lineage.recipe_values(self.config)
+        write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def _newest(self) -> str:
+        """Name of the checkpoint that holds the present state."""
+        return checkpoints.checkpoint_folder(self.output_dir, self.last_saved).name
 
     def repeat(self, step: int) -> None:
         """Computes one step's batch with the weights that are there, and keeps nothing.
@@ -167,6 +216,7 @@ class _Run:
         """
         with self._loader(step - 1, 1) as loader:
             (batch,) = loader
+        self.backend.set_step(step - 1)
         handle = self.backend.put(batch)
         metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), 0.0))
         names = ", ".join(one["name"] for one in self._examples(batch["example_index"]))
@@ -185,7 +235,7 @@ class _Run:
             process_count=self.backend.process_count,
             start_example=self._seen(done),
             num_steps=num_steps,
-            made=self.made,
+            made=self.start.made,
         )
 
     def _steps(self, loader: Loader) -> None:
@@ -219,8 +269,7 @@ class _Run:
         batches = iter(loader)
 
         def following() -> tuple[np.ndarray, Any] | None:
-            with self.preemption.leaves():
-                batch = next(batches, None)
+            batch = self.preemption.aside(lambda: next(batches, None))
             return None if batch is None else (batch["example_index"], self.backend.put(batch))
 
         current = following()
@@ -233,7 +282,8 @@ class _Run:
         """Saves, samples and exports the end of the run."""
         self._save()
         self._export()
-        self._sample(max(self.schedule.total_steps, self.first_step))
+        if self.taken > self.first_step or not self.tracker.has_grid(self.taken):
+            self._sample(self.taken)
         self.saver.wait()
         self.backend.everywhere(True)  # or one that is done would leave the others alone
         self.tracker.say(f"pipeline, checkpoints and samples are in {self.output_dir}")
@@ -243,11 +293,19 @@ class _Run:
         self._save()
         self.saver.wait()
         self.backend.everywhere(True)
-        self.tracker.say(f"ended by SIGTERM after step {self.taken}; go on with --resume_from_checkpoint latest")
+        kept = f"saved as {self._newest()}; go on with" if self.taken else "nothing to save; start again with"
+        self.tracker.say(
+            f"ended by {self.preemption.told} after step {self.taken}, {kept}: "
+            f"{self._command()} --resume_from_checkpoint latest"
+        )
+
+    def _command(self) -> str:
+        """What starts this run again."""
+        return f"{self.backend.command} --config {shlex.quote(str(self.output_dir / output_folder.CONFIG))}"
 
     def _seen(self, step: int) -> int:
         """Examples that the run has used up to a step, also across a resume with another batch size."""
-        return self.begin["examples_seen"] + (step - self.first_step) * self.schedule.step_examples
+        return self.start.examples_seen + (step - self.first_step) * self.schedule.step_examples
 
     def _report(self) -> None:
         step, rate, indices, handle = self.pending.popleft()
@@ -266,10 +324,7 @@ class _Run:
         self.nonfinite_steps += 1
         of_process = f"-process-{self.backend.process_index}" if self.backend.process_count > 1 else ""
         file = self.output_dir / f"nonfinite-{step}{of_process}.json"
-        repeat = (
-            f"{self.backend.command} --config {self.output_dir / 'config.yaml'} --resume_from_checkpoint latest "
-            f"--repeat_step {step}"
-        )
+        repeat = f"{self._command()} --resume_from_checkpoint latest --repeat_step {step}"
         numbers = {name: str(value) for name, value in metrics.items()}  # JSON has no NaN
         write_json(file, {"step": step, **numbers, "examples": self._examples(indices), "repeat": repeat})
         if self.nonfinite_steps <= self.config.skip_nonfinite:
@@ -298,7 +353,7 @@ class _Run:
         if self.last_saved == self.taken:
             return
         self.tracker.flush()  # a run that goes on from here reports what follows
-        metadata = self.identity | {
+        metadata = self.start.identity | {
             "step": self.taken,
             "examples_seen": self._seen(self.taken),
             "nonfinite_steps": self.nonfinite_steps,
@@ -313,19 +368,20 @@ class _Run:
         if text and not config.validation_prompts:
             return
         self._drain()
-        with self.preemption.leaves():
-            if self.preview is not None:
-                self.tracker.grid(step, reconstruction.compare(self.backend, self.preview), 8)
-                return
-            assert isinstance(config, DiffusionConfig)
-            images = self.backend.sample(
-                prompts=config.validation_prompts if text else [],
-                num_images=config.eval_batch_size,
-                num_inference_steps=config.validation_num_inference_steps,
-                guidance_scale=config.validation_guidance_scale if text else 1.0,
-                seed=config.seed,
-            )
-            self.tracker.grid(step, images, config.eval_batch_size if text else None)
+        if self.preview is not None:
+            compared = functools.partial(reconstruction.compare, self.backend, self.preview)
+            self.tracker.grid(step, self.preemption.aside(compared), 8)
+            return
+        assert isinstance(config, DiffusionConfig)
+        draw = functools.partial(
+            self.backend.sample,
+            prompts=config.validation_prompts if text else [],
+            num_images=config.eval_batch_size,
+            num_inference_steps=config.validation_num_inference_steps,
+            guidance_scale=config.validation_guidance_scale if text else 1.0,
+            seed=config.seed,
+        )
+        self.tracker.grid(step, self.preemption.aside(draw), config.eval_batch_size if text else None)
 
     def _export(self) -> None:
         """Writes what the run is for: a pipeline, an autoencoder, or adapters."""
@@ -347,20 +403,11 @@ class _Run:
 
 
 def _is_finite(metrics: dict[str, float]) -> bool:
-    """Under fp16 gradients overflow now and then, and the loss scale sees to it."""
-    looked_at = ["loss"] if "loss_scale" in metrics else ["loss", "grad_norm"]
-    return all(math.isfinite(metrics[name]) for name in looked_at)
+    """Under fp16 gradients overflow now and then, and the loss scale sees to it; not where it cannot get smaller."""
+    if metrics.get("loss_scale", MIN_LOSS_SCALE) > MIN_LOSS_SCALE:
+        return math.isfinite(metrics["loss"])
+    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
 
 
 def _said(metrics: dict[str, float]) -> str:
-    return f"loss {metrics['loss']:g}, grad_norm {metrics['grad_norm']:g}"
-
-
-def _check_resume(metadata: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuses to go on where the next batch could not be the one that the interrupted run would have taken."""
-    for name, value in now.items():
-        if metadata.get(name) != value:
-            raise CheckpointError(
-                f"{folder.name} was made with {name} {metadata.get(name)}, this run has {value}: resume with the same, "
-                "or start a new run in another --output_dir"
-            )
+    return ", ".join(f"{name} {metrics[name]:g}" for name in ("loss", "grad_norm", "loss_scale") if name in metrics)

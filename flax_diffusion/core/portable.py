@@ -11,7 +11,8 @@ read here, into the same plain arrays, by names that no framework owns:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def write(folder: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str,
     write_json(folder / METADATA, dict(metadata))
 
 
+_MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+"""What a folder raises that is no checkpoint, or one of another form."""
+
+
+@contextmanager
+def _complete(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except _MALFORMED as error:
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error
+
+
 def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     """Reads a checkpoint of either backend.
 
@@ -78,29 +91,48 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
     Raises:
         CheckpointError: If the folder is not a complete checkpoint.
     """
-    try:
+    with _complete(folder):
         if is_portable(folder):
             stored = hub.read_safetensors(folder / ARRAYS)
-            metadata = parse_json(read_text(folder / METADATA))
-            return {name: tensor.array() for name, tensor in stored.items()}, metadata
-        tree = parse_json(read_text(folder / "state" / "_METADATA"))
-        paths = [
-            tuple(key["key"] for key in leaf["key_metadata"])
-            for leaf in tree["tree_metadata"].values()
-            if leaf["value_metadata"]["value_type"] == "jax.Array"  # else an empty place in the tree
-        ]
-        metadata = parse_json(read_text(folder / "metadata" / "metadata"))
-        return from_tree(_read_orbax(folder / "state", paths)), metadata
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:  # also a tree of other form
-        raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error
+            arrays = {name: tensor.array() for name, tensor in stored.items()}
+        else:
+            arrays = from_tree((path, np.asarray(array.read().result())) for path, array in _open_orbax(folder))
+    return arrays, read_metadata(folder)
 
 
-def _read_orbax(folder: Path, paths: Iterable[tuple[str, ...]]) -> Iterable[tuple[tuple[str, ...], np.ndarray]]:
-    """Reads the leaves that Orbax stored, without Orbax, which would bring jax in."""
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """Reads the loop's metadata of a checkpoint of either backend.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    with _complete(folder):
+        file = folder / METADATA
+        return dict(parse_json(read_text(file if file.is_file() else folder / "metadata" / "metadata")))
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Reads names and shapes of the arrays in a checkpoint of either backend.
+
+    Raises:
+        CheckpointError: If the folder is not a complete checkpoint.
+    """
+    with _complete(folder):
+        if is_portable(folder):
+            return {name: tensor.shape for name, tensor in hub.read_safetensors(folder / ARRAYS).items()}
+        named = from_tree((path, np.broadcast_to(np.float32(0), array.shape)) for path, array in _open_orbax(folder))
+        return {name: array.shape for name, array in named.items()}
+
+
+def _open_orbax(folder: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Opens the leaves that Orbax stored, without Orbax, which would bring jax in."""
     import tensorstore
 
-    where = f"file://{absolute(folder)}/" if is_local(folder) else f"{folder}/"
-    base = {"driver": "ocdbt", "base": where}
-    for path in paths:
-        spec = {"driver": "zarr", "kvstore": base | {"path": ".".join(path) + "/"}, "open": True}
-        yield path, np.asarray(tensorstore.open(spec).result().read().result())
+    tree = parse_json(read_text(folder / "state" / "_METADATA"))
+    state = folder / "state"
+    where = f"file://{absolute(state)}/" if is_local(state) else f"{state}/"
+    for leaf in tree["tree_metadata"].values():
+        if leaf["value_metadata"]["value_type"] == "jax.Array":  # else an empty place in the tree
+            path = tuple(key["key"] for key in leaf["key_metadata"])
+            kvstore = {"driver": "ocdbt", "base": where, "path": ".".join(path) + "/"}
+            yield path, tensorstore.open({"driver": "zarr", "kvstore": kvstore, "open": True}).result()

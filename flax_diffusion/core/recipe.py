@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, cast
-
-import numpy as np
 
 from flax_diffusion.core import class_images, task_pipelines
 from flax_diffusion.core.backend import Backend
@@ -28,7 +24,7 @@ from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.noise import NoiseSpec
 from flax_diffusion.core.data.sources import Source, open_source
 from flax_diffusion.core.data.transforms import ImageTransform
-from flax_diffusion.core.errors import ConfigError, DataError
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.files import as_path
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.rates import learning_rate_schedule
@@ -43,6 +39,7 @@ class Schedule:
     batch_size: int  # a micro-batch over all devices
     accumulation: int  # micro-batches a step
     total_steps: int  # of the whole run
+    limit: str  # what sets their number, for messages
 
     @property
     def step_examples(self) -> int:
@@ -57,8 +54,17 @@ class Schedule:
         return seen // span > (seen - self.step_examples) // span
 
 
-def make_schedule(config: TrainConfig, num_examples: int, device_count: int) -> Schedule:
+def make_schedule(
+    config: TrainConfig, num_examples: int, device_count: int, step: int = 0, examples_seen: int = 0
+) -> Schedule:
     """Divides the work over steps and devices.
+
+    Args:
+        config: Of the run.
+        num_examples: In an epoch.
+        device_count: Over which a batch is divided.
+        step: That the run goes on from.
+        examples_seen: Up to that step, in whatever batches.
 
     Raises:
         ConfigError: If the global batch cannot be divided.
@@ -75,8 +81,15 @@ def make_schedule(config: TrainConfig, num_examples: int, device_count: int) -> 
         )
     else:
         micro = config.global_batch_size // accumulation
-    steps = config.max_train_steps or math.ceil(config.num_train_epochs * num_examples / (micro * accumulation))
-    return Schedule(num_examples=num_examples, batch_size=micro, accumulation=accumulation, total_steps=steps)
+    if config.max_train_steps is not None:
+        steps, limit = config.max_train_steps, f"--max_train_steps is {config.max_train_steps}"
+    else:
+        wanted = config.num_train_epochs * num_examples
+        steps = step + max(0, math.ceil((wanted - examples_seen) / (micro * accumulation)))
+        limit = f"--num_train_epochs {config.num_train_epochs} are {wanted} examples, of which {examples_seen} are seen"
+    return Schedule(
+        num_examples=num_examples, batch_size=micro, accumulation=accumulation, total_steps=steps, limit=limit
+    )
 
 
 def open_run_source(config: TrainConfig) -> Source:
@@ -105,18 +118,6 @@ def count_examples(config: TrainConfig, source: Source) -> int:
     if isinstance(config, DreamBoothConfig) and config.with_prior_preservation:
         return max(len(source), config.num_class_images * sum(concept.repeats for concept in config.all_concepts))
     return len(source)
-
-
-def data_digest(source: Source) -> str:
-    """By which two datasets of one size differ: a checksum of names and captions, of 64 examples at most."""
-    digest = hashlib.sha256()
-    for index in np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int).tolist():
-        try:
-            record = source[index]
-            digest.update(repr((PurePosixPath(record.name).name, record.caption)).encode())
-        except DataError:
-            digest.update(b"unreadable")
-    return digest.hexdigest()[:16]
 
 
 def complete_source(config: TrainConfig, source: Source, backend: Backend) -> Source:

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from flax_diffusion.core import checkpoints
+from flax_diffusion.core import checkpoints, output_folder
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.errors import CheckpointError
 
@@ -24,10 +24,11 @@ class Saver:
         backend: Has the state.
         output_dir: Of the run.
         limit: Checkpoints to keep; None for all.
+        parent: `checkpoints.identity_of` the one that the run goes on from.
     """
 
-    def __init__(self, backend: Backend, output_dir: Path, limit: int | None):
-        self.backend, self.output_dir, self.limit = backend, output_dir, limit
+    def __init__(self, backend: Backend, output_dir: Path, limit: int | None, parent: str | None = None):
+        self.backend, self.output_dir, self.limit, self._parent = backend, output_dir, limit, parent
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
         self._step = 0
         self._sealing: Future[None] | None = None
@@ -62,8 +63,10 @@ class Saver:
     def _complete(self, folder: Path) -> None:
         self.backend.wait()
         if self.backend.process_index == 0:
-            checkpoints.seal(folder)
-            checkpoints.rotate(self.output_dir, self.limit)
+            checkpoints.seal(folder, self._parent)
+            self._parent = checkpoints.identity_of(folder)
+            checkpoints.rotate(self.output_dir, self.limit, folder)
+            output_folder.discard_replaced(self.output_dir)
 
     def poll(self) -> None:
         """Raises, without waiting, what went wrong in a save."""

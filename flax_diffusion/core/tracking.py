@@ -155,10 +155,17 @@ class Tracker:
         if not self._main:
             return
         picture = enlarge(image_grid(images, columns, border=max(1, images.shape[1] // 32)), 512)
-        save_picture(picture, self._samples / f"{step:08d}.png")
+        save_picture(picture, self._grid_file(step))
         if self._board:
             self._board.image("samples", picture, step)
         self._last = time.perf_counter()
+
+    def has_grid(self, step: int) -> bool:
+        """Whether the pictures of a step are there."""
+        return self._grid_file(step).exists()
+
+    def _grid_file(self, step: int) -> Path:
+        return self._samples / f"{step:08d}.png"
 
     def flush(self) -> None:
         """Writes what was reported to disk."""

@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +9,7 @@ from flax_diffusion.core.errors import CheckpointError
 
 def save(output_dir, step, text="state"):
     folder = checkpoints.checkpoint_folder(output_dir, step)
+    checkpoints.make_room(folder)
     (checkpoints.unsealed(folder) / "deep").mkdir(parents=True)
     for name in ("state", "deep/part"):
         (checkpoints.unsealed(folder) / name).write_text(f"{text} of {step}")
@@ -43,9 +45,9 @@ def test_a_checkpoint_by_name_and_path(run):
 
 
 def test_rotation_keeps_the_newest(run):
-    checkpoints.rotate(run, None)
+    checkpoints.rotate(run, None, run / "checkpoint-100")
     assert len(checkpoints.committed(run)) == 3
-    checkpoints.rotate(run, 2)
+    checkpoints.rotate(run, 2, run / "checkpoint-100")
     assert names(checkpoints.committed(run)) == ["checkpoint-40", "checkpoint-100"]
 
 
@@ -55,11 +57,60 @@ def test_leftovers_of_a_killed_save_go(run):
     assert len(checkpoints.committed(run)) == 3
 
 
-def test_a_checkpoint_takes_the_place_of_one_of_its_name(run):
-    folder = save(run, 40, "another state")
-    assert (folder / "state").read_text() == "another state of 40"
+def text_of(folder):
     assert checkpoints.damage(folder) is None
-    assert not [*run.glob("checkpoint-40.*")]
+    return (folder / "state").read_text()
+
+
+def test_a_checkpoint_does_not_delete_one_of_its_name(run):
+    first, second = (save(run, 40, text) for text in ("second", "third"))
+    assert first == second
+    assert text_of(first) == "third of 40"
+    assert [text_of(folder) for folder in checkpoints.abandoned(run)] == ["state of 40", "second of 40"]
+    assert names(checkpoints.abandoned(run)) == ["checkpoint-40.abandoned", "checkpoint-40.abandoned.2"]
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_killed_while_it_takes_its_name(run, monkeypatch, renames):
+    """Whichever of its renames is the last one, both the new one and the one of its name are there after a restart."""
+    real, left = Path.rename, renames
+
+    def rename(path, target):
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        return real(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        patch.setattr(shutil, "move", rename)
+        with pytest.raises(KeyboardInterrupt):
+            save(run, 40, "new")
+    checkpoints.finish_seals(run)
+    here = text_of(run / "checkpoint-40")
+    checkpoints.clear_leftovers(run)
+    assert here == ("new of 40" if renames else "state of 40")
+    assert text_of(run / "checkpoint-40") == here
+    assert len(checkpoints.abandoned(run)) == renames
+
+
+def test_rotation_keeps_what_was_just_sealed(run):
+    checkpoints.rotate(run, 2, save(run, 7))
+    assert names(checkpoints.committed(run)) == ["checkpoint-7", "checkpoint-100"]
+    checkpoints.rotate(run, 1, save(run, 3))
+    assert names(checkpoints.committed(run)) == ["checkpoint-3"]
+
+
+def test_a_checkpoint_knows_its_parent(run):
+    first = checkpoints.identity_of(run / "checkpoint-5")
+    folder = checkpoints.checkpoint_folder(run, 8)
+    checkpoints.unsealed(folder).mkdir()
+    checkpoints.seal(folder, first)
+    assert checkpoints.parent_of(folder) == first
+    assert checkpoints.parent_of(run / "checkpoint-5") is None
+    assert first.startswith("checkpoint-5@")
+    assert first != checkpoints.identity_of(save(run, 5, "another"))
 
 
 DAMAGES = {

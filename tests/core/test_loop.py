@@ -2,12 +2,15 @@
 
 import json
 import logging
+import math
 import shutil
 
 import numpy as np
 import pytest
+import yaml
 from tiny import RUN, UNET, pictures
 
+from flax_diffusion.core.checkpoints import identity_of, parent_of
 from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from flax_diffusion.core.loop import fit
 from flax_diffusion.core.preemption import Preempted, Preemption
@@ -23,7 +26,7 @@ class Recorder:
     def __init__(self, config, spec, nan_at=()):
         self.nan_at = (nan_at,) if isinstance(nan_at, int) else nan_at
         self.taken, self.saved, self.sampled, self.exported = 0, [], [], []
-        self.examples, self.rates = [], []
+        self.examples, self.rates, self.checked = [], [], []
 
     def init_state(self):
         return 1
@@ -31,6 +34,9 @@ class Recorder:
     def put(self, batch):
         self.examples += batch["example_index"].ravel().tolist()
         return batch
+
+    def set_step(self, step):
+        self.taken = step
 
     def train_step(self, batch, learning_rate, ema_decay):
         self.taken += 1
@@ -42,7 +48,7 @@ class Recorder:
 
     def save(self, folder, metadata):
         folder.mkdir()
-        (folder / "state.json").write_text(json.dumps(metadata | {"taken": self.taken}))
+        (folder / "metadata.json").write_text(json.dumps(metadata | {"taken": self.taken}))
         self.saved.append(metadata["step"])
 
     def wait(self):
@@ -57,8 +63,11 @@ class Recorder:
     def stops(self, wanted, step):
         return wanted
 
+    def check(self, folder):
+        self.checked.append(folder.name)
+
     def restore(self, folder):
-        metadata = json.loads((folder / "state.json").read_text())
+        metadata = json.loads((folder / "metadata.json").read_text())
         self.taken = metadata.pop("taken")
         return metadata
 
@@ -176,7 +185,7 @@ def test_a_signal_to_end(tmp_path, monkeypatch, state, capsys):
     def signalled(self, *args, **kwargs):
         if state == "setup" or self.taken >= 2:
             for _ in range(2):
-                preemption._hear(15, None)
+                preemption.hear(15)
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(owner, name, signalled)
@@ -189,7 +198,8 @@ def test_a_signal_to_end(tmp_path, monkeypatch, state, capsys):
     last = {"step": 3, "data": 3, "sample": 3, "save": 4}[state]
     assert seen.taken == last
     assert checkpoints(tmp_path)[-1] == f"checkpoint-{last}"
-    assert f"ended by SIGTERM after step {last}; go on with" in capsys.readouterr().err
+    said = f"ended by SIGTERM after step {last}, saved as checkpoint-{last}; go on with: train --config {tmp_path}"
+    assert said in capsys.readouterr().err
     assert run(tmp_path, resume_from_checkpoint="latest", **options).taken == 9
 
 
@@ -224,6 +234,86 @@ def test_another_run_in_the_folder(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert not (tmp_path / "events.out.tfevents.1").exists()
     assert checkpoints(tmp_path) == ["checkpoint-2"]
+    assert not (tmp_path / "replaced-run").exists()
+
+
+@pytest.mark.parametrize("fails", ["open_run_source", "make_spec", "complete_source", "init_state", "first save"])
+def test_an_overwritten_run_stays_until_the_new_one_has_a_checkpoint(tmp_path, monkeypatch, fails):
+    run(tmp_path, max_train_steps=2)
+    before = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def fail(*args, **kwargs):
+        raise DataError("bad input")
+
+    with monkeypatch.context() as patch:
+        if fails == "first save":
+            patch.setattr(Recorder, "save", fail)
+        elif fails == "init_state":
+            patch.setattr(Recorder, "init_state", fail)
+        else:
+            patch.setattr(f"flax_diffusion.core.recipe.{fails}", fail)
+        with pytest.raises(DataError, match="bad input"):
+            run(tmp_path, max_train_steps=3, overwrite_output_dir=True)
+    kept = tmp_path / "replaced-run" if fails == "first save" else tmp_path
+    assert {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
+    if fails == "first save":  # a second try does not take the place of the first run
+        run(tmp_path, max_train_steps=3, overwrite_output_dir=True)
+    assert (checkpoints(tmp_path) == ["checkpoint-3"]) == (fails == "first save")
+
+
+def test_a_run_that_saved_nothing_is_not_in_the_way(tmp_path, monkeypatch):
+    with pytest.raises(NonFiniteError):
+        run(tmp_path, nan_at=1)
+    assert (tmp_path / "config.yaml").exists()
+    assert run(tmp_path, max_train_steps=2).taken == 2
+
+
+INSIDE = {
+    "the model": {"pretrained_model_name_or_path": ""},
+    "its autoencoder": {"vae": "vae"},
+    "the data": {"train_data_dir": "data", "dataset_name": None},
+    "the data, through a link": {"train_data_dir": "../link/data", "dataset_name": None},
+}
+
+
+@pytest.mark.parametrize("what", INSIDE)
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_input_in_the_output_folder_is_refused(tmp_path, what, overwrite):
+    out = tmp_path / "out"
+    pictures(out / "data")
+    (out / "vae").mkdir()
+    (out / "model_index.json").write_text("{}")
+    (tmp_path / "link").symlink_to(out)
+    values = {key: value if value is None else str(out / value) for key, value in INSIDE[what].items()}
+    before = sorted(out.rglob("*"))
+    with pytest.raises(ConfigError, match=r"--\w+ .*: lies in --output_dir .*out, where the run writes and deletes"):
+        run(out, unet=None, overwrite_output_dir=overwrite, **values)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_an_output_folder_in_the_data_is_refused(tmp_path):
+    data = pictures(tmp_path / "data")
+    with pytest.raises(ConfigError, match=r"--output_dir .*run: lies in --train_data_dir .*data, so that the run's"):
+        run(data / "deep/run", dataset_name=None, train_data_dir=str(data))
+    assert not (data / "deep").exists()
+
+
+def test_what_is_said_once_is_not_in_the_recipe(tmp_path):
+    run(tmp_path, max_train_steps=1)
+    run(tmp_path, max_train_steps=2, overwrite_output_dir=True)
+    run(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+    saved = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert not {"overwrite_output_dir", "resume_from_checkpoint", "repeat_step"} & set(saved)
+    assert saved["max_train_steps"] == 3
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    def read_only(**kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", read_only)
+    with pytest.raises(ConfigError, match=r"--output_dir .*: cannot be written \(Permission denied\); name another"):
+        run(tmp_path)
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -255,6 +345,87 @@ def test_progress_is_counted_in_examples_when_the_batch_changes(tmp_path):
     assert smaller.examples == whole.examples[4 * 8 : 4 * 8 + 3 * 4]
     again = run(tmp_path / "part", max_train_steps=8, resume_from_checkpoint="latest")
     assert again.examples == whole.examples[4 * 8 + 3 * 4 :][:8]
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_going_back_to_an_older_checkpoint(tmp_path, limit, caplog):
+    run(tmp_path, max_train_steps=6, checkpointing_steps=2)
+    abandoned = {(tmp_path / f"checkpoint-{step}/metadata.json").read_bytes() for step in (4, 6)}
+    again = {"max_train_steps": 6, "checkpoints_total_limit": limit, "resume_from_checkpoint": "checkpoint-2"}
+    run(tmp_path, **again | {"max_train_steps": 3}, learning_rate=1e-2)
+    assert "going back to checkpoint-2: checkpoint-4 is set aside as checkpoint-4.abandoned" in caplog.text
+    assert checkpoints(tmp_path) == [
+        "checkpoint-2", "checkpoint-3", "checkpoint-4.abandoned", "checkpoint-6.abandoned",
+    ]  # fmt: skip
+    aside = (tmp_path / f"checkpoint-{step}.abandoned/metadata.json" for step in (4, 6))
+    assert {file.read_bytes() for file in aside} == abandoned
+    whole = run(tmp_path / "whole", max_train_steps=6)
+    seen = run(tmp_path, **again | {"resume_from_checkpoint": "latest"})
+    assert seen.examples == whole.examples[3 * 8 :]
+    assert parent_of(tmp_path / "checkpoint-6") == identity_of(tmp_path / "checkpoint-3")
+
+
+def test_looking_back_sets_nothing_aside(tmp_path):
+    run(tmp_path, max_train_steps=4, checkpointing_steps=2)
+    run(tmp_path, resume_from_checkpoint="checkpoint-2", repeat_step=3)
+    assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 8), (8, 2), (2, 7)])
+def test_epochs_are_counted_in_examples_when_the_batch_changes(tmp_path, first, then):
+    """Five epochs of 24, of which the first 80 examples are seen with batches of another size."""
+    options = {"max_train_samples": 24, "num_train_epochs": 5}
+    whole = run(tmp_path / "whole", max_train_steps=None, train_batch_size=1, **options)
+    run(tmp_path / "part", max_train_steps=80 // first, train_batch_size=first, **options)
+    rest = run(
+        tmp_path / "part", max_train_steps=None, train_batch_size=then, resume_from_checkpoint="latest", **options
+    )
+    assert rest.taken - 80 // first == math.ceil(40 / then)
+    assert rest.examples[:40] == whole.examples[80:]
+    assert len(rest.examples) == math.ceil(40 / then) * then
+
+
+@pytest.mark.parametrize(
+    ("limits", "says"),
+    [
+        ({"max_train_steps": 3}, "nothing to train: checkpoint-5 is there, and --max_train_steps is 3"),
+        (
+            {"max_train_steps": None, "num_train_epochs": 1},
+            "checkpoint-5 is there, and --num_train_epochs 1 are 40 examples, of which 40 are seen",
+        ),
+    ],
+)
+def test_a_run_with_nothing_to_do_says_why(tmp_path, capsys, limits, says):
+    run(tmp_path, max_train_steps=5)
+    again = run(tmp_path, **limits, resume_from_checkpoint="latest")
+    assert says in " ".join(capsys.readouterr().err.split())
+    assert (again.rates, again.saved, again.sampled) == ([], [], [])
+    (tmp_path / "samples/00000005.png").unlink()  # killed before it was drawn
+    assert run(tmp_path, **limits, resume_from_checkpoint="latest").sampled == [5]
+
+
+def test_other_options_at_resume_are_said(tmp_path, caplog):
+    run(tmp_path, max_train_steps=2)
+    with caplog.at_level(logging.INFO):
+        run(tmp_path, max_train_steps=3, learning_rate=2e-3, resume_from_checkpoint="latest")
+    assert "config.yaml says: max_train_steps 2 → 3; learning_rate 0.001 → 0.002" in caplog.text
+
+
+def test_the_checkpoint_is_checked_before_anything_is_drawn(tmp_path, monkeypatch):
+    run(tmp_path, max_train_steps=2)
+
+    def refuse(self, folder):
+        raise CheckpointError("of another model")
+
+    def drawn(*args):
+        raise AssertionError("pictures were drawn first")
+
+    monkeypatch.setattr("flax_diffusion.core.recipe.complete_source", drawn)
+    with pytest.raises(CheckpointError, match="seed 0, this run has 1"):
+        run(tmp_path, seed=1, resume_from_checkpoint="latest")
+    monkeypatch.setattr(Recorder, "check", refuse)
+    with pytest.raises(CheckpointError, match="of another model"):
+        run(tmp_path, resume_from_checkpoint="latest")
 
 
 def test_resuming_other_data_or_another_seed_is_refused(tmp_path):

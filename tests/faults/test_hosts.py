@@ -92,5 +92,5 @@ def test_one_is_told_to_end(request, tmp_path, told, figure):
     took = time.monotonic() - began
     last = committed(tmp_path / "run")[-1]
     assert damage(last) is None
-    assert f"ended by SIGTERM after step {step_of(last)}; go on with" in log_of(tmp_path, 0)
+    assert f"ended by SIGTERM after step {step_of(last)}, saved as {last.name}; go on with" in log_of(tmp_path, 0)
     figure(4, f"SIGTERM to process {told} of two: both saved step {step_of(last)} and ended after {took:.1f} s")

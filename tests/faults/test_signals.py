@@ -1,12 +1,15 @@
-"""SIGTERM: the step is finished and saved, and the process ends with status 0, whatever it was at."""
+"""SIGTERM and Ctrl-C: the step is finished and saved, and the process ends, whatever it was at."""
 
+import ctypes
 import os
 import random
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from faults.trials import BACKENDS, assert_same, ended, go_on, left, log_of, start, wait_for
+import yaml
+from faults.trials import BACKENDS, STEPS, assert_same, ended, go_on, left, log_of, start, wait_for
 
 from flax_diffusion.core.checkpoints import committed, damage, step_of
 
@@ -77,20 +80,21 @@ def steps_said(sign):
     return int(Path(sign).read_text() or 0) if Path(sign).exists() else 0
 
 
-def end(process, folder, times=1):
-    """Sends the signal; returns the step that was saved and the seconds that it took."""
+def end(process, folder, times=1, number=signal.SIGTERM):
+    """Sends the signal; returns the seconds that it took."""
     began = time.monotonic()
     for _ in range(times):
-        process.terminate()  # one that has ended by then is left alone
+        if process.is_alive():
+            os.kill(process.pid, number)
         time.sleep(0.05)
-    assert ended(process) == 0, log_of(folder)
+    assert ended(process) == (130 if number == signal.SIGINT else 0), log_of(folder)
     return time.monotonic() - began
 
 
-def saved_step(folder):
+def saved_step(folder, told="SIGTERM"):
     last = committed(folder)[-1]
     assert damage(last) is None
-    assert f"ended by SIGTERM after step {step_of(last)}; go on with" in log_of(folder)
+    assert f"ended by {told} after step {step_of(last)}, saved as {last.name}; go on with" in log_of(folder)
     return step_of(last)
 
 
@@ -109,6 +113,49 @@ def check_random(tmp_path, backend, count):
 
 def test_a_signal(tmp_path):
     assert check_random(tmp_path, "torch_backend", 1) < SECONDS
+
+
+def test_ctrl_c(tmp_path):
+    """Saves as SIGTERM does, and says how to go on; the command that it names does."""
+    folder, sign = tmp_path / "run", tmp_path / "steps"
+    process = start("torch_backend", folder, (tell, "torch_backend", str(sign)), **QUICK)
+    wait_for(lambda: steps_said(sign) >= 3, process)
+    assert end(process, folder, number=signal.SIGINT) < SECONDS
+    step = saved_step(folder, "Ctrl-C")
+    assert step == steps_said(sign)
+    words = log_of(folder).rpartition("go on with: ")[2].split()
+    assert words[:4] == ["python", "-m", "torch_backend.train", "--config"]
+    recipe = yaml.safe_load(Path(words[4]).read_text())
+    assert (recipe["task"], recipe["max_train_steps"]) == ("unconditional", STEPS)
+    assert words[5:7] == ["--resume_from_checkpoint", "latest"]
+
+
+@pytest.mark.parametrize("state", ["save", "compile"])
+def test_ctrl_c_twice_ends_at_once(tmp_path, state):
+    """Also while something that cannot be interrupted holds the main thread."""
+    folder, sign = tmp_path / "run", tmp_path / "sign"
+    process = start("torch_backend", folder, (hold, str(sign), state), **QUICK | {"checkpointing_steps": 3})
+    wait_for(sign.exists, process)
+    took = end(process, folder, times=2, number=signal.SIGINT)
+    assert took < SECONDS
+    assert not committed(folder)
+    assert "once more ends at once" in log_of(folder)
+
+
+def hold(sign, state):
+    """Blocks a save in its thread, or the main thread where it takes a step, in C and for a minute."""
+    from flax_diffusion.core import checkpoints
+    from torch_backend.backend import TorchBackend
+
+    owner, name = {"save": (checkpoints, "seal"), "compile": (TorchBackend, "train_step")}[state]
+
+    def held(*arguments):
+        Path(sign).touch()
+        library = ctypes.CDLL(None)
+        for _ in range(60):  # a signal ends a sleep early
+            library.sleep(1)
+
+    setattr(owner, name, held)
 
 
 @pytest.mark.acceptance

@@ -15,7 +15,7 @@ from flax_diffusion.core import hub, recipe
 from flax_diffusion.core.adapters import EMBEDDINGS_FILE, LORA_FILE, UNET_TARGETS, Lora, lora_layers
 from flax_diffusion.core.cli import build
 from flax_diffusion.core.data.concepts import TEMPLATES
-from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
+from flax_diffusion.core.errors import CheckpointError, ConfigError, UserError, WeightsError
 from flax_diffusion.core.loop import fit
 from flax_diffusion.core.pipeline import open_pipeline
 from flax_diffusion.core.tasks import TASKS
@@ -106,6 +106,44 @@ def test_lora_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, bac
     np.testing.assert_allclose(theirs(pipe, PROMPT), adapted, atol=1e-5)
     again = convert(model, tmp_path / "again", lora=[str(kohya)])
     np.testing.assert_allclose(ours(again, PROMPT), adapted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"lora_alpha": 4}, "made with lora text_encoder alpha 3.0, this run has 4.0"),
+        ({"lora_target_modules": ["to_q"]}, "made with lora unet targets .*'to_v'.*, this run has .'to_q'."),
+        ({"train_text_encoder": False}, "made with lora text_encoder .*, this run has None"),
+        ({"pretrained_model_name_or_path": "another"}, "base unet .* .the weights of the model that it adapts changed"),
+        ({"pretrained_model_name_or_path": "moved"}, None),
+    ],
+    ids=["alpha", "targets", "components", "base", "moved"],
+)
+@BACKENDS
+def test_lora_resumed_as_another(shared, folder, model, tmp_path, backend, changes, says):
+    values = lora(shared, folder, max_train_steps=1)
+    fit("dreambooth", TASKS["dreambooth"](**values), backend)
+    if where := changes.get("pretrained_model_name_or_path"):
+        moved = shutil.copytree(model, tmp_path / "moved")
+        changes = {"pretrained_model_name_or_path": str(moved)}
+        if where == "another":
+            file = moved / "unet/diffusion_pytorch_model.safetensors"
+            arrays = {name: tensor.array() * 2 for name, tensor in hub.read_safetensors(file).items()}
+            hub.write_safetensors(file, arrays)
+    again = values | {"max_train_steps": 2, "resume_from_checkpoint": "latest"} | changes
+    config = build(TASKS["dreambooth"], again, "test")
+    if says is None:
+        fit("dreambooth", config, backend)
+        return
+    with pytest.raises(CheckpointError, match=says):
+        fit("dreambooth", config, backend)
+
+
+def test_textual_inversion_resumed_from_another_word(shared, folder):
+    fit("textual_inversion", TASKS["textual_inversion"](**inversion(shared, folder, max_train_steps=1)), JaxBackend)
+    again = {"max_train_steps": 2, "resume_from_checkpoint": "latest", "placeholder_token": "<dog-doll>"}
+    with pytest.raises(CheckpointError, match=r"new_tokens text_encoder tokens .*<dog-toy>.*this run has .*<dog-doll>"):
+        fit("textual_inversion", TASKS["textual_inversion"](**inversion(shared, folder, **again)), JaxBackend)
 
 
 def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):

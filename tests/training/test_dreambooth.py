@@ -92,6 +92,40 @@ def test_pairs_make_the_mean_of_one_plus_lambda_times_the_mean_of_the_other(opti
     assert len(np.unique(noise[:, 0, 0, 0])) == 20  # no two rows share their noise
 
 
+CAT = {"instance_data_dir": "cat", "instance_prompt": "a ktn cat", "class_data_dir": "cats", "class_prompt": "a cat"}
+DOG = {"instance_data_dir": "new", "instance_prompt": "a sks dog", "class_data_dir": "dogs", "class_prompt": "a dog"}
+OVERLAPS = {
+    "class in instances": ([DOG | {"class_data_dir": "new/class"}], "would be trained as the new thing"),
+    "instances in class": ([DOG | {"class_data_dir": "."}], "would be trained as the new thing"),
+    "one for both": ([DOG | {"class_data_dir": "new"}], "would be trained as the new thing"),
+    "one for two classes": ([DOG, CAT | {"class_data_dir": "dogs"}], "which would mix the two"),
+    "a class in another": ([DOG, CAT | {"class_data_dir": "dogs/cats"}], "which would mix the two"),
+    "instances of another": ([DOG, CAT | {"class_data_dir": "new/cats"}], "would be trained as the new thing"),
+    "things in each other": ([DOG | {"instance_data_dir": "cat/dog"}, CAT], "whose pictures it would become"),
+}
+
+
+@pytest.mark.parametrize("what", OVERLAPS)
+def test_folders_that_overlap(options, tmp_path, what):
+    """Refused before anything is written."""
+    concepts, says = OVERLAPS[what]
+    pictures(tmp_path / "cat/dog", 2)
+    placed = [
+        {key: str(tmp_path / value) if "dir" in key else value for key, value in concept.items()}
+        for concept in concepts
+    ]
+    given = {k: v for k, v in options.items() if not k.startswith(("instance", "class"))}
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=says):
+        recipe.open_run_source(DreamBoothConfig(**given, concepts=placed))
+    assert sorted(tmp_path.rglob("*")) == before
+    shared = [DOG, CAT | {"class_data_dir": "dogs", "class_prompt": DOG["class_prompt"]}]  # two things of one class
+    placed = [
+        {key: str(tmp_path / value) if "dir" in key else value for key, value in concept.items()} for concept in shared
+    ]
+    assert recipe.open_run_source(DreamBoothConfig(**given, concepts=placed))
+
+
 def test_several_concepts(options, tmp_path):
     pictures(tmp_path / "cat", 2)
     concepts = [

@@ -3,12 +3,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tiny import RUN
+import pytest
+import torch
+from tiny import ONE_BLOCK, RUN, UNET
 
+from flax_diffusion import train_step
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import task_pipelines
+from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.tasks import UnconditionalConfig
 from flax_diffusion.optimizer import LossScale
+from flax_diffusion.train import train
+from torch_backend import distribution
+from torch_backend.distribution import TorchPlacement
 
 
 def test_the_rule():
@@ -18,6 +25,38 @@ def test_the_rule():
     grown = almost.update(jnp.bool_(True))
     assert (float(grown.scale), int(grown.good_steps)) == (16.0, 0)
     assert int(almost.update(jnp.bool_(False)).good_steps) == 0
+
+
+def test_the_scale_has_a_floor():
+    scale = LossScale.create()
+    for _ in range(40):
+        scale = scale.update(jnp.bool_(False))
+    assert float(scale.scale) == 1.0
+
+
+def test_the_scale_of_pytorch_has_the_same_floor():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+    placement = TorchPlacement(optimizer, torch.amp.GradScaler("cpu"))
+    for scale in (4.0, 1.0, 0.5, 0.0):
+        placement.set_loss_scale(distribution.LossScale(scale, 3))
+        placement.hold_loss_scale()
+        assert placement.loss_scale() == (max(scale, 1.0), 3)
+
+
+@pytest.mark.parametrize("skip", [0, 2])
+def test_gradients_that_always_overflow_end_the_run(tmp_path, monkeypatch, skip):
+    """After the scale has come down to 1; the steps before are the scale's to see to."""
+    real = train_step.clip_by_global_norm
+
+    def overflow(grads, most):
+        clipped, norm = real(grads, most)
+        return clipped, norm * jnp.inf
+
+    monkeypatch.setattr(train_step, "clip_by_global_norm", overflow)
+    options = RUN | {"mixed_precision": "fp16", "max_train_steps": 60, "skip_nonfinite": skip, "report_to": "none"}
+    options |= {"unet": UNET | ONE_BLOCK, "validation_epochs": None, "output_dir": str(tmp_path)}
+    with pytest.raises(NonFiniteError, match=rf"step {17 + skip} is not finite \(.*grad_norm inf, loss_scale 1\)"):
+        train("unconditional", **options)
 
 
 def test_an_overflow_skips_the_step():

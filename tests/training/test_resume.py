@@ -1,6 +1,9 @@
 """A run that was stopped ends bit for bit as one that was not."""
 
+import inspect
+import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -104,3 +107,71 @@ def test_resume_is_bitwise_at_every_step(backend, uninterrupted, all_saved, tmp_
         2,
         f"{backend}, {workers} workers: stopped at each of steps 0 to {STEPS}, and again soon after: bitwise the same",
     )
+
+
+def every_moment(backend, work, seen):
+    """Runs `work`, and calls `seen` before each operation of Python's in the backend's own file meanwhile."""
+    file = inspect.getsourcefile(type(backend))
+    moments = 0
+
+    def trace(frame, event, argument):
+        nonlocal moments
+        if frame.f_code.co_filename != file:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            moments += 1
+            sys.settrace(None)
+            seen()
+            sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return moments
+
+
+@pytest.mark.parametrize("what", ["sample", "export"])
+def test_what_would_be_saved_is_right_at_every_moment(backend, tmp_path, what):
+    """While it samples or exports with the average, the state is that of the training."""
+    config = UnconditionalConfig(output_dir=str(tmp_path / "run"), **CONFIG | {"max_train_steps": 2})
+    made = []
+
+    def make(config, spec):
+        made.append(BACKENDS[backend](config, spec))
+        return made[-1]
+
+    fit("unconditional", config, make)
+    own = made[0]
+    expected = own.state_arrays()
+    averages = [name for name in expected if name.startswith("ema/")]
+    assert any((expected[name] != expected[name.replace("ema/", "params/")]).any() for name in averages)
+
+    def same():
+        for name, array in own.state_arrays().items():
+            np.testing.assert_array_equal(array, expected[name], err_msg=name)
+
+    def sample():
+        own.sample(prompts=[], num_images=1, num_inference_steps=1, guidance_scale=1.0, seed=0)
+
+    work = {"sample": sample, "export": lambda: own.export(tmp_path / "out")}[what]
+    work()  # once before, so that nothing is compiled meanwhile
+    assert every_moment(own, work, same) > 50
+
+
+def test_repeating_a_step_draws_its_dropout(backend, tmp_path, caplog):
+    """The loss of step 6, from the weights of step 4 and from those of step 5, with a rate that keeps them the same."""
+    options = {"learning_rate": 1e-30, "checkpointing_steps": 1, "max_train_steps": 6, "gradient_accumulation_steps": 1}
+    caplog.set_level("INFO")
+    run(backend, tmp_path, until=6, **options)
+    said = []
+    for step in (4, 5):
+        caplog.clear()
+        config = CONFIG | options | {"resume_from_checkpoint": f"checkpoint-{step}", "repeat_step": 6}
+        fit("unconditional", UnconditionalConfig(output_dir=str(tmp_path), **config), BACKENDS[backend])
+        said.append(re.search(r"loss ([\d.e-]+)", caplog.text)[1])
+    assert said[0] == said[1]

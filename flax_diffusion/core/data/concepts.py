@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, replace
 
 from flax_diffusion.core.data.folders import open_folder
 from flax_diffusion.core.data.sources import Record, Source
-from flax_diffusion.core.files import as_path
+from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.files import as_path, lies_in
 from flax_diffusion.core.tasks import DreamBoothConfig, TextualInversionConfig
 
 
@@ -87,9 +88,16 @@ def open_instances(config: DreamBoothConfig) -> PromptedSource:
     """The pictures of the new things.
 
     Raises:
-        DataError: If a folder is missing or holds none.
+        DataError: If a folder is missing or holds none, or lies in that of another thing.
     """
     concepts = config.all_concepts
+    for one, other in itertools.permutations(concepts, 2):
+        inner, outer = one.instance_data_dir, other.instance_data_dir
+        if lies_in(inner, outer) and one.instance_prompt != other.instance_prompt:
+            raise DataError(
+                f"instance_data_dir {inner} of '{one.instance_prompt}' lies in {outer} of '{other.instance_prompt}', "
+                "whose pictures it would become; name folders apart from each other"
+            )
     return PromptedSource(
         [open_folder(as_path(concept.instance_data_dir), caption_column=None) for concept in concepts],
         [concept.instance_prompt for concept in concepts],
