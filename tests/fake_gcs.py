@@ -1,4 +1,9 @@
-"""An object store that speaks as much of Google Cloud Storage's JSON API as gcsfs and tensorstore ask for."""
+"""An object store that speaks as much of Google Cloud Storage's JSON API as gcsfs and tensorstore ask for.
+
+What it does not know it answers with an error and remembers, so that no test passes by it.
+
+Reference: https://cloud.google.com/storage/docs/json_api/v1
+"""
 
 import email
 import email.policy
@@ -19,6 +24,7 @@ class Store(ThreadingHTTPServer):
         self.objects: dict[tuple[str, str], tuple[bytes, int]] = {}
         self.uploads: dict[str, tuple[str, str, bytearray]] = {}
         self.generation, self.lock = 1, threading.Lock()
+        self.unknown: list[str] = []  # calls that were not answered
         self.url = f"http://localhost:{self.server_address[1]}"
 
     def __enter__(self):
@@ -61,12 +67,23 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+    def _error(self, status, message):
+        self._answer(status, {"error": {"code": status, "message": message}})
+
+    def _unknown(self):
+        self.server.unknown.append(f"{self.command} {self.path}")
+        self._error(501, f"{self.command} {self.path}: the server of these tests does not know this call")
+
     def _asked(self):
         parts = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
-        found = re.search(r"/b/([^/]+)(?:/o(?:/(.*))?)?$", parts.path)
-        bucket, name = (unquote(found[1]), unquote(found[2] or "")) if found else ("", "")
-        return parts.path, query, bucket, name
+        return parts.path, query
+
+    def _matched(self, pattern):
+        """The decoded groups of a pattern that the whole path after /storage/v1 or /upload/storage/v1 has, or None."""
+        path = urlsplit(self.path).path
+        found = re.fullmatch(rf"(?:/upload)?(?:/download)?/storage/v1{pattern}", path)
+        return found and [unquote(group) for group in found.groups()]
 
     def _body(self):
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -79,11 +96,18 @@ class _Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def do_GET(self):
-        _, query, bucket, name = self._asked()
-        if not name:
-            return self._answer(200, self._listed(bucket, query) if "/o" in self.path else {"name": bucket})
+        _, query = self._asked()
+        if found := self._matched(r"/b/([^/]+)"):
+            return self._answer(200, {"kind": "storage#bucket", "name": found[0]})
+        if found := self._matched(r"/b/([^/]+)/o/?"):
+            return self._answer(200, self._listed(found[0], query))
+        if found := self._matched(r"/b/([^/]+)/o/([^/]+)"):
+            return self._get(*found, query)
+        return self._unknown()
+
+    def _get(self, bucket, name, query):
         if (bucket, name) not in self.server.objects:
-            return self._answer(404, {"error": {"code": 404, "message": "No such object"}})
+            return self._error(404, f"No such object: {bucket}/{name}")
         if query.get("alt") != "media":
             return self._answer(200, self.server.describe(bucket, name))
         data, generation = self.server.objects[bucket, name]
@@ -95,30 +119,51 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(206, data[first : last + 1], Content_Range=f"bytes {first}-{last}/{len(data)}", **headers)
 
     def _listed(self, bucket, query):
+        """One page of the objects and, with a delimiter, of the prefixes up to it, in the order of their names."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
-        items, prefixes = [], set()
+        found = {}
         for owner, name in sorted(self.server.objects):
-            if owner != bucket or not name.startswith(prefix):
-                continue
-            head, found, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
-            if found:
-                prefixes.add(prefix + head + found)
-            else:
-                items.append(self.server.describe(bucket, name))
-        return {"kind": "storage#objects", "items": items, "prefixes": sorted(prefixes)}
+            if owner == bucket and name.startswith(prefix):
+                head, more, _ = name[len(prefix) :].partition(delimiter) if delimiter else (name, "", "")
+                found[prefix + head + more if more else name] = bool(more)
+        names = sorted(name for name in found if name > query.get("pageToken", ""))
+        most = int(query.get("maxResults", 1000))
+        page = names[:most]
+        answer = {
+            "kind": "storage#objects",
+            "items": [self.server.describe(bucket, name) for name in page if not found[name]],
+            "prefixes": [name for name in page if found[name]],
+        }
+        return answer | ({"nextPageToken": page[-1]} if len(names) > most else {})
 
     def do_POST(self):
-        path, query, bucket, name = self._asked()
+        path, query = self._asked()
         if "upload_id" in query:
             return self.do_PUT()
         body = self._body()
-        if path.startswith("/batch"):
+        if path == "/batch/storage/v1":
             return self._batch(body)
-        copied = re.search(r"/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/(.+)$", path)
-        if copied:
-            source, was, target, becomes = map(unquote, copied.groups())
-            made = self.server.keep(target, becomes, self.server.objects[source, was][0])
-            return self._answer(200, {"done": True, "resource": made})
+        if found := self._matched(r"/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)"):
+            return self._copy(*found)
+        if found := self._matched(r"/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)"):
+            bucket, was, becomes = found
+            return self._copy(bucket, was, bucket, becomes, moves=True)
+        if found := self._matched(r"/b/([^/]+)/o/?"):
+            return self._upload(found[0], query, body)
+        return self._unknown()
+
+    def _copy(self, source, was, target, becomes, *, moves=False):
+        if (source, was) not in self.server.objects:
+            return self._error(404, f"No such object: {source}/{was}")
+        made = self.server.keep(target, becomes, self.server.objects[source, was][0])
+        if moves:
+            del self.server.objects[source, was]
+            return self._answer(200, made)
+        size = made["size"]
+        answer = {"kind": "storage#rewriteResponse", "totalBytesRewritten": size, "objectSize": size, "done": True}
+        return self._answer(200, answer | {"resource": made})
+
+    def _upload(self, bucket, query, body):
         kind = query.get("uploadType")
         if kind == "multipart":
             kinds = b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n"
@@ -130,10 +175,14 @@ class _Handler(BaseHTTPRequestHandler):
             key = str(len(self.server.uploads))
             self.server.uploads[key] = (bucket, name, bytearray())
             return self._answer(200, {}, Location=f"{self.server.url}/resume?upload_id={key}")
-        return self._answer(200, self.server.keep(bucket, query.get("name", name), body))
+        if kind == "media" and "name" in query:
+            return self._answer(200, self.server.keep(bucket, query["name"], body))
+        return self._unknown()
 
     def do_PUT(self):
-        _, query, _, _ = self._asked()
+        _, query = self._asked()
+        if query.get("upload_id") not in self.server.uploads:
+            return self._unknown()
         bucket, name, data = self.server.uploads[query["upload_id"]]
         data += self._body()
         if self.headers.get("Content-Range", "").endswith("/*"):
@@ -141,15 +190,24 @@ class _Handler(BaseHTTPRequestHandler):
         return self._answer(200, self.server.keep(bucket, name, data))
 
     def do_DELETE(self):
-        _, _, bucket, name = self._asked()
-        known = self.server.objects.pop((bucket, name), None)
-        return self._answer(204) if known else self._answer(404, {"error": {"code": 404, "message": "none"}})
+        found = self._matched(r"/b/([^/]+)/o/([^/]+)")
+        if not found:
+            return self._unknown()
+        known = self.server.objects.pop(tuple(found), None)
+        return self._answer(204) if known else self._error(404, f"No such object: {'/'.join(found)}")
+
+    def do_PATCH(self):
+        return self._unknown()
 
     def _batch(self, body):
         """Deletions in one request."""
         answers = []
-        for bucket, name in re.findall(rb"DELETE /storage/v1/b/([^/]+)/o/(\S+)", body):
-            self.server.objects.pop((unquote(bucket.decode()), unquote(name.decode())), None)
-            answers.append("--cut\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 204 No Content\r\n\r\n\r\n")
+        for method, path in re.findall(rb"^(GET|POST|PUT|PATCH|DELETE) (\S+)", body, re.MULTILINE):
+            found = re.fullmatch(r"/storage/v1/b/([^/]+)/o/([^/]+)", path.decode().partition("?")[0])
+            if method != b"DELETE" or not found:
+                return self._unknown()
+            known = self.server.objects.pop((unquote(found[1]), unquote(found[2])), None)
+            status = "204 No Content" if known else "404 Not Found"
+            answers.append(f"--cut\r\nContent-Type: application/http\r\n\r\nHTTP/1.1 {status}\r\n\r\n\r\n")
         text = "".join(answers) + "--cut--\r\n"
         return self._answer(200, text.encode(), Content_Type="multipart/mixed; boundary=cut")

@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
+from flax_diffusion.core.files import as_path
 from flax_diffusion.core.tasks import TASKS
 from flax_diffusion.core.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
 
@@ -92,7 +93,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: If the file is missing, is not YAML, is larger than any recipe, or is not a mapping.
     """
     try:
-        values = parse_yaml(read_text(Path(path), MAX_YAML_BYTES))
+        values = parse_yaml(read_text(as_path(path), MAX_YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -152,20 +151,22 @@ def remove_tree(folder: Path) -> None:
 def move(source: Path, target: Path) -> None:
     """Gives a file or a folder another name, under which nothing is yet.
 
-    Object stores cannot rename: there each file is copied, inside the store, before any is deleted.
+    Object stores cannot rename a folder: there its files are copied, within the store, before any is deleted.
     """
     if is_local(source):
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(source, target)  # also to another file system
         return
-    files = [*walk(source)] if source.is_dir() else None
-    if files is None:
-        cast(Any, source).copy(target)
-        source.unlink()
-        return
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda name: cast(Any, source / name).copy(target / name), files))
-    remove_tree(source)
+    from etils.epath import backend
+
+    store: Any = backend.fsspec_backend.fs(os.fspath(source))  # the one whose listings `source` itself would see
+    if source.is_dir():
+        names = [*walk(source)]
+        store.copy([os.fspath(source / name) for name in names], [os.fspath(target / name) for name in names])
+    else:
+        store.copy(os.fspath(source), os.fspath(target))
+    store.rm(os.fspath(source), recursive=True)
+    store.invalidate_cache()  # or folders that were listed before would go without what is new in them
 
 
 def unused(path: Path) -> Path:

@@ -15,7 +15,7 @@ from flax_diffusion.core import checkpoints
 from flax_diffusion.core.data.images import decode
 from flax_diffusion.core.data.parquet import open_parquet
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.files import as_path, copy_file, local_copy, write_text
+from flax_diffusion.core.files import as_path, copy_file, local_copy, move, write_text
 from flax_diffusion.train import train
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # of which the server here knows nothing
@@ -29,6 +29,7 @@ def bucket():
         patch.setenv("TENSORSTORE_GCS_HTTP_URL", store.url)
         patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
         yield "gs://bucket"
+        assert not store.unknown
 
 
 def upload(folder, target):
@@ -91,6 +92,49 @@ def test_parquet(bucket, tmp_path):
         assert decode(source[value - 1]).getpixel((0, 0))[0] == value
 
 
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if not path.is_dir()}
+
+
+def test_a_file_and_a_folder_get_other_names(bucket):
+    run = as_path(f"{bucket}/moves")
+    write_text(run / "a/deep/x", "x")
+    write_text(run / "a/y", "y")
+    move(run / "a/y", run / "a/z")
+    assert contents(run / "a") == {"z": "y"}
+    move(run / "a", run / "b")
+    assert [path.name for path in run.iterdir()] == ["b"]
+    assert (contents(run / "b"), contents(run / "b/deep")) == ({"z": "y"}, {"x": "x"})
+
+
+def test_what_is_set_aside_is_whole(bucket):
+    """A damaged checkpoint, one that the run goes back beyond, and one of the same step as a new one."""
+    run = as_path(f"{bucket}/aside")
+
+    def save(step, text):
+        folder = checkpoints.checkpoint_folder(run, step)
+        checkpoints.make_room(folder)
+        write_text(folder / "deep/state", text)
+        checkpoints.seal(folder)
+        return folder
+
+    first, second, third = (save(step, f"state {step}") for step in (1, 2, 3))
+    write_text(third / "deep/state", "damaged")
+    assert checkpoints.newest_whole(run) == second
+    assert [path.name for path in checkpoints.damaged(run)] == ["checkpoint-3.damaged"]
+    assert contents(run / "checkpoint-3.damaged/deep") == {"state": "damaged"}
+    assert checkpoints.newer_than(run, first) == [second]
+    checkpoints.abandon(second)
+    save(1, "another")
+    assert [path.name for path in checkpoints.committed(run)] == ["checkpoint-1"]
+    aside = checkpoints.abandoned(run)
+    assert [path.name for path in aside] == ["checkpoint-1.abandoned", "checkpoint-2.abandoned"]
+    assert [checkpoints.damage(path) for path in aside] == [None, None]
+    assert [contents(path / "deep")["state"] for path in aside] == ["state 1", "state 2"]
+    checkpoints.clear_leftovers(run)
+    assert len(checkpoints.abandoned(run)) == 2
+
+
 def test_a_run_from_store_to_store(bucket, tmp_path):
     upload(stable_diffusion(tmp_path / "base"), f"{bucket}/base")
     upload(pictures(tmp_path / "data"), f"{bucket}/data")
@@ -109,3 +153,6 @@ def test_a_run_from_store_to_store(bucket, tmp_path):
         train("text_to_image", **options)
     again = train("text_to_image", **options | {"max_train_steps": 3, "resume_from_checkpoint": "latest"})
     assert (again / "checkpoint-3").is_dir()
+    train("text_to_image", **options | {"overwrite_output_dir": True, "max_train_steps": 1})
+    assert {path.name for path in run.iterdir() if "checkpoint" in path.name} == {"checkpoint-1"}
+    assert not (run / "replaced-run").exists()
