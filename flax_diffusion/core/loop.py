@@ -185,6 +185,9 @@ class _Run:
         if left <= 0:
             self.tracker.say(f"nothing to train: {self._newest()} is there, and {self.schedule.limit}")
         try:
+            cut_off = self.first_step and left > 0 and self._wants_sample(self.first_step)
+            if cut_off and not self.tracker.has_grid(self.first_step):  # the run was ended while it drew
+                self._sample(self.first_step)
             with self._loader(self.first_step, max(0, left)) as loader:
                 self._steps(loader)
             if loader.skipped:
@@ -251,18 +254,19 @@ class _Run:
             while len(self.pending) > READ_LAG:
                 self._report()
             self.saver.poll()
-            if config.validation_steps:
-                sample = step % config.validation_steps == 0
-            else:
-                sample = self.schedule.ends_epoch(self._seen(step), config.validation_epochs)
             if step == self.schedule.total_steps:
                 break
             if step % config.checkpointing_steps == 0:
                 self._save()
-            if sample:
+            if self._wants_sample(step):
                 self._sample(step)
             if self.schedule.ends_epoch(self._seen(step), config.save_model_epochs):
                 self._export()
+
+    def _wants_sample(self, step: int) -> bool:
+        if self.config.validation_steps:
+            return step % self.config.validation_steps == 0
+        return self.schedule.ends_epoch(self._seen(step), self.config.validation_epochs)
 
     def _put_ahead(self, loader: Loader) -> Iterator[tuple[np.ndarray, Any]]:
         """Indices of examples, and their device batch; the copy of the next one starts before the current is used."""

@@ -200,7 +200,10 @@ def test_a_signal_to_end(tmp_path, monkeypatch, state, capsys):
     assert checkpoints(tmp_path)[-1] == f"checkpoint-{last}"
     said = f"ended by SIGTERM after step {last}, saved as checkpoint-{last}; go on with: train --config {tmp_path}"
     assert said in capsys.readouterr().err
-    assert run(tmp_path, resume_from_checkpoint="latest", **options).taken == 9
+    again = run(tmp_path, resume_from_checkpoint="latest", **options)
+    assert again.taken == 9
+    drawn = {path.name for path in (tmp_path / "samples").iterdir()}
+    assert drawn == {f"{step:08d}.png" for step in (3, 6, 9)}
 
 
 def test_a_save_that_fails(tmp_path, monkeypatch):
