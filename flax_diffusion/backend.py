@@ -171,6 +171,10 @@ class JaxBackend:
             args=ocp.args.Composite(state=ocp.args.PyTreeSave(self.state), metadata=ocp.args.JsonSave(metadata)),
         )
 
+    def state_bytes(self) -> int:
+        """Counts weights, moments and averages, whole."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+
     def wait(self) -> None:
         """Waits until the last save is complete."""
         if self._checkpointer is not None:

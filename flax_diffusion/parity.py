@@ -6,7 +6,6 @@ moving averages are compared after every step.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 import sys
@@ -100,11 +99,9 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
     Raises:
         ConfigError: If a framework is missing, or the run draws numbers on the device.
     """
-    for package, extra in (("jax", ""), ("torch", "[torch]"), ("diffusers", "[torch]"), ("accelerate", "[torch]")):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(
-                f"parity needs both frameworks, and {package} is missing: pip install 'flax-diffusion{extra}'"
-            )
+    launch.require(
+        ("jax", "torch", "diffusers", "accelerate"), "pip install -c constraints.txt 'flax-diffusion[torch]'"
+    )
     if dtype == "float64" and config.mixed_precision != "no":
         raise ConfigError(f"--dtype float64 with --mixed_precision {config.mixed_precision}: drop one of them")
     if config.use_8bit_adam:

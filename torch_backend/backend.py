@@ -218,6 +218,12 @@ class TorchBackend:
             arrays = {name: tensor.numpy() for name, tensor in self._host_copy.items()} | self._scalars()
             self._writing = self._writer.submit(portable.write, folder, arrays, metadata)
 
+    def state_bytes(self) -> int:
+        """Counts weights, moments and averages, whole."""
+        moments = 2 * (1 if self.config.use_8bit_adam else 4)
+        average = self.ema is not None
+        return sum(p.numel() * (p.element_size() * (1 + average) + moments) for p in self._parameters().values())
+
     def wait(self) -> None:
         """Waits until the last save is written."""
         if self._writing is not None:

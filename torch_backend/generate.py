@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core import cli, drawing
+from flax_diffusion.core import cli, drawing, launch
+from torch_backend.train import INSTALL, PACKAGES
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -17,6 +18,7 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
 
 
 def _draw(config: drawing.GenerateConfig) -> np.ndarray:
+    launch.require(PACKAGES, INSTALL)
     import torch
     from accelerate import PartialState
 

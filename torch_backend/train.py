@@ -11,6 +11,9 @@ from typing import Any
 
 from flax_diffusion.core import cli, launch
 
+PACKAGES = ("torch", "diffusers", "accelerate")
+INSTALL = "pip install -c constraints.txt 'flax-diffusion[torch]'"
+
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
     """Trains a model, as the command line does; arguments, result and errors as `flax_diffusion.train.train`."""
@@ -18,6 +21,7 @@ def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
 
 
 def _backend() -> Any:
+    launch.require(PACKAGES, INSTALL)
     from torch_backend.backend import TorchBackend
 
     return TorchBackend

@@ -72,6 +72,10 @@ class Backend(Protocol):
         """
         ...
 
+    def state_bytes(self) -> int:
+        """Bytes of the state, which is most of a checkpoint."""
+        ...
+
     def wait(self) -> None:
         """Waits for the save in flight and raises what went wrong in it. Any thread may call it, in some processes."""
         ...

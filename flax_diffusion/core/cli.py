@@ -125,8 +125,14 @@ class Parser(argparse.ArgumentParser):
         return vars(values)
 
 
-def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
-    """Adds a flag for every field of the config class; values stay words until `build` checks them."""
+def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], *, defaults: bool = True) -> None:
+    """Adds a flag for every field of the config class; values stay words until `build` checks them.
+
+    Args:
+        parser: To add to.
+        model: The config class.
+        defaults: Whether the class's defaults are those that hold, and so belong into the help.
+    """
     for name, field in model.model_fields.items():
         flags = [f"--{spelling}" for spelling in spellings(name, field)]
         kind = field.annotation
@@ -136,7 +142,8 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
             how = {"type": functools.partial(_parse_flag, annotation=kind), "metavar": _metavar(kind)}
             if get_origin(kind) is list:
                 how |= {"nargs": "+", "action": "extend"}  # --prompt A B, or --prompt A --prompt B
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        text = f"{field.description} (default: {field.default})" if defaults else str(field.description)
+        text = text.replace("%", "%%")
         parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
 
 
@@ -194,24 +201,37 @@ def parse_train(argv: Sequence[str], prog: str) -> tuple[str, TrainConfig]:
     parser.add_argument("--config", metavar="FILE.yaml", help="Recipe; flags override it.")
     if task is None and not {"-h", "--help"} & set(argv):
         raise ConfigError(f"no task: name one of {', '.join(TASKS)}, e.g. `{prog} unconditional --dataset_name digits`")
-    if task is not None and str(task) not in TASKS:
-        raise ConfigError(f"unknown task '{task}'{nearest(str(task), TASKS)}; the tasks are {', '.join(TASKS)}")
-    model = TASKS[task] if task else TrainConfig
-    add_fields(parser, model)
+    add_fields(parser, _task_config(str(task)) if task else TrainConfig, defaults=task is not None)
     flags = parser.parse(argv)
+    if flags["task"] not in (None, task):
+        raise ConfigError(f"tasks {task} and {flags['task']}: drop one, here or in {leading.config}")
     del flags["task"], flags["config"]
     return str(task), merge(str(task), from_file, flags, str(leading.config))
 
 
+def _task_config(task: str) -> type[TrainConfig]:
+    """The config class of a task.
+
+    Raises:
+        ConfigError: If there is no such task.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"unknown task '{task}'{nearest(task, TASKS)}; the tasks are {', '.join(TASKS)}")
+    return TASKS[task]
+
+
 def _leading_words(argv: Sequence[str]) -> list[str]:
-    """The task (only as the first word) and `--config FILE`, which decide how the rest is read."""
-    words = [argv[0]] if argv and not argv[0].startswith("-") else []
+    """The task, as the first word or behind `--config FILE`, and that, which decide how the rest is read."""
+    words, places = [], [0]
     for position, word in enumerate(argv):
         if word == "--config":
             words += list(argv[position : position + 2])
+            places.append(position + 2)
         elif word.startswith("--config="):
             words.append(word)
-    return words
+            places.append(position + 1)
+    tasks = [argv[place] for place in places if place < len(argv) and not argv[place].startswith("-")]
+    return tasks[:1] + words
 
 
 def merge(task: str, from_file: dict[str, Any], flags: dict[str, Any], file_name: str) -> TrainConfig:
@@ -219,7 +239,7 @@ def merge(task: str, from_file: dict[str, Any], flags: dict[str, Any], file_name
 
     A file's values are checked on their own first, so that the message names the file when the file is wrong.
     """
-    model = TASKS[task]
+    model = _task_config(task)
     canonical = {s: name for name, field in model.model_fields.items() for s in spellings(name, field)}
     file_values = {key: value for key, value in from_file.items() if key != "task"}
     for key in file_values:

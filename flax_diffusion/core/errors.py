@@ -54,3 +54,19 @@ class NonFiniteError(UserError):
     """Training produced a loss that is not a number or infinite."""
 
     exit_status = 1
+
+
+class MemoryLimitError(UserError):
+    """What the options ask for does not fit a device's or the host's memory."""
+
+    exit_status = 1
+
+
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|can.t allocate memory|Unable to allocate", re.IGNORECASE)
+"""As XLA, CUDA, PyTorch's host allocator and NumPy say it."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an error of any framework says that memory ran out. A disk that is full is something else."""
+    text = str(error)
+    return isinstance(error, MemoryError) or (bool(_NO_MEMORY.search(text)) and "No space left" not in text)

@@ -6,11 +6,13 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from flax_diffusion.core import cli
 from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError, is_out_of_memory
 from flax_diffusion.core.files import as_path
 from flax_diffusion.core.preemption import INTERRUPTED, Preempted, Preemption
 
@@ -18,6 +20,13 @@ log = logging.getLogger(__name__)
 
 LoadBackend = Callable[[], Any]
 """Imports a framework and returns its backend's class; only now, so that --help and mistakes are answered at once."""
+
+
+def require(packages: Sequence[str], install: str) -> None:
+    """Raises ConfigError where a package is missing, with the command that installs it."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed: {install}")
 
 
 def train(load_backend: LoadBackend, task: str, config: str | Path | None, options: dict[str, Any]) -> Path:
@@ -48,6 +57,8 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
     """Runs the command line."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("flax_diffusion").setLevel(logging.INFO)
+    for chatty in ("absl", "asyncio"):  # of Orbax's threads: what fails in them is this program's to say
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
     task, config = cli.parse_train(sys.argv[1:] if argv is None else argv, prog)
     preemption = Preemption()
     _run(load_backend, task, config, preemption)
@@ -70,3 +81,29 @@ def _run(load_backend: LoadBackend, task: str, config: TrainConfig, preemption: 
         except Preempted:
             log.info("ended by %s before the first step; nothing had to be saved", preemption.told)
             return as_path(config.output_dir)
+        except Exception as error:
+            if isinstance(error, UserError) or not is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise MemoryLimitError(f"out of memory ({reason}): {', '.join(_what_saves_memory(config))}") from error
+
+
+def _what_saves_memory(config: TrainConfig) -> list[str]:
+    """What of the options is not yet used, the cheapest first."""
+    batch = config.global_batch_size or config.train_batch_size
+    name = "global_batch_size" if config.global_batch_size else "train_batch_size"
+    advice = []
+    if batch > 1:
+        advice.append(f"lower --{name} {batch} (--gradient_accumulation_steps makes up for it)")
+    if config.mixed_precision == "no":
+        advice.append("add --mixed_precision bf16")
+    if not config.gradient_checkpointing:
+        advice.append("add --gradient_checkpointing minimal")
+    elif config.gradient_checkpointing == "minimal":
+        advice.append("use --gradient_checkpointing without minimal")
+    if not config.use_8bit_adam:
+        advice.append("add --use_8bit_adam")
+    if getattr(config, "cache_latents", True) is False:
+        advice.append("add --cache_latents")
+    advice.append("or divide the state by --fsdp_parallelism; `python -m tpu.plan` tells what fits a TPU")
+    return advice

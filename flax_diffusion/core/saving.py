@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +15,7 @@ from safetensors import SafetensorError
 from flax_diffusion.core import checkpoints, output_folder
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.files import is_local, walk
 
 _FAILURES = (OSError, ValueError, RuntimeError, SafetensorError)
 """What file systems and the libraries that write to them raise; a full disk is each of them somewhere."""
@@ -30,7 +34,7 @@ class Saver:
     def __init__(self, backend: Backend, output_dir: Path, limit: int | None, parent: str | None = None):
         self.backend, self.output_dir, self.limit, self._parent = backend, output_dir, limit, parent
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._step = 0
+        self._step = self._size = 0  # of the last checkpoint; bytes
         self._sealing: Future[None] | None = None
 
     def start(self, step: int, metadata: dict[str, Any], beside: Callable[[Path], None] | None = None) -> None:
@@ -51,6 +55,7 @@ class Saver:
         try:
             if self.backend.process_index == 0:
                 checkpoints.make_room(folder)
+                self._check_space()
             self.backend.everywhere(True)
             self.backend.save(written, metadata)
             if beside is not None:
@@ -60,9 +65,21 @@ class Saver:
             raise self._failed(error) from error
         self._sealing = self._pool.submit(self._complete, folder)
 
+    def _check_space(self) -> None:
+        """Finds out before anything is written whether it fits: of libraries that run into it no reason can be read."""
+        if is_local(self.output_dir):
+            needed, free = max(self._size, self.backend.state_bytes()), shutil.disk_usage(self.output_dir).free
+            if free < needed:
+                raise OSError(
+                    errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, it takes {needed:,} bytes and {free:,} are free"
+                )
+
     def _complete(self, folder: Path) -> None:
         self.backend.wait()
         if self.backend.process_index == 0:
+            written = checkpoints.unsealed(folder)
+            if is_local(written):
+                self._size = sum((written / name).stat().st_size for name in walk(written))
             checkpoints.seal(folder, self._parent)
             self._parent = checkpoints.identity_of(folder)
             checkpoints.rotate(self.output_dir, self.limit, folder)
@@ -92,6 +109,10 @@ class Saver:
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
-            f"checkpoint-{self._step} could not be written to {self.output_dir}: {error}; "
+            f"checkpoint-{self._step} could not be written to {self.output_dir}: {_reason(error)}; "
             + checkpoints.newest_named(self.output_dir)
         )
+
+
+def _reason(error: Exception) -> str:
+    return str(error.strerror) if isinstance(error, OSError) and error.strerror else str(error)

@@ -21,7 +21,7 @@ from flax_diffusion.core.tasks import UnconditionalConfig
 class Recorder:
     """Implements `core.backend.Backend`; remembers what the loop asked for."""
 
-    command, process_index, process_count, device_count = "train", 0, 1, 1
+    command, process_index, process_count, device_count, bytes = "train", 0, 1, 1, 0
 
     def __init__(self, config, spec, nan_at=()):
         self.nan_at = (nan_at,) if isinstance(nan_at, int) else nan_at
@@ -50,6 +50,9 @@ class Recorder:
         folder.mkdir()
         (folder / "metadata.json").write_text(json.dumps(metadata | {"taken": self.taken}))
         self.saved.append(metadata["step"])
+
+    def state_bytes(self):
+        return self.bytes
 
     def wait(self):
         pass
@@ -225,6 +228,19 @@ def test_a_save_that_fails(tmp_path, monkeypatch):
     ):
         run(tmp_path, max_train_steps=400, checkpointing_steps=2)
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4.partial"]
+
+
+def test_a_checkpoint_that_does_not_fit_the_disk(tmp_path, monkeypatch):
+    """It is not begun."""
+    run(tmp_path, max_train_steps=2)
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(Recorder, "bytes", 2**60)
+    says = (
+        r"checkpoint-3 could not be .*: No space left on device, it takes 1,152,921,504,606,846,976 bytes and .* free; "
+    )
+    with pytest.raises(CheckpointError, match=says + "the newest checkpoint is checkpoint-2"):
+        run(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_another_run_in_the_folder(tmp_path):
