@@ -24,6 +24,7 @@ from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.batches import Precomputed
+from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import Source
 from flax_diffusion.core.errors import CheckpointError, NonFiniteError
@@ -70,6 +71,8 @@ def fit(
         spec = recipe.make_spec(config, source)
         backend = make_backend(config, spec)
         preemption.alone = backend.process_count == 1
+        main = backend.process_index == 0
+        check_source(source, skip_bad_images=config.skip_bad_images, everywhere=backend.everywhere, main=main)
     with preemption.leaves():
         output_folder.clear(output_dir, config, backend)
         resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)

@@ -20,6 +20,8 @@ from flax_diffusion.core.files import is_local
 MAX_TEXT_BYTES = 2**26
 MAX_YAML_BYTES = 2**17  # PyYAML takes seconds for it
 MAX_DEPTH = 64
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that stands for another in a clone without Git LFS."""
 MAX_YAML_WRITTEN_OUT = 2**20  # values and characters, where every alias is put in full, as whoever uses them does
 
 

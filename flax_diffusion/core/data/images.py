@@ -12,7 +12,7 @@ from flax_diffusion.core.data import png
 from flax_diffusion.core.data.sources import Record
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.files import is_local
-from flax_diffusion.core.untrusted import read_bytes
+from flax_diffusion.core.untrusted import LFS_POINTER, read_bytes
 
 # Others that Pillow knows run programs (EPS), draw (WMF) or are no pictures.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
@@ -24,7 +24,7 @@ HEADER_BYTES = 2**16
 _WHITE = (255, 255, 255, 255)
 # How files begin that are taken for pictures and are none that is read here: at which byte, how, what it is.
 _OTHER_KINDS = (
-    (0, b"version https://git-lfs", "it is a Git LFS pointer, of which `git lfs pull` brings the picture"),
+    (0, LFS_POINTER, "it is a Git LFS pointer, of which `git lfs pull` brings the picture"),
     (4, b"ftyphe", "it is HEIC"),
     (4, b"ftypmif1", "it is HEIF"),
     (4, b"ftyp", "it is a video, or of a camera's kind"),
