@@ -186,7 +186,9 @@ def test_a_split_beside_a_file_of_none(tmp_path):
 
 def test_a_configuration_is_not_passed_over(tmp_path):
     pq.write_table(table(0, 1), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"dataset_config_name is cats, which chooses from a dataset of the Hub, not"):
+    with pytest.raises(
+        DataError, match=r"dataset_config_name cats chooses from a dataset of the Hub, not a folder: give .*/cats$"
+    ):
         open_source(train_data_dir=tmp_path, dataset_config_name="cats")
 
 

@@ -97,7 +97,6 @@ def open_folder(
     files = _files(root, links)
     images = _images(files)
     tables = [name for name in files if name.lower().endswith(".parquet")]
-    metadata = [name for name in files if os.path.basename(name) in METADATA_FILES]
     if tables and images:
         raise DataError(
             f"{root} holds both images and Parquet files ({first_few(tables)}); "
@@ -107,19 +106,34 @@ def open_folder(
     if tables:
         tables = of_split(root, tables, split)
         return open_parquet([root / name for name in tables], image_column, caption_column, max_samples, cache_dir)
+    metadata = [name for name in files if os.path.basename(name) in METADATA_FILES]
     if not images and not metadata:
         raise DataError(
             f"{root} holds no images; looked for {' '.join(IMAGE_EXTENSIONS)} and .parquet{_found(files, links)}"
         )
+    return _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split)
+
+
+def _open_pictures(
+    root: Path,
+    files: list[str],
+    images: list[str],
+    metadata: list[str],
+    image_column: str,
+    caption_column: str | None,
+    max_samples: int | None,
+    split: str,
+) -> FolderSource:
     if caption_column is None:
         return FolderSource(root, of_split(root, images, split)[:max_samples], None)
-    if metadata and any(is_beside_splits(name, split) for name in metadata):
-        return _with_metadata(root, metadata, images, image_column, caption_column, max_samples)
-    images = of_split(root, images, split)
     if metadata:
-        chosen = of_split(root, metadata, split)
-        return _with_metadata(root, chosen, images, image_column, caption_column, max_samples)
-    present = set(files)
+        if not any(is_beside_splits(name, split) for name in metadata):  # else its rows say what is trained on
+            images, metadata = of_split(root, images, split), of_split(root, metadata, split)
+        captions = read_metadata(root, metadata, images, image_column, caption_column)
+        captioned = {name for name, caption in captions.items() if caption is not None}
+        _require_captions(root, sorted({*images, *captions}), captioned)
+        return FolderSource(root, list(captions)[:max_samples], list(captions.values())[:max_samples])
+    images, present = of_split(root, images, split), set(files)
     _require_captions(root, images, {name for name in images if _text_file(name) in present})
     return FolderSource(root, images[:max_samples], None, text_files=True)
 
@@ -176,12 +190,3 @@ def _require_captions(root: Path, images: list[str], captioned: set[str]) -> Non
             f"{len(missing)} of {len(images)} images in {root} have no caption: {first_few(missing)}; "
             "list them in metadata.jsonl or metadata.csv, give each a .txt file, or train without captions"
         )
-
-
-def _with_metadata(
-    root: Path, metadata: list[str], images: list[str], image_column: str, caption_column: str, max_samples: int | None
-) -> FolderSource:
-    captions = read_metadata(root, metadata, images, image_column, caption_column)
-    captioned = {name for name, caption in captions.items() if caption is not None}
-    _require_captions(root, sorted({*images, *captions}), captioned)
-    return FolderSource(root, list(captions)[:max_samples], list(captions.values())[:max_samples])

@@ -90,10 +90,8 @@ def open_source(
     if dataset_name is not None and dataset_name != "digits" and as_path(dataset_name).is_dir():
         dataset_name, train_data_dir = None, dataset_name
     if dataset_config_name is not None and (train_data_dir is not None or dataset_name == "digits"):
-        place = f"a folder: give {train_data_dir}/{dataset_config_name}" if train_data_dir is not None else "the digits"
-        raise DataError(
-            f"dataset_config_name is {dataset_config_name}, which chooses from a dataset of the Hub, not {place}"
-        )
+        place = "the digits" if train_data_dir is None else f"a folder: give {train_data_dir}/{dataset_config_name}"
+        raise DataError(f"dataset_config_name {dataset_config_name} chooses from a dataset of the Hub, not {place}")
     if max_train_samples is not None and max_train_samples < 1:
         raise DataError(f"max_train_samples is {max_train_samples}; it must be 1 or more, or left out for all")
 
