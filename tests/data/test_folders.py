@@ -144,7 +144,7 @@ def test_metadata_beside_the_splits_decides(tmp_path):
     assert open_folder(tmp_path).files == ["train/a.png", "test/b.png"]
 
 
-@pytest.mark.parametrize("name", ["a.jfif", "b.JPE", "c.apng", "d.j2k", "e.pbm", "f.dib", "g.pnm"])
+@pytest.mark.parametrize("name", ["a.jfif", "b.JPE", "c.apng", "d.j2k", "e.pbm", "f.dib", "g.pnm", "h.mpo"])
 def test_all_names_of_the_formats_that_are_read(tmp_path, name):
     Image.new("1", (4, 4), 1).convert("L").save(tmp_path / "x.png")
     (tmp_path / "x.png").rename(tmp_path / name)

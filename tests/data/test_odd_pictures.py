@@ -1,4 +1,4 @@
-"""Two hundred pictures of odd kinds: each is read to its pixels, or refused in one line that names kind and fix."""
+"""Pictures of odd kinds, over two hundred: each is read to its pixels, or refused in one line with kind and fix."""
 
 import re
 import warnings

@@ -186,9 +186,7 @@ def test_a_split_beside_a_file_of_none(tmp_path):
 
 def test_a_configuration_is_not_passed_over(tmp_path):
     pq.write_table(table(0, 1), tmp_path / "train.parquet")
-    with pytest.raises(
-        DataError, match=r"dataset_config_name cats chooses from a dataset of the Hub, not a folder: give .*/cats$"
-    ):
+    with pytest.raises(DataError, match=r"name cats chooses from a dataset of the Hub, not a folder: give .*/cats$"):
         open_source(train_data_dir=tmp_path, dataset_config_name="cats")
 
 
@@ -217,6 +215,12 @@ def test_damaged_in_the_middle(tmp_path):
     file.write_bytes(data)
     with pytest.raises(DataError, match=r"data\.parquet is not a readable Parquet file .*; download it again"):
         open_parquet([file], cache_dir=tmp_path / "cache")
+
+
+def test_a_link_to_nothing(tmp_path):
+    (tmp_path / "train.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"train\.parquet is not there, or is a link to nothing; download it again"):
+        open_source(train_data_dir=tmp_path)
 
 
 def test_a_pointer_of_git_lfs(tmp_path):

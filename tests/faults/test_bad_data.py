@@ -18,6 +18,9 @@ def folder_of(path, count=60):
     return path
 
 
+SCRATCH = {name: value for name, value in TEXT_RUN.items() if name not in ("dataset_name", "max_train_samples")}
+
+
 @pytest.mark.parametrize("backend", ["flax_diffusion", "torch_backend"])
 @pytest.mark.parametrize("start", ["from scratch", "pretrained"])
 def test_one_of_sixty_captions(tmp_path, backend, start, monkeypatch):
@@ -29,12 +32,27 @@ def test_one_of_sixty_captions(tmp_path, backend, start, monkeypatch):
             monkeypatch.setattr(one, "init_state", lambda self: pytest.fail("loaded the weights"))
     data = folder_of(tmp_path / "data")
     (data / "37.txt").write_bytes(b"caf\xe9")
-    run = {name: value for name, value in TEXT_RUN.items() if name not in ("dataset_name", "max_train_samples")}
+    run = SCRATCH
     if start == "pretrained":
         run = {"pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")), "resolution": 16}
     with pytest.raises(DataError, match=r"caption file .*37\.txt cannot be read .*; it must be UTF-8 text, or pass"):
         train("text_to_image", **run, train_data_dir=str(data), output_dir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_a_run_without_the_bad_caption(tmp_path):
+    """Which the tokenizer that is made of the captions passes over, too."""
+    from flax_diffusion.train import train
+
+    data = folder_of(tmp_path / "data")
+    (data / "37.txt").write_bytes(b"caf\xe9")
+    options = {"train_data_dir": str(data), "output_dir": str(tmp_path / "run"), "skip_bad_images": True}
+    assert (train("text_to_image", **SCRATCH | options | {"max_train_steps": 2}) / "checkpoint-2").is_dir()
+    for number in (38, 39):
+        (data / f"{number}.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(DataError, match=r"^3 of 60 examples cannot be used: .*37\.png, .*38\.png, .*39\.png; restore"):
+        train("text_to_image", **SCRATCH | options | {"output_dir": str(tmp_path / "other")})
+    assert not (tmp_path / "other").exists() or not list((tmp_path / "other").iterdir())
 
 
 def test_class_pictures(tmp_path, monkeypatch):

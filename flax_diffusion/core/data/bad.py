@@ -53,5 +53,5 @@ def example_name(source: Source, index: int) -> str:
     """What messages call an example, of which the record itself may be what is bad."""
     try:
         return source[index].name
-    except DataError:
-        return f"example {index}"
+    except DataError as error:
+        return error.example or f"example {index}"

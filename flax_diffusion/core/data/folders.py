@@ -17,11 +17,12 @@ from flax_diffusion.core.untrusted import read_text
 IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm",
     ".jfif", ".jpe", ".apng", ".avifs", ".dib", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx", ".pbm", ".pnm",
+    ".mpo",
 )  # fmt: skip
-"""Of the formats that `images.decode` reads, by all names that Pillow knows them by."""
+"""Of the formats that `images.decode` reads, by all names that Pillow knows; the last is JPEG, with more behind."""
 UNREAD_EXTENSIONS = (
     ".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".xcf", ".ai", ".eps", ".pdf", ".tga", ".ico", ".icns",
-    ".dds", ".exr", ".hdr", ".pfm", ".qoi", ".pcx", ".sgi", ".mpo", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw",
+    ".dds", ".exr", ".hdr", ".pfm", ".qoi", ".pcx", ".sgi", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw",
     ".orf", ".rw2", ".raf",
 )  # fmt: skip
 """Of pictures that are left out, which is said."""
@@ -45,7 +46,7 @@ class FolderSource:
     def __getitem__(self, index: int) -> Record:
         path = self.root / self.files[index]
         if self.text_files:
-            caption: Caption = _read_text(path.with_suffix(".txt"))
+            caption: Caption = _read_text(path.with_suffix(".txt"), str(path))
         else:
             caption = None if self.captions is None else self.captions[index]
         return Record(path, caption, str(path))
@@ -176,11 +177,11 @@ def _text_file(name: str) -> str:
     return os.path.splitext(name)[0] + ".txt"
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, example: str) -> str:
     try:
         return " ".join(read_text(path, MAX_CAPTION_BYTES).split())
     except (OSError, ValueError) as error:
-        raise DataError(f"caption file {path} cannot be read ({error}); it must be UTF-8 text") from error
+        raise DataError(f"caption file {path} cannot be read ({error}); it must be UTF-8 text", example) from error
 
 
 def _require_captions(root: Path, images: list[str], captioned: set[str]) -> None:

@@ -33,7 +33,7 @@ class HubSource:
         name = f"{self.name}[{index}]"
         image = row[self.image_column]
         if image is None or (image["bytes"] is None and image["path"] is None):
-            raise DataError(f"{name} holds no image; use another dataset, or skip bad images")
+            raise DataError(f"{name} holds no image; use another dataset, or skip bad images", name)
         encoded = self._inside(image["path"], name) if image["bytes"] is None else image["bytes"]
         caption = None if self.caption_column is None else row[self.caption_column]
         return Record(encoded, whole_caption(caption, name), name)
@@ -42,7 +42,7 @@ class HubSource:
         where = Path(os.path.abspath(path))
         if not any(where.is_relative_to(folder) for folder in self.folders):
             raise DataError(
-                f"{name} is the file {path}, which was not downloaded with the dataset; use another dataset"
+                f"{name} is the file {path}, which was not downloaded with the dataset; use another dataset", name
             )
         return where
 

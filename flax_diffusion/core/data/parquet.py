@@ -51,16 +51,16 @@ class ParquetSource:
             image = batch.column("image")[row].as_py()
             caption = batch.column("caption")[row].as_py() if "caption" in batch.schema.names else None
         except UnicodeDecodeError as error:  # Arrow does not look at what it copies
-            raise DataError(f"{name} holds text that is not UTF-8 ({error}); repair or remove the row") from error
+            raise DataError(f"{name} holds text that is not UTF-8 ({error}); repair or remove the row", name) from error
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str):
             try:
                 image = path_below(file.parent, image)
             except (OSError, ValueError) as error:
-                raise DataError(f"{name}: image path {image}: {error}; use a path below it") from error
+                raise DataError(f"{name}: image path {image}: {error}; use a path below it", name) from error
         if image is None:
-            raise DataError(f"{name} holds no image; remove the row")
+            raise DataError(f"{name} holds no image; remove the row", name)
         return Record(image, whole_caption(caption, name), name)
 
 

@@ -164,9 +164,9 @@ def whole_caption(caption: str | list[str | None] | None, name: str) -> str | li
         return caption
     texts = [one for one in caption if one is not None]
     if not texts:
-        raise DataError(f"{name} has no caption; give it one or remove it")
+        raise DataError(f"{name} has no caption; give it one or remove it", name)
     if len(texts) < len(caption):
-        raise DataError(f"{name} has a null among its captions; remove it")
+        raise DataError(f"{name} has a null among its captions; remove it", name)
     return texts
 
 
