@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from flax_diffusion.core import cli
+from flax_diffusion.core import cli, launch
 from flax_diffusion.core.backend import Backend, Batch
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError
@@ -99,9 +99,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
     Raises:
         ConfigError: If a framework is missing, or the run draws numbers on the device.
     """
-    launch.require(
-        ("jax", "torch", "diffusers", "accelerate"), "pip install -c constraints.txt 'flax-diffusion[torch]'"
-    )
+    launch.require(("jax", "torch", "diffusers", "accelerate"), launch.INSTALL_PYTORCH)
     if dtype == "float64" and config.mixed_precision != "no":
         raise ConfigError(f"--dtype float64 with --mixed_precision {config.mixed_precision}: drop one of them")
     if config.use_8bit_adam:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from flax_diffusion.core import cli, drawing, launch
-from torch_backend.train import INSTALL, PACKAGES
+from torch_backend.train import PACKAGES
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -18,7 +18,7 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
 
 
 def _draw(config: drawing.GenerateConfig) -> np.ndarray:
-    launch.require(PACKAGES, INSTALL)
+    launch.require(PACKAGES, launch.INSTALL_PYTORCH)
     import torch
     from accelerate import PartialState
 

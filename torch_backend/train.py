@@ -12,7 +12,6 @@ from typing import Any
 from flax_diffusion.core import cli, launch
 
 PACKAGES = ("torch", "diffusers", "accelerate")
-INSTALL = "pip install -c constraints.txt 'flax-diffusion[torch]'"
 
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
@@ -21,7 +20,7 @@ def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
 
 
 def _backend() -> Any:
-    launch.require(PACKAGES, INSTALL)
+    launch.require(PACKAGES, launch.INSTALL_PYTORCH)
     from torch_backend.backend import TorchBackend
 
     return TorchBackend

@@ -13,7 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from flax_diffusion.core.backend import Backend, shared_folder
-from flax_diffusion.core.data.folders import image_files
+from flax_diffusion.core.data.check import check_source
+from flax_diffusion.core.data.folders import FolderSource, image_files
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.files import as_path, is_local, lies_in
 from flax_diffusion.core.tasks import Concept, DreamBoothConfig
@@ -46,14 +47,18 @@ def missing(concept: Concept, wanted: int) -> int:
 
 
 def check(config: DreamBoothConfig) -> None:
-    """Finds now which class folders could not be filled, or would hold pictures of something else.
+    """Finds now which class folders could not be filled, or hold pictures of something else or that cannot be used.
 
     Raises:
-        DataError: As `missing`, or if folders of two things overlap.
+        DataError: As `missing` and `check_source`, or if folders of two things overlap.
     """
     _check_apart(config)
     for concept in config.all_concepts:
         missing(concept, config.num_class_images)
+        folder = as_path(str(concept.class_data_dir))
+        pictures = FolderSource(folder, image_files(folder)[: config.num_class_images], None)
+        if len(pictures):
+            check_source(pictures, skip_bad_images=config.skip_bad_images)
 
 
 def _check_apart(config: DreamBoothConfig) -> None:

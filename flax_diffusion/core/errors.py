@@ -39,7 +39,16 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A dataset, an image or a caption that cannot be used."""
+    """A dataset, an image or a caption that cannot be used.
+
+    Args:
+        message: As every user error's.
+        example: The name of the example that it is about, where it is about one.
+    """
+
+    def __init__(self, message: str, example: str | None = None):
+        super().__init__(message)
+        self.example = example
 
 
 class WeightsError(UserError):

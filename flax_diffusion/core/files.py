@@ -122,15 +122,27 @@ def lies_in(inner: str, outer: str) -> bool:
     return Path(os.path.realpath(inner)).is_relative_to(os.path.realpath(outer))
 
 
-def walk(root: Path) -> Iterator[str]:
+def walk(root: Path, links: list[str] | None = None) -> Iterator[str]:
     """The files below a folder, relative to it, in an order that every file system agrees on; no hidden ones.
 
-    Links to folders are not followed.
+    Args:
+        root: The folder.
+        links: Gets the links to folders, which are not followed.
+
+    Raises:
+        OSError: If a subfolder cannot be read.
     """
-    for folder, subfolders, names in os.walk(root) if is_local(root) else cast(Any, root).walk():
+    local = is_local(root)
+    for folder, subfolders, names in os.walk(root, onerror=_raise) if local else cast(Any, root).walk():
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         inside = _without_scheme(folder).relative_to(_without_scheme(root))
+        if local and links is not None:
+            links += [str(inside / name) for name in subfolders if os.path.islink(os.path.join(folder, name))]
         yield from (str(inside / name) for name in sorted(names) if not name.startswith("."))
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _without_scheme(path: Any) -> PurePosixPath:

@@ -22,6 +22,9 @@ LoadBackend = Callable[[], Any]
 """Imports a framework and returns its backend's class; only now, so that --help and mistakes are answered at once."""
 
 
+INSTALL_PYTORCH = "pip install -c constraints.txt 'flax-diffusion[torch]'"
+
+
 def require(packages: Sequence[str], install: str) -> None:
     """Raises ConfigError where a package is missing, with the command that installs it."""
     missing = [package for package in packages if find_spec(package) is None]

@@ -25,6 +25,7 @@ from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend, shared_folder
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.batches import Precomputed
+from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import Source
 from flax_diffusion.core.errors import NonFiniteError
@@ -117,6 +118,8 @@ def _prepare(
     """Checks the checkpoint to go on from, loads the weights, and has the models make what training needs of them."""
     output_dir = as_path(config.output_dir)
     shared_folder(output_dir, backend, "--output_dir")
+    main = backend.process_index == 0
+    check_source(source, skip_bad_images=config.skip_bad_images, everywhere=backend.everywhere, main=main)
     num_examples = recipe.count_examples(config, source)
     identity = lineage.identity(task, config, spec, source, num_examples)
     resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)

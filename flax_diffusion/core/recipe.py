@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,7 +23,7 @@ from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.noise import NoiseSpec
 from flax_diffusion.core.data.sources import Source, open_source
 from flax_diffusion.core.data.transforms import ImageTransform
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, DataError
 from flax_diffusion.core.files import as_path
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.rates import learning_rate_schedule
@@ -144,12 +143,20 @@ def make_spec(config: TrainConfig, source: Source) -> PipelineSpec:
 def _diffusion_spec(config: DiffusionConfig, source: Source) -> PipelineSpec:
     if not isinstance(config, TextConfig):
         return task_pipelines.unconditional(config)
-    captions = (_as_list(source[index].caption) for index in range(len(source)))
     made_before = as_path(config.output_dir) / "tokenizer" if config.resume_from_checkpoint else None
-    spec = task_pipelines.text_to_image(config, itertools.chain.from_iterable(captions), made_before)
+    spec = task_pipelines.text_to_image(config, _captions(source), made_before)
     if isinstance(config, TextualInversionConfig):
         task_pipelines.check_new_word(spec, [*templated_prompts(config), *config.validation_prompts])
     return spec
+
+
+def _captions(source: Source) -> Iterator[str]:
+    """Those that can be read. `check_source` and the loader see to the others, and name them."""
+    for index in range(len(source)):
+        try:
+            yield from _as_list(source[index].caption)
+        except DataError:
+            continue
 
 
 def make_rate(config: TrainConfig, schedule: Schedule) -> Callable[[int], float]:

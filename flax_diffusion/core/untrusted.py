@@ -20,13 +20,18 @@ from flax_diffusion.core.files import is_local
 MAX_TEXT_BYTES = 2**26
 MAX_YAML_BYTES = 2**17  # PyYAML takes seconds for it
 MAX_DEPTH = 64
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that stands for another in a clone without Git LFS."""
 MAX_YAML_WRITTEN_OUT = 2**20  # values and characters, where every alias is put in full, as whoever uses them does
 
 
-def read_bytes(path: Path, most: int) -> bytes:
-    """The bytes of a file, which is no device, no pipe and no larger than `most`."""
+def read_bytes(path: Path, most: int, first: int | None = None) -> bytes:
+    """The bytes of a file, which is no device, no pipe and no larger than `most`; of it the `first`, or all."""
     _check_file(path, most)
-    return path.read_bytes()
+    if first is None:
+        return path.read_bytes()
+    with path.open("rb") as file:
+        return file.read(first)
 
 
 def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
@@ -66,15 +71,23 @@ def path_below(root: Path, name: str) -> Path:
     return root / inside
 
 
-def parse_json(text: str) -> Any:
-    """The value of a JSON text."""
+def parse_json(text: str, *, unique: bool = False) -> Any:
+    """The value of a JSON text; if `unique`, no object may give one name two values."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
         raise ValueError(f"it is nested more than {MAX_DEPTH} deep") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:
         _check_depth(value)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it gives {next(name for name in names if names.count(name) > 1)!r} twice")
+    return values
 
 
 def _check_depth(value: Any) -> None:

@@ -1,6 +1,7 @@
 """Every odd image file that turns up in a dataset."""
 
 import struct
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -102,6 +103,45 @@ def test_one_transparent_colour(mode, key):
     image = Image.new(mode, (2, 1), key)
     image.putpixel((1, 0), (9, 9, 9) if mode == "RGB" else 9)
     np.testing.assert_array_equal(pixels(encoded(image, transparency=key)), [[[255] * 3, [9] * 3]])
+
+
+def raw_png(values, colour, depth, key=None, interlace=0):
+    """A PNG file of whole rows, by its definition: `values` (rows, columns, channels) packed to `depth` bits."""
+    values = np.asarray(values)
+    height, width = values.shape[:2]
+    flat = values.reshape(height, -1)
+    bits = (flat[..., None] >> np.arange(depth - 1, -1, -1)) & 1
+    rows = np.packbits(bits.reshape(height, -1).astype(np.uint8), axis=1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlace))]
+    if key is not None:
+        chunks.append((b"tRNS", struct.pack(f">{len(key)}H", *key)))
+    chunks += [(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_one_transparent_grey_of_every_depth(depth):
+    most = 2**depth - 1
+    values = np.array([[0, most // 3, most]])
+    for key in dict.fromkeys(values[0].tolist()):
+        shown = pixels(raw_png(values[..., None], 0, depth, [key]))[0, :, 0]
+        expected = [255 if value == key else round(value * 255 / most) for value in values[0].tolist()]
+        np.testing.assert_array_equal(shown, expected, f"key {key}")
+
+
+def test_one_transparent_colour_of_sixteen_bits():
+    """That very colour, and none whose upper or lower bytes alone are the same."""
+    key = (0x0A01, 0x1402, 0x1E03)
+    others = [(0x0A02, 0x1402, 0x1E03), (0x0101, 0x0202, 0x0303), (0xFFFF, 0, 0x80FF)]
+    shown = pixels(raw_png(np.array([[key, *others]]), 2, 16, key))
+    np.testing.assert_array_equal(shown, [[[255] * 3, *([value >> 8 for value in other] for other in others)]])
+
+
+def test_one_transparent_colour_of_eight_bits_with_other_bits_set():
+    shown = pixels(raw_png(np.array([[[1, 2, 3], [9, 9, 9]]]), 2, 8, (0x101, 0x202, 0x303)))
+    np.testing.assert_array_equal(shown, [[[255] * 3, [9] * 3]])
 
 
 def test_cmyk():

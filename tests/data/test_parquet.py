@@ -102,8 +102,11 @@ def test_several_captions(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"img": [b""], "text": ["x"]}, r"image_column is image, but .* columns img, text; did you mean 'img'\?"),
-        ({"image": [b""], "zzz": ["x"]}, r"caption_column is text, but .* has the columns image, zzz$"),
+        ({"img": [b""], "text": ["x"]}, r"image_column is image, but .* columns img, text; give --image_column img$"),
+        (
+            {"image": [b""], "zzz": ["x"]},
+            r"caption_column is text, but .* has the columns image, zzz; give --caption_column zzz$",
+        ),
         ({"image": [1], "text": ["x"]}, r"image_column image in .* is of type int64; it must hold image files"),
         ({"image": [b""], "text": [1]}, r"caption_column text in .* is of type int64; it must be text"),
         ({"image": [b"", b""], "text": ["x", None]}, r"row 1 has no text; give it one"),
@@ -148,3 +151,79 @@ def test_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match=r"cannot unpack Parquet into .*; make room there or give another cache_dir"):
         open_parquet([tmp_path / "data.parquet"], cache_dir=tmp_path / "file" / "cache")
+
+
+HUB = ["train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001", "validation-00000-of-00001"]
+
+
+@pytest.mark.parametrize("layout", ["{}", "data/{}", "default/{}"])
+def test_a_local_copy_of_a_hub_dataset_gives_its_training_split(tmp_path, layout):
+    for number, name in enumerate(HUB):
+        file = tmp_path / "data" / f"{layout.format(name)}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table(10 * number, 2), file)
+    source = open_source(train_data_dir=tmp_path / "data", cache_dir=tmp_path / "cache")
+    assert [red(source[n]) for n in range(len(source))] == [0, 1, 10, 11]
+    source = open_source(train_data_dir=tmp_path / "data", cache_dir=tmp_path / "cache", split="test")
+    assert [red(source[n]) for n in range(len(source))] == [20, 21]
+
+
+def test_folders_of_splits(tmp_path):
+    """As the Hub's own conversion to Parquet has them."""
+    for number, name in enumerate(("train", "test")):
+        (tmp_path / "default" / name).mkdir(parents=True)
+        pq.write_table(table(10 * number, 2), tmp_path / "default" / name / "0000.parquet")
+    source = open_source(train_data_dir=tmp_path, cache_dir=tmp_path / "cache")
+    assert [red(source[n]) for n in range(len(source))] == [0, 1]
+
+
+def test_a_split_beside_a_file_of_none(tmp_path):
+    for name in ("test", "more"):
+        pq.write_table(table(0, 1), tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"the split test \(test\.parquet\) beside files of none \(more\.parquet\)"):
+        open_source(train_data_dir=tmp_path, cache_dir=tmp_path / "cache")
+
+
+def test_a_configuration_is_not_passed_over(tmp_path):
+    pq.write_table(table(0, 1), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"name cats chooses from a dataset of the Hub, not a folder: give .*/cats$"):
+        open_source(train_data_dir=tmp_path, dataset_config_name="cats")
+
+
+def test_captions_that_are_no_text(tmp_path):
+    file = tmp_path / "data.parquet"
+    broken = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(bytes([0, 0, 0, 0, 2, 0, 0, 0])), pa.py_buffer(b"\xff\xfe")]
+    )
+    pq.write_table(pa.table({"image": [png(0)], "text": broken}), file)
+    with pytest.raises(DataError, match=r"row 0 holds text that is not UTF-8"):
+        open_parquet([file], cache_dir=tmp_path)[0]
+    pq.write_table(pa.table({"image": [png(0)] * 3, "text": [["a"], ["b", None], []]}), file)
+    source = open_parquet([file], cache_dir=tmp_path)
+    assert source[0].caption == ["a"]
+    with pytest.raises(DataError, match=r"row 1 has a null among its captions; remove it"):
+        source[1]
+    with pytest.raises(DataError, match=r"row 2 has no caption; give it one"):
+        source[2]
+
+
+def test_damaged_in_the_middle(tmp_path):
+    file = tmp_path / "data.parquet"
+    pq.write_table(table(0, 200), file)
+    data = bytearray(file.read_bytes())
+    data[4 : len(data) // 2] = bytes(len(data) // 2 - 4)
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"data\.parquet is not a readable Parquet file .*; download it again"):
+        open_parquet([file], cache_dir=tmp_path / "cache")
+
+
+def test_a_link_to_nothing(tmp_path):
+    (tmp_path / "train.parquet").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"train\.parquet is not there, or is a link to nothing; download it again"):
+        open_source(train_data_dir=tmp_path)
+
+
+def test_a_pointer_of_git_lfs(tmp_path):
+    (tmp_path / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    with pytest.raises(DataError, match=r"train\.parquet is a Git LFS pointer, of which `git lfs pull` brings"):
+        open_source(train_data_dir=tmp_path)

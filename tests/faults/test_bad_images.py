@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from flax_diffusion.core.data.batches import ExampleFn
-from flax_diffusion.core.data.images import FORMATS, decode
+from flax_diffusion.core.data.images import FORMATS, check_header, decode
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.noise import NoiseSpec
 from flax_diffusion.core.data.sources import Record, open_source
@@ -116,19 +116,46 @@ def test_bombs_are_refused_before_they_are_decoded(width, height, monkeypatch):
 
 
 ZEROS = zlib.compress(bytes(100_000_000), 9)
+BESIDE = [
+    (b"zTXt", b"Comment\x00\x00" + ZEROS),
+    (b"iTXt", b"Comment\x00\x01\x00\x00\x00" + ZEROS),
+    (b"iCCP", b"profile\x00\x00" + ZEROS),
+    (b"tEXt", b"Comment\x00" + b"x" * 70_000_000),
+    (b"tEXt", b"transparency\x00none"),
+]
 
 
-@pytest.mark.parametrize(
-    "chunk",
-    [
-        (b"zTXt", b"Comment\x00\x00" + ZEROS),
-        (b"iTXt", b"Comment\x00\x01\x00\x00\x00" + ZEROS),
-        (b"iCCP", b"profile\x00\x00" + ZEROS),
-    ],
-)
-def test_bombs_in_what_is_written_beside_the_pixels(chunk):
+@pytest.mark.parametrize("place", ["before the pixels", "after them"])
+@pytest.mark.parametrize("chunk", BESIDE, ids=["zTXt", "iTXt", "iCCP", "tEXt", "keyword"])
+def test_what_is_written_beside_the_pixels_is_not_unpacked(chunk, place, monkeypatch):
+    """A whole picture is read, however large its texts and its colour profile are."""
+
+    def unpack(data):
+        raise AssertionError("unpacked")
+
+    monkeypatch.setattr(PngImagePlugin, "_safe_zlib_decompress", unpack)
+    data = png(1, 1, chunk, pixels=b"\x00\x01\x02\x03")
+    if place == "after them":
+        kind, text = chunk
+        plain = png(1, 1, pixels=b"\x00\x01\x02\x03")
+        after = struct.pack(">I", len(text)) + kind + text + struct.pack(">I", zlib.crc32(kind + text))
+        data = plain[:-12] + after + plain[-12:]
+    record = Record(data, None, "picture")
+    check_header(record)
+    assert decode(record).getpixel((0, 0)) == (1, 2, 3)
+
+
+def test_bombs_in_what_tells_the_orientation():
+    chunk = (b"zTXt", b"Raw profile type exif\x00\x00" + ZEROS)
     with pytest.raises(DataError, match=r"^bomb cannot be decoded .*too large"):
         decode(Record(png(1, 1, chunk, pixels=bytes(4)), None, "bomb"))
+
+
+def test_a_damaged_text_is_found():
+    data = bytearray(png(1, 1, (b"tEXt", b"Comment\x00text"), pixels=bytes(4)))
+    data[data.index(b"text")] ^= 1
+    with pytest.raises(DataError, match=r"^picture (cannot be decoded|is not an image)"):
+        decode(Record(bytes(data), None, "picture"))
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,13 @@ MAX_BAD_SHARE = 0.01
 """Of the examples. A dataset with more bad ones was cut off on its way, or is not what it was taken for."""
 
 
+def most_bad(examples: int) -> int:
+    """How many bad examples a dataset may have: one in any, however small."""
+    return max(1, int(MAX_BAD_SHARE * examples))
+
+
 class BadExamples:
-    """The examples that could not be used so far. One is borne in any dataset, however small.
+    """The examples that could not be used so far.
 
     Args:
         examples: In the dataset.
@@ -20,7 +25,7 @@ class BadExamples:
 
     def __init__(self, examples: int):
         self._examples = examples
-        self._limit = max(1, int(MAX_BAD_SHARE * examples))
+        self._limit = most_bad(examples)
         self.reasons: dict[str, str] = {}
 
     def add(self, name: str, reason: str) -> None:
@@ -48,5 +53,5 @@ def example_name(source: Source, index: int) -> str:
     """What messages call an example, of which the record itself may be what is bad."""
     try:
         return source[index].name
-    except DataError:
-        return f"example {index}"
+    except DataError as error:
+        return error.example or f"example {index}"

@@ -9,7 +9,7 @@ import datasets
 from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from flax_diffusion.core.data.sources import Record, require_column
+from flax_diffusion.core.data.sources import Record, require_column, whole_caption
 from flax_diffusion.core.errors import DataError
 
 _CACHES = (HF_DATASETS_CACHE, DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
@@ -33,15 +33,16 @@ class HubSource:
         name = f"{self.name}[{index}]"
         image = row[self.image_column]
         if image is None or (image["bytes"] is None and image["path"] is None):
-            raise DataError(f"{name} holds no image; use another dataset, or skip bad images")
+            raise DataError(f"{name} holds no image; use another dataset, or skip bad images", name)
         encoded = self._inside(image["path"], name) if image["bytes"] is None else image["bytes"]
-        return Record(encoded, None if self.caption_column is None else row[self.caption_column], name)
+        caption = None if self.caption_column is None else row[self.caption_column]
+        return Record(encoded, whole_caption(caption, name), name)
 
     def _inside(self, path: str, name: str) -> Path:
         where = Path(os.path.abspath(path))
         if not any(where.is_relative_to(folder) for folder in self.folders):
             raise DataError(
-                f"{name} is the file {path}, which was not downloaded with the dataset; use another dataset"
+                f"{name} is the file {path}, which was not downloaded with the dataset; use another dataset", name
             )
         return where
 
@@ -86,7 +87,8 @@ def open_hub(
         raise DataError(f"dataset {name}, split {split} is no table of rows; name one split")
     columns = [image_column] + ([] if caption_column is None else [caption_column])
     for option, column in zip(("image_column", "caption_column"), columns, strict=False):
-        require_column(column, dataset.column_names, option=option, where=f"dataset {name}")
+        likely = [one for one in dataset.column_names if option == "image_column" or one != image_column]
+        require_column(column, dataset.column_names, option=option, where=f"dataset {name}", likely=likely)
     dataset = dataset.select_columns(columns)
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))

@@ -7,6 +7,7 @@ for each example.
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
@@ -17,10 +18,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flax_diffusion.core.data.sources import Record, first_few, require_column
+from flax_diffusion.core.data.sources import Record, first_few, require_column, whole_caption
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.files import absolute, is_local, user_cache, version_of
-from flax_diffusion.core.untrusted import path_below
+from flax_diffusion.core.untrusted import LFS_POINTER, path_below
 
 _ROWS = 256  # a record batch
 
@@ -43,21 +44,24 @@ class ParquetSource:
         with lock:  # the reader is not safe to share between threads
             batch = reader.get_batch(number)
         row = index - int(self.batches[number])
-        image = batch.column("image")[row].as_py()
-        caption = batch.column("caption")[row].as_py() if "caption" in batch.schema.names else None
         part = int(np.searchsorted(self.starts, index, side="right")) - 1
         file = self.files[part]
         name = f"{file} row {index - int(self.starts[part])}"
+        try:
+            image = batch.column("image")[row].as_py()
+            caption = batch.column("caption")[row].as_py() if "caption" in batch.schema.names else None
+        except UnicodeDecodeError as error:  # Arrow does not look at what it copies
+            raise DataError(f"{name} holds text that is not UTF-8 ({error}); repair or remove the row", name) from error
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
         if isinstance(image, str):
             try:
                 image = path_below(file.parent, image)
             except (OSError, ValueError) as error:
-                raise DataError(f"{name}: image path {image}: {error}; use a path below it") from error
+                raise DataError(f"{name}: image path {image}: {error}; use a path below it", name) from error
         if image is None:
-            raise DataError(f"{name} holds no image; remove the row")
-        return Record(image, caption, name)
+            raise DataError(f"{name} holds no image; remove the row", name)
+        return Record(image, whole_caption(caption, name), name)
 
 
 def open_parquet(
@@ -105,16 +109,33 @@ def _check(file: Path, columns: dict[str, str]) -> int:
         with _opened(file) as parquet:
             schema, count = parquet.schema_arrow, parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not a readable Parquet file ({error}); download it again") from error
+        raise _unreadable(file, error) from error
     for role, column in columns.items():
         option = f"{role}_column"
-        require_column(column, schema.names, option=option, where=str(file))
+        likely = [name for name in schema.names if role == "image" or name != columns["image"]]
+        require_column(column, schema.names, option=option, where=str(file), likely=likely)
         kind = schema.field(column).type
         if role == "image" and not (_is_bytes(kind) or _is_text(kind) or _is_image_struct(kind)):
             raise DataError(f"{option} {column} in {file} is of type {kind}; it must hold image files or their paths")
         if role == "caption" and not (_is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))):
             raise DataError(f"{option} {column} in {file} is of type {kind}; it must be text or a list of texts")
     return count
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{file} is not there, or is a link to nothing; download it again")
+    with file.open("rb") as start:
+        if start.read(len(LFS_POINTER)) == LFS_POINTER:
+            return DataError(f"{file} is a Git LFS pointer, of which `git lfs pull` brings the file")
+    return DataError(f"{file} is not a readable Parquet file ({error}); download it again")
+
+
+def _batches(parquet: pq.ParquetFile, file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from parquet.iter_batches(_ROWS, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
 
 
 def _opened(file: Path) -> pq.ParquetFile:
@@ -168,7 +189,7 @@ def _unpack(files: list[Path], columns: dict[str, str], starts: np.ndarray, path
         for file, (first, last) in zip(files, pairwise(starts.tolist()), strict=True):
             with _opened(file) as parquet:
                 row = 0
-                for batch in parquet.iter_batches(_ROWS, columns=list(columns.values())):
+                for batch in _batches(parquet, file, list(columns.values())):
                     batch = batch.slice(0, last - first - row)
                     if batch.num_rows == 0:
                         break

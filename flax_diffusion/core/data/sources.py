@@ -1,6 +1,7 @@
 """Where training images come from: one random-access, picklable interface over folders, Parquet, the Hub, digits."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -8,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from flax_diffusion.core.errors import DataError, nearest
+from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.files import as_path
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -88,6 +89,9 @@ def open_source(
         )
     if dataset_name is not None and dataset_name != "digits" and as_path(dataset_name).is_dir():
         dataset_name, train_data_dir = None, dataset_name
+    if dataset_config_name is not None and (train_data_dir is not None or dataset_name == "digits"):
+        place = "the digits" if train_data_dir is None else f"a folder: give {train_data_dir}/{dataset_config_name}"
+        raise DataError(f"dataset_config_name {dataset_config_name} chooses from a dataset of the Hub, not {place}")
     if max_train_samples is not None and max_train_samples < 1:
         raise DataError(f"max_train_samples is {max_train_samples}; it must be 1 or more, or left out for all")
 
@@ -119,7 +123,9 @@ def open_source(
     )
 
 
-def require_column(column: str, columns: Iterable[str], *, option: str, where: str) -> None:
+def require_column(
+    column: str, columns: Iterable[str], *, option: str, where: str, likely: Sequence[str] | None = None
+) -> None:
     """Refuse a column that is not there.
 
     Args:
@@ -127,14 +133,41 @@ def require_column(column: str, columns: Iterable[str], *, option: str, where: s
         columns: that there are.
         option: by which it was asked for.
         where: file or dataset, for the message.
+        likely: of them, those that may have been meant; None for all.
 
     Raises:
-        DataError: naming the columns there are, and the nearest.
+        DataError: naming the columns there are, and the option with the one that was meant, if that can be told.
     """
     columns = list(columns)
-    if column not in columns:
-        has = ", ".join(columns) or "(none)"
-        raise DataError(f"{option} is {column}, but {where} has the columns {has}{nearest(column, columns)}")
+    if column in columns:
+        return
+    likely = columns if likely is None else likely
+    match = likely if len(likely) == 1 else difflib.get_close_matches(column, likely, n=1)
+    fix = f"give --{option} {match[0]}" if match else f"give one of them as --{option}"
+    raise DataError(f"{option} is {column}, but {where} has the columns {', '.join(columns) or '(none)'}; {fix}")
+
+
+def whole_caption(caption: str | list[str | None] | None, name: str) -> str | list[str] | None:
+    """Refuse a list of captions that is empty, or has an empty place.
+
+    Args:
+        caption: of a row; None for data without captions.
+        name: of the row, for the message.
+
+    Returns:
+        The caption as it is.
+
+    Raises:
+        DataError: naming the row.
+    """
+    if caption is None or isinstance(caption, str):
+        return caption
+    texts = [one for one in caption if one is not None]
+    if not texts:
+        raise DataError(f"{name} has no caption; give it one or remove it", name)
+    if len(texts) < len(caption):
+        raise DataError(f"{name} has a null among its captions; remove it", name)
+    return texts
 
 
 def first_few(names: list[str]) -> str:

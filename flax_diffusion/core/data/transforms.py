@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from flax_diffusion.core.data.noise import Stream
+from flax_diffusion.core.data.resizing import resize_part
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -58,11 +59,9 @@ class ImageTransform:
         original_size = (image.height, image.width)
         if self.channels == 1:
             image = image.convert("L")
-        image = self._resize(image)
-        top, left = self._corner(image, rng)
-        width = image.width
-        if (top, left, *image.size) != (0, 0, self.resolution, self.resolution):
-            image = image.crop((left, top, left + self.resolution, top + self.resolution))
+        width, height = self._resized(image)
+        top, left = self._corner(width, height, rng)
+        image = resize_part(image, (width, height), (left, top), self.resolution, FILTERS[self.interpolation])
         if self.flips(rng):
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
             left = width - left - self.resolution
@@ -72,20 +71,18 @@ class ImageTransform:
         """Whether a picture is flipped, drawn from `FLIP`."""
         return self.random_flip and rng(Stream.FLIP).random() < 0.5
 
-    def _resize(self, image: Image.Image) -> Image.Image:
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height after resizing, of which a square is cut out."""
         if self.resize_mode == "stretch":
-            size = (self.resolution, self.resolution)
-        else:
-            width, height = image.size
-            # torchvision truncates the long side.
-            if width <= height:
-                size = (self.resolution, int(self.resolution * height / width))
-            else:
-                size = (int(self.resolution * width / height), self.resolution)
-        return image if image.size == size else image.resize(size, FILTERS[self.interpolation])
+            return self.resolution, self.resolution
+        width, height = image.size
+        # torchvision truncates the long side.
+        if width <= height:
+            return self.resolution, int(self.resolution * height / width)
+        return int(self.resolution * width / height), self.resolution
 
-    def _corner(self, image: Image.Image, rng: Callable[[Stream], np.random.Generator]) -> tuple[int, int]:
-        spare = (image.height - self.resolution, image.width - self.resolution)
+    def _corner(self, width: int, height: int, rng: Callable[[Stream], np.random.Generator]) -> tuple[int, int]:
+        spare = (height - self.resolution, width - self.resolution)
         if spare == (0, 0):
             return spare
         if self.center_crop:
