@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
+from flax_diffusion.core.files import as_path
 from flax_diffusion.core.tasks import TASKS
 from flax_diffusion.core.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
 
@@ -81,6 +82,8 @@ def _describe(item: Any) -> str:
     if not item["loc"]:
         return text
     name, *inside = item["loc"]
+    if item["type"] == "missing":
+        return f"--{name} is required: give it (--help says what it is)"
     place = "".join(f".{part}" for part in inside) if inside and isinstance(inside[0], int) else ""  # in a list
     return f"--{name}{place}: {text[0].lower()}{text[1:]}, got {shown(item['input'])}"
 
@@ -92,7 +95,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ConfigError: If the file is missing, is not YAML, is larger than any recipe, or is not a mapping.
     """
     try:
-        values = parse_yaml(read_text(Path(path), MAX_YAML_BYTES))
+        values = parse_yaml(read_text(as_path(path), MAX_YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -135,7 +138,8 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel]) -> None:
             how = {"type": functools.partial(_parse_flag, annotation=kind), "metavar": _metavar(kind)}
             if get_origin(kind) is list:
                 how |= {"nargs": "+", "action": "extend"}  # --prompt A B, or --prompt A --prompt B
-        text = f"{field.description} (default: {field.default})".replace("%", "%%")
+        default = "required" if field.is_required() else f"default: {field.get_default(call_default_factory=True)}"
+        text = f"{field.description} ({default})".replace("%", "%%")
         parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
 
 
