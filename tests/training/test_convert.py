@@ -8,8 +8,8 @@ from tiny import pictures, stable_diffusion
 from flax_diffusion.convert import convert, main
 from flax_diffusion.core import checkpoints, hub, portable
 from flax_diffusion.core.adapters import LORA_FILE
-from flax_diffusion.core.lora_files import read_lora_layers
 from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
+from flax_diffusion.core.lora_files import read_lora_layers
 from flax_diffusion.models import FlaxUNet2DConditionModel
 from torch_backend.train import train
 

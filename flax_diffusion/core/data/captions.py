@@ -92,12 +92,13 @@ class Tokenize:
         return np.array(padding + ids if self.pads_left else ids + padding, np.int32)
 
     def cut_off(self, caption: str) -> str:
-        """Return the part of a caption that is over the length; empty where all of it fits."""
+        """Return the part of a caption that is over the length, from a word cut in two on; empty where all fits."""
         tokens, places = self._spelt(caption)
-        kept = places[self._kept(len(tokens))]
-        if len(kept) == len(places):
+        kept = len(tokens[self._kept(len(tokens))])
+        if kept == len(tokens):
             return ""
-        return (caption[: kept[0][0]] if self.cuts_left else caption[kept[-1][1] :]).strip()
+        start, end = (0, places[-kept - 1][1]) if self.cuts_left else (places[kept][0], len(caption))
+        return caption[start:end].strip()
 
     def _kept(self, count: int) -> slice:
         """Return which of a caption's tokens fit."""
