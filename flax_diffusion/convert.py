@@ -19,8 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from flax_diffusion.core import adapters, cli, pipeline, single_file
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.files import as_path
-from flax_diffusion.core.lora_files import read_lora_layers
-from flax_diffusion.core.merging import checkpoint_arrays, with_adapters
+from flax_diffusion.core.merging import checkpoint_arrays, read_lora, with_adapters
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.portable import Arrays
 from flax_diffusion.core.run_model import open_model
@@ -89,8 +88,13 @@ def _convert(options: ConvertOptions) -> Path:
         raise ConfigError(f"--output_dir {out}: is there already; name an empty or a new folder")
     base = open_model(options.model, shapes, options.revision, options.variant)
     if options.format in ("peft", "kohya"):
-        layers = read_lora_layers(as_path(options.lora[0]), shapes(base))
-        adapters.save_lora(out / adapters.LORA_FILE, layers, options.format)
+        found, strength = read_lora(options.lora[0], shapes(base))
+        scale = strength * options.lora_scale
+        scaled = {
+            name: {layer: replace(own, alpha=own.alpha * scale) for layer, own in layers.items()}
+            for name, layers in found.items()
+        }
+        adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format)
         return out
     spec = with_adapters(base, shapes, options.lora, options.lora_scale, options.embeddings)
     checkpoint = as_path(options.checkpoint) if options.checkpoint else None

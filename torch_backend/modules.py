@@ -15,9 +15,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel  # pyrigh
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flax_diffusion.core import initial
+from flax_diffusion.core import hub, initial
 from flax_diffusion.core.adapters import TOKEN_EMBEDDING
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
+from flax_diffusion.core.files import as_path, is_local
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from torch_backend import adapters
 
@@ -168,10 +169,13 @@ def load(component: Component) -> Any:
     Raises:
         WeightsError: Naming every tensor that is missing or of another shape.
     """
+    source: Any = component.weights
     options: dict[str, Any] = {"subfolder": component.subfolder or "", "revision": component.revision}
+    if not is_local(as_path(source)):  # the libraries know folders of this machine and the Hub
+        source, options["subfolder"] = hub.resolve(source, component.subfolder), ""
     try:
         module, report = _CLASSES[component.kind].from_pretrained(
-            component.weights, variant=component.variant, use_safetensors=True, output_loading_info=True, **options
+            source, variant=component.variant, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, *_MALFORMED) as error:
         raise WeightsError(f"{component.weights}/{component.subfolder or ''}: {error}") from error

@@ -126,6 +126,8 @@ def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv
 
 def _pictures_of_before(folder: Path) -> list[Path]:
     """What an earlier call has written."""
+    if not folder.is_dir():  # in an object store a folder is there when something is in it
+        return []
     return sorted(path for path in folder.iterdir() if _WRITTEN.fullmatch(path.name) or path.name == GRID)
 
 

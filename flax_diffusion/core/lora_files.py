@@ -5,6 +5,7 @@ What else such files may hold (DoRA, LoHa, …) is named once for what it is, an
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,8 @@ from flax_diffusion.core import hub
 from flax_diffusion.core.adapters import KOHYA, LORA_FILE, LoraLayer
 from flax_diffusion.core.errors import WeightsError, shown
 from flax_diffusion.core.untrusted import parse_json
+
+log = logging.getLogger(__name__)
 
 Layers = Mapping[str, Mapping[str, tuple[int, ...]]]
 """Component to the shapes of its parameters by PyTorch name."""
@@ -113,6 +116,7 @@ def read_lora_layers(path: Path, layers: Layers) -> dict[str, dict[str, LoraLaye
             alpha = settings.alpha(model, layer, rank)
             alpha = float(own["alpha"].reshape(-1)[0]) if "alpha" in own else alpha
             found.setdefault(model, {})[layer] = LoraLayer(down=down, up=own["up"], alpha=alpha)
+    settings.warn_of_unsaid(found)
     problems += [f"{key} is no part of a LoRA" for key in stored if key not in used]
     if strangers:
         problems.insert(0, f"{strangers[0]} is no layer of the model{_and_more(len(strangers) - 1, 'such layer')}")
@@ -237,6 +241,11 @@ class _Settings:
             )
         alpha = float(self._of_layer(own, "alpha_pattern", layer, own.get("lora_alpha", 8)))
         return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
+
+    def warn_of_unsaid(self, found: Mapping[str, Mapping[str, LoraLayer]]) -> None:
+        """Says what was taken for granted: Diffusers saves the settings of those models only that it is told of."""
+        for model in found.keys() - self.by_model.keys() if self.by_model and "" not in self.by_model else ():
+            log.warning("%s: its header has no settings of %s; its alphas are taken to be its ranks", self.path, model)
 
     def _of_layer(self, own: Mapping[str, Any], pattern: str, layer: str, default: float) -> float:
         """A number of a layer: of the first pattern that the end of its name matches."""

@@ -43,12 +43,29 @@ def with_adapters(
     """
     known = shapes(spec) if lora else {}
     for item in lora:
-        path, strength = _path_and_strength(item)
-        spec = _with_lora(spec, read_lora_layers(path, known), strength * lora_scale)
+        layers, strength = read_lora(item, known)
+        spec = _with_lora(spec, layers, strength * lora_scale)
     for item in embeddings:
         path, word = _path_and_rest(item)
         spec = _with_words(spec, path, word)
     return spec
+
+
+def read_lora(item: str, known: Layers) -> tuple[dict[str, dict[str, LoraLayer]], float]:
+    """Reads a LoRA that is named as PATH or PATH:STRENGTH.
+
+    Args:
+        item: Names it.
+        known: Layers of the model.
+
+    Returns:
+        Its layers by component and name, and its strength.
+
+    Raises:
+        UserError: If it is not there, or does not fit.
+    """
+    path, strength = _path_and_strength(item)
+    return read_lora_layers(path, known), strength
 
 
 def _path_and_rest(item: str) -> tuple[Path, str | None]:

@@ -320,6 +320,14 @@ def test_values_that_no_layer_can_have(known, tmp_path):
             read_lora_layers(write(spoilt[name], tmp_path), known)
 
 
+def test_settings_of_one_model_only(known, tmp_path, caplog):
+    file = Maker(known).file("one", BOTH, lora_files.peft, header=settings(lora_alpha=4))
+    found = read_lora_layers(write(file, tmp_path), known)
+    assert {layer.alpha for layer in found["unet"].values()} == {4}
+    assert {layer.alpha for layer in found["text_encoder"].values()} == {2}
+    assert "its header has no settings of text_encoder; its alphas are taken to be its ranks" in caplog.text
+
+
 def test_files_that_are_not_there(known, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "named").mkdir()
@@ -349,6 +357,14 @@ def test_ranks_and_alphas_of_layers_survive_a_change_of_format(model, known, pip
             shape = known[component][f"{name}.weight"]
             np.testing.assert_allclose(after[component][name].added(shape), layer.added(shape), atol=1e-6)
     np.testing.assert_allclose(theirs(pipe, File("", by="diffusers"), out), ours(model, path), atol=1e-5)
+
+
+def test_strength_in_another_format(model, known, tmp_path):
+    path = write(Maker(known).file("one", unet(*LINEAR), lora_files.peft), tmp_path)
+    out = convert(model, tmp_path / "out", lora=[f"{path}:0.5"], lora_scale=3, format="kohya") / path.name
+    before, after = (read_lora_layers(file, known)["unet"] for file in (path, out))
+    shape = known["unet"][f"{LINEAR[0]}.weight"]
+    np.testing.assert_allclose(after[LINEAR[0]].added(shape), 1.5 * before[LINEAR[0]].added(shape), atol=1e-6)
 
 
 def test_strengths(model, known, tmp_path):
