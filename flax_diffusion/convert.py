@@ -16,9 +16,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from flax_diffusion.core import adapters, cli, pipeline, single_file
+from flax_diffusion.core import adapters, checkpoints, cli, pipeline, single_file
 from flax_diffusion.core.errors import ConfigError, WeightsError
-from flax_diffusion.core.files import as_path
+from flax_diffusion.core.files import as_path, local_copy
 from flax_diffusion.core.merging import checkpoint_arrays, read_lora, with_adapters
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.portable import Arrays
@@ -86,6 +86,7 @@ def _convert(options: ConvertOptions) -> Path:
     out = as_path(options.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--output_dir {out}: is there already; name an empty or a new folder")
+    checkpoint = _checkpoint(options.checkpoint)
     base = open_model(options.model, shapes, options.revision, options.variant)
     if options.format in ("peft", "kohya"):
         found, strength = read_lora(options.lora[0], shapes(base))
@@ -97,7 +98,6 @@ def _convert(options: ConvertOptions) -> Path:
         adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format)
         return out
     spec = with_adapters(base, shapes, options.lora, options.lora_scale, options.embeddings)
-    checkpoint = as_path(options.checkpoint) if options.checkpoint else None
     if checkpoint is not None and not checkpoint.is_dir():
         weights = read_all(checkpoint, base)
     else:
@@ -109,6 +109,26 @@ def _convert(options: ConvertOptions) -> Path:
             weights[name] = part.overlay.apply(weights[name], options.model)
     _write(spec, weights, options, out)
     return out
+
+
+def _checkpoint(name: str | None) -> Path | None:
+    """The folder of a training checkpoint, or the single file on this machine, that --checkpoint names.
+
+    Raises:
+        ConfigError: If it is not there, or is a run.
+    """
+    if name is None:
+        return None
+    path = as_path(name)
+    if not path.exists():
+        raise ConfigError(f"--checkpoint {name}: is not there: check the path")
+    if not path.is_dir():
+        return local_copy(path.parent, (path.name,)) / path.name
+    saved = checkpoints.committed(path)
+    if saved:
+        names = ", ".join(folder.name for folder in saved)
+        raise ConfigError(f"--checkpoint {name}: is a run: name one of its checkpoints, {names}")
+    return path
 
 
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
