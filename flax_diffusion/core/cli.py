@@ -82,7 +82,7 @@ def _describe(item: Any) -> str:
     if not item["loc"]:
         return text
     name, *inside = item["loc"]
-    if item["type"] == "missing":
+    if item["type"] == "missing" and not inside:
         return f"--{name} is required: give it (--help says what it is)"
     place = "".join(f".{part}" for part in inside) if inside and isinstance(inside[0], int) else ""  # in a list
     return f"--{name}{place}: {text[0].lower()}{text[1:]}, got {shown(item['input'])}"
