@@ -145,21 +145,18 @@ def _refuse_other_kinds(path: Path, stored: Mapping[str, Any]) -> None:
 def _misfit(own: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> str | None:
     """What is wrong with a layer's tensors, for a weight of this shape; None: nothing."""
     down, up, mid = own["down"], own["up"], own.get("mid")
-    if (
-        down.ndim < 2
-        or up.ndim < 2
-        or math.prod(up.shape[2:]) != 1
-        or up.shape[1] != len(mid if mid is not None else down)
-    ):
-        return f"has matrices of shapes {down.shape} and {up.shape}, which do not go together"
+    first = down if mid is None else mid  # whose rows meet the columns of B
+    together = min(down.ndim, up.ndim) >= 2 and math.prod(up.shape[2:]) == 1 and up.shape[1] == len(first) > 0
     if mid is not None:
-        if mid.ndim != 4 or mid.shape[1] != len(down) or math.prod(down.shape[2:]) != 1:
-            return f"has matrices of shapes {down.shape}, {mid.shape} and {up.shape}, which do not go together"
-        down = np.empty((len(mid), down.shape[1], *mid.shape[2:]), np.bool_)
-    of_kernel = math.prod(shape[2:]) == math.prod(down.shape[2:])  # a linear layer may stand for a 1 x 1 convolution
+        together = together and mid.ndim == 4 and mid.shape[1] == len(down) and math.prod(down.shape[2:]) == 1
+    if not together:
+        sizes = ", ".join(str(part.shape) for part in (down, mid, up) if part is not None)
+        return f"has matrices of shapes {sizes}, which do not go together"
+    kernel = first.shape[2:]
+    of_kernel = kernel == shape[2:] or math.prod(kernel) == math.prod(shape[2:]) == 1  # linear or a 1 x 1 convolution
     if (len(up), down.shape[1]) != shape[:2] or not of_kernel:
-        kernel = " with {} x {} pixels".format(*down.shape[2:]) if math.prod(down.shape[2:]) != 1 else ""
-        return f"is {len(up)} x {down.shape[1]}{kernel}, the model's is {shape}"
+        size = f"{len(up)} x {down.shape[1]}" + (f" with {' x '.join(map(str, kernel))} pixels" if kernel else "")
+        return f"is {size}, the model's is {shape}"
     alpha = own.get("alpha", np.ones(1))
     if alpha.size != 1 or not np.isfinite(alpha).all():
         return f"has the alpha {shown(alpha.tolist())}, must be one finite number"

@@ -306,15 +306,18 @@ def test_values_that_no_layer_can_have(known, tmp_path):
     spoilt = {"rank": make("rank", unet(*LINEAR), lora_files.peft, rank=3, header=settings()), "twice": twice}
     for name, value in (("alphas", [1, 2]), ("endless", [np.inf])):
         spoilt[name] = make(name, unet(*LINEAR), lora_files.kohya, alpha=1, said=lambda _, v=value: np.float32(v))
-    kernel = make("kernel", unet(CONVOLUTIONS[0]), lora_files.peft)
-    spoilt["kernel"] = kernel
-    kernel.tensors = {key: array[..., :1] if "lora_A" in key else array for key, array in kernel.tensors.items()}
+    kernels = {"kernel": lambda a: a[..., :1], "line": lambda a: a.reshape(*a.shape[:2], 9), "empty": lambda a: a[:0]}
+    for name, change in kernels.items():
+        spoilt[name] = made = make(name, unet(CONVOLUTIONS[0]), lora_files.peft)
+        made.tensors = {key: change(array) if "lora_A" in key else array for key, array in made.tensors.items()}
     for name, says in (
         ("rank", r"header says rank 2 for unet\..*, which is of rank 3"),
         ("twice", "is there twice"),
         ("alphas", r"has the alpha \[1.0, 2.0\], must be one finite number"),
         ("endless", r"has the alpha \[inf\], must be one finite number"),
         ("kernel", r"is 8 x 8 with 3 x 1 pixels, the model's is \(8, 8, 3, 3\)"),
+        ("line", r"is 8 x 8 with 9 pixels, the model's is \(8, 8, 3, 3\)"),
+        ("empty", r"has matrices of shapes \(0, 8, 3, 3\), \(8, 2, 1, 1\), which do not go together"),
     ):
         with pytest.raises(WeightsError, match=says):
             read_lora_layers(write(spoilt[name], tmp_path), known)
