@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from flax_diffusion.core import adapters, cli, hub, pipeline, portable, single_file
-from flax_diffusion.core.checkpoints import require_whole
+from flax_diffusion.core import adapters, checkpoints, cli, pipeline, single_file
 from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.files import as_path, local_copy
+from flax_diffusion.core.merging import checkpoint_arrays, read_lora, with_adapters
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.portable import Arrays
+from flax_diffusion.core.run_model import open_model
 
 
 class ConvertOptions(BaseModel):
@@ -28,16 +30,24 @@ class ConvertOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(description="Folder or Hub id of a Diffusers pipeline, in safetensors or Flax msgpack.")
+    model: str = Field(
+        description="Folder or Hub id of a Diffusers pipeline, in safetensors or Flax msgpack; or a run of LoRA or "
+        "textual inversion, or a checkpoint in a run."
+    )
     output_dir: str = Field(description="Folder to write to; must be empty or new.")
     checkpoint: str | None = Field(
         None,
         description="Whose weights go into the pipeline: a training checkpoint's folder, averages if it has them, or a "
         "single-file checkpoint (.safetensors) of Stable Diffusion 1 or 2.",
     )
-    lora: list[str] = Field([], description="LoRA files to merge: PEFT's names, Diffusers' older ones or kohya's.")
-    lora_scale: float = Field(1.0, description="Strength of the merged LoRA.")
-    embeddings: list[str] = Field([], description="learned_embeds.safetensors of textual inversion, to add.")
+    lora: list[str] = Field(
+        [],
+        description="LoRA files to merge, each as PATH or PATH:STRENGTH: PEFT's names, Diffusers' older ones, kohya's.",
+    )
+    lora_scale: FiniteFloat = Field(1.0, description="Strength of all of them, times each one's own.")
+    embeddings: list[str] = Field(
+        [], description="Files of textual inversion to add, each as PATH or PATH:WORD, the word to use in prompts."
+    )
     format: Literal["diffusers", "flax", "single_file", "peft", "kohya"] = Field(
         "diffusers",
         description="diffusers: safetensors. flax: msgpack. single_file: all in one, by the original names. peft, "
@@ -73,27 +83,59 @@ def convert(model: str | Path, output_dir: str | Path, **options: Any) -> Path:
 
 
 def _convert(options: ConvertOptions) -> Path:
-    out = Path(options.output_dir)
+    out = as_path(options.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--output_dir {out}: is there already; name an empty or a new folder")
-    spec = pipeline.open_pipeline(options.model, options.revision, options.variant)
+    checkpoint = _checkpoint(options.checkpoint)
+    base = open_model(options.model, shapes, options.revision, options.variant)
     if options.format in ("peft", "kohya"):
-        adapters.save_lora(
-            out / adapters.LORA_FILE, adapters.read_lora_pairs(Path(options.lora[0]), _shapes(spec)), options.format
-        )
+        found, strength = read_lora(options.lora[0], shapes(base))
+        scale = strength * options.lora_scale
+        scaled = {
+            name: {layer: replace(own, alpha=own.alpha * scale) for layer, own in layers.items()}
+            for name, layers in found.items()
+        }
+        adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format)
         return out
-    if options.checkpoint and not Path(options.checkpoint).is_dir():
-        weights = read_all(Path(options.checkpoint), spec)
+    spec = with_adapters(base, shapes, options.lora, options.lora_scale, options.embeddings)
+    if checkpoint is not None and not checkpoint.is_dir():
+        weights = read_all(checkpoint, base)
     else:
-        weights = {name: read_weights(component) for name, component in spec.components.items()}
-        if options.checkpoint:
-            put_checkpoint(Path(options.checkpoint), weights)
-    for file in options.lora:
-        merge_lora(Path(file), spec, weights, options.lora_scale)
-    for file in options.embeddings:
-        spec = add_embeddings(Path(file), spec, weights)
+        weights = {name: read_weights(replace(part, overlay=None)) for name, part in spec.components.items()}
+        if checkpoint is not None:
+            put_checkpoint(checkpoint, weights)
+    for name, part in spec.components.items():
+        if part.overlay is not None:
+            weights[name] = part.overlay.apply(weights[name], options.model)
     _write(spec, weights, options, out)
     return out
+
+
+def _checkpoint(name: str | None) -> Path | None:
+    """The folder of a training checkpoint, or the single file on this machine, that --checkpoint names.
+
+    Raises:
+        ConfigError: If it is not there, or is a run.
+    """
+    if name is None:
+        return None
+    path = as_path(name)
+    if not path.exists():
+        raise ConfigError(f"--checkpoint {name}: is not there: check the path")
+    if not path.is_dir():
+        return local_copy(path.parent, (path.name,)) / path.name
+    saved = checkpoints.committed(path)
+    if saved:
+        names = ", ".join(folder.name for folder in saved)
+        raise ConfigError(f"--checkpoint {name}: is a run: name one of its checkpoints, {names}")
+    return path
+
+
+def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Of every model's parameters, by PyTorch name; no weight is read, and no JAX loaded before."""
+    from flax_diffusion import modules
+
+    return modules.shapes(spec)
 
 
 def read_weights(component: Component) -> Arrays:
@@ -101,6 +143,8 @@ def read_weights(component: Component) -> Arrays:
     from flax_diffusion.modules import load_pretrained
     from flax_diffusion.weights import to_torch
 
+    if component.weights is None:  # of a model made from scratch all is in the checkpoint
+        return {}
     return dict(to_torch(load_pretrained(component)))
 
 
@@ -114,7 +158,7 @@ def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
     from flax_diffusion.weights import from_tensors, in_memory, to_torch
 
     models = build_modules(spec).by_name
-    found = single_file.read_single_file(file, spec, {name: list(own) for name, own in _shapes(spec).items()})
+    found = single_file.read_single_file(file, spec, {name: list(own) for name, own in shapes(spec).items()})
     trees = {name: from_tensors(in_memory(own), models[name].params_shape(), str(file)) for name, own in found.items()}
     return {name: dict(to_torch(tree)) for name, tree in trees.items()}
 
@@ -126,72 +170,20 @@ def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:
         CheckpointError: If it is no checkpoint, or its files are not those that were written.
         WeightsError: If it is of another architecture, or of adapters.
     """
-    require_whole(folder)
-    arrays, _ = portable.read(folder)
-    kind = "ema" if any(name.startswith("ema/") for name in arrays) else "params"
-    for name, array in arrays.items():
-        if not name.startswith(f"{kind}/"):
-            continue
-        _, component, inside = name.split("/", 2)
-        if inside.endswith((".lora_A.weight", ".lora_B.weight", ".new_rows")):
-            raise WeightsError(f"{folder} holds adapters: give its file by --lora or --embeddings instead")
-        have = weights.get(component, {}).get(inside)
-        if have is None or have.shape != array.shape:
-            theirs = "nothing" if have is None else f"shape {have.shape}"
-            raise WeightsError(
-                f"{folder} is of another model: {component}/{inside} is {array.shape} there, the pipeline has {theirs}"
-            )
-        weights[component][inside] = array
-
-
-def merge_lora(path: Path, spec: PipelineSpec, weights: dict[str, Arrays], scale: float) -> None:
-    """Adds scale · (alpha / rank)·B·A to the weights that a LoRA adapts.
-
-    Raises:
-        WeightsError: If it does not fit the model.
-    """
-    for component, own in adapters.read_lora(path, _shapes(spec)).items():
-        for name, delta in own.items():
-            weights[component][name] = weights[component][name] + np.float32(scale) * delta
-
-
-def add_embeddings(path: Path, spec: PipelineSpec, weights: dict[str, Arrays]) -> PipelineSpec:
-    """Adds the words of textual inversion to the tokenizer and to the text encoder's table.
-
-    Returns:
-        The pipeline with the larger vocabulary.
-
-    Raises:
-        WeightsError: If the pipeline has no words, has these already, or is of another width.
-    """
-    path = path / adapters.EMBEDDINGS_FILE if path.is_dir() else path
-    encoder, tokenizer = spec.text_encoder, spec.tokenizer
-    if encoder is None or tokenizer is None:
-        raise WeightsError(f"{path}: a {spec.kind} takes no prompts, so no new words")
-    name = f"{adapters.TOKEN_EMBEDDING}.weight"
-    for word, tensor in hub.read_safetensors(path).items():
-        rows = np.atleast_2d(tensor.array().astype(np.float32))
-        table = weights["text_encoder"][name]
-        if rows.shape[1] != table.shape[1]:
-            raise WeightsError(
-                f"{path}: '{word}' has {rows.shape[1]} features, this text encoder {table.shape[1]}: it was learnt for "
-                "another model"
-            )
-        first = len(tokenizer)
-        tokens = adapters.tokens_of(word, len(rows))
-        if tokenizer.add_tokens(list(tokens)) != len(tokens):
-            raise WeightsError(f"{path}: '{word}' is in the tokenizer's vocabulary already")
-        weights["text_encoder"][name] = np.concatenate([table[:first], rows])
-        encoder = replace(encoder, config=encoder.config | {"vocab_size": first + len(rows)})
-    return replace(spec, components=spec.components | {"text_encoder": encoder})
-
-
-def _shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Of every model's parameters, by PyTorch name; no weight is read."""
-    from flax_diffusion.modules import build_modules
-    from flax_diffusion.weights import torch_shapes
-
-    return {name: torch_shapes(model.params_shape()) for name, model in build_modules(spec).by_name.items()}
+    for component, arrays in checkpoint_arrays(folder).items():
+        for name, array in arrays.items():
+            if name.endswith((".lora_A.weight", ".lora_B.weight", ".new_rows")):
+                raise WeightsError(
+                    f"{folder} holds adapters: give it by --model, or its file by --lora or --embeddings"
+                )
+            have = weights.get(component, {}).get(name)
+            if have is None or have.shape != array.shape:
+                theirs = "nothing" if have is None else f"shape {have.shape}"
+                raise WeightsError(
+                    f"{folder} is of another model: {component}/{name} is {array.shape} there, the pipeline "
+                    f"has {theirs}"
+                )
+            weights[component][name] = array
 
 
 def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptions, out: Path) -> None:
@@ -199,7 +191,7 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
     from flax.serialization import msgpack_serialize
     from ml_dtypes import bfloat16
 
-    from flax_diffusion.core.files import replacing, write_json
+    from flax_diffusion.core.files import replacing, write_json, written_folder
     from flax_diffusion.modules import build_modules
     from flax_diffusion.weights import from_tensors, in_memory
 
@@ -214,7 +206,8 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
         tree = from_tensors(in_memory(own), model.params_shape(), options.model)
         tree = _cast(tree, dtype)
         if options.format == "diffusers":
-            model.save_pretrained(out / name, tree)
+            with written_folder(out / name) as local:
+                model.save_pretrained(local, tree)
             continue
         file = "flax_model.msgpack" if spec.components[name].kind.startswith("CLIP") else "diffusion_flax_model.msgpack"
         with replacing(out / name / file) as partial:

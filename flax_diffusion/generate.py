@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
     """Draws images.
 
     Args:
-        model: Folder or Hub id of a Diffusers pipeline.
-        options: Any flag of the command line but `output_dir`, by the same name.
+        model: Folder or Hub id of a Diffusers pipeline, or a run or a checkpoint in one.
+        options: Any flag of the command line but `output_dir` and `overwrite_output_dir`, by the same name.
 
     Returns:
         uint8 images (n, height, width, channels), prompt by prompt.
@@ -24,22 +24,22 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
     Raises:
         UserError: For input that cannot be used; its text is one line with the fix.
     """
-    return _draw(drawing.options_of(model, options))
+    return np.concatenate([*_draw(drawing.options_of(model, options))])
 
 
-def _draw(config: drawing.GenerateConfig) -> np.ndarray:
+def _draw(config: drawing.GenerateConfig) -> Iterator[np.ndarray]:
     # JAX loads only now: --help and mistakes in options are answered at once.
-    from flax_diffusion.modules import COMPUTE_DTYPES, build_modules, load_pretrained
+    from flax_diffusion.modules import COMPUTE_DTYPES, build_modules, load_pretrained, shapes
     from flax_diffusion.sampling import Sampler
     from flax_diffusion.schedulers import scheduler_from_config
     from flax_diffusion.sharding import make_mesh, put_replicated
 
-    spec = drawing.open_checked(config)
+    spec = drawing.open_checked(config, shapes)
     mesh = make_mesh(-1, 1)
     modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
     sampler = Sampler(modules, scheduler_from_config(spec.scheduler, kind=config.scheduler), mesh)
     params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
-    return sampler(params, **drawing.sampler_options(config))
+    return sampler.batches(params, **drawing.sampler_options(config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.optimizer import Params
 from flax_diffusion.schedulers import FlaxDDPMScheduler
+from flax_diffusion.weights import from_tensors, in_memory, to_torch, torch_shapes
 
 COMPUTE_DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
@@ -163,9 +164,25 @@ def build_modules(
     return Modules(spec=spec, by_name=by_name, scheduler=scheduler, mesh=mesh)
 
 
+def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of every model's parameters by PyTorch name; no weight is read."""
+    return {name: torch_shapes(model.params_shape()) for name, model in build_modules(spec).by_name.items()}
+
+
 def load_pretrained(component: Component) -> Params:
-    """The float32 weights of a component, as NumPy arrays on the host."""
-    _, params = _CLASSES[component.kind].from_pretrained(
-        component.weights, subfolder=component.subfolder, revision=component.revision, variant=component.variant
-    )
-    return params
+    """The float32 weights of a component, as NumPy arrays on the host: its files', with what is laid over them.
+
+    Raises:
+        WeightsError: If they do not fit.
+    """
+    model, overlay = _CLASSES[component.kind], component.overlay
+    source = f"{component.weights}/{component.subfolder or ''}"
+    params: Params = {}
+    if component.weights is not None:
+        _, params = model.from_pretrained(
+            component.weights, subfolder=component.subfolder, revision=component.revision, variant=component.variant
+        )
+    if overlay is None:
+        return params
+    merged = overlay.apply(dict(to_torch(params)), source)
+    return from_tensors(in_memory(merged), model.from_config(component.config).params_shape(), source)

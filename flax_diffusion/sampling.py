@@ -41,7 +41,15 @@ class Sampler:
         self._encode = jax.jit(modules.encode_text)
         self._finish = jax.jit(functools.partial(to_uint8, modules))
 
-    def __call__(
+    def __call__(self, params: Params, **options: Any) -> np.ndarray:
+        """Draws all pictures; arguments and errors as of `batches`.
+
+        Returns:
+            uint8 (images, H, W, C), prompt by prompt.
+        """
+        return np.concatenate([*self.batches(params, **options)])
+
+    def batches(
         self,
         params: Params,
         *,
@@ -52,7 +60,7 @@ class Sampler:
         seed: int,
         negative_prompt: str = "",
         batch_size: int = 64,
-    ) -> np.ndarray:
+    ) -> Iterator[np.ndarray]:
         """Draws `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
         Args:
@@ -65,8 +73,8 @@ class Sampler:
             negative_prompt: Text to guide away from.
             batch_size: Images at a time; changes speed and memory, not the pictures.
 
-        Returns:
-            uint8 (images, H, W, C), prompt by prompt.
+        Yields:
+            uint8 (images, H, W, C), prompt by prompt, a batch at a time.
 
         Raises:
             ConfigError: If prompts and pipeline do not go together.
@@ -82,7 +90,6 @@ class Sampler:
         ids = None
         if tokenize is not None:
             ids = np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])
-        done: list[np.ndarray] = []
         for first in range(0, count, batch_size):
             # The last batch is filled up, so that every batch has the one compiled shape.
             indices = np.arange(first, first + batch_size)
@@ -92,8 +99,7 @@ class Sampler:
                 rows = np.concatenate([np.broadcast_to(ids[-1], rows.shape), rows]) if guided else rows
                 context = self._encode(params, self._put(rows))
             images = self._draw(params, context, indices, num_inference_steps, guidance_scale, seed, guided)
-            done.append(to_host(images)[: count - first])
-        return np.concatenate(done)
+            yield to_host(images)[: count - first]
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return put(array, batch_sharding(self.mesh, leading=0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,25 @@ from torch_backend.train import PACKAGES
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
     """Draws images; arguments, result and errors as `flax_diffusion.generate.generate`."""
-    return _draw(drawing.options_of(model, options))
+    return np.concatenate([*_draw(drawing.options_of(model, options))])
 
 
-def _draw(config: drawing.GenerateConfig) -> np.ndarray:
+def _draw(config: drawing.GenerateConfig) -> Iterator[np.ndarray]:
     launch.require(PACKAGES, launch.INSTALL_PYTORCH)
     import torch
     from accelerate import PartialState
 
-    from torch_backend.modules import COMPUTE_DTYPES, build_modules
+    from torch_backend.modules import COMPUTE_DTYPES, build_modules, shapes
     from torch_backend.sampling import Sampler, scheduler_from_config
 
-    spec = drawing.open_checked(config)
+    spec = drawing.open_checked(config, shapes)
     scheduler = scheduler_from_config(spec.scheduler, config.scheduler)
     device = PartialState().device or torch.device("cpu")
     modules = build_modules(
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,
         device=device,
     )  # fmt: skip
-    return Sampler(modules, scheduler, device)(**drawing.sampler_options(config))
+    return Sampler(modules, scheduler, device).batches(**drawing.sampler_options(config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,8 +15,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel  # pyrigh
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flax_diffusion.core import initial
+from flax_diffusion.core import hub, initial
+from flax_diffusion.core.adapters import TOKEN_EMBEDDING
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
+from flax_diffusion.core.files import as_path, is_local
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from torch_backend import adapters
 
@@ -123,6 +125,8 @@ def build_modules(
         if component.kind not in _CLASSES:
             raise ConfigError(f"{name}: {component.kind} has no class here; known are {', '.join(_CLASSES)}")
         module = load(component) if component.weights else _draw(component, seed)
+        if component.overlay is not None:
+            _lay_over(component, module)
         wide = component.train or component.config.get("force_upcast")
         # PyTorch's own `to`: Diffusers' warns about modules to keep in float32 where there are none.
         nn.Module.to(module, device=device, dtype=trained_dtype if wide else frozen_dtype)
@@ -165,10 +169,13 @@ def load(component: Component) -> Any:
     Raises:
         WeightsError: Naming every tensor that is missing or of another shape.
     """
+    source: Any = component.weights
     options: dict[str, Any] = {"subfolder": component.subfolder or "", "revision": component.revision}
+    if not is_local(as_path(source)):  # the libraries know folders of this machine and the Hub
+        source, options["subfolder"] = hub.resolve(source, component.subfolder), ""
     try:
         module, report = _CLASSES[component.kind].from_pretrained(
-            component.weights, variant=component.variant, use_safetensors=True, output_loading_info=True, **options
+            source, variant=component.variant, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, *_MALFORMED) as error:
         raise WeightsError(f"{component.weights}/{component.subfolder or ''}: {error}") from error
@@ -180,6 +187,40 @@ def load(component: Component) -> Any:
             f"config of one model: {'; '.join(problems)}"
         )
     return module.float()
+
+
+def _lay_over(component: Component, module: Any) -> None:
+    """Puts into a module what differs from its files.
+
+    Raises:
+        WeightsError: If it does not fit.
+    """
+    assert component.overlay is not None
+    parameters = {file_name(component.kind, name): parameter for name, parameter in module.named_parameters()}
+    weights = {name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()}
+    source = f"{component.weights}/{component.subfolder or ''}"
+    merged = component.overlay.apply(weights, source)
+    if component.overlay.rows is not None:
+        table = merged[f"{TOKEN_EMBEDDING}.weight"]
+        module.set_input_embeddings(nn.Embedding(*table.shape))
+        module.config.vocab_size = len(table)
+        parameters = {file_name(component.kind, name): parameter for name, parameter in module.named_parameters()}
+    for name, array in merged.items():
+        if name not in parameters or parameters[name].shape != array.shape:
+            raise WeightsError(
+                f"{source}: its model has no {name} of shape {array.shape}: use the one that was trained"
+            )
+        parameters[name].data = torch.from_numpy(np.array(array, np.float32))
+
+
+def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of every model's parameters by their names in files; no weight is read."""
+    found = {}
+    for name, component in spec.components.items():
+        with torch.device("meta"):
+            module = make(component)
+        found[name] = {file_name(component.kind, key): tuple(own.shape) for key, own in module.named_parameters()}
+    return found
 
 
 def file_name(kind: str, name: str) -> str:

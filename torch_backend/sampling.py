@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
@@ -59,8 +59,12 @@ class Sampler:
     def __init__(self, modules: Modules, scheduler: Any, device: torch.device):
         self.modules, self.scheduler, self.device = modules, scheduler, device
 
+    def __call__(self, **options: Any) -> np.ndarray:
+        """Draws all pictures, uint8 (images, H, W, C), prompt by prompt; arguments and errors as of `batches`."""
+        return np.concatenate([*self.batches(**options)])
+
     @torch.no_grad()
-    def __call__(
+    def batches(
         self,
         *,
         prompts: list[str],
@@ -70,13 +74,13 @@ class Sampler:
         seed: int,
         negative_prompt: str = "",
         batch_size: int = 64,
-    ) -> np.ndarray:
+    ) -> Iterator[np.ndarray]:
         """Draws `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
         Args and errors as on the JAX side.
 
-        Returns:
-            uint8 (images, H, W, C), prompt by prompt.
+        Yields:
+            uint8 (images, H, W, C), prompt by prompt, a batch at a time.
         """
         spec = self.modules.spec
         check_prompts(spec, prompts)
@@ -86,7 +90,6 @@ class Sampler:
         ids = None
         if tokenize is not None:
             ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])).long()
-        done = []
         for first in range(0, count, batch_size):
             indices = np.arange(first, min(first + batch_size, count))
             context = None
@@ -94,8 +97,7 @@ class Sampler:
                 rows = ids[indices // num_images]
                 rows = torch.cat([ids[-1:].expand(len(rows), -1), rows]) if guided else rows
                 context = self.modules.encode_text(rows.to(self.device))
-            done.append(self._draw(context, indices, num_inference_steps, guidance_scale if guided else None, seed))
-        return np.concatenate(done)
+            yield self._draw(context, indices, num_inference_steps, guidance_scale if guided else None, seed)
 
     def _draw(
         self, context: Tensor | None, indices: np.ndarray, steps: int, guidance_scale: float | None, seed: int

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from flax_diffusion.core.data.noise import Stream, example_rng
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.initial import name_number
 from flax_diffusion.core.portable import Arrays
-from flax_diffusion.core.untrusted import parse_json
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -59,10 +59,6 @@ class NewTokens:
     tokens: tuple[str, ...]  # what the tokenizer makes of it
     first: int  # id of the first; the others follow
     initializer: int  # id of the token whose row they start from
-
-    def expand(self, prompt: str) -> str:
-        """A prompt with the placeholder spelt as its tokens."""
-        return prompt.replace(self.placeholder, " ".join(self.tokens))
 
 
 def lora_layers(lora: Lora, shapes: Mapping[str, tuple[int, ...]], model: str) -> dict[str, tuple[int, int]]:
@@ -130,139 +126,118 @@ def draw_rows(tokens: NewTokens, table: np.ndarray) -> Arrays:
     return {NEW_ROWS: np.repeat(table[tokens.initializer][None], len(tokens.tokens), axis=0).astype(np.float32)}
 
 
-def save_lora(path: Path, models: Mapping[str, tuple[Lora, Arrays]], form: str = "peft") -> None:
-    """Writes LoRA weights that Diffusers' `load_lora_weights` reads.
+@dataclass(frozen=True, kw_only=True)
+class LoraLayer:
+    """What a LoRA adds to one layer: (alpha / rank)·B·A."""
+
+    down: np.ndarray  # A, (rank, in) or, of a convolution, (rank, in, height, width)
+    up: np.ndarray  # B, (out, rank), with axes of length 1 behind it or not
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return len(self.down)
+
+    def added(self, shape: tuple[int, ...]) -> np.ndarray:
+        """What it adds to the layer's weight, float32 of that shape."""
+        product = self.up.reshape(len(self.up), -1) @ self.down.reshape(len(self.down), -1)
+        return (product * np.float32(self.alpha / self.rank)).reshape(shape)
+
+
+def trained_layers(lora: Lora, arrays: Mapping[str, np.ndarray]) -> dict[str, LoraLayer]:
+    """The layers of a LoRA that was trained here.
 
     Args:
-        path: The safetensors file.
-        models: Component ("unet", "text_encoder") to its LoRA and arrays.
-        form: "peft" (`unet.….lora_A.weight`) or "kohya" (`lora_unet_….lora_down.weight`, with alpha).
+        lora: Has the alpha.
+        arrays: By PEFT's names, `….lora_A.weight`.
     """
-    arrays: Arrays = {}
-    metadata: dict[str, Any] = {}
-    for model, (lora, own) in models.items():
-        if form == "kohya":
-            arrays |= _to_kohya(model, lora, own)
-            continue
-        arrays |= {f"{model}.{name}": value for name, value in own.items()}
-        values = {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": sorted(lora.targets)}
-        metadata |= {f"{model}.{key}": value for key, value in values.items()}
-    extra = {"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)} if metadata else {}
-    hub.write_safetensors(path, arrays, extra)
+    return {
+        (layer := name.removesuffix(".lora_A.weight")): LoraLayer(
+            down=down, up=arrays[f"{layer}.lora_B.weight"], alpha=lora.alpha
+        )
+        for name, down in arrays.items()
+        if name.endswith(".lora_A.weight")
+    }
 
 
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
 
 
-def _to_kohya(model: str, lora: Lora, arrays: Arrays) -> Arrays:
-    out: Arrays = {}
-    for name, value in arrays.items():
-        layer, part, _ = name.rsplit(".", 2)
-        flat = f"{KOHYA[model]}_{layer.replace('.', '_')}"
-        out[f"{flat}.{'lora_down' if part == 'lora_A' else 'lora_up'}.weight"] = value
-        out[f"{flat}.alpha"] = np.asarray(lora.alpha, np.float32)
-    return out
-
-
-# The two spellings of each matrix: PEFT's, old Diffusers' on the UNet, old Diffusers' on the text encoder, kohya's.
-_DOWN = (".lora_A.weight", ".lora.down.weight", ".lora_linear_layer.down.weight", ".lora_down.weight")
-_UP = (".lora_B.weight", ".lora.up.weight", ".lora_linear_layer.up.weight", ".lora_up.weight")
-
-
-def read_lora(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, Arrays]:
-    """Reads what LoRA weights add to a model's.
+def save_lora(path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: str = "peft") -> None:
+    """Writes LoRA weights that Diffusers' `load_lora_weights` reads.
 
     Args:
-        path: As of `read_lora_pairs`.
-        layers: Likewise.
-
-    Returns:
-        Component to, by the name of each adapted weight, (alpha / rank)·B·A, float32 of its shape.
+        path: The safetensors file.
+        models: Component ("unet", "text_encoder") to its layers by name.
+        form: "peft" (`unet.….lora_A.weight`) or "kohya" (`lora_unet_….lora_down.weight`, with alpha).
     """
-    deltas: dict[str, Arrays] = {}
-    for model, (lora, arrays) in read_lora_pairs(path, layers).items():
-        deltas[model] = {}
-        for key, down in arrays.items():
-            if key.endswith(".lora_A.weight"):
-                name = f"{key.removesuffix('.lora_A.weight')}.weight"
-                up = arrays[key.replace(".lora_A.", ".lora_B.")]
-                delta = up.reshape(len(up), -1) @ down.reshape(len(down), -1) * np.float32(lora.scale)
-                deltas[model][name] = delta.reshape(layers[model][name])
-    return deltas
+    arrays: Arrays = {}
+    metadata: dict[str, Any] = {}
+    for model, layers in models.items():
+        for name, layer in layers.items():
+            if form == "kohya":
+                flat = f"{KOHYA[model]}_{name.replace('.', '_')}"
+                arrays[f"{flat}.lora_down.weight"], arrays[f"{flat}.lora_up.weight"] = layer.down, layer.up
+                arrays[f"{flat}.alpha"] = np.asarray(layer.alpha, np.float32)
+            else:
+                arrays[f"{model}.{name}.lora_A.weight"] = layer.down
+                arrays[f"{model}.{name}.lora_B.weight"] = layer.up
+        if form == "peft":
+            metadata |= {f"{model}.{key}": value for key, value in _peft_settings(layers).items()}
+    extra = {"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)} if metadata else {}
+    hub.write_safetensors(path, arrays, extra)
 
 
-def read_lora_pairs(path: Path, layers: Mapping[str, Mapping[str, tuple[int, ...]]]) -> dict[str, tuple[Lora, Arrays]]:
-    """Reads LoRA weights in PEFT's, Diffusers' older or kohya's format.
+def _peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """What PEFT's LoraConfig takes: the commonest rank and alpha, and the layers that have others.
 
-    Args:
-        path: The safetensors file, or the folder that holds it.
-        layers: Component to its parameters' shapes by PyTorch name; kohya's names are looked up among them.
-
-    Returns:
-        Component to its LoRA and its arrays by PEFT's names, float32.
-
-    Raises:
-        WeightsError: If a layer or its shape is not the model's, half a pair is missing, or ranks differ.
+    Transformers 5 calls a text encoder's layers without `text_model.` in memory, and PEFT takes the end of a name.
     """
-    path = path / LORA_FILE if path.is_dir() else path
-    stored = {name: tensor.array().astype(np.float32) for name, tensor in hub.read_safetensors(path).items()}
-    alphas = _adapter_metadata(path)
-    flat = {
-        f"{KOHYA[model]}_{name.removesuffix('.weight').replace('.', '_')}": f"{model}.{name.removesuffix('.weight')}"
-        for model, names in layers.items()
-        if model in KOHYA
-        for name in names
-        if name.endswith(".weight")
-    }
-    found: dict[str, Arrays] = {}
-    scales: dict[str, set[tuple[int, float]]] = {}
-    problems = []
-    for key, down in stored.items():
-        suffix = next((suffix for suffix in _DOWN if key.endswith(suffix)), None)
-        if suffix is None:
-            if not key.endswith((*_UP, ".alpha")):
-                problems.append(f"{key} is no part of a LoRA")
-            continue
-        layer = key.removesuffix(suffix)
-        up = stored.get(layer + _UP[_DOWN.index(suffix)])
-        model, _, name = flat.get(layer, layer).partition(".")
-        shape = layers.get(model, {}).get(f"{name}.weight")
-        if up is None:
-            problems.append(f"{key} has no second half")
-        elif shape is None:
-            problems.append(f"{layer} is no layer of the model")
-        elif (len(up), math.prod(down.shape[1:])) != (shape[0], math.prod(shape[1:])):
-            problems.append(f"{layer} is {len(up)} x {math.prod(down.shape[1:])}, the model's is {shape}")
-        else:
-            alpha: Any = stored.get(f"{layer}.alpha", alphas.get(f"{model}.lora_alpha", len(down)))
-            scales.setdefault(model, set()).add((len(down), float(alpha)))
-            found.setdefault(model, {})[f"{name}.lora_A.weight"] = down
-            found[model][f"{name}.lora_B.weight"] = up
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise WeightsError(f"{path} does not fit the model: {'; '.join(problems[:5])}{more}")
-    if not found:
-        raise WeightsError(f"{path} holds no LoRA weights")
-    pairs = {}
-    for model, own in found.items():
-        if len(scales[model]) > 1:
-            raise WeightsError(f"{path}: the layers of {model} have several ranks or alphas; one is what is read here")
-        ((rank, alpha),) = scales[model]
-        targets = sorted({name.rsplit(".", 2)[0] for name in own})
-        pairs[model] = (Lora(rank=rank, alpha=alpha, targets=tuple(targets)), own)
-    return pairs
+    layers = {name.removeprefix("text_model."): layer for name, layer in layers.items()}
+    rank, alpha = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)[0][0]
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
+    ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != rank}
+    alphas = {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha}
+    return settings | {key: own for key, own in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if own}
 
 
-def _adapter_metadata(path: Path) -> dict[str, Any]:
-    """PEFT's settings in the header of a LoRA file; none in older files."""
-    saved = hub.safetensors_metadata(path).get("lora_adapter_metadata", "{}")
-    try:
-        values = parse_json(saved)
-    except ValueError as error:
-        raise WeightsError(f"{path}: lora_adapter_metadata in its header is not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise WeightsError(f"{path}: lora_adapter_metadata in its header is {saved[:40]}, must be a JSON object")
-    return values
+@dataclass(frozen=True, kw_only=True)
+class Overlay:
+    """What differs between a model and its files: weights in place of theirs, what LoRA adds, rows of new words."""
+
+    replaced: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    loras: tuple[tuple[Mapping[str, LoraLayer], float], ...] = field(default=(), repr=False)  # with their strengths
+    rows: np.ndarray | None = field(default=None, repr=False)  # (new tokens, features)
+    first: int = 0  # id of the first of them
+
+    def apply(self, weights: Mapping[str, np.ndarray], source: str) -> Arrays:
+        """The weights that the model has with it.
+
+        Args:
+            weights: Of the files, float32 by PyTorch name, in PyTorch's layout.
+            source: Where they are from, for messages.
+
+        Raises:
+            WeightsError: If they are of another model.
+        """
+        merged = {**weights, **self.replaced}
+        for layers, strength in self.loras:
+            for layer, lora in layers.items():
+                name = f"{layer}.weight"
+                weight = merged.get(name)
+                if weight is None or weight.size != len(lora.up) * math.prod(lora.down.shape[1:]):
+                    raise WeightsError(f"{source}: has no {name} of the size that the LoRA has: use its own model")
+                merged[name] = weight + np.float32(strength) * lora.added(weight.shape)
+        if self.rows is not None:
+            name = f"{TOKEN_EMBEDDING}.weight"
+            if len(merged[name]) < self.first or merged[name].shape[1] != self.rows.shape[1]:
+                raise WeightsError(
+                    f"{source}: its embedding table is {merged[name].shape}, and the new words are of "
+                    f"{self.rows.shape[1]} features behind {self.first} others: use the model that learnt them"
+                )
+            merged[name] = np.concatenate([merged[name][: self.first], self.rows])
+        return merged
 
 
 def tokens_of(word: str, count: int) -> tuple[str, ...]:

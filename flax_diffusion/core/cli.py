@@ -82,6 +82,8 @@ def _describe(item: Any) -> str:
     if not item["loc"]:
         return text
     name, *inside = item["loc"]
+    if item["type"] == "missing" and not inside:
+        return f"--{name} is required: give it (--help says what it is)"
     place = "".join(f".{part}" for part in inside) if inside and isinstance(inside[0], int) else ""  # in a list
     return f"--{name}{place}: {text[0].lower()}{text[1:]}, got {shown(item['input'])}"
 
@@ -142,7 +144,8 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], *, defau
             how = {"type": functools.partial(_parse_flag, annotation=kind), "metavar": _metavar(kind)}
             if get_origin(kind) is list:
                 how |= {"nargs": "+", "action": "extend"}  # --prompt A B, or --prompt A --prompt B
-        text = f"{field.description} (default: {field.default})" if defaults else str(field.description)
+        default = "required" if field.is_required() else f"default: {field.get_default(call_default_factory=True)}"
+        text = f"{field.description} ({default})" if defaults else str(field.description)
         text = text.replace("%", "%%")
         parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
 

@@ -11,6 +11,12 @@ def nearest(name: object, known: Iterable[str]) -> str:
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
+def nearest_multiples(value: int, factor: int) -> str:
+    """The phrase "64 or 128" for the multiples of a number next to a value; none of them is 0."""
+    below = value // factor * factor
+    return f"{below} or {below + factor}" if below else str(factor)
+
+
 def shown(value: object) -> str:
     """A value for a message, not all of it if it is long."""
     text = repr(value)

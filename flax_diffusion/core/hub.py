@@ -110,6 +110,38 @@ def weight_files(source: str, subfolder: str | None, revision: str | None, varia
     return []
 
 
+def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
+    """Return a safetensors file on this machine, which is named itself or by its folder.
+
+    Args:
+        path: the file or the folder, also one like gs://bucket/folder.
+        option: that names it, for messages.
+        names: of the file in its folder, the likeliest first.
+
+    Returns:
+        The file, in place or as a copy, together with the JSON files beside it.
+
+    Raises:
+        WeightsError: if there is no such file, or it is a pickled one.
+    """
+    if not path.exists():
+        raise WeightsError(f"{option} {path}: is not there: check the path")
+    if path.is_dir():
+        file = next((path / name for name in names if (path / name).is_file()), None)
+        if file is None:
+            there = sorted(one.name for one in path.iterdir() if one.suffix in (".safetensors", *PICKLED))
+            held = f"; it holds {', '.join(there[:5])}" if there else ""
+            raise WeightsError(f"{option} {path}: holds no {' or '.join(names)}{held}: name the file itself")
+        path = file
+    if path.suffix in PICKLED:
+        raise WeightsError(f"{option} {path}: is pickled, which can run code: convert it to safetensors first")
+    return local_copy(path.parent, (path.name, "*.json")) / path.name
+
+
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+"""How files that hold pickled weights end."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from flax_diffusion.core import adapters, hub, noise_schedule
-from flax_diffusion.core.adapters import Lora, NewTokens
+from flax_diffusion.core.adapters import Lora, NewTokens, Overlay
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.files import write_json, written_folder
 from flax_diffusion.core.typed import Count, Size, check_values
@@ -81,6 +81,7 @@ class Component:
     train: bool = False  # all of it
     lora: Lora | None = None  # these beside it
     new_tokens: NewTokens | None = None  # their rows behind its embedding table
+    overlay: Overlay | None = None  # what differs from the weights
 
     def __post_init__(self) -> None:
         check_values(_KNOWN[self.kind], self.config, f"config of a {self.kind}")
@@ -116,6 +117,7 @@ class PipelineSpec:
     scheduler: dict[str, Any]
     resolution: int
     alphas_cumprod: np.ndarray = field(repr=False)
+    size: tuple[int, int] | None = None  # height and width of what is drawn; None: both are the resolution
     tokenizer: CLIPTokenizer | None = None
     autoencoder_loss: AutoencoderLoss | None = None  # None: a denoiser is trained
 
@@ -124,10 +126,9 @@ class PipelineSpec:
         """From prompts to token ids, or None when there are no prompts."""
         from flax_diffusion.core.data.captions import Tokenize
 
-        encoder = self.text_encoder
-        if self.tokenizer is None or encoder is None:
+        if self.tokenizer is None or self.text_encoder is None:
             return None
-        return Tokenize.from_clip(self.tokenizer, encoder.new_tokens)
+        return Tokenize.from_clip(self.tokenizer)
 
     @property
     def adapted(self) -> bool:
@@ -172,8 +173,13 @@ class PipelineSpec:
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape (channels, height, width) of what is denoised."""
-        side = self.resolution // self.vae_factor
-        return (self.vae["latent_channels"] if self.vae else self.unet["in_channels"], side, side)
+        height, width = (side // self.vae_factor for side in self.size or (self.resolution, self.resolution))
+        return (self.vae["latent_channels"] if self.vae else self.unet["in_channels"], height, width)
+
+    @property
+    def size_factor(self) -> int:
+        """What height and width of a picture are multiples of: the VAE halves them, and then the UNet."""
+        return self.vae_factor * 2 ** (len(self.unet["down_block_types"]) - 1)
 
 
 def open_pipeline(source: str, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
@@ -304,7 +310,7 @@ def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder
         own = {key.removeprefix(f"{name}/"): array for key, array in trained.items() if key.startswith(f"{name}/")}
         own = {key: np.asarray(array, np.float32) for key, array in own.items()}
         if component.lora is not None:
-            loras[name] = (component.lora, own)
+            loras[name] = adapters.trained_layers(component.lora, own)
         if component.new_tokens is not None:
             adapters.save_embeddings(folder / adapters.EMBEDDINGS_FILE, component.new_tokens, own[adapters.NEW_ROWS])
     if loras:

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flax_diffusion.core import hub, noise_schedule
-from flax_diffusion.core.adapters import Lora, NewTokens, tokens_of
+from flax_diffusion.core.adapters import Lora, NewTokens
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, nearest_multiples
 from flax_diffusion.core.files import local_copy
+from flax_diffusion.core.new_words import add_word
 from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, read_component
 from flax_diffusion.core.tasks import AutoencoderConfig, TextToImageConfig, TextualInversionConfig
 
@@ -130,17 +131,15 @@ def _lora(config: LoraConfig, targets: list[str]) -> Lora:
 
 def _add_tokens(tokenizer: CLIPTokenizer, config: TextualInversionConfig) -> NewTokens:
     """Adds textual inversion's tokens to the tokenizer: the new word, then the word with a number."""
-    word, start = str(config.placeholder_token), str(config.initializer_token)
+    # In small letters, as the tokenizer reads prompts: of a word with capitals Diffusers finds the first vector only.
+    word, start = str(config.placeholder_token).lower(), str(config.initializer_token)
     initializer = tokenizer.encode(start, add_special_tokens=False)
     if len(initializer) != 1:
         raise ConfigError(
             f"--initializer_token {start}: is {len(initializer)} tokens of this tokenizer, must be one; a shorter, "
             "more common word usually is"
         )
-    tokens = tokens_of(word, config.num_vectors)
-    first, known = len(tokenizer), tokenizer.get_vocab()
-    if f"{word}</w>" in known or tokenizer.add_tokens(list(tokens)) != len(tokens):
-        raise ConfigError(f"--placeholder_token {word}: is in the tokenizer's vocabulary already; choose another word")
+    first, tokens = add_word(tokenizer, word, config.num_vectors, "--placeholder_token", "choose another word")
     return NewTokens(placeholder=word, tokens=tokens, first=first, initializer=int(initializer[0]))
 
 
@@ -229,7 +228,7 @@ def _checked(
         unet = replace(spec.unet, config={"sample_size": config.resolution // spec.vae_factor} | spec.unet.config)
         spec = replace(spec, components=components | {"unet": unet})
     unet, vae, encoder = spec.unet, spec.vae, spec.text_encoder
-    _check_resolution(config.resolution, spec.vae_factor * 2 ** (len(unet["down_block_types"]) - 1))
+    _check_resolution(config.resolution, spec.size_factor)
     if unet["in_channels"] != unet["out_channels"]:
         raise ConfigError(
             f"UNet with in_channels {unet['in_channels']} and out_channels {unet['out_channels']}: inpainting and "
@@ -261,10 +260,9 @@ def _checked(
 
 def _check_resolution(resolution: int, multiple: int) -> None:
     if resolution % multiple:
-        below, above = resolution // multiple * multiple, -(-resolution // multiple) * multiple
         raise ConfigError(
             f"--resolution {resolution}: this pipeline halves it {multiple.bit_length() - 1} times, so it must "
-            f"be a multiple of {multiple}: {f'{below} or ' if below else ''}{above}"
+            f"be a multiple of {multiple}: {nearest_multiples(resolution, multiple)}"
         )
 
 

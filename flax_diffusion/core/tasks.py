@@ -166,7 +166,7 @@ class TextualInversionConfig(TextConfig):
     """A new word for a thing or a style, and nothing else: `train textual_inversion`."""
 
     train_data_dir: str | None = Field(None, description="Folder of pictures of the new thing.")
-    placeholder_token: str | None = Field(None, description="The new word, such as <cat-toy>.")
+    placeholder_token: str | None = Field(None, description="The new word, such as <cat-toy>; in small letters.")
     initializer_token: str | None = Field(None, description="Known word of one token to start from, such as toy.")
     num_vectors: int = Field(1, ge=1, description="Tokens that the new word stands for.")
     learnable_property: Literal["object", "style"] = Field("object", description="What the prompts say it is.")
@@ -192,7 +192,7 @@ class TextualInversionConfig(TextConfig):
             if template.count("{}") != 1:
                 raise ValueError(f"prompt template '{template}': put {{}} into it once, where the new word belongs")
         for prompt in self.validation_prompts:
-            if str(self.placeholder_token) not in prompt:
+            if str(self.placeholder_token).lower() not in prompt.lower():
                 raise ValueError(f"validation prompt '{prompt}' lacks the new word {self.placeholder_token}: put it in")
         return self
 

@@ -7,8 +7,9 @@ from tiny import pictures, stable_diffusion
 
 from flax_diffusion.convert import convert, main
 from flax_diffusion.core import checkpoints, hub, portable
-from flax_diffusion.core.adapters import LORA_FILE, read_lora
+from flax_diffusion.core.adapters import LORA_FILE
 from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
+from flax_diffusion.core.lora_files import read_lora_layers
 from flax_diffusion.models import FlaxUNet2DConditionModel
 from torch_backend.train import train
 
@@ -79,15 +80,15 @@ def test_ranks_that_differ_and_broken_headers(tmp_path):
         arrays[f"unet.{name}.lora_A.weight"] = np.ones((rank, 16), np.float32)
         arrays[f"unet.{name}.lora_B.weight"] = np.ones((16, rank), np.float32)
     save_file(arrays, tmp_path / "ranks.safetensors")
-    with pytest.raises(WeightsError, match="the layers of unet have several ranks or alphas"):
-        read_lora(tmp_path / "ranks.safetensors", shapes)
+    found = read_lora_layers(tmp_path / "ranks.safetensors", shapes)["unet"]
+    assert {name: (layer.rank, layer.alpha) for name, layer in found.items()} == {"a": (2, 2.0), "b": (3, 3.0)}
     for header, says in (("{", "is not JSON"), ("[1]", "must be a JSON object")):
         save_file(arrays, tmp_path / "header.safetensors", metadata={"lora_adapter_metadata": header})
         with pytest.raises(WeightsError, match=says):
-            read_lora(tmp_path / "header.safetensors", shapes)
+            read_lora_layers(tmp_path / "header.safetensors", shapes)
     save_file({"x.alpha": np.ones(1, np.float32)}, tmp_path / "none.safetensors")
     with pytest.raises(WeightsError, match="holds no LoRA weights"):
-        read_lora(tmp_path / "none.safetensors", shapes)
+        read_lora_layers(tmp_path / "none.safetensors", shapes)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])  # of Stable Diffusion 1 (OpenAI's CLIP) and 2 (OpenCLIP)
@@ -133,16 +134,20 @@ def test_what_cannot_be_converted(model, tmp_path):
         convert(model, tmp_path / "full")
     with pytest.raises(ConfigError, match="--format kohya writes one LoRA file anew"):
         convert(model, tmp_path / "a", format="kohya")
+    with pytest.raises(ConfigError, match=r"--checkpoint .*nowhere: is not there: check the path"):
+        convert(model, tmp_path / "a", checkpoint=str(tmp_path / "nowhere"))
     folder = tmp_path / "checkpoint-1"
     for name, says in (
         ("unet/conv_in.weight", r"is of another model: unet/conv_in\.weight is \(3, 4\) there"),
-        ("unet/x.lora_A.weight", "holds adapters: give its file by --lora"),
+        ("unet/x.lora_A.weight", "holds adapters: give it by --model, or its file by --lora"),
     ):
         arrays = {f"params/{name}": np.ones((3, 4), np.float32)}
         portable.write(checkpoints.unsealed(folder), arrays, {"step": 1})
         checkpoints.seal(folder)
         with pytest.raises(WeightsError, match=says):
             convert(model, tmp_path / "b", checkpoint=str(folder))
+    with pytest.raises(ConfigError, match="is a run: name one of its checkpoints, checkpoint-1"):
+        convert(model, tmp_path / "b", checkpoint=str(tmp_path))
     (folder / "state.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"checkpoint-1: state\.safetensors is not what was written; use another"):
         convert(model, tmp_path / "b", checkpoint=str(folder))

@@ -4,19 +4,24 @@ import io
 import os
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from fake_gcs import Store
 from PIL import Image
+from safetensors.numpy import save_file
 from tiny import pictures, stable_diffusion
 
+from flax_diffusion.convert import convert
 from flax_diffusion.core import checkpoints
 from flax_diffusion.core.data.images import decode
 from flax_diffusion.core.data.parquet import open_parquet
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.files import as_path, copy_file, local_copy, move, write_text
 from flax_diffusion.train import train
+from torch_backend.generate import generate
+from torch_backend.generate import main as generate_main
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # of which the server here knows nothing
 
@@ -156,3 +161,42 @@ def test_a_run_from_store_to_store(bucket, tmp_path):
     train("text_to_image", **options | {"overwrite_output_dir": True, "max_train_steps": 1})
     assert {path.name for path in run.iterdir() if "checkpoint" in path.name} == {"checkpoint-1"}
     assert not (run / "replaced-run").exists()
+
+
+def test_commands_from_store_to_store(bucket, tmp_path, monkeypatch):
+    """Models, LoRA, new words and output, of `convert` and of `generate`; nothing lands in a folder `gs:` here."""
+    monkeypatch.chdir(tmp_path)
+    base = stable_diffusion(tmp_path / "base", length=16)
+    upload(base, f"{bucket}/commands/base")
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    pair = {f"{layer}.lora_A.weight": (2, 8), f"{layer}.lora_B.weight": (8, 2)}
+    (tmp_path / "added").mkdir()
+    arrays = {name: np.ones(shape, np.float32) for name, shape in pair.items()}
+    save_file(arrays, tmp_path / "added/pytorch_lora_weights.safetensors")
+    save_file({"<toy>": np.ones((2, 16), np.float32)}, tmp_path / "added/learned_embeds.safetensors")
+    upload(tmp_path / "added", f"{bucket}/commands/added")
+    added = {"lora": [f"{bucket}/commands/added:0.5"], "embeddings": [f"{bucket}/commands/added"]}
+    made = convert(f"{bucket}/commands/base", f"{bucket}/commands/made", **added)
+    with pytest.raises(ConfigError, match="gs://bucket/commands/made: is there already"):
+        convert(f"{bucket}/commands/base", f"{bucket}/commands/made")
+    for form, name in (("flax", "unet/diffusion_flax_model.msgpack"), ("single_file", "model.safetensors")):
+        assert (convert(str(made), f"{bucket}/commands/{form}", format=form) / name).exists()
+    kohya = convert(f"{bucket}/commands/base", f"{bucket}/commands/kohya", lora=added["lora"], format="kohya")
+    assert (kohya / "pytorch_lora_weights.safetensors").exists()
+    here = convert(base, tmp_path / "here", lora=["added:0.5"], embeddings=["added"])
+    options = {"prompt": "a <toy>", "num_inference_steps": 1}
+    expected = generate(here, **options)
+    assert (generate(str(made), **options) == expected).all()
+    words = ["--model", f"{bucket}/commands/base", "--lora", *added["lora"], "--embeddings", *added["embeddings"]]
+    call = [*words, "--prompt", "a <toy>", "--num_inference_steps", "1", "--output_dir", f"{bucket}/commands/images"]
+    generate_main(call)
+    file = as_path(f"{bucket}/commands/images/00000.png")
+    with file.open("rb") as stream, Image.open(stream) as image:
+        assert np.abs(np.asarray(image).astype(int) - expected[0]).max() <= 1
+    assert {path.name for path in file.parent.iterdir()} == {"00000.png", "grid.png"}
+    with pytest.raises(ConfigError, match=r"images: holds 00000\.png of an earlier call"):
+        generate_main(call)
+    assert not (tmp_path / "gs:").exists()
+    for command in (lambda: convert(base, "http://host/a"), lambda: generate_main([*words, "--output_dir", "ftp://a"])):
+        with pytest.raises(ConfigError, match="paths of object stores start with gs:// or s3://"):
+            command()

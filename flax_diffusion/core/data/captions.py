@@ -1,7 +1,8 @@
 """From caption text to CLIP token ids; loading and training CLIP's byte-pair tokenizer."""
 
+import itertools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,6 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tokenizers.trainers import BpeTrainer
 
-from flax_diffusion.core.adapters import NewTokens
 from flax_diffusion.core.errors import DataError, WeightsError
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and worker processes need none of it
@@ -24,23 +24,31 @@ _WORD_END = "</w>"
 _PRIVATE_USE = 0xE000  # Unicode characters that stand for "a byte at the end of a word" while training
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tokenize:
     """Captions to ids of one length, as `CLIPTokenizer(caption, padding="max_length", truncation=True)` does.
 
-    Holds the Rust tokenizer alone, so that a worker process needs no transformers.
+    A word that textual inversion added with several vectors (`<toy>`, `<toy>_1`, …) stands for all of them. Holds the
+    Rust tokenizer alone, so that a worker process needs no transformers.
+
+    Reference: `maybe_convert_prompt` of Diffusers.
     """
 
-    tokenizer: Tokenizer  # with padding and truncation set
-    new_tokens: NewTokens | None = None  # of textual inversion, whose word stands for several
+    tokenizer: Tokenizer  # with neither padding nor truncation
+    length: int  # of the ids
+    before: tuple[int, ...]  # special tokens around every caption
+    after: tuple[int, ...]
+    pad_id: int
+    pads_left: bool
+    cuts_left: bool
+    words: Mapping[int, tuple[int, ...]]  # id of a word of several tokens, and those of the tokens that follow it
 
     @classmethod
-    def from_clip(cls, tokenizer: "CLIPTokenizer", new_tokens: NewTokens | None = None) -> "Tokenize":
+    def from_clip(cls, tokenizer: "CLIPTokenizer") -> "Tokenize":
         """Take over a CLIPTokenizer, with tokens added to it so far.
 
         Args:
             tokenizer: whose `model_max_length` is the length of the ids.
-            new_tokens: whose word is spelt out in every caption.
 
         Returns:
             The callable.
@@ -54,14 +62,20 @@ class Tokenize:
                 "the tokenizer states no model_max_length; set it in tokenizer_config.json (77 for CLIP)"
             )
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        backend.enable_truncation(length, direction=tokenizer.truncation_side)
-        backend.enable_padding(
+        backend.no_truncation()
+        backend.no_padding()
+        bare, whole = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
+        start = next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+        return cls(
+            tokenizer=backend,
             length=length,
-            direction=tokenizer.padding_side,
-            pad_id=tokenizer.pad_token_id,
-            pad_token=str(tokenizer.pad_token),
+            before=tuple(whole[:start]),
+            after=tuple(whole[start + len(bare) :]),
+            pad_id=int(str(tokenizer.pad_token_id)),
+            pads_left=tokenizer.padding_side == "left",
+            cuts_left=tokenizer.truncation_side == "left",
+            words=_words(tokenizer.get_added_vocab()),
         )
-        return cls(backend, new_tokens)
 
     def __call__(self, caption: str) -> np.ndarray:
         """Tokenize one caption.
@@ -72,8 +86,50 @@ class Tokenize:
         Returns:
             int32 (model_max_length,).
         """
-        caption = caption if self.new_tokens is None else self.new_tokens.expand(caption)
-        return np.array(self.tokenizer.encode(caption).ids, np.int32)
+        tokens, _ = self._spelt(caption)
+        ids = [*self.before, *tokens[self._kept(len(tokens))], *self.after]
+        padding = [self.pad_id] * (self.length - len(ids))
+        return np.array(padding + ids if self.pads_left else ids + padding, np.int32)
+
+    def cut_off(self, caption: str) -> str:
+        """Return the part of a caption that is over the length, from a word cut in two on; empty where all fits."""
+        tokens, places = self._spelt(caption)
+        kept = len(tokens[self._kept(len(tokens))])
+        if kept == len(tokens):
+            return ""
+        start, end = (0, places[-kept - 1][1]) if self.cuts_left else (places[kept][0], len(caption))
+        return caption[start:end].strip()
+
+    def _kept(self, count: int) -> slice:
+        """Return which of a caption's tokens fit."""
+        room = self.length - len(self.before) - len(self.after)
+        return slice(max(0, count - room), None) if self.cuts_left else slice(room)
+
+    def _spelt(self, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return a caption's tokens, those of added words in full, and where each stands in it."""
+        encoding = self.tokenizer.encode(caption, add_special_tokens=False)
+        if not self.words:
+            return encoding.ids, encoding.offsets
+        tokens: list[int] = []
+        places: list[tuple[int, int]] = []
+        for number, (token, place) in enumerate(zip(encoding.ids, encoding.offsets, strict=True), 1):
+            rest = self.words.get(token, ())
+            if tuple(encoding.ids[number : number + len(rest)]) == rest:  # the caption spells it out itself
+                rest = ()
+            tokens += [token, *rest]
+            places += [place] * (1 + len(rest))
+        return tokens, places
+
+
+def _words(added: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
+    """Return the words of several tokens among those that were added to a tokenizer."""
+    words = {}
+    for word, token in added.items():
+        numbered = itertools.takewhile(added.__contains__, (f"{word}_{number}" for number in itertools.count(1)))
+        rest = tuple(added[name] for name in numbered)
+        if rest:
+            words[token] = rest
+    return words
 
 
 def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
