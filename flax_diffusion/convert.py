@@ -21,6 +21,7 @@ from flax_diffusion.core.checkpoints import require_whole
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.portable import Arrays
+from flax_diffusion.core.weight_files import in_memory
 
 
 class ConvertOptions(BaseModel):
@@ -111,7 +112,7 @@ def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
         WeightsError: If it is no such file, or does not fit.
     """
     from flax_diffusion.modules import build_modules
-    from flax_diffusion.weights import from_tensors, in_memory, to_torch
+    from flax_diffusion.weights import from_tensors, to_torch
 
     models = build_modules(spec).by_name
     found = single_file.read_single_file(file, spec, {name: list(own) for name, own in _shapes(spec).items()})
@@ -201,7 +202,7 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
 
     from flax_diffusion.core.files import replacing, write_json
     from flax_diffusion.modules import build_modules
-    from flax_diffusion.weights import from_tensors, in_memory
+    from flax_diffusion.weights import from_tensors
 
     dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": bfloat16}[options.dtype]
     if options.format == "single_file":

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core import cli, drawing
+from flax_diffusion.core import cli, drawing, samplers
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -24,7 +24,7 @@ def _draw(config: drawing.GenerateConfig) -> np.ndarray:
     from torch_backend.sampling import Sampler, scheduler_from_config
 
     spec = drawing.open_checked(config)
-    scheduler = scheduler_from_config(spec.scheduler, config.scheduler)
+    scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), config.scheduler)
     device = PartialState().device or torch.device("cpu")
     modules = build_modules(
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import FiniteFloat
 
-from flax_diffusion.core import adapters, hub, noise_schedule
+from flax_diffusion.core import adapters, hub, noise_schedule, pipeline_kinds, samplers
 from flax_diffusion.core.adapters import Lora, NewTokens
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.files import write_json, written_folder
@@ -119,6 +119,10 @@ class PipelineSpec:
     tokenizer: CLIPTokenizer | None = None
     autoencoder_loss: AutoencoderLoss | None = None  # None: a denoiser is trained
 
+    def __post_init__(self) -> None:
+        if self.scheduler:
+            samplers.prediction_type(self.scheduler)
+
     @property
     def tokenize(self) -> Tokenize | None:
         """From prompts to token ids, or None when there are no prompts."""
@@ -157,7 +161,7 @@ class PipelineSpec:
     @property
     def prediction_type(self) -> str:
         """What the UNet predicts: epsilon, v_prediction or sample."""
-        return self.scheduler.get("prediction_type", "epsilon")
+        return samplers.prediction_type(self.scheduler)
 
     @property
     def image_channels(self) -> Literal[1, 3]:
@@ -189,13 +193,13 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     """
     from flax_diffusion.core.data import captions as text
 
-    index = hub.read_json(hub.resolve(source, None, revision, allow_patterns=["model_index.json"]) / "model_index.json")
-    kind = str(index.get("_class_name"))
-    if kind not in _PIPELINES:
-        raise WeightsError(f"{source}: is a {kind}; known pipelines are {', '.join(_PIPELINES)}")
+    index = pipeline_kinds.check_kind(source, revision, pipeline_kinds.PARTS)
+    if not index:
+        raise WeightsError(f"{source} has no model_index.json: name a folder that holds a pipeline")
+    kind = index["_class_name"]
     components = {}
-    for name, model in _PIPELINES[kind].items():
-        if index.get(name) not in (None, [None, None]):
+    for name, model in pipeline_kinds.PARTS[kind].items():
+        if pipeline_kinds.has_part(index, name):
             folder = hub.resolve(source, name, revision, allow_patterns=["*.json"])
             components[name] = read_component(folder, model, source, name, revision, variant)
     scheduler = hub.read_json(hub.resolve(source, "scheduler", revision) / "scheduler_config.json")
@@ -207,23 +211,10 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
         components=components,
         scheduler=scheduler,
         resolution=1,
-        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(scheduler),
+        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(samplers.noise_config(scheduler)),
         tokenizer=tokenizer,
     )
     return replace(spec, resolution=size * spec.vae_factor)
-
-
-_PIPELINES: dict[str, dict[str, str]] = {
-    "DDPMPipeline": {"unet": "UNet2DModel"},
-    "DDIMPipeline": {"unet": "UNet2DModel"},
-    "LDMPipeline": {"unet": "UNet2DModel", "vqvae": "AutoencoderKL"},
-    "StableDiffusionPipeline": {
-        "text_encoder": "CLIPTextModel",
-        "unet": "UNet2DConditionModel",
-        "vae": "AutoencoderKL",
-    },
-}
-"""Model classes of the pipelines that are known here, by component."""
 
 
 def read_component(
@@ -249,7 +240,7 @@ def read_component(
         raise WeightsError(f"{source}/{subfolder or ''}: holds a {found}, this task needs a {kind}")
     return Component(
         kind=kind,
-        config={key: value for key, value in values.items() if not key.startswith("_")},
+        config=pipeline_kinds.model_config(values),
         weights=source,
         subfolder=subfolder,
         revision=revision,

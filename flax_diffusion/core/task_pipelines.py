@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_diffusion.core import hub, noise_schedule
+from flax_diffusion.core import hub, noise_schedule, pipeline_kinds, samplers
 from flax_diffusion.core.adapters import Lora, NewTokens, tokens_of
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.errors import ConfigError
@@ -52,6 +52,9 @@ def autoencoder(config: AutoencoderConfig) -> PipelineSpec:
 def unconditional(config: DiffusionConfig) -> PipelineSpec:
     """The pipeline that `train unconditional` trains: a UNet2DModel, in pixel or latent space."""
     if config.pretrained_model_name_or_path:
+        pipeline_kinds.check_kind(
+            config.pretrained_model_name_or_path, config.revision, pipeline_kinds.UNCONDITIONAL_KINDS
+        )
         unet = _pretrained(config, "unet", "UNet2DModel", train=True)
     else:
         given = TUTORIAL_UNET if config.unet is None else _read_config(config.unet, "--unet")
@@ -75,6 +78,7 @@ def text_to_image(config: TextConfig, captions: Iterable[str], made_before: Path
 
     pretrained = config.pretrained_model_name_or_path
     trains_encoder = isinstance(config, LoraConfig) and config.train_text_encoder
+    index = pipeline_kinds.check_kind(pretrained, config.revision, pipeline_kinds.TEXT_KINDS) if pretrained else {}
     if pretrained:
         encoder = _pretrained(config, "text_encoder", "CLIPTextModel", train=trains_encoder)
         unet = _pretrained(config, "unet", "UNet2DConditionModel", train=True)
@@ -109,18 +113,12 @@ def text_to_image(config: TextConfig, captions: Iterable[str], made_before: Path
         encoder = replace(encoder, new_tokens=_add_tokens(tokenizer, config))
 
     components = {"text_encoder": encoder, "unet": unet}
-    if config.vae == "pretrained" and _has_vae(config):
+    # A pipeline that was trained on pixels has no VAE.
+    if config.vae == "pretrained" and (not index or pipeline_kinds.has_part(index, "vae")):
         components["vae"] = _pretrained(config, "vae", "AutoencoderKL", train=False)
     elif config.vae and config.vae != "pretrained":
         components["vae"] = _vae(config.vae)
     return _checked("StableDiffusionPipeline", components, config, tokenizer)
-
-
-def _has_vae(config: TextConfig) -> bool:
-    """Whether the pretrained pipeline has a VAE; one that was trained on pixels has none."""
-    folder = hub.resolve(str(config.pretrained_model_name_or_path), None, config.revision, ["model_index.json"])
-    index = hub.read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    return index.get("vae", [True])[0] is not None
 
 
 def _lora(config: LoraConfig, targets: list[str]) -> Lora:
@@ -189,7 +187,7 @@ def _read_config(given: dict[str, Any] | str | None, option: str) -> dict[str, A
         values = hub.read_json(hub.resolve(given, allow_patterns=["*.json"]) / "config.json")
     else:
         raise ConfigError(f"{option}: give a mapping, a .json file, or a folder that holds config.json")
-    return {key: value for key, value in values.items() if not key.startswith("_")}
+    return pipeline_kinds.model_config(values)
 
 
 def _scheduler(config: DiffusionConfig, kind: str) -> dict[str, Any]:
@@ -222,7 +220,7 @@ def _checked(
         components=components,
         scheduler=scheduler,
         resolution=config.resolution,
-        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(scheduler),
+        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(samplers.noise_config(scheduler)),
         tokenizer=tokenizer,
     )
     if spec.unet.weights is None:
