@@ -7,6 +7,7 @@ a single file. LoRA files change between PEFT's names and kohya's.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,11 +18,13 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flax_diffusion.core import adapters, cli, hub, pipeline, portable, single_file
-from flax_diffusion.core.checkpoints import require_whole
-from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.checkpoints import MANIFEST, committed, require_whole
+from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.portable import Arrays
 from flax_diffusion.core.weight_files import in_memory
+
+log = logging.getLogger(__name__)
 
 
 class ConvertOptions(BaseModel):
@@ -83,18 +86,38 @@ def _convert(options: ConvertOptions) -> Path:
             out / adapters.LORA_FILE, adapters.read_lora_pairs(Path(options.lora[0]), _shapes(spec)), options.format
         )
         return out
-    if options.checkpoint and not Path(options.checkpoint).is_dir():
-        weights = read_all(Path(options.checkpoint), spec)
+    given = None if options.checkpoint is None else _checked_checkpoint(Path(options.checkpoint))
+    if given is not None and given.is_file():
+        weights = read_all(given, spec)
     else:
         weights = {name: read_weights(component) for name, component in spec.components.items()}
-        if options.checkpoint:
-            put_checkpoint(Path(options.checkpoint), weights)
+        if given is not None:
+            put_checkpoint(given, weights)
     for file in options.lora:
         merge_lora(Path(file), spec, weights, options.lora_scale)
     for file in options.embeddings:
         spec = add_embeddings(Path(file), spec, weights)
     _write(spec, weights, options, out)
     return out
+
+
+def _checked_checkpoint(path: Path) -> Path:
+    """Refuses what is neither a file nor a checkpoint's folder.
+
+    Raises:
+        CheckpointError: Naming the checkpoints of a run, if it is the folder of one.
+    """
+    if not path.exists():
+        raise CheckpointError(f"--checkpoint {path}: there is no such file or folder: check the path")
+    if path.is_dir() and not (path / MANIFEST).exists():
+        names = [folder.name for folder in committed(path)]
+        if names:
+            raise CheckpointError(f"--checkpoint {path}: is a run; name one of its checkpoints: {', '.join(names)}")
+        raise CheckpointError(
+            f"--checkpoint {path}: is no checkpoint, it has no {MANIFEST}: name a folder such as RUN/checkpoint-500 or "
+            "a .safetensors file; the folder of a pipeline goes to --model"
+        )
+    return path
 
 
 def read_weights(component: Component) -> Arrays:
@@ -108,6 +131,8 @@ def read_weights(component: Component) -> Arrays:
 def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
     """Every component's float32 weights, from a single file, for a pipeline of its architecture.
 
+    An autoencoder or a text encoder that the file lacks is the pipeline's own.
+
     Raises:
         WeightsError: If it is no such file, or does not fit.
     """
@@ -116,8 +141,12 @@ def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
 
     models = build_modules(spec).by_name
     found = single_file.read_single_file(file, spec, {name: list(own) for name, own in _shapes(spec).items()})
+    lacking = [name for name in spec.components if name not in found]
+    for name in lacking:
+        log.warning("%s holds no %s: that of --model is taken", file, name)
     trees = {name: from_tensors(in_memory(own), models[name].params_shape(), str(file)) for name, own in found.items()}
-    return {name: dict(to_torch(tree)) for name, tree in trees.items()}
+    own = {name: read_weights(spec.components[name]) for name in lacking}
+    return own | {name: dict(to_torch(tree)) for name, tree in trees.items()}
 
 
 def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:

@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.typed import Size, check_values
+from flax_diffusion.core.typed import BetaSchedule, PredictionType, Size, check_values
 
 Beta = Annotated[float, Field(ge=0, le=1)]
 Table = NDArray[np.float32]
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 _MAX_BETA = 0.999  # cap of Improved DDPM (arXiv:2102.09672, section 3.2)
 

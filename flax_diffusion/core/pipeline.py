@@ -5,7 +5,8 @@ Both backends build their modules from the same `PipelineSpec`. It is read and c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import FiniteFloat
 
-from flax_diffusion.core import adapters, hub, noise_schedule, pipeline_kinds, samplers
+from flax_diffusion.core import adapters, hub, noise_schedule, pipeline_kinds, samplers, weight_files
 from flax_diffusion.core.adapters import Lora, NewTokens
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.files import write_json, written_folder
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from flax_diffusion.core.data.captions import Tokenize
+
+
+log = logging.getLogger(__name__)
 
 
 class _UNet2D:
@@ -206,6 +210,13 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     tokenizer = text.load_tokenizer(hub.resolve(source, "tokenizer", revision)) if "tokenizer" in index else None
     if "unet" not in components or not isinstance(size := components["unet"]["sample_size"], int):
         raise WeightsError(f"{source}: has no UNet whose config says its sample_size as one number")
+    check_variant(components.values(), variant)
+    unet = components["unet"]
+    if kind in pipeline_kinds.TEXT_KINDS and unet["in_channels"] != unet["out_channels"]:
+        raise WeightsError(
+            f"{source}: its UNet has in_channels {unet['in_channels']} and out_channels {unet['out_channels']}; "
+            "inpainting models are not drawn from yet: use one that has both equal"
+        )
     spec = PipelineSpec(
         kind=kind,
         components=components,
@@ -215,6 +226,23 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
         tokenizer=tokenizer,
     )
     return replace(spec, resolution=size * spec.vae_factor)
+
+
+def check_variant(components: Collection[Component], variant: str | None) -> None:
+    """Says which parts of a pipeline lack the variant that was asked for, and are read without.
+
+    Raises:
+        WeightsError: If all do.
+    """
+    if variant is None:
+        return
+    lacking = [part for part in components if part.weights is not None and part.variant is None]
+    if not any(part.variant for part in components):
+        raise WeightsError(
+            f"--variant {variant}: no weights of {lacking[0].weights} have it: drop it, or check the name"
+        )
+    for part in lacking:
+        log.warning("%s: has no weights of variant %s; its others are read", part.subfolder or part.weights, variant)
 
 
 def read_component(
@@ -236,6 +264,9 @@ def read_component(
     architectures = values.get("architectures")
     listed = architectures[0] if isinstance(architectures, list) and architectures else kind
     found = str(values.get("_class_name") or listed)
+    if variant is not None:
+        names = hub.file_names(source, subfolder, revision)
+        variant = weight_files.variant_of(names, weight_files.base_name(kind), variant)
     if found.removeprefix("Flax") != kind:
         raise WeightsError(f"{source}/{subfolder or ''}: holds a {found}, this task needs a {kind}")
     return Component(

@@ -14,7 +14,7 @@ from flax_diffusion.core.adapters import Lora, NewTokens, tokens_of
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.files import local_copy
-from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, read_component
+from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, check_variant, read_component
 from flax_diffusion.core.tasks import AutoencoderConfig, TextToImageConfig, TextualInversionConfig
 
 if TYPE_CHECKING:
@@ -34,8 +34,9 @@ def autoencoder(config: AutoencoderConfig) -> PipelineSpec:
     if config.pretrained_model_name_or_path:
         vae = _pretrained(config, "vae", "AutoencoderKL", train=True)
     else:
-        given = {"sample_size": config.resolution} | _read_config(config.vae, "--vae")
-        vae = Component(kind="AutoencoderKL", config=given, train=True)
+        vae = Component(kind="AutoencoderKL", config=_read_config(config.vae, "--vae"), train=True)
+    check_variant([vae], config.variant)
+    vae = _sized(vae, config.resolution)
     spec = PipelineSpec(
         kind="AutoencoderKL",
         components={"vae": vae},
@@ -215,6 +216,7 @@ def _checked(
     kind: str, components: dict[str, Component], config: DiffusionConfig, tokenizer: CLIPTokenizer | None = None
 ) -> PipelineSpec:
     scheduler = _scheduler(config, kind)
+    check_variant(components.values(), config.variant)
     spec = PipelineSpec(
         kind=kind,
         components=components,
@@ -223,8 +225,8 @@ def _checked(
         alphas_cumprod=noise_schedule.alphas_cumprod_from_config(samplers.noise_config(scheduler)),
         tokenizer=tokenizer,
     )
-    if spec.unet.weights is None:
-        unet = replace(spec.unet, config={"sample_size": config.resolution // spec.vae_factor} | spec.unet.config)
+    if spec.unet.train:
+        unet = _sized(spec.unet, config.resolution // spec.vae_factor)
         spec = replace(spec, components=components | {"unet": unet})
     unet, vae, encoder = spec.unet, spec.vae, spec.text_encoder
     _check_resolution(config.resolution, spec.vae_factor * 2 ** (len(unet["down_block_types"]) - 1))
@@ -255,6 +257,11 @@ def _checked(
             "noise from; use v_prediction"
         )
     return spec
+
+
+def _sized(component: Component, size: int) -> Component:
+    """Notes the size that a model trains at: pipelines draw images of it, autoencoders divide larger ones by it."""
+    return replace(component, config=component.config | {"sample_size": size})
 
 
 def _check_resolution(resolution: int, multiple: int) -> None:

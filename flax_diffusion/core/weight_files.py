@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -101,6 +102,19 @@ def file_patterns(base: str, variant: str | None) -> list[str]:
         f"{base}{dot}-?????-of-?????.safetensors",
         f"{base}.safetensors.index{dot}.json",
     ]
+
+
+def variant_of(names: Iterable[str], base: str, variant: str | None) -> str | None:
+    """Return the variant to read of a part: the one asked for, or None where only other files of it are there.
+
+    Args:
+        names: of the files in the part's folder.
+        base: file name without extension.
+        variant: that was asked for.
+    """
+    patterns = file_patterns(base, variant)
+    there = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return variant if there else None
 
 
 def has_weights(folder: Path, base: str, variant: str | None) -> bool:
