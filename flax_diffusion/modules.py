@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 
 from flax_diffusion.adapters import interceptor
 from flax_diffusion.core import samplers
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, FlaxUNet2DModel
@@ -127,7 +128,7 @@ class Modules:
             return clean
         if kind == "v_prediction":
             return self.scheduler.get_velocity(self.scheduler.create_state(), clean, noise, timesteps)
-        raise ConfigError(f"prediction_type {kind!r} has no target here")
+        raise unknown("prediction_type", kind, PREDICTION_TYPES)
 
 
 def build_modules(

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flax_diffusion.core import hub, initial, weight_files
-from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
+from flax_diffusion.core.errors import ConfigError, WeightsError, nearest, unknown
+from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from torch_backend import adapters
 
@@ -98,7 +99,7 @@ class Modules:
         if kind == "v_prediction":
             bar = self.alphas_cumprod[timesteps][:, None, None, None]
             return bar.sqrt() * noise - (1 - bar).sqrt() * clean
-        raise ConfigError(f"prediction_type {kind!r} has no target here")
+        raise unknown("prediction_type", kind, PREDICTION_TYPES)
 
 
 _MALFORMED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)

@@ -54,3 +54,15 @@ class NonFiniteError(UserError):
     """Training produced a loss that is not a number or infinite."""
 
     exit_status = 1
+
+
+def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:
+    """Makes the error for a value that is none of those there are.
+
+    Args:
+        what: Names what has the value.
+        value: The value.
+        known: Those there are.
+    """
+    known = list(known)
+    return ConfigError(f"{what} {shown(value)} is unknown; use one of {', '.join(known)}{nearest(value, known)}")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.typed import BetaSchedule, PredictionType, Size, check_values
 
 Beta = Annotated[float, Field(ge=0, le=1)]
@@ -91,7 +91,7 @@ def _named_betas(beta_schedule: str, steps: int, beta_start: float, beta_end: fl
         return np.float32(1) / (np.float32(1) + exponential) * np.float32(beta_end - beta_start) + np.float32(
             beta_start
         )
-    raise ConfigError(f"beta_schedule {beta_schedule!r} is unknown; use one of {', '.join(BETA_SCHEDULES)}")
+    raise unknown("beta_schedule", beta_schedule, BETA_SCHEDULES)
 
 
 def linspace(start: float, end: float, steps: int) -> Table:
@@ -262,7 +262,7 @@ def min_snr_weights(alphas_cumprod: ArrayLike, gamma: float, prediction_type: st
     elif prediction_type == "sample":
         weights = clipped
     else:
-        raise ConfigError(f"prediction_type {prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}")
+        raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
     return weights.astype(np.float32)
 
 

@@ -110,6 +110,9 @@ class AutoencoderLoss:
     rec_loss: Literal["l1", "l2"]
     kl_scale: float
 
+    def __post_init__(self) -> None:
+        check_values(AutoencoderLoss, {"rec_loss": self.rec_loss}, "autoencoder")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSpec:

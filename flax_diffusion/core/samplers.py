@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
-from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.errors import ConfigError, nearest, unknown
 from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
+from flax_diffusion.core.typed import check_values
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,22 @@ _SHARED = (
 """What a scheduler keeps when another draws in its place."""
 
 
+class _Choices:
+    """Keys of which Diffusers takes some unknown values for one that it knows, or refuses them in mid-run."""
+
+    timestep_spacing: Literal["linspace", "leading", "trailing"]
+    timestep_type: Literal["discrete", "continuous"]
+    final_sigmas_type: Literal["zero", "sigma_min"]
+    interpolation_type: Literal["linear", "log_linear"]
+    variance_type: (
+        Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"] | None
+    )
+    solver_type: Literal["midpoint", "heun", "logrho", "bh1", "bh2"]
+    algorithm_type: Literal[
+        "dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis", "data_prediction", "noise_prediction"
+    ]
+
+
 def class_name(config: Mapping[str, Any]) -> str:
     """Return the class of a scheduler config by its PyTorch name.
 
@@ -86,10 +103,7 @@ def prediction_type(config: Mapping[str, Any]) -> str:
     found = config.get("prediction_type", "epsilon")
     found = "sample" if found == "original_sample" else found  # Euler's older name
     if found not in PREDICTION_TYPES:
-        raise ConfigError(
-            f"prediction_type {found!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}"
-            f"{nearest(found, PREDICTION_TYPES)}"
-        )
+        raise unknown("prediction_type", found, PREDICTION_TYPES)
     return found
 
 
@@ -104,16 +118,19 @@ def noise_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampler_config(config: Mapping[str, Any], chosen: str | None = None) -> dict[str, Any]:
-    """Return the config of the scheduler that draws images; the nearest one here stands in for others, and it is said.
+    """Return the config of the scheduler that draws images; the nearest one stands in for those that are not here.
+
+    It is said that it does.
 
     Args:
         config: A pipeline's scheduler config.
         chosen: Name of the sampler that the user asks for instead, which makes saying so needless.
 
     Raises:
-        ConfigError: As `class_name`.
+        ConfigError: As `class_name`, and for values that no scheduler knows.
     """
     name = class_name(config)
+    check_values(_Choices, config, "scheduler config")
     if name in _OTHERS:
         stand_in = SAMPLERS[_OTHERS[name][0]]
     elif name == SAMPLERS["pndm"] and prediction_type(config) == "sample":

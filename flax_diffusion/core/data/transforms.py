@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from flax_diffusion.core.data.noise import Stream
+from flax_diffusion.core.errors import unknown
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -75,6 +76,8 @@ class ImageTransform:
     def _resize(self, image: Image.Image) -> Image.Image:
         if self.resize_mode == "stretch":
             size = (self.resolution, self.resolution)
+        elif self.resize_mode != "crop":
+            raise unknown("resize_mode", self.resize_mode, ("crop", "stretch"))
         else:
             width, height = image.size
             # torchvision truncates the long side.
