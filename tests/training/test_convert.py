@@ -194,9 +194,8 @@ def test_single_files_of_other_programs(model, tmp_path, lacks, caplog):
 
 
 def test_a_single_file_of_sdxl(model, tmp_path):
-    tensors = {
-        f"{name}.weight": np.ones(1, np.float32) for name in ("model.diffusion_model.a", "conditioner.embedders.0")
-    }
+    names = ("model.diffusion_model.a", "conditioner.embedders.0")
+    tensors = {f"{name}.weight": np.ones(1, np.float32) for name in names}
     save_file(tensors, tmp_path / "xl.safetensors")
     with pytest.raises(WeightsError, match=r"is a checkpoint of SDXL: only those of Stable Diffusion 1\.x and 2\.x"):
         convert(model, tmp_path / "a", checkpoint=str(tmp_path / "xl.safetensors"))
