@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel  # pyrigh
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flax_diffusion.core import hub, initial, weight_files
+from flax_diffusion.core import initial, weight_files
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest, unknown
 from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.core.pipeline import Component, PipelineSpec
@@ -170,11 +170,9 @@ def load(component: Component) -> Any:
         WeightsError: Naming every tensor that is missing, unexpected or of another shape.
     """
     base = weight_files.base_name(component.kind)
-    names = weight_files.file_patterns(base, component.variant)
-    place = (str(component.weights), component.subfolder, component.revision)
-    folder = hub.resolve(*place, allow_patterns=names)
-    if not weight_files.has_weights(folder, base, component.variant):  # perhaps only Flax files
-        folder = hub.resolve(*place, allow_patterns=[*names, *weight_files.FLAX_FILES])
+    folder = weight_files.fetch(
+        str(component.weights), component.subfolder, component.revision, base, component.variant
+    )
     tensors, file = weight_files.read(folder, base, component.variant)
     with init_empty_weights(include_buffers=False):
         module = make(component)

@@ -12,7 +12,7 @@ import numpy as np
 from flax_diffusion.core import hub, noise_schedule, pipeline_kinds, samplers
 from flax_diffusion.core.adapters import Lora, NewTokens, tokens_of
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.files import local_copy
 from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, check_variant, read_component
 from flax_diffusion.core.tasks import AutoencoderConfig, TextToImageConfig, TextualInversionConfig
@@ -32,7 +32,7 @@ TUTORIAL_UNET: dict[str, Any] = {
 def autoencoder(config: AutoencoderConfig) -> PipelineSpec:
     """The lone AutoencoderKL that `train autoencoder` trains."""
     if config.pretrained_model_name_or_path:
-        vae = _pretrained(config, "vae", "AutoencoderKL", train=True)
+        vae = _pretrained(config, _autoencoder_part(config), "AutoencoderKL", train=True)
     else:
         vae = Component(kind="AutoencoderKL", config=_read_config(config.vae, "--vae"), train=True)
     check_variant([vae], config.variant)
@@ -167,7 +167,20 @@ def loss_weights(config: DiffusionConfig, spec: PipelineSpec) -> np.ndarray:
     return np.ones(len(spec.alphas_cumprod), np.float32)
 
 
-def _pretrained(config: TrainConfig, name: str, kind: str, *, train: bool) -> Component:
+def _autoencoder_part(config: TrainConfig) -> str | None:
+    """The subfolder of a pipeline's autoencoder; None for an autoencoder by itself."""
+    source = str(config.pretrained_model_name_or_path)
+    index = pipeline_kinds.read_index(source, config.revision)
+    if not index:
+        alone = hub.resolve(source, None, config.revision, allow_patterns=["config.json"]) / "config.json"
+        return None if alone.is_file() else "vae"
+    for name in ("vae", "vqvae"):
+        if pipeline_kinds.has_part(index, name):
+            return name
+    raise WeightsError(f"{source} is a {index['_class_name']} without an autoencoder: name a pipeline that has a vae")
+
+
+def _pretrained(config: TrainConfig, name: str | None, kind: str, *, train: bool) -> Component:
     source = str(config.pretrained_model_name_or_path)
     folder = hub.resolve(source, name, config.revision, allow_patterns=["*.json"])
     return read_component(folder, kind, source, name, config.revision, config.variant, train=train)

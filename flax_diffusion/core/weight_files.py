@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,6 +121,31 @@ def has_weights(folder: Path, base: str, variant: str | None) -> bool:
     """Tell whether a folder holds safetensors of this name and variant."""
     single, _, index = file_patterns(base, variant)
     return (folder / single).is_file() or (folder / index).is_file()
+
+
+def fetch(
+    source: str | Path,
+    subfolder: str | None,
+    revision: str | None,
+    base: str,
+    variant: str | None,
+    beside: Sequence[str] = (),
+) -> Path:
+    """Return a local folder with a model's weights: safetensors, or a Flax release's where there are none.
+
+    Args:
+        source: folder or Hub id.
+        subfolder: folder inside it.
+        revision: branch, tag or commit of a Hub id.
+        base: file name without extension.
+        variant: such as "fp16".
+        beside: other files to get.
+    """
+    names = [*beside, *file_patterns(base, variant)]
+    folder = hub.resolve(source, subfolder, revision, names)
+    if has_weights(folder, base, variant):
+        return folder
+    return hub.resolve(source, subfolder, revision, [*names, *FLAX_FILES])
 
 
 def read(folder: Path, base: str, variant: str | None = None) -> tuple[dict[str, Tensor], Path]:

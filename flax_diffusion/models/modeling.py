@@ -168,12 +168,9 @@ class PretrainedModel:
             ConfigError: for a config that the model does not support.
             WeightsError: for files that are missing or do not fit the config.
         """
-        names = weight_files.file_patterns(cls.weights_name, variant)
-        folder = hub.resolve(path_or_hub_id, subfolder, revision, ["config.json", *names])
+        folder = weight_files.fetch(path_or_hub_id, subfolder, revision, cls.weights_name, variant, ["config.json"])
         config = hub.read_json(folder / "config.json")
         model = cls.from_config(config, dtype=dtype, **overrides)
-        if not weight_files.has_weights(folder, cls.weights_name, variant):  # perhaps only Flax files
-            folder = hub.resolve(path_or_hub_id, subfolder, revision, [*names, *weight_files.FLAX_FILES])
         return model, weights.load(folder, model.params_shape(), cls.weights_name, variant)
 
     def save_pretrained(

@@ -202,6 +202,22 @@ def test_an_autoencoder_of_another_size(model, folder, tmp_path, backend):
     assert hub.read_json(out / "vae/config.json")["sample_size"] == 32
 
 
+def test_where_an_autoencoder_comes_from(own_model, folder, tmp_path):
+    """A pipeline's `vae`, the `vqvae` of one on latents, or an autoencoder by itself."""
+
+    def opened(source):
+        return task_pipelines.autoencoder(TASKS["autoencoder"](**text_run(source, folder, tmp_path / "run")))
+
+    assert opened(own_model).components["vae"].subfolder == "vae"
+    assert opened(own_model / "vae").components["vae"].subfolder is None
+    (own_model / "vae").rename(own_model / "vqvae")
+    rewrite(own_model / "model_index.json", vae=[None, None], vqvae=["diffusers", "AutoencoderKL"])
+    assert opened(own_model).components["vae"].subfolder == "vqvae"
+    rewrite(own_model / "model_index.json", vqvae=[None, None])
+    with pytest.raises(WeightsError, match="is a StableDiffusionPipeline without an autoencoder: name a pipeline that"):
+        opened(own_model)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_copy_of_an_autoencoder_has_its_measured_scale(folder, tmp_path, backend):
     options = text_run(None, folder, tmp_path / "run", vae=VAE, max_train_steps=4, learning_rate=1e-2)
