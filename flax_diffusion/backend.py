@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from flax_diffusion import adapters
-from flax_diffusion.core import portable
+from flax_diffusion.core import portable, samplers
 from flax_diffusion.core.backend import Batch, refuse
 from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
@@ -76,7 +76,9 @@ class JaxBackend:
         self.modules = self.program.modules
         # Scheduler options are checked here, before any weight is read.
         if spec.scheduler:
-            self._sampler = Sampler(self.modules, scheduler_from_config(spec.scheduler), self.mesh)
+            self._sampler = Sampler(
+                self.modules, scheduler_from_config(samplers.sampler_config(spec.scheduler)), self.mesh
+            )
         self._encode = jax.jit(self.modules.encode_images)
         self._embed = jax.jit(self.modules.encode_text)
         self._posterior = jax.jit(self.modules.posterior)

@@ -7,6 +7,7 @@ a single file. LoRA files change between PEFT's names and kohya's.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,12 +18,15 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from flax_diffusion.core import adapters, checkpoints, cli, pipeline, single_file
-from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
 from flax_diffusion.core.files import as_path, local_copy
 from flax_diffusion.core.merging import checkpoint_arrays, read_lora, with_adapters
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.portable import Arrays
 from flax_diffusion.core.run_model import open_model
+from flax_diffusion.core.weight_files import in_memory
+
+log = logging.getLogger(__name__)
 
 
 class ConvertOptions(BaseModel):
@@ -115,19 +119,23 @@ def _checkpoint(name: str | None) -> Path | None:
     """The folder of a training checkpoint, or the single file on this machine, that --checkpoint names.
 
     Raises:
-        ConfigError: If it is not there, or is a run.
+        CheckpointError: If it is neither; names the checkpoints of a run.
     """
     if name is None:
         return None
     path = as_path(name)
     if not path.exists():
-        raise ConfigError(f"--checkpoint {name}: is not there: check the path")
+        raise CheckpointError(f"--checkpoint {path}: there is no such file or folder: check the path")
     if not path.is_dir():
         return local_copy(path.parent, (path.name,)) / path.name
-    saved = checkpoints.committed(path)
-    if saved:
-        names = ", ".join(folder.name for folder in saved)
-        raise ConfigError(f"--checkpoint {name}: is a run: name one of its checkpoints, {names}")
+    if not (path / checkpoints.MANIFEST).exists():
+        names = [folder.name for folder in checkpoints.committed(path)]
+        if names:
+            raise CheckpointError(f"--checkpoint {path}: is a run; name one of its checkpoints: {', '.join(names)}")
+        raise CheckpointError(
+            f"--checkpoint {path}: is no checkpoint, it has no {checkpoints.MANIFEST}: name a folder such as "
+            "RUN/checkpoint-500 or a .safetensors file; the folder of a pipeline goes to --model"
+        )
     return path
 
 
@@ -151,16 +159,22 @@ def read_weights(component: Component) -> Arrays:
 def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
     """Every component's float32 weights, from a single file, for a pipeline of its architecture.
 
+    An autoencoder or a text encoder that the file lacks is the pipeline's own.
+
     Raises:
         WeightsError: If it is no such file, or does not fit.
     """
     from flax_diffusion.modules import build_modules
-    from flax_diffusion.weights import from_tensors, in_memory, to_torch
+    from flax_diffusion.weights import from_tensors, to_torch
 
     models = build_modules(spec).by_name
     found = single_file.read_single_file(file, spec, {name: list(own) for name, own in shapes(spec).items()})
+    lacking = [name for name in spec.components if name not in found]
+    for name in lacking:
+        log.warning("%s holds no %s: that of --model is taken", file, name)
     trees = {name: from_tensors(in_memory(own), models[name].params_shape(), str(file)) for name, own in found.items()}
-    return {name: dict(to_torch(tree)) for name, tree in trees.items()}
+    own = {name: read_weights(spec.components[name]) for name in lacking}
+    return own | {name: dict(to_torch(tree)) for name, tree in trees.items()}
 
 
 def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:
@@ -193,7 +207,7 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
 
     from flax_diffusion.core.files import replacing, write_json, written_folder
     from flax_diffusion.modules import build_modules
-    from flax_diffusion.weights import from_tensors, in_memory
+    from flax_diffusion.weights import from_tensors
 
     dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": bfloat16}[options.dtype]
     if options.format == "single_file":

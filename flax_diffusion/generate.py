@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core import cli, drawing
+from flax_diffusion.core import cli, drawing, samplers
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -37,7 +37,8 @@ def _draw(config: drawing.GenerateConfig) -> Iterator[np.ndarray]:
     spec = drawing.open_checked(config, shapes)
     mesh = make_mesh(-1, 1)
     modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
-    sampler = Sampler(modules, scheduler_from_config(spec.scheduler, kind=config.scheduler), mesh)
+    scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), kind=config.scheduler)
+    sampler = Sampler(modules, scheduler, mesh)
     params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
     return sampler.batches(params, **drawing.sampler_options(config))
 

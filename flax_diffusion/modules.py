@@ -15,14 +15,17 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from flax_diffusion.adapters import interceptor
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core import samplers
+from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.typed import Checkpointing
+from flax_diffusion.core.weight_files import in_memory
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, FlaxUNet2DModel
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.optimizer import Params
 from flax_diffusion.schedulers import FlaxDDPMScheduler
-from flax_diffusion.weights import from_tensors, in_memory, to_torch, torch_shapes
+from flax_diffusion.weights import from_tensors, to_torch, torch_shapes
 
 COMPUTE_DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
@@ -125,7 +128,9 @@ class Modules:
             return noise
         if kind == "sample":
             return clean
-        return self.scheduler.get_velocity(self.scheduler.create_state(), clean, noise, timesteps)
+        if kind == "v_prediction":
+            return self.scheduler.get_velocity(self.scheduler.create_state(), clean, noise, timesteps)
+        raise unknown("prediction_type", kind, PREDICTION_TYPES)
 
 
 def build_modules(
@@ -157,9 +162,13 @@ def build_modules(
     for name, component in spec.components.items():
         if component.kind not in _CLASSES:
             raise ConfigError(f"{name}: {component.kind} has no Flax class; known are {', '.join(_CLASSES)}")
-    kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type"}
-    kept.add("rescale_betas_zero_snr")
-    scheduler = FlaxDDPMScheduler.from_config({key: spec.scheduler[key] for key in kept & set(spec.scheduler)}, wide)
+    schedule: dict[str, Any] = {}
+    if spec.scheduler:
+        kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
+        kept.add("rescale_betas_zero_snr")
+        values = samplers.noise_config(spec.scheduler)
+        schedule = {key: values[key] for key in kept & set(values)} | {"prediction_type": spec.prediction_type}
+    scheduler = FlaxDDPMScheduler.from_config(schedule, wide)
     by_name = {name: make(component) for name, component in spec.components.items()}
     return Modules(spec=spec, by_name=by_name, scheduler=scheduler, mesh=mesh)
 

@@ -100,7 +100,7 @@ def autoencoder_loss(modules: Modules, params: Params, batch: Batch, dropout: ja
     made = modules.decode(params, posterior.sample_with(batch["latent_noise"]))
     wide = jnp.promote_types(made.dtype, jnp.float32)
     error = made.astype(wide) - pixels.astype(wide)
-    error = (jnp.abs(error) if loss.rec_loss == "l1" else jnp.square(error)).mean(axis=(1, 2, 3))
+    error = {"l1": jnp.abs, "l2": jnp.square}[loss.rec_loss](error).mean(axis=(1, 2, 3))
     return jnp.mean((error + loss.kl_scale * posterior.kl().astype(wide)) * batch["loss_weights"])
 
 

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 
-from flax_diffusion.core import portable
+from flax_diffusion.core import portable, samplers
 from flax_diffusion.core.backend import Batch
 from flax_diffusion.core.checkpoints import check_same_shapes
 from flax_diffusion.core.config import TrainConfig
@@ -64,7 +64,7 @@ class TorchBackend:
         self.process_count: int = self.accelerator.num_processes
         self.device_count: int = self.process_count
         self.device: torch.device = self.accelerator.device
-        self._scheduler = scheduler_from_config(spec.scheduler) if spec.scheduler else None
+        self._scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler)) if spec.scheduler else None
         self.count = self.steps = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._writing: Future[None] | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core import cli, drawing, launch
+from flax_diffusion.core import cli, drawing, launch, samplers
 from torch_backend.train import PACKAGES
 
 
@@ -26,7 +26,7 @@ def _draw(config: drawing.GenerateConfig) -> Iterator[np.ndarray]:
     from torch_backend.sampling import Sampler, scheduler_from_config
 
     spec = drawing.open_checked(config, shapes)
-    scheduler = scheduler_from_config(spec.scheduler, config.scheduler)
+    scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), config.scheduler)
     device = PartialState().device or torch.device("cpu")
     modules = build_modules(
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,

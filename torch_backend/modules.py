@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel  # pyright: ignore[reportPrivateImportUsage]  (made at run time)
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flax_diffusion.core import hub, initial
+from flax_diffusion.core import initial, weight_files
 from flax_diffusion.core.adapters import TOKEN_EMBEDDING
-from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
-from flax_diffusion.core.files import as_path, is_local
+from flax_diffusion.core.errors import ConfigError, WeightsError, nearest, unknown
+from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from torch_backend import adapters
 
@@ -96,8 +97,10 @@ class Modules:
             return noise
         if kind == "sample":
             return clean
-        bar = self.alphas_cumprod[timesteps][:, None, None, None]
-        return bar.sqrt() * noise - (1 - bar).sqrt() * clean
+        if kind == "v_prediction":
+            bar = self.alphas_cumprod[timesteps][:, None, None, None]
+            return bar.sqrt() * noise - (1 - bar).sqrt() * clean
+        raise unknown("prediction_type", kind, PREDICTION_TYPES)
 
 
 _MALFORMED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
@@ -164,29 +167,46 @@ class Float64Timesteps(nn.Module):
 
 
 def load(component: Component) -> Any:
-    """Reads a component in float32.
+    """Reads a component in float32: safetensors, or a Flax release's msgpack.
 
     Raises:
-        WeightsError: Naming every tensor that is missing or of another shape.
+        WeightsError: Naming every tensor that is missing, unexpected or of another shape.
     """
-    source: Any = component.weights
-    options: dict[str, Any] = {"subfolder": component.subfolder or "", "revision": component.revision}
-    if not is_local(as_path(source)):  # the libraries know folders of this machine and the Hub
-        source, options["subfolder"] = hub.resolve(source, component.subfolder), ""
-    try:
-        module, report = _CLASSES[component.kind].from_pretrained(
-            source, variant=component.variant, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, *_MALFORMED) as error:
-        raise WeightsError(f"{component.weights}/{component.subfolder or ''}: {error}") from error
-    problems = [f"missing {name}" for name in sorted(report["missing_keys"])]
-    problems += [f"misshapen {name}" for name in sorted(str(key) for key in report["mismatched_keys"])]
+    base = weight_files.base_name(component.kind)
+    folder = weight_files.fetch(
+        str(component.weights), component.subfolder, component.revision, base, component.variant
+    )
+    tensors, file = weight_files.read(folder, base, component.variant)
+    with init_empty_weights(include_buffers=False):
+        module = make(component)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    ours = {file_name(component.kind, name): name for name in shapes}
+    stored = weight_files.same_names(tensors, ours)
+    problems = [f"missing {name}" for name in sorted(ours.keys() - stored.keys())]
+    problems += [f"unexpected {stored[name]}" for name in sorted(stored.keys() - ours.keys())]
+    state = {}
+    for name in sorted(ours.keys() & stored.keys()):
+        array = _as_float32(tensors[stored[name]].array(), shapes[ours[name]])
+        if array is None:
+            problems.append(f"misshapen {stored[name]}")
+        else:
+            state[ours[name]] = torch.from_numpy(array)
     if problems:
         raise WeightsError(
-            f"{component.weights}/{component.subfolder or ''} does not fit the model's config, use the weights and the "
-            f"config of one model: {'; '.join(problems)}"
+            f"{file} does not fit the model's config, use the weights and the config of one model: "
+            f"{'; '.join(problems)}"
         )
-    return module.float()
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(True)
+
+
+def _as_float32(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
+    """A copy of a stored array, or None if it is no float or of another shape; 1 x 1 convolutions may be linear."""
+    if array.shape == (*shape, 1, 1) and len(shape) == 2:
+        array = array[:, :, 0, 0]
+    if array.shape != shape or not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
+        return None
+    return np.array(array, np.float32, order="C")
 
 
 def _lay_over(component: Component, module: Any) -> None:

@@ -14,15 +14,8 @@ from torch.overrides import TorchFunctionMode
 from flax_diffusion.core.data.noise import sampling_noise
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.pipeline import check_prompts
+from flax_diffusion.core.samplers import SAMPLERS, class_name, with_signal
 from torch_backend.modules import Modules
-
-KINDS = {
-    "ddpm": "DDPMScheduler",
-    "ddim": "DDIMScheduler",
-    "pndm": "PNDMScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-}
 
 
 def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> Any:
@@ -31,9 +24,11 @@ def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> An
     Raises:
         ConfigError: For a class that Diffusers does not have here, or values that it does not take.
     """
-    name = KINDS[kind] if kind else str(config["_class_name"]).removeprefix("Flax")
-    if name not in KINDS.values():
-        raise ConfigError(f"scheduler {name}: known are {', '.join(KINDS.values())}")
+    name = SAMPLERS[kind] if kind else class_name(config)
+    if name not in SAMPLERS.values():
+        raise ConfigError(f"scheduler {name}: known are {', '.join(SAMPLERS.values())}")
+    if kind == "dpm++":
+        config = with_signal(config)
     try:
         return getattr(diffusers, name).from_config(config)
     except (ValueError, NotImplementedError) as error:

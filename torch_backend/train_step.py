@@ -81,7 +81,7 @@ def autoencoder_loss(modules: Modules, batch: Batch) -> Tensor:
     made = modules.decode(posterior.mean + posterior.std * batch["latent_noise"])
     wide = torch.promote_types(made.dtype, torch.float32)
     error = made.to(wide) - pixels.to(wide)
-    error = (error.abs() if loss.rec_loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+    error = {"l1": torch.abs, "l2": torch.square}[loss.rec_loss](error).mean(dim=(1, 2, 3))
     return ((error + loss.kl_scale * posterior.kl().to(wide)) * batch["loss_weights"]).mean()
 
 

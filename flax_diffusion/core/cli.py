@@ -38,16 +38,26 @@ def _union_members(annotation: Any) -> tuple[Any, ...]:
 
 
 def _parse_flag(text: str, annotation: Any) -> Any:
-    """Prepares one command-line word for pydantic: `null` for optional fields, JSON for mappings."""
+    """Prepares one command-line word for pydantic: `null` for optional fields, JSON or YAML for mappings."""
     members = _union_members(annotation)
     if type(None) in members and text.lower() in ("null", "none"):
         return None
     if any(_takes_mapping(member) for member in members) and text.lstrip().startswith("{"):
-        try:
-            return parse_json(text)
-        except ValueError as error:
-            raise ConfigError(f"{text!r} is not valid JSON ({error}): quote the mapping for the shell") from error
+        return _mapping(text)
     return text
+
+
+def _mapping(text: str) -> Any:
+    """The value of a JSON text, whose numbers may look like 1e-4, or of a YAML text."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        try:
+            return parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{text!r} is neither JSON nor YAML ({error}): quote the mapping for the shell"
+            ) from error
 
 
 def _takes_mapping(annotation: Any) -> bool:
@@ -172,7 +182,7 @@ def _metavar(annotation: Any) -> str:
         if get_origin(member) is typing.Literal:
             words.append("{" + ",".join(str(choice) for choice in get_args(member)) + "}")
         elif _takes_mapping(member):
-            words.append("JSON")
+            words.append("MAPPING")
         else:
             words.append(getattr(member, "__name__", "str").upper().replace("LIST", "STR"))
     return "|".join(words)

@@ -13,9 +13,8 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
 from flax_diffusion.core.adapters import TEXT_ENCODER_TARGETS, UNET_TARGETS
 from flax_diffusion.core.errors import SECRET
-from flax_diffusion.core.typed import Checkpointing
+from flax_diffusion.core.typed import BetaSchedule, Checkpointing, PredictionType
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"
 ]
@@ -184,7 +183,9 @@ class DiffusionConfig(TrainConfig):
         None, description="Diffusers scheduler config. None: the pretrained pipeline's, or DDPM with ddpm_* below."
     )
     ddpm_num_steps: int = Field(1000, ge=1, description="Training timesteps, when the scheduler is ours to choose.")
-    ddpm_beta_schedule: str = Field("linear", description="Beta schedule, when the scheduler is ours to choose.")
+    ddpm_beta_schedule: BetaSchedule = Field(
+        "linear", description="Beta schedule, when the scheduler is ours to choose."
+    )
     prediction_type: PredictionType | None = Field(
         None, description="What the UNet predicts. None: what the scheduler's config says."
     )
@@ -205,6 +206,14 @@ class DiffusionConfig(TrainConfig):
     def _check_diffusion(self) -> DiffusionConfig:
         if self.pretrained_model_name_or_path and self.unet is not None:
             raise ValueError("--unet is for training from scratch: drop it or --pretrained_model_name_or_path")
+        for name in ("ddpm_num_steps", "ddpm_beta_schedule"):
+            value = getattr(self, name)
+            owner = "noise_scheduler" if self.noise_scheduler is not None else "pretrained_model_name_or_path"
+            if getattr(self, owner) is not None and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"--{name} {value} is for a scheduler that we choose, and --{owner} brings its own: drop --{name}, "
+                    "or give the whole scheduler by --noise_scheduler"
+                )
         if self.cache_latents and not (self.center_crop or self.resize_mode == "stretch"):
             raise ValueError(
                 "--cache_latents encodes each picture once, and crops at random would differ from epoch to epoch: add "

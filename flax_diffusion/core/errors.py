@@ -85,3 +85,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Tells whether an error of any framework says that memory ran out. A disk that is full is something else."""
     text = str(error)
     return isinstance(error, MemoryError) or (bool(_NO_MEMORY.search(text)) and "No space left" not in text)
+
+
+def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:
+    """Makes the error for a value that is none of those there are.
+
+    Args:
+        what: Names what has the value.
+        value: The value.
+        known: Those there are.
+    """
+    known = list(known)
+    return ConfigError(f"{what} {shown(value)} is unknown; use one of {', '.join(known)}{nearest(value, known)}")

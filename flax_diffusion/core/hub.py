@@ -1,7 +1,6 @@
 """Model folders, local or on the Hugging Face Hub, and their safetensors, without a framework."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,8 @@ def resolve(
         WeightsError: if neither a folder nor a repository of that name can be had.
     """
     folder = as_path(path_or_hub_id)
+    if is_local(folder) and folder.is_file():
+        raise WeightsError(_not_a_folder(folder))
     if is_local(folder) and not folder.is_dir():
         folder = _download(str(path_or_hub_id), subfolder, revision, allow_patterns)
     folder = folder / subfolder if subfolder else folder
@@ -64,6 +65,42 @@ def resolve(
         missing = f"has no folder {subfolder!r}" if subfolder else "does not exist"
         raise WeightsError(f"{path_or_hub_id} {missing}: check the name")
     return local_copy(folder, tuple(allow_patterns) or ("*",))
+
+
+def _not_a_folder(file: Path) -> str:
+    if file.suffix not in (".safetensors", ".ckpt", ".pt", ".bin"):
+        return f"{file} is a file: name the folder that it is in"
+    return (
+        f"{file} is one file of weights, without configs and tokenizer: make a folder of a single-file checkpoint by "
+        f"`python -m flax_diffusion.convert --model FOLDER --checkpoint {file} --output_dir NEW`, where FOLDER is any "
+        "pipeline of its architecture"
+    )
+
+
+def file_names(source: str | Path, subfolder: str | None = None, revision: str | None = None) -> list[str]:
+    """Return the names of the files in a (sub)folder; nothing is downloaded.
+
+    Args:
+        source: an existing folder, or `owner/name` on the Hub.
+        subfolder: folder inside it.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        Their names; where the Hub cannot be reached, of those in its cache.
+    """
+    folder = as_path(source)
+    if is_local(folder) and not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import DryRunError
+
+        start = f"{subfolder}/" if subfolder else ""
+        try:
+            there = snapshot_download(str(source), revision=revision, allow_patterns=[f"{start}*"], dry_run=True)
+            return [file.filename.removeprefix(start) for file in there]
+        except DryRunError:  # offline
+            folder = _download(str(source), subfolder, revision, ["*.json"])
+    folder = folder / subfolder if subfolder else folder
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
 def _download(name: str, subfolder: str | None, revision: str | None, allow_patterns: Sequence[str]) -> Path:
@@ -89,25 +126,6 @@ def _download(name: str, subfolder: str | None, revision: str | None, allow_patt
             f"{name} is neither a folder nor a repository on the Hub that you may read: check the name, "
             "or log in with `hf auth login`"
         ) from error
-
-
-def weight_files(source: str, subfolder: str | None, revision: str | None, variant: str | None) -> list[Path]:
-    """Return the files that a model's weights are read from: safetensors, else those of the Flax releases.
-
-    Args:
-        source: folder or Hub id.
-        subfolder: folder inside it.
-        revision: branch, tag or commit on the Hub.
-        variant: such as "fp16"; where there is none of it, the weights without one.
-    """
-    dotted = [f".{variant}", ""] if variant else [""]
-    kinds = [[f"*model{dot}.safetensors", f"*model{dot}-?????-of-?????.safetensors"] for dot in dotted]
-    for patterns in [*kinds, ["*flax_model.msgpack"]]:
-        folder = resolve(source, subfolder, revision, patterns)
-        files = [file for file in folder.iterdir() if any(fnmatch(file.name, pattern) for pattern in patterns)]
-        if files:
-            return sorted(files)
-    return []
 
 
 def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core import hub
+from flax_diffusion.core import weight_files
 from flax_diffusion.core.config import ONCE, TrainConfig
 from flax_diffusion.core.data.sources import Source
 from flax_diffusion.core.errors import CheckpointError, DataError, shown
@@ -68,9 +68,11 @@ def data_digest(source: Source) -> str:
 def weights_digest(component: Component) -> str:
     """A checksum of parts of a model's weight files, wherever they are."""
     assert component.weights is not None
-    files = hub.weight_files(component.weights, component.subfolder, component.revision, component.variant)
+    base = weight_files.base_name(component.kind)
+    where = (component.weights, component.subfolder, component.revision)
+    folder = weight_files.fetch(*where, base, component.variant)
     digest = hashlib.sha256()
-    for file in files:
+    for file in weight_files.files_of(folder, base, component.variant):
         size = file.stat().st_size
         with file.open("rb") as stream:
             for place in np.linspace(0, max(0, size - 4096), 64).astype(np.int64).tolist():

@@ -394,14 +394,14 @@ class _Run:
         """Writes what the run is for: a pipeline, an autoencoder, or adapters."""
         self._drain()
         self._export_trained(self.output_dir)
-        if self.preview is not None:
-            reconstruction.write_scaling_factor(self.backend, self.preview, self.spec, self.output_dir)
-        elif self.main and not self.spec.adapted:
+        if self.preview is None and self.main and not self.spec.adapted:
             pipeline.write_index(self.spec, self.output_dir)
 
     def _export_trained(self, folder: Path, *, only_trained: bool = False) -> None:
         if not self.spec.adapted:
             self.backend.export(folder, only_trained=only_trained)
+            if self.preview is not None:
+                reconstruction.write_scaling_factor(self.backend, self.preview, self.spec, folder)
             return
         arrays = self.backend.trained_arrays()
         if self.main:

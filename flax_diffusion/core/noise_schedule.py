@@ -11,20 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
-from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.typed import Size, check_values
+from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.typed import BetaSchedule, PredictionType, Size, check_values
 
 Beta = Annotated[float, Field(ge=0, le=1)]
 Table = NDArray[np.float32]
 
-BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES: tuple[str, ...] = get_args(BetaSchedule)
+PREDICTION_TYPES: tuple[str, ...] = get_args(PredictionType)
 
 _MAX_BETA = 0.999  # cap of Improved DDPM (arXiv:2102.09672, section 3.2)
 
@@ -91,7 +91,7 @@ def _named_betas(beta_schedule: str, steps: int, beta_start: float, beta_end: fl
         return np.float32(1) / (np.float32(1) + exponential) * np.float32(beta_end - beta_start) + np.float32(
             beta_start
         )
-    raise ConfigError(f"beta_schedule {beta_schedule!r} is unknown; use one of {', '.join(BETA_SCHEDULES)}")
+    raise unknown("beta_schedule", beta_schedule, BETA_SCHEDULES)
 
 
 def linspace(start: float, end: float, steps: int) -> Table:
@@ -262,7 +262,7 @@ def min_snr_weights(alphas_cumprod: ArrayLike, gamma: float, prediction_type: st
     elif prediction_type == "sample":
         weights = clipped
     else:
-        raise ConfigError(f"prediction_type {prediction_type!r} is unknown; use one of {', '.join(PREDICTION_TYPES)}")
+        raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
     return weights.astype(np.float32)
 
 

@@ -5,7 +5,8 @@ Both backends build their modules from the same `PipelineSpec`. It is read and c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import FiniteFloat
 
-from flax_diffusion.core import adapters, hub, noise_schedule
+from flax_diffusion.core import adapters, hub, noise_schedule, pipeline_kinds, samplers, weight_files
 from flax_diffusion.core.adapters import Lora, NewTokens, Overlay
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.files import write_json, written_folder
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
     from flax_diffusion.core.data.captions import Tokenize
+
+
+log = logging.getLogger(__name__)
 
 
 class _UNet2D:
@@ -107,6 +111,9 @@ class AutoencoderLoss:
     rec_loss: Literal["l1", "l2"]
     kl_scale: float
 
+    def __post_init__(self) -> None:
+        check_values(AutoencoderLoss, {"rec_loss": self.rec_loss}, "autoencoder")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSpec:
@@ -120,6 +127,10 @@ class PipelineSpec:
     size: tuple[int, int] | None = None  # height and width of what is drawn; None: both are the resolution
     tokenizer: CLIPTokenizer | None = None
     autoencoder_loss: AutoencoderLoss | None = None  # None: a denoiser is trained
+
+    def __post_init__(self) -> None:
+        if self.scheduler:
+            samplers.prediction_type(self.scheduler)
 
     @property
     def tokenize(self) -> Tokenize | None:
@@ -158,7 +169,7 @@ class PipelineSpec:
     @property
     def prediction_type(self) -> str:
         """What the UNet predicts: epsilon, v_prediction or sample."""
-        return self.scheduler.get("prediction_type", "epsilon")
+        return samplers.prediction_type(self.scheduler)
 
     @property
     def image_channels(self) -> Literal[1, 3]:
@@ -195,41 +206,52 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     """
     from flax_diffusion.core.data import captions as text
 
-    index = hub.read_json(hub.resolve(source, None, revision, allow_patterns=["model_index.json"]) / "model_index.json")
-    kind = str(index.get("_class_name"))
-    if kind not in _PIPELINES:
-        raise WeightsError(f"{source}: is a {kind}; known pipelines are {', '.join(_PIPELINES)}")
+    index = pipeline_kinds.check_kind(source, revision, pipeline_kinds.PARTS)
+    if not index:
+        raise WeightsError(f"{source} has no model_index.json: name a folder that holds a pipeline")
+    kind = index["_class_name"]
     components = {}
-    for name, model in _PIPELINES[kind].items():
-        if index.get(name) not in (None, [None, None]):
+    for name, model in pipeline_kinds.PARTS[kind].items():
+        if pipeline_kinds.has_part(index, name):
             folder = hub.resolve(source, name, revision, allow_patterns=["*.json"])
             components[name] = read_component(folder, model, source, name, revision, variant)
     scheduler = hub.read_json(hub.resolve(source, "scheduler", revision) / "scheduler_config.json")
     tokenizer = text.load_tokenizer(hub.resolve(source, "tokenizer", revision)) if "tokenizer" in index else None
     if "unet" not in components or not isinstance(size := components["unet"]["sample_size"], int):
         raise WeightsError(f"{source}: has no UNet whose config says its sample_size as one number")
+    check_variant(components.values(), variant)
+    unet = components["unet"]
+    if kind in pipeline_kinds.TEXT_KINDS and unet["in_channels"] != unet["out_channels"]:
+        raise WeightsError(
+            f"{source}: its UNet has in_channels {unet['in_channels']} and out_channels {unet['out_channels']}; "
+            "inpainting models are not drawn from yet: use one that has both equal"
+        )
     spec = PipelineSpec(
         kind=kind,
         components=components,
         scheduler=scheduler,
         resolution=1,
-        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(scheduler),
+        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(samplers.noise_config(scheduler)),
         tokenizer=tokenizer,
     )
     return replace(spec, resolution=size * spec.vae_factor)
 
 
-_PIPELINES: dict[str, dict[str, str]] = {
-    "DDPMPipeline": {"unet": "UNet2DModel"},
-    "DDIMPipeline": {"unet": "UNet2DModel"},
-    "LDMPipeline": {"unet": "UNet2DModel", "vqvae": "AutoencoderKL"},
-    "StableDiffusionPipeline": {
-        "text_encoder": "CLIPTextModel",
-        "unet": "UNet2DConditionModel",
-        "vae": "AutoencoderKL",
-    },
-}
-"""Model classes of the pipelines that are known here, by component."""
+def check_variant(components: Collection[Component], variant: str | None) -> None:
+    """Says which parts of a pipeline lack the variant that was asked for, and are read without.
+
+    Raises:
+        WeightsError: If all do.
+    """
+    if variant is None:
+        return
+    lacking = [part for part in components if part.weights is not None and part.variant is None]
+    if not any(part.variant for part in components):
+        raise WeightsError(
+            f"--variant {variant}: no weights of {lacking[0].weights} have it: drop it, or check the name"
+        )
+    for part in lacking:
+        log.warning("%s: has no weights of variant %s; its others are read", part.subfolder or part.weights, variant)
 
 
 def read_component(
@@ -251,11 +273,14 @@ def read_component(
     architectures = values.get("architectures")
     listed = architectures[0] if isinstance(architectures, list) and architectures else kind
     found = str(values.get("_class_name") or listed)
+    if variant is not None:
+        names = hub.file_names(source, subfolder, revision)
+        variant = weight_files.variant_of(names, weight_files.base_name(kind), variant)
     if found.removeprefix("Flax") != kind:
         raise WeightsError(f"{source}/{subfolder or ''}: holds a {found}, this task needs a {kind}")
     return Component(
         kind=kind,
-        config={key: value for key, value in values.items() if not key.startswith("_")},
+        config=pipeline_kinds.model_config(values),
         weights=source,
         subfolder=subfolder,
         revision=revision,

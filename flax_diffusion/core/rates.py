@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import get_args
 
-from flax_diffusion.core.config import LoraConfig, TrainConfig
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.config import LoraConfig, LrScheduler, TrainConfig
+from flax_diffusion.core.errors import ConfigError, unknown
 
 POLYNOMIAL_END = 1e-7
 """Final rate of the polynomial schedule; Diffusers' default `lr_end`."""
@@ -56,6 +57,8 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int, peak: float) -
         if kind == "cosine_with_restarts":
             turn = (config.lr_num_cycles * progress) % 1.0
             return 0.0 if progress >= 1.0 else max(0.0, 0.5 * (1.0 + math.cos(math.pi * turn)))
+        if kind != "polynomial":
+            raise unknown("lr_scheduler", kind, get_args(LrScheduler))
         left = max(0.0, 1.0 - progress)
         return ((peak - POLYNOMIAL_END) * left**config.lr_power + POLYNOMIAL_END) / peak
 

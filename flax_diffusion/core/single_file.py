@@ -46,7 +46,8 @@ def read_single_file(path: Path, spec: PipelineSpec, names: Mapping[str, list[st
 
     Returns:
         Component to its weights by PyTorch name, as they are in the file: an autoencoder's attention has 1 x 1
-        convolutions for its linear layers. Names that the file lacks are missing.
+        convolutions for its linear layers. Names that the file lacks are missing, and so are an autoencoder or a text
+        encoder of which it has nothing.
 
     Raises:
         WeightsError: If it is no such file.
@@ -57,13 +58,19 @@ def read_single_file(path: Path, spec: PipelineSpec, names: Mapping[str, list[st
     stored = hub.read_safetensors(path)
     if not any(key.startswith(tuple(_PREFIXES.values())) for key in stored):
         raise WeightsError(f"{path} is no single-file checkpoint of Stable Diffusion: no name starts as one of its")
+    if any(key.startswith("conditioner.embedders.") for key in stored):
+        raise WeightsError(f"{path} is a checkpoint of SDXL: only those of Stable Diffusion 1.x and 2.x are read yet")
     open_clip = any(key.startswith("cond_stage_model.model.") for key in stored)
     found: dict[str, Arrays] = {}
     for component, renamed in _renamers(spec, open_clip=open_clip).items():
+        if component != "unet" and not any(key.startswith(_PREFIXES[component]) for key in stored):
+            continue
         found[component] = {}
         for name in names[component]:
             qkv = _QKV.fullmatch(name) if component == "text_encoder" and open_clip else None
             key = _PREFIXES[component] + renamed(f"{qkv[1]}.in_proj_{qkv[3]}" if qkv else name)
+            if key not in stored:  # Transformers 5 leaves a level out
+                key = key.replace("transformer.text_model.", "transformer.", 1)
             if key in stored:
                 array = stored[key].array()
                 found[component][name] = np.split(array, 3)["qkv".index(qkv[2])] if qkv else array

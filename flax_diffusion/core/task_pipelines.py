@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flax_diffusion.core import hub, noise_schedule
+from flax_diffusion.core import hub, noise_schedule, pipeline_kinds, samplers
 from flax_diffusion.core.adapters import Lora, NewTokens
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
-from flax_diffusion.core.errors import ConfigError, nearest_multiples
+from flax_diffusion.core.errors import ConfigError, WeightsError, nearest_multiples
 from flax_diffusion.core.files import local_copy
 from flax_diffusion.core.new_words import add_word
-from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, read_component
+from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, check_variant, read_component
 from flax_diffusion.core.tasks import AutoencoderConfig, TextToImageConfig, TextualInversionConfig
 
 if TYPE_CHECKING:
@@ -33,10 +33,11 @@ TUTORIAL_UNET: dict[str, Any] = {
 def autoencoder(config: AutoencoderConfig) -> PipelineSpec:
     """The lone AutoencoderKL that `train autoencoder` trains."""
     if config.pretrained_model_name_or_path:
-        vae = _pretrained(config, "vae", "AutoencoderKL", train=True)
+        vae = _pretrained(config, _autoencoder_part(config), "AutoencoderKL", train=True)
     else:
-        given = {"sample_size": config.resolution} | _read_config(config.vae, "--vae")
-        vae = Component(kind="AutoencoderKL", config=given, train=True)
+        vae = Component(kind="AutoencoderKL", config=_read_config(config.vae, "--vae"), train=True)
+    check_variant([vae], config.variant)
+    vae = _sized(vae, config.resolution)
     spec = PipelineSpec(
         kind="AutoencoderKL",
         components={"vae": vae},
@@ -53,6 +54,9 @@ def autoencoder(config: AutoencoderConfig) -> PipelineSpec:
 def unconditional(config: DiffusionConfig) -> PipelineSpec:
     """The pipeline that `train unconditional` trains: a UNet2DModel, in pixel or latent space."""
     if config.pretrained_model_name_or_path:
+        pipeline_kinds.check_kind(
+            config.pretrained_model_name_or_path, config.revision, pipeline_kinds.UNCONDITIONAL_KINDS
+        )
         unet = _pretrained(config, "unet", "UNet2DModel", train=True)
     else:
         given = TUTORIAL_UNET if config.unet is None else _read_config(config.unet, "--unet")
@@ -76,6 +80,7 @@ def text_to_image(config: TextConfig, captions: Iterable[str], made_before: Path
 
     pretrained = config.pretrained_model_name_or_path
     trains_encoder = isinstance(config, LoraConfig) and config.train_text_encoder
+    index = pipeline_kinds.check_kind(pretrained, config.revision, pipeline_kinds.TEXT_KINDS) if pretrained else {}
     if pretrained:
         encoder = _pretrained(config, "text_encoder", "CLIPTextModel", train=trains_encoder)
         unet = _pretrained(config, "unet", "UNet2DConditionModel", train=True)
@@ -110,18 +115,12 @@ def text_to_image(config: TextConfig, captions: Iterable[str], made_before: Path
         encoder = replace(encoder, new_tokens=_add_tokens(tokenizer, config))
 
     components = {"text_encoder": encoder, "unet": unet}
-    if config.vae == "pretrained" and _has_vae(config):
+    # A pipeline that was trained on pixels has no VAE.
+    if config.vae == "pretrained" and (not index or pipeline_kinds.has_part(index, "vae")):
         components["vae"] = _pretrained(config, "vae", "AutoencoderKL", train=False)
     elif config.vae and config.vae != "pretrained":
         components["vae"] = _vae(config.vae)
     return _checked("StableDiffusionPipeline", components, config, tokenizer)
-
-
-def _has_vae(config: TextConfig) -> bool:
-    """Whether the pretrained pipeline has a VAE; one that was trained on pixels has none."""
-    folder = hub.resolve(str(config.pretrained_model_name_or_path), None, config.revision, ["model_index.json"])
-    index = hub.read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
-    return index.get("vae", [True])[0] is not None
 
 
 def _lora(config: LoraConfig, targets: list[str]) -> Lora:
@@ -167,7 +166,20 @@ def loss_weights(config: DiffusionConfig, spec: PipelineSpec) -> np.ndarray:
     return np.ones(len(spec.alphas_cumprod), np.float32)
 
 
-def _pretrained(config: TrainConfig, name: str, kind: str, *, train: bool) -> Component:
+def _autoencoder_part(config: TrainConfig) -> str | None:
+    """The subfolder of a pipeline's autoencoder; None for an autoencoder by itself."""
+    source = str(config.pretrained_model_name_or_path)
+    index = pipeline_kinds.read_index(source, config.revision)
+    if not index:
+        alone = hub.resolve(source, None, config.revision, allow_patterns=["config.json"]) / "config.json"
+        return None if alone.is_file() else "vae"
+    for name in ("vae", "vqvae"):
+        if pipeline_kinds.has_part(index, name):
+            return name
+    raise WeightsError(f"{source} is a {index['_class_name']} without an autoencoder: name a pipeline that has a vae")
+
+
+def _pretrained(config: TrainConfig, name: str | None, kind: str, *, train: bool) -> Component:
     source = str(config.pretrained_model_name_or_path)
     folder = hub.resolve(source, name, config.revision, allow_patterns=["*.json"])
     return read_component(folder, kind, source, name, config.revision, config.variant, train=train)
@@ -188,7 +200,7 @@ def _read_config(given: dict[str, Any] | str | None, option: str) -> dict[str, A
         values = hub.read_json(hub.resolve(given, allow_patterns=["*.json"]) / "config.json")
     else:
         raise ConfigError(f"{option}: give a mapping, a .json file, or a folder that holds config.json")
-    return {key: value for key, value in values.items() if not key.startswith("_")}
+    return pipeline_kinds.model_config(values)
 
 
 def _scheduler(config: DiffusionConfig, kind: str) -> dict[str, Any]:
@@ -216,16 +228,17 @@ def _checked(
     kind: str, components: dict[str, Component], config: DiffusionConfig, tokenizer: CLIPTokenizer | None = None
 ) -> PipelineSpec:
     scheduler = _scheduler(config, kind)
+    check_variant(components.values(), config.variant)
     spec = PipelineSpec(
         kind=kind,
         components=components,
         scheduler=scheduler,
         resolution=config.resolution,
-        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(scheduler),
+        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(samplers.noise_config(scheduler)),
         tokenizer=tokenizer,
     )
-    if spec.unet.weights is None:
-        unet = replace(spec.unet, config={"sample_size": config.resolution // spec.vae_factor} | spec.unet.config)
+    if spec.unet.train:
+        unet = _sized(spec.unet, config.resolution // spec.vae_factor)
         spec = replace(spec, components=components | {"unet": unet})
     unet, vae, encoder = spec.unet, spec.vae, spec.text_encoder
     _check_resolution(config.resolution, spec.size_factor)
@@ -256,6 +269,11 @@ def _checked(
             "noise from; use v_prediction"
         )
     return spec
+
+
+def _sized(component: Component, size: int) -> Component:
+    """Notes the size that a model trains at: pipelines draw images of it, autoencoders divide larger ones by it."""
+    return replace(component, config=component.config | {"sample_size": size})
 
 
 def _check_resolution(resolution: int, multiple: int) -> None:

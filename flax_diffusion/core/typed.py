@@ -15,6 +15,8 @@ Size = Annotated[int, Field(gt=0, le=2**20)]
 """Channels, features, pixels, timesteps."""
 Count = Annotated[int, Field(ge=0, le=2**8)]
 """Layers: as many as are looped over."""
+BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Checkpointing = bool | Literal["minimal"]
 """What the backward pass computes again: nothing, whole blocks, or all but their products and convolutions."""
 

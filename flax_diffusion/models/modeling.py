@@ -11,7 +11,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_diffusion import weights
-from flax_diffusion.core import hub, initial
+from flax_diffusion.core import hub, initial, weight_files
 from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.core.files import write_json
 from flax_diffusion.core.torch_names import from_torch_layout, torch_name, torch_shape
@@ -168,12 +168,9 @@ class PretrainedModel:
             ConfigError: for a config that the model does not support.
             WeightsError: for files that are missing or do not fit the config.
         """
-        names = weights.file_patterns(cls.weights_name, variant)
-        folder = hub.resolve(path_or_hub_id, subfolder, revision, ["config.json", *names])
+        folder = weight_files.fetch(path_or_hub_id, subfolder, revision, cls.weights_name, variant, ["config.json"])
         config = hub.read_json(folder / "config.json")
         model = cls.from_config(config, dtype=dtype, **overrides)
-        if not weights.has_weights(folder, cls.weights_name, variant):  # perhaps only Flax files
-            folder = hub.resolve(path_or_hub_id, subfolder, revision, [*names, *weights.FLAX_FILES])
         return model, weights.load(folder, model.params_shape(), cls.weights_name, variant)
 
     def save_pretrained(

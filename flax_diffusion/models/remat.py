@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from flax_diffusion.core.errors import unknown
 from flax_diffusion.core.typed import Checkpointing
 
 _KEPT = ("conv_general_dilated", "pallas_call", "dot_product_attention_fwd_wrapper")
@@ -19,6 +20,8 @@ def checkpointed(module: Any, how: Checkpointing, **options: Any) -> Any:
     """
     if not how:
         return module
+    if how not in (True, "minimal"):
+        raise unknown("gradient_checkpointing", how, ("true", "false", "minimal"))
     return nn.remat(module, policy=_takes_long if how == "minimal" else None, **options)
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.pipeline_kinds import FLAX_ONLY_KEYS
 from flax_diffusion.core.typed import Checkpointing, Count, Size
 from flax_diffusion.models.blocks import (
     DOWN_BLOCKS,
@@ -45,6 +46,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     """
 
     torch_class: ClassVar[str] = "UNet2DConditionModel"
+    ignored_keys: ClassVar[frozenset[str]] = FLAX_ONLY_KEYS
     allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "num_attention_heads": (None,),  # as upstream: attention_head_dim is the number of heads
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "UNetMidBlock2DSimpleCrossAttn", None),

@@ -9,6 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.samplers import with_signal
 from flax_diffusion.schedulers.common import CommonSchedulerState, FlaxScheduler, FlaxSchedulerOutput
 from flax_diffusion.schedulers.config import SchedulerConfig, read_config
 from flax_diffusion.schedulers.ddim import DDIMSchedulerState, FlaxDDIMScheduler
@@ -47,9 +48,7 @@ def scheduler_from_config(
     if kind is not None:
         if kind not in SCHEDULERS:
             raise ConfigError(f"scheduler {kind!r} is unknown; use one of {', '.join(SCHEDULERS)}")
-        if kind == "dpm++" and values.get("beta_schedule") == "squaredcos_cap_v2":
-            # There the first levels hold almost no signal, and without clipping x0 the solver divides by it.
-            values = {"lambda_min_clipped": -5.1} | dict(values)
+        values = with_signal(values) if kind == "dpm++" else values
         return SCHEDULERS[kind].from_config(values, dtype)
     name = values.get("_class_name")
     classes = {cls.torch_class_name: cls for cls in SCHEDULERS.values()}

@@ -19,7 +19,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from flax_diffusion.core import noise_schedule
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.schedulers.config import FlaxSchedulerConfig, read_config
 
 State = TypeVar("State")
@@ -190,7 +191,9 @@ def predict_original(prediction_type: str, output: Array, sample: Array, bar: Ar
         return (sample - jnp.sqrt(1 - bar) * output) / jnp.sqrt(bar)
     if prediction_type == "v_prediction":
         return jnp.sqrt(bar) * sample - jnp.sqrt(1 - bar) * output
-    return output
+    if prediction_type == "sample":
+        return output
+    raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
 
 
 def predict_noise(prediction_type: str, output: Array, sample: Array, bar: Array) -> Array:
@@ -199,7 +202,9 @@ def predict_noise(prediction_type: str, output: Array, sample: Array, bar: Array
         return output
     if prediction_type == "v_prediction":
         return jnp.sqrt(bar) * output + jnp.sqrt(1 - bar) * sample
-    return (sample - jnp.sqrt(bar) * output) / jnp.sqrt(1 - bar)
+    if prediction_type == "sample":
+        return (sample - jnp.sqrt(bar) * output) / jnp.sqrt(1 - bar)
+    raise unknown("prediction_type", prediction_type, PREDICTION_TYPES)
 
 
 def limit_original(scheduler: Any, original: Array) -> Array:
@@ -339,6 +344,8 @@ def spaced_timesteps(spacing: str, count: int, num_train_timesteps: int, steps_o
         ascending = np.linspace(0, num_train_timesteps - 1, count).round()
     elif spacing == "leading":
         ascending = np.arange(count) * (num_train_timesteps // count) + steps_offset
-    else:
+    elif spacing == "trailing":
         ascending = np.round(np.arange(num_train_timesteps, 0, -num_train_timesteps / count))[::-1] - 1
+    else:
+        raise unknown("timestep_spacing", spacing, ("linspace", "leading", "trailing"))
     return ascending[::-1].astype(np.int64)

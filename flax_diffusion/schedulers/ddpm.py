@@ -179,4 +179,6 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
         if self.variance_type == "learned_range":
             fraction = (predicted + 1) / 2
             return jnp.exp(0.5 * (fraction * jnp.log(beta) + (1 - fraction) * jnp.log(small)))
-        return jnp.sqrt(small)
+        if self.variance_type in ("fixed_small", "fixed_small_log"):
+            return jnp.sqrt(small)
+        raise ConfigError(f"variance_type {self.variance_type!r} is unknown; use fixed_small, Diffusers' default")

@@ -22,6 +22,8 @@ from typing import TypeVar
 import numpy as np
 from jax import Array
 
+from flax_diffusion.core.errors import unknown
+
 Levels = TypeVar("Levels", np.ndarray, Array)
 
 _SMALL = 1e-4  # below it, two terms of the series are more exact than the quotients
@@ -68,6 +70,8 @@ def update_coefficients(
         zero = np.zeros_like(h)
         orders = [np.stack([keep, d0, zero, zero, noise], axis=-1)]
         if solver_order >= 2:
+            if solver_type not in ("midpoint", "heun"):
+                raise unknown("solver_type", solver_type, ("midpoint", "heun"))
             slope = (0.5 * d0 if solver_type == "midpoint" else first) * h / h0
             orders.append(np.stack([keep, d0 + slope, -slope, zero, noise], axis=-1))
         if solver_order >= 3:
@@ -91,7 +95,9 @@ def _algorithm(
         return h, -sigma[1:], alpha[1:] / alpha[:-1], quiet
     if name == "sde-dpmsolver++":
         return -2 * h, -alpha[1:], sigma[1:] / sigma[:-1] * np.exp(-h), sigma[1:] * np.sqrt(-np.expm1(-2 * h))
-    return h, -2 * sigma[1:], alpha[1:] / alpha[:-1], sigma[1:] * np.sqrt(np.expm1(2 * h))
+    if name == "sde-dpmsolver":
+        return h, -2 * sigma[1:], alpha[1:] / alpha[:-1], sigma[1:] * np.sqrt(np.expm1(2 * h))
+    raise unknown("algorithm_type", name, ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"))
 
 
 def _first_remainder(x: np.ndarray, growth: np.ndarray) -> np.ndarray:

@@ -16,7 +16,8 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
     CommonSchedulerState,
@@ -331,8 +332,10 @@ class FlaxDPMSolverMultistepScheduler(FlaxScheduler):
                 x0 = alpha * x - sigma * output
             elif kind == "flow_prediction":
                 x0 = x - sigma * output
-            else:
+            elif kind == "sample":
                 x0 = output
+            else:
+                raise unknown("prediction_type", kind, (*PREDICTION_TYPES, "flow_prediction"))
             if self.thresholding:
                 x0 = dynamic_threshold(x0, self.dynamic_thresholding_ratio, self.sample_max_value)
             return x0 if self.algorithm_type.endswith("++") else (x - alpha * x0) / sigma
@@ -340,7 +343,9 @@ class FlaxDPMSolverMultistepScheduler(FlaxScheduler):
             return output
         if kind == "v_prediction":
             return alpha * output + sigma * x
-        return (x - alpha * output) / sigma
+        if kind == "sample":
+            return (x - alpha * output) / sigma
+        raise unknown("prediction_type", kind, PREDICTION_TYPES)  # flow_prediction goes with "++" only
 
     def add_noise(
         self, state: DPMSolverMultistepSchedulerState, original_samples: Array, noise: Array, timesteps: ArrayLike

@@ -12,7 +12,8 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from flax_diffusion.core.noise_schedule import linspace
+from flax_diffusion.core.errors import unknown
+from flax_diffusion.core.noise_schedule import PREDICTION_TYPES, linspace
 from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
     CommonSchedulerState,
@@ -215,8 +216,10 @@ class FlaxEulerDiscreteScheduler(FlaxScheduler):
         else:
             if self.prediction_type == "v_prediction":
                 x0 = output * (-sigma / jnp.sqrt(sigma**2 + 1)) + x / (sigma**2 + 1)
-            else:
+            elif self.prediction_type in ("sample", "original_sample"):
                 x0 = output
+            else:
+                raise unknown("prediction_type", self.prediction_type, (*PREDICTION_TYPES, "original_sample"))
             slope = (x - x0) / sigma_hat
         previous = x + slope * (sigma_next - sigma_hat)
         return finish(previous, sample, state.replace(step_index=index + 1), return_dict)

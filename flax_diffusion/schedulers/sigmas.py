@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, unknown
 
 _KARRAS_RHO = 7.0  # arXiv:2206.00364, equation 5
 _BETA_SHAPE = 0.6  # both shape parameters, arXiv:2407.12173
@@ -69,4 +69,6 @@ def check_one_spacing(flags: dict[str, bool | None]) -> None:
 
 def sigma_after_last(final_sigmas_type: str, training: np.ndarray) -> float:
     """Return the level after the last step: 0 for "zero", that of timestep 0 for "sigma_min"."""
+    if final_sigmas_type not in ("zero", "sigma_min"):
+        raise unknown("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
     return float(training[0]) if final_sigmas_type == "sigma_min" else 0.0

@@ -86,7 +86,7 @@ def test_every_option_is_documented_and_read_somewhere(task, request):
         (["unconditional", "--dataset_name", "digits", "--no_use_ema", "yes"], "takes no value"),
         (["unconditional", "--dataset_name", "digits", "--gradient_checkpointing", "most"], "'minimal', got 'most'"),
         (["unconditional", "--dataset_name", "digits", "stray"], "unexpected word 'stray'"),
-        (["unconditional", "--dataset_name", "digits", "--unet", "{bad"], "not valid JSON"),
+        (["unconditional", "--dataset_name", "digits", "--unet", "{bad"], "is neither JSON nor YAML"),
         (["unconditional"], "no data: give --dataset_name"),
         (["unconditional", "--dataset_name", "digits", "--train_data_dir", "x"], "exclude each other"),
         (["unconditional", "--dataset_name", "digits", "--lr_scheduler", "piecewise_constant"], "--lr_step_rules"),

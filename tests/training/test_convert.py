@@ -157,3 +157,50 @@ def test_command_line(model, tmp_path, capsys):
     main(["--model", str(model), "--output_dir", str(tmp_path / "out")])
     assert "written to" in capsys.readouterr().err
     assert (tmp_path / "out/model_index.json").is_file()
+
+
+def test_what_is_no_checkpoint(model, tmp_path):
+    with pytest.raises(CheckpointError, match=r"--checkpoint .*nowhere: there is no such file or folder: check the pa"):
+        convert(model, tmp_path / "a", checkpoint=str(tmp_path / "nowhere"))
+    run = tmp_path / "run"
+    for step in (1, 2):
+        portable.write(checkpoints.unsealed(run / f"checkpoint-{step}"), {}, {"step": step})
+        checkpoints.seal(run / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError, match="run: is a run; name one of its checkpoints: checkpoint-1, checkpoint-2"):
+        convert(model, tmp_path / "a", checkpoint=str(run))
+    with pytest.raises(
+        CheckpointError, match=r"is no checkpoint, it has no manifest\.json: name a folder such as RUN/ch"
+    ):
+        convert(model, tmp_path / "a", checkpoint=str(model))
+
+
+@pytest.mark.parametrize("lacks", ["level", "vae", "text_encoder"])
+def test_single_files_of_other_programs(model, tmp_path, lacks, caplog):
+    """Transformers 5 leaves the level `text_model` out; files for a UI may lack what the UI has."""
+    from safetensors.numpy import load_file
+
+    tensors = load_file(convert(model, tmp_path / "single", format="single_file") / "model.safetensors")
+    prefix = {"vae": "first_stage_model.", "text_encoder": "cond_stage_model.", "level": None}[lacks]
+    if prefix is None:
+        tensors = {key.replace("transformer.text_model.", "transformer."): value for key, value in tensors.items()}
+    else:
+        tensors = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+    tensors = {key: value + 1 for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "other.safetensors")
+    made = convert(model, tmp_path / "made", checkpoint=str(tmp_path / "other.safetensors"))
+    files = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    for part, file in files.items():
+        before, after = (load_file(at / part / f"{file}.safetensors") for at in (model, made))
+        names = {name.removeprefix("text_model."): name for name in before}
+        for name, array in after.items():
+            expected = before[names[name.removeprefix("text_model.")]] + (part != lacks)
+            np.testing.assert_array_equal(array, expected, err_msg=f"{part}/{name}")
+    assert caplog.text.count(f"other.safetensors holds no {lacks}: that of --model is taken") == (prefix is not None)
+
+
+def test_a_single_file_of_sdxl(model, tmp_path):
+    names = ("model.diffusion_model.a", "conditioner.embedders.0")
+    tensors = {f"{name}.weight": np.ones(1, np.float32) for name in names}
+    save_file(tensors, tmp_path / "xl.safetensors")
+    with pytest.raises(WeightsError, match=r"is a checkpoint of SDXL: only those of Stable Diffusion 1\.x and 2\.x"):
+        convert(model, tmp_path / "a", checkpoint=str(tmp_path / "xl.safetensors"))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from flax_diffusion.core.data.noise import Stream
 from flax_diffusion.core.data.resizing import resize_part
+from flax_diffusion.core.errors import unknown
 
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -75,6 +76,8 @@ class ImageTransform:
         """Width and height after resizing, of which a square is cut out."""
         if self.resize_mode == "stretch":
             return self.resolution, self.resolution
+        if self.resize_mode != "crop":
+            raise unknown("resize_mode", self.resize_mode, ("crop", "stretch"))
         width, height = image.size
         # torchvision truncates the long side.
         if width <= height:
