@@ -6,6 +6,7 @@ The twin of `flax_diffusion.modules`, function for function; shapes as there.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel  # pyrigh
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flax_diffusion.core import initial, weight_files
-from flax_diffusion.core.adapters import TOKEN_EMBEDDING
+from flax_diffusion.core import initial, portable, weight_files
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest, unknown
 from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.core.pipeline import Component, PipelineSpec
@@ -127,9 +127,7 @@ def build_modules(
     for name, component in spec.components.items():
         if component.kind not in _CLASSES:
             raise ConfigError(f"{name}: {component.kind} has no class here; known are {', '.join(_CLASSES)}")
-        module = load(component) if component.weights else _draw(component, seed)
-        if component.overlay is not None:
-            _lay_over(component, module)
+        module = load(component) if component.weights or component.overlay else _draw(component, seed)
         wide = component.train or component.config.get("force_upcast")
         # PyTorch's own `to`: Diffusers' warns about modules to keep in float32 where there are none.
         nn.Module.to(module, device=device, dtype=trained_dtype if wide else frozen_dtype)
@@ -167,70 +165,56 @@ class Float64Timesteps(nn.Module):
 
 
 def load(component: Component) -> Any:
-    """Reads a component in float32: safetensors, or a Flax release's msgpack.
+    """Reads a component in float32: safetensors, or a Flax release's msgpack, with what is laid over them.
 
     Raises:
         WeightsError: Naming every tensor that is missing, unexpected or of another shape.
     """
-    base = weight_files.base_name(component.kind)
-    folder = weight_files.fetch(
-        str(component.weights), component.subfolder, component.revision, base, component.variant
-    )
-    tensors, file = weight_files.read(folder, base, component.variant)
     with init_empty_weights(include_buffers=False):
         module = make(component)
+    ours = {file_name(component.kind, name): name for name, _ in module.named_parameters()}
+    arrays, source = _stored(component, ours) if component.weights else ({}, "what was trained")
+    if component.overlay is not None:
+        arrays = component.overlay.apply(arrays, source)
+    problems = [f"missing {name}" for name in sorted(ours.keys() - arrays.keys())]
+    problems += [f"unexpected {name}" for name in sorted(arrays.keys() - ours.keys())]
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
-    ours = {file_name(component.kind, name): name for name in shapes}
-    stored = weight_files.same_names(tensors, ours)
-    problems = [f"missing {name}" for name in sorted(ours.keys() - stored.keys())]
-    problems += [f"unexpected {stored[name]}" for name in sorted(stored.keys() - ours.keys())]
     state = {}
-    for name in sorted(ours.keys() & stored.keys()):
-        array = _as_float32(tensors[stored[name]].array(), shapes[ours[name]])
-        if array is None:
-            problems.append(f"misshapen {stored[name]}")
+    for name in sorted(ours.keys() & arrays.keys()):
+        array, shape = arrays[name], shapes[ours[name]]
+        if array.shape == (*shape, 1, 1) and len(shape) == 2:  # a 1 x 1 convolution may be linear here
+            array = array[:, :, 0, 0]
+        if array.shape == shape:
+            state[ours[name]] = torch.from_numpy(np.array(array, np.float32, order="C"))
         else:
-            state[ours[name]] = torch.from_numpy(array)
+            problems.append(f"misshapen {name} {array.shape} instead of {shape}")
     if problems:
         raise WeightsError(
-            f"{file} does not fit the model's config, use the weights and the config of one model: "
+            f"{source} does not fit the model's config, use the weights and the config of one model: "
             f"{'; '.join(problems)}"
         )
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(True)
 
 
-def _as_float32(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A copy of a stored array, or None if it is no float or of another shape; 1 x 1 convolutions may be linear."""
-    if array.shape == (*shape, 1, 1) and len(shape) == 2:
-        array = array[:, :, 0, 0]
-    if array.shape != shape or not (np.issubdtype(array.dtype, np.floating) or array.dtype.name == "bfloat16"):
-        return None
-    return np.array(array, np.float32, order="C")
+def _stored(component: Component, known: Mapping[str, str]) -> tuple[portable.Arrays, str]:
+    """The arrays in a component's files, by the names of `known` where they have one, and which file they are from."""
+    base = weight_files.base_name(component.kind)
+    folder = weight_files.fetch(
+        str(component.weights), component.subfolder, component.revision, base, component.variant
+    )
+    tensors, file = weight_files.read(folder, base, component.variant)
+    stored = weight_files.same_names(tensors, known)
+    arrays = {name: tensors[key].array() for name, key in stored.items()}
+    kinds = {name: array.dtype for name, array in arrays.items()}
+    wrong = [f"{stored[name]} holds {kind}, not floats" for name, kind in kinds.items() if not _is_float(kind)]
+    if wrong:
+        raise WeightsError(f"{file}: {'; '.join(wrong)}")
+    return arrays, str(file)
 
 
-def _lay_over(component: Component, module: Any) -> None:
-    """Puts into a module what differs from its files.
-
-    Raises:
-        WeightsError: If it does not fit.
-    """
-    assert component.overlay is not None
-    parameters = {file_name(component.kind, name): parameter for name, parameter in module.named_parameters()}
-    weights = {name: parameter.detach().cpu().numpy() for name, parameter in parameters.items()}
-    source = f"{component.weights}/{component.subfolder or ''}"
-    merged = component.overlay.apply(weights, source)
-    if component.overlay.rows is not None:
-        table = merged[f"{TOKEN_EMBEDDING}.weight"]
-        module.set_input_embeddings(nn.Embedding(*table.shape))
-        module.config.vocab_size = len(table)
-        parameters = {file_name(component.kind, name): parameter for name, parameter in module.named_parameters()}
-    for name, array in merged.items():
-        if name not in parameters or parameters[name].shape != array.shape:
-            raise WeightsError(
-                f"{source}: its model has no {name} of shape {array.shape}: use the one that was trained"
-            )
-        parameters[name].data = torch.from_numpy(np.array(array, np.float32))
+def _is_float(dtype: np.dtype) -> bool:
+    return np.issubdtype(dtype, np.floating) or dtype.name == "bfloat16"
 
 
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -134,7 +134,7 @@ def test_what_cannot_be_converted(model, tmp_path):
         convert(model, tmp_path / "full")
     with pytest.raises(ConfigError, match="--format kohya writes one LoRA file anew"):
         convert(model, tmp_path / "a", format="kohya")
-    with pytest.raises(ConfigError, match=r"--checkpoint .*nowhere: is not there: check the path"):
+    with pytest.raises(CheckpointError, match=r"--checkpoint .*nowhere: there is no such file or folder: check"):
         convert(model, tmp_path / "a", checkpoint=str(tmp_path / "nowhere"))
     folder = tmp_path / "checkpoint-1"
     for name, says in (
@@ -146,7 +146,7 @@ def test_what_cannot_be_converted(model, tmp_path):
         checkpoints.seal(folder)
         with pytest.raises(WeightsError, match=says):
             convert(model, tmp_path / "b", checkpoint=str(folder))
-    with pytest.raises(ConfigError, match="is a run: name one of its checkpoints, checkpoint-1"):
+    with pytest.raises(CheckpointError, match="is a run; name one of its checkpoints: checkpoint-1"):
         convert(model, tmp_path / "b", checkpoint=str(tmp_path))
     (folder / "state.safetensors").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"checkpoint-1: state\.safetensors is not what was written; use another"):
