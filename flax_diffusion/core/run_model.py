@@ -11,10 +11,9 @@ from flax_diffusion.core.config import DiffusionConfig, TextConfig, TrainConfig
 from flax_diffusion.core.errors import CheckpointError, WeightsError
 from flax_diffusion.core.files import as_path
 from flax_diffusion.core.merging import Shapes, with_adapters, with_checkpoint, with_learnt_word
+from flax_diffusion.core.output_folder import CONFIG
 from flax_diffusion.core.pipeline import PipelineSpec, open_pipeline
 from flax_diffusion.core.tasks import TASKS
-
-CONFIG = "config.yaml"
 
 
 def open_model(source: str, shapes: Shapes, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
