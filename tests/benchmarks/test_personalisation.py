@@ -111,7 +111,7 @@ def methods(base, new, classes):
     """The runs of the table: their names, tasks and options."""
     shared = {
         "pretrained_model_name_or_path": str(base), "resolution": 8, "image_interpolation_mode": "bilinear",
-        "train_batch_size": 16, "max_train_steps": 200, "checkpoint_models": False, "validation_steps": None,
+        "train_batch_size": 16, "max_train_steps": 250, "checkpoint_models": False, "validation_steps": None,
         "cache_latents": True,
     }  # fmt: skip
     dreambooth = shared | {
@@ -126,11 +126,12 @@ def methods(base, new, classes):
     inversion = {
         "task": "textual_inversion", "train_data_dir": str(new), "placeholder_token": WORD, "initializer_token": START,
         "num_vectors": 8, "prompt_templates": ["a handwritten {}"], "random_flip": False, "learning_rate": 0.1,
+        "max_train_steps": 300,
     }  # fmt: skip
     return {
         "DreamBooth": dreambooth | prior,
         "DreamBooth without prior": dreambooth | concept,
-        "DreamBooth LoRA rank 4": dreambooth | prior | {"lora_rank": 4, "learning_rate": 5e-3},
+        "DreamBooth LoRA rank 4": dreambooth | prior | {"lora_rank": 4, "learning_rate": 5e-3, "max_train_steps": 400},
         "textual inversion": shared | inversion,
     }
 
