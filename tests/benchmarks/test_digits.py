@@ -40,6 +40,17 @@ def test_the_measure_itself():
     assert svm()[1] >= 0.96
 
 
+def test_the_distance_sees_what_the_share_does_not():
+    """Bolder ink, as too much guidance makes it; and only a few kinds of each digit, as too few pictures do."""
+    pixels, labels = real_digits()
+    judge, _ = svm(fit_on_all=True)
+    few = np.concatenate([np.tile(np.flatnonzero(labels == digit)[:20], 9) for digit in range(10)])
+    bold = np.where(pixels > 0.1, np.minimum(pixels + 0.2, 1), pixels)
+    for changed, of_what in ((bold, labels), (pixels[few], labels[few])):
+        assert (judge.predict(changed * 2 - 1) == of_what).mean() >= 0.99
+        assert frechet(changed, pixels) > 0.4
+
+
 @RUNS
 def test_unconditional(request, tmp_path, backend, seed):
     seconds = train(request, backend, "digits_unconditional", seed, tmp_path / "run")
