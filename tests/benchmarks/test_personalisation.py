@@ -47,6 +47,8 @@ GUIDANCE = {"dreambooth": 1.0, "textual_inversion": 4.0}
 JUDGED_SEED = 1000
 """Of the samples that are judged: no class picture has its noise."""
 OLD = [f"a handwritten {word}" for word in WORDS[:9]]
+LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time_emb_proj"]
+"""What LoRA adapts: attention alone, which this UNet has at one of its two sizes, does not bring forth a new digit."""
 NEW, WORD, START = "a handwritten sks", "<nine>", "ba"
 
 
@@ -123,6 +125,10 @@ def methods(base, new, classes):
         "with_prior_preservation": True, "concepts": concepts, "num_class_images": 100, "sample_batch_size": 100,
         "class_num_inference_steps": STEPS, "class_guidance_scale": GUIDANCE["dreambooth"],
     }  # fmt: skip
+    lora = {
+        "lora_rank": 4, "lora_target_modules": LINEAR, "learning_rate": 5e-3, "lr_scheduler": "cosine",
+        "max_train_steps": 400,
+    }  # fmt: skip
     inversion = {
         "task": "textual_inversion", "train_data_dir": str(new), "placeholder_token": WORD, "initializer_token": START,
         "num_vectors": 8, "prompt_templates": ["a handwritten {}"], "random_flip": False, "learning_rate": 0.1,
@@ -131,7 +137,7 @@ def methods(base, new, classes):
     return {
         "DreamBooth": dreambooth | prior,
         "DreamBooth without prior": dreambooth | concept,
-        "DreamBooth LoRA rank 4": dreambooth | prior | {"lora_rank": 4, "learning_rate": 5e-3, "max_train_steps": 400},
+        "DreamBooth LoRA rank 4": dreambooth | prior | lora,
         "textual inversion": shared | inversion,
     }
 
