@@ -34,7 +34,6 @@ import yaml
 from digits_quality import WORDS, Verdict, real_digits, share_of
 from PIL import Image
 
-import flax_diffusion.generate
 import torch_backend.generate
 import torch_backend.train
 from flax_diffusion.convert import convert
@@ -220,16 +219,12 @@ def run(request, module, *words):
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
-def by_command(request, backend, values, base, prompts, out):
-    """Trains and draws by a backend's own commands; returns what was made, and pictures of it."""
-    out.mkdir()
-    recipe, made, folder = out / "recipe.yaml", out / "made", out / "samples"
-    recipe.write_text(yaml.safe_dump(values | {"output_dir": str(made), "report_to": "none"}))
-    run(request, f"{backend}.train", "--config", str(recipe))
-    options = drawing(values["task"]) | {"model": whole_pipeline(base, made), "output_dir": folder}
+def draw(request, backend, task, pipeline, prompts, folder):
+    """Samples by a backend's own command."""
+    options = drawing(task) | {"model": pipeline, "output_dir": folder}
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     run(request, f"{backend}.generate", *words, "--prompt", *prompts)
-    return made, np.stack([np.asarray(Image.open(path))[..., None] for path in sorted(folder.glob("0*.png"))])
+    return np.stack([np.asarray(Image.open(path))[..., None] for path in sorted(folder.glob("0*.png"))])
 
 
 def by_diffusers(base, made, task, prompts):
@@ -270,22 +265,31 @@ def table(rows):
 
 
 def faults(name, got, of_base, without):
-    """The bounds that a row misses; `without` is DreamBooth without prior preservation, from the same base and seed."""
+    """The bounds that a row misses.
+
+    A hundred samples a prompt leave a share of 90% uncertain by three points, and a seed moves it by as much: bounds
+    stand a few such steps from the worst of nine.
+
+    Args:
+        name: Of the method.
+        got: Its verdict.
+        of_base: That on the base, drawn from likewise.
+        without: That on DreamBooth without prior preservation, from the same base and seed.
+    """
+    keeps = {
+        "old": got.old >= of_base.old - 0.08,
+        "worst": got.worst >= 0.5,
+        "distance": got.distance <= of_base.distance + 0.3,
+        "old, against no prior": got.old >= without.old + 0.4,
+        "distance, against no prior": got.distance <= without.distance / 5,
+    }
     bounds = {
-        "DreamBooth": {
-            "new": got.new >= 0.9,
-            "old": got.old >= of_base.old - 0.03,
-            "distance": got.distance <= of_base.distance + 0.2,
-            "old, against no prior": got.old >= without.old + 0.3,
-            "distance, against no prior": got.distance <= without.distance / 3,
-        },
+        "base": {"new": got.new <= 0.05, "old": got.old >= 0.9, "distance": got.distance <= 0.2},
+        "base, guided": {"new": got.new <= 0.05, "old": got.old >= 0.97, "distance": got.distance <= 1},
+        "DreamBooth": {"new": got.new >= 0.9} | keeps,
         "DreamBooth without prior": {"new": got.new >= 0.9},
-        "DreamBooth LoRA rank 4": {
-            "new": got.new >= 0.8,
-            "old": got.old >= of_base.old - 0.05,
-            "distance": got.distance <= of_base.distance + 0.3,
-        },
-        "textual inversion": {"new": got.new >= 0.8},
+        "DreamBooth LoRA rank 4": {"new": got.new >= 0.7} | keeps,
+        "textual inversion": {"new": got.new >= 0.75},
     }[name]
     return [bound for bound, holds in bounds.items() if not holds]
 
@@ -297,27 +301,28 @@ def show(name, verdict):
 
 def test_every_base_and_seed(request, root):
     print()
-    rows, wrong, spent = {}, [], 0.0
+    rows, missed, spent = {}, [], 0.0
+
+    def add(name, number, seed, judged, *others):
+        nonlocal spent
+        verdict, minutes = judged
+        where = f"base {number}" if seed is None else f"base {number}, seed {seed}"
+        show(f"{where}: {name}", verdict)
+        rows.setdefault(name, []).append(verdict)
+        missed.extend(f"{where}, {name}: {bound}" for bound in faults(name, verdict, *(others or (verdict, verdict))))
+        spent += minutes
+        return verdict
+
     for number in BASES:
         base = make_base(root, request.config.rootpath / "configs", number)
-        of_base = {}
-        for task in GUIDANCE:
-            of_base[task], minutes = judge_base(root, base, task)
-            show(f"{base.name} for {task}", of_base[task])
-            rows.setdefault(f"base for {task}", []).append(of_base[task])
-            wrong += [f"{base.name}: {task}"] if of_base[task].new > 0.05 or of_base[task].old < 0.9 else []
+        of_base = add("base", number, None, judge_base(root, base, "dreambooth"))
+        add("base, guided", number, None, judge_base(root, base, "textual_inversion"))
         for seed in SEEDS:
-            got = {}
+            without, _ = judge_method(root, base, seed, "DreamBooth without prior")
             for name in methods(base, root, root):
-                got[name], minutes = judge_method(root, base, seed, name)
-                show(f"{base.name}, seed {seed}: {name}", got[name])
-                rows.setdefault(name, []).append(got[name])
-                spent += minutes
-            for name, verdict in got.items():
-                missed = faults(name, verdict, of_base["dreambooth"], got["DreamBooth without prior"])
-                wrong += [f"{base.name}, seed {seed}, {name}: {bound}" for bound in missed]
-    print(f"\n{table(rows)}\n{spent:.0f} minutes of CPU, without the bases")
-    assert not wrong, "\n".join(wrong)
+                add(name, number, seed, judge_method(root, base, seed, name), of_base, without)
+    print(f"\n{table(rows)}\n{spent:.0f} minutes of CPU, without those of the bases")
+    assert not missed, "\n".join(missed)
 
 
 @pytest.mark.parametrize("name", methods(Path(), Path(), Path()))
@@ -328,7 +333,10 @@ def test_jax_and_diffusers_agree(request, root, tmp_path, name):
     values = methods(base, root / "new", tmp_path / "classes")[name] | {"seed": 0}
     task = values["task"]
     prompts = prompts_of(task, WORD)
-    made, images = by_command(request, "flax_diffusion", values, base, prompts, tmp_path / "jax")
+    recipe, made = tmp_path / "recipe.yaml", tmp_path / "made"
+    recipe.write_text(yaml.safe_dump(values | {"output_dir": str(made), "report_to": "none"}))
+    run(request, "flax_diffusion.train", "--config", str(recipe))
+    images = draw(request, "flax_diffusion", task, whole_pipeline(base, made), prompts, tmp_path / "samples")
     jax, diffusers = Verdict.of(images), Verdict.of(by_diffusers(base, made, task, prompts))
     print()
     for who, verdict in (("PyTorch", pytorch), ("JAX", jax), ("Diffusers, of JAX's", diffusers)):
@@ -336,6 +344,5 @@ def test_jax_and_diffusers_agree(request, root, tmp_path, name):
     for other in (jax, diffusers):
         np.testing.assert_allclose(dataclasses.astuple(other), dataclasses.astuple(pytorch), atol=0.02)
     if task == "textual_inversion":  # only the new rows moved
-        options = drawing(task) | {"model": base}
-        of_base = flax_diffusion.generate.generate(prompt=OLD, **options)
+        of_base = draw(request, "flax_diffusion", task, base, OLD, tmp_path / "of_base")
         np.testing.assert_array_equal(images[: 9 * SAMPLES], of_base)
