@@ -68,10 +68,9 @@ def describe(pixels):
 
 
 def write(folder, numbers, captions):
-    """Digits as pictures, with captions where they are asked for."""
+    """Digits as pictures in a folder made anew, with captions where they are asked for."""
     pixels, labels = real_digits()
-    if folder.exists():
-        return folder
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     rows = []
     for number in numbers:
@@ -252,15 +251,15 @@ def by_diffusers(base, made, task, prompts):
 
 def table(rows):
     """Mean over bases and seeds, and the lowest and highest."""
-    lines = [f"{'':26}{'new':>21}{'old':>21}{'worst of old':>21}{'Fréchet of old':>21}"]
+    lines = [f"{'':25}{'new':>24}{'old':>24}{'worst of old':>24}{'Fréchet of old':>24}"]
     for name, verdicts in rows.items():
         cells = []
         for field in dataclasses.fields(Verdict):
             values = [getattr(verdict, field.name) for verdict in verdicts]
             three = (np.mean(values), min(values), max(values))
-            form = "{:.2f} ({:.2f} to {:.2f})" if field.name == "distance" else "{:.1%} ({:.0%} to {:.0%})"
-            cells.append(f"{form.format(*three):>21}")
-        lines.append(f"{name:26}" + "".join(cells))
+            form = "{:.2f} ({:.2f} to {:.2f})" if field.name == "distance" else "{:.1%} ({:.1%} to {:.1%})"
+            cells.append(f"{form.format(*three):>24}")
+        lines.append(f"{name:25}" + "".join(cells))
     return "\n".join(lines)
 
 
