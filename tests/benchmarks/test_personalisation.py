@@ -6,9 +6,10 @@ every base and seed. All of it is measured with PyTorch, the quicker one on mode
 figures, and both to plain Diffusers', on one base and seed.
 
 Guidance hides faults and makes some. It hides that a model forgets, since it pushes every sample towards its prompt.
-And a model that learns from guided class pictures, and is drawn from with guidance, has it twice: its digits get bolder
-and more alike, until zeros are not taken for zeros. So DreamBooth's class pictures are drawn as the model is: both
-without guidance, which leaves the model's distribution as it is.
+And a model that learns from guided class pictures, and is drawn from with guidance, has it twice: its digits get
+bolder and more alike, until zeros are not taken for zeros. With class pictures of guidance 7.5 and samples of 4, one
+base's old digits stood at a distance of 4.2 (with no prior: 1.3), though 99.9% were right. So class pictures are
+drawn as the model is: both without guidance, which leaves the model's distribution as it is.
 
 Textual inversion changes no model, so nothing is guided twice. But it can only find what prompts can say already. Half
 of the captions therefore do not name the digit but describe it, a syllable for each sixteenth of the picture; the new
