@@ -22,9 +22,6 @@ from flax_diffusion.core.tracking import save_picture, to_pillow
 
 log = logging.getLogger(__name__)
 
-NUM_INFERENCE_STEPS, GUIDANCE_SCALE = 50, 7.5
-"""As Diffusers' pipelines draw by default."""
-
 
 def missing(concept: Concept, wanted: int) -> int:
     """How many pictures a concept's class folder is short of; makes the folder.
@@ -106,8 +103,8 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
                 images = backend.sample(
                     prompts=[str(concept.class_prompt)],
                     num_images=batch_size,
-                    num_inference_steps=NUM_INFERENCE_STEPS,
-                    guidance_scale=GUIDANCE_SCALE,
+                    num_inference_steps=config.class_num_inference_steps,
+                    guidance_scale=config.class_guidance_scale,
                     seed=(config.seed + have) % 2**32,
                     batch_size=batch_size,
                 )[: config.num_class_images - have]

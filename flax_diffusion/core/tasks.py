@@ -93,6 +93,8 @@ class DreamBoothConfig(LoraConfig):
     num_class_images: int = Field(100, ge=1, description="Pictures of each class; the model draws those missing.")
     prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the class pictures' loss.")
     sample_batch_size: int = Field(4, ge=1, description="Class pictures a device draws at a time.")
+    class_num_inference_steps: int = Field(50, ge=1, description="Denoising steps of the class pictures.")
+    class_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of the class pictures.")
     concepts: list[Concept] = Field(
         [], description="Several concepts at once: a list of mappings with the five options of one, and repeats."
     )

@@ -1,5 +1,6 @@
 """DreamBooth: pairs of new thing and class, class pictures drawn once, checkpoints that load, bad input."""
 
+import inspect
 import json
 import shutil
 
@@ -9,10 +10,14 @@ import yaml
 from PIL import Image
 from tiny import pictures, stable_diffusion
 
+import flax_diffusion.generate
+import torch_backend.generate
+from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import class_images, recipe
 from flax_diffusion.core.errors import ConfigError, DataError
 from flax_diffusion.core.tasks import DreamBoothConfig
 from flax_diffusion.train import main, train
+from torch_backend.backend import TorchBackend
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +51,11 @@ class Painter:
     process_index, process_count, device_count = 0, 1, 2
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.options = [], []
 
-    def sample(self, *, prompts, num_images, seed, **_):
+    def sample(self, *, prompts, num_images, seed, **options):
         self.asked.append((prompts, num_images, seed))
+        self.options.append(options)
         return np.stack([np.full((16, 16, 3), seed + i, np.uint8) for i in range(num_images)])
 
     def everywhere(self, holds):
@@ -70,6 +76,35 @@ def test_the_shortfall_is_drawn_and_nothing_is_overwritten(options, tmp_path):
     assert colours == {1, 2, 3, 4, 5, 6, 7}
     class_images.draw_missing(config, painter)
     assert len(painter.asked) == 2
+
+
+def test_the_class_is_drawn_as_diffusers_draws_by_default(options):
+    from diffusers import StableDiffusionPipeline
+
+    painter = Painter()
+    class_images.draw_missing(DreamBoothConfig(**options), painter)
+    by_default = inspect.signature(StableDiffusionPipeline.__call__).parameters
+    for name in ("num_inference_steps", "guidance_scale"):
+        assert {asked[name] for asked in painter.options} == {by_default[name].default}
+
+
+@pytest.mark.parametrize(
+    ("backend", "generate"),
+    [(JaxBackend, flax_diffusion.generate.generate), (TorchBackend, torch_backend.generate.generate)],
+)
+def test_the_class_is_drawn_with_its_own_steps_and_guidance(options, model, tmp_path, backend, generate):
+    """As `generate` draws it, which other steps and another guidance would not."""
+    asked = {"num_inference_steps": 3, "guidance_scale": 2.0}
+    changes = {"num_class_images": 2} | {f"class_{name}": value for name, value in asked.items()}
+    config = DreamBoothConfig(**options | changes)
+    made = backend(config, recipe.make_spec(config, recipe.open_run_source(config)))
+    made.init_state()
+    class_images.draw_missing(config, made)
+    drawn = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "class").iterdir())])
+    shared = {"prompt": "a photo of dog", "num_images": 2, "batch_size": 2}
+    np.testing.assert_array_equal(drawn, generate(model, **shared | asked))
+    for other in ({"num_inference_steps": 4}, {"guidance_scale": 3.0}):
+        assert (drawn != generate(model, **shared | asked | other)).any()
 
 
 def test_pairs_make_the_mean_of_one_plus_lambda_times_the_mean_of_the_other(options):
