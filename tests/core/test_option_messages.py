@@ -9,7 +9,8 @@ from tiny import pictures, stable_diffusion
 from flax_diffusion.core import cli, recipe
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.workers import check_count
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, UserError
+from flax_diffusion.core.rates import learning_rate_schedule
 from flax_diffusion.train import train
 
 TASKS = {
@@ -277,3 +278,55 @@ def test_step_rules_are_read_before_models(tmp_path, monkeypatch):
             lr_scheduler="piecewise_constant", lr_step_rules="1:10", unet={"block_out_channels": [8],
             "norm_num_groups": 4, "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]},
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", ["-1:10,0.1", "nan:10,0.1", "1:10,inf", "1:10,-0.5", "1:10", "a"])
+def test_step_rules_that_are_no_rates(rules):
+    config = parse("unconditional", "--lr_scheduler", "piecewise_constant", f"--lr_step_rules={rules}")
+    with pytest.raises(ConfigError, match=r"--lr_step_rules '.*': write factor:step pairs and a last factor from 0"):
+        learning_rate_schedule(config, 100, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("text_to_image --vae nowhere", "^--vae: nowhere is neither a folder"),
+        ("text_to_image --tokenizer_name nowhere", "^--tokenizer_name: nowhere is neither a folder"),
+        ("text_to_image --tokenizer_name MODEL", "^--tokenizer_name .*: is a whole pipeline; give its folder .*/token"),
+        ("text_to_image --vae MODEL", "^--vae .*: is a whole pipeline; give its folder .*/vae$"),
+        (
+            "text_to_image --vae MODEL/unet",
+            "^--vae: .*/unet: holds a UNet2DConditionModel, must hold the AutoencoderKL",
+        ),
+        (
+            "text_to_image --pretrained_model_name_or_path no",
+            "^--pretrained_model_name_or_path: no is neither a folder",
+        ),
+        (
+            "text_to_image --pretrained_model_name_or_path DATA",
+            "^--pretrained_.*: .* has no folder 'text_encoder', as a",
+        ),
+        ("text_to_image --resolution 15", "^--resolution 15: must be a multiple of 2, by .* divides it: 14 or 16$"),
+        ("autoencoder --vae MODEL", "^--vae .*: is a whole pipeline; give its folder .*/vae$"),
+        ("unconditional --unet MODEL", "^--unet .*: is a whole pipeline; give its folder .*/unet$"),
+        ("dreambooth --instance_data_dir nowhere", "^--instance_data_dir: nowhere does not exist"),
+        ("textual_inversion --train_data_dir nowhere", "^--train_data_dir: nowhere does not exist"),
+    ],
+)
+def test_what_is_wrong_with_a_path_names_the_option(model, tmp_path, monkeypatch, words, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = pictures(tmp_path / "data", 1)
+    task, *rest = words.replace("MODEL", str(model)).replace("DATA", str(folder)).split()
+    start = [] if task in ("unconditional", "autoencoder") else ["--pretrained_model_name_or_path", str(model)]
+    data = "--instance_data_dir" if task == "dreambooth" else "--train_data_dir"
+    config = cli.parse_train(
+        [task, *start, data, str(folder), *_OWN.get(task, []), "--resolution", "16", *rest], "train"
+    )[1]
+    with pytest.raises(UserError, match=says):
+        recipe.make_spec(config, recipe.open_run_source(config))
+
+
+_OWN = {
+    "dreambooth": ["--instance_prompt", "a dog"],
+    "textual_inversion": ["--placeholder_token", "<x>", "--initializer_token", "a"],
+}
