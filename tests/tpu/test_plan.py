@@ -201,12 +201,12 @@ def test_slices_that_are_not(topology):
         ("v6e-256", "; it is v6e:16x16 here;"),
         ("v4-8", "; it is v4:2x2x1 here;"),
         ("v5p-64", "; it is v5p:2x4x4 here;"),
-        ("v5e-3", "not known; known are"),
-        ("v5e:2x", "did you mean 'v5e:2x"),
+        ("v5e-3", "; known are"),
+        ("v5e:2x", "; did you mean 'v5e:2x"),
     ],
 )
 def test_what_the_cloud_calls_a_slice(kind, says):
-    with pytest.raises(ConfigError, match=f"--topology {kind}: not known.*{says}|{says}"):
+    with pytest.raises(ConfigError, match=f"--topology {kind}: not known{says}"):
         topologies.describe(kind)
 
 
