@@ -175,6 +175,23 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
     )
 
 
+def without_data(kind: type[TrainConfig], values: dict[str, Any]) -> dict[str, Any]:
+    """Adds options that name data, where they are not given: a plan reads none, except captions for a tokenizer.
+
+    Args:
+        kind: The config class.
+        values: Options given, by field.
+    """
+    if kind is TextToImageConfig and not values.get("pretrained_model_name_or_path"):
+        return values
+    named = {"train_data_dir": "."} if not values.get("dataset_name") else {}
+    if kind is DreamBoothConfig and not values.get("concepts"):
+        named |= {"instance_data_dir": ".", "instance_prompt": "a photo of it"}
+        if str(values.get("with_prior_preservation", False)).lower() not in ("false", "no", "off", "0"):
+            named |= {"class_data_dir": ".", "class_prompt": "a photo"}
+    return {name: value for name, value in named.items() if name in kind.model_fields} | values
+
+
 def _described_source(config: TrainConfig) -> Any:
     """One picture with a caption; the real data only where a tokenizer is trained on its captions."""
     from flax_diffusion.core import recipe
@@ -318,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(_HELP)
         return
     options, rest = own.parse_known_args(words)
-    _, config = cli.parse_train(rest, "python -m tpu.plan")
+    _, config = cli.parse_train(rest, "python -m tpu.plan", without_data)
     topologies.prepare()
     where = topologies.describe(options.topology)
     if options.hlo:
@@ -346,7 +363,7 @@ _HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NA
   --sweep           Try batch sizes, meshes and gradient checkpointing, and print what fits, fastest first.
   --hlo FILE        Write the compiled program there, as text.
 
-Of pretrained models the configs are read, so a folder without weights will do.
+Of pretrained models the configs are read, so a folder without weights will do. Data need not be named.
 """
 
 if __name__ == "__main__":

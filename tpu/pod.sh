@@ -71,6 +71,23 @@ on() { # on WORKER COMMAND: runs it there by ssh
   run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker "$1" --command "$2"
 }
 
+check_type() { # of a generation that is known: whether it comes in that size
+  local size=${type##*-}
+  case $type in
+    v5e-*) fail "--type $type: that is v5litepod-$size" ;;
+    v5litepod-* | v6e-*)
+      case $size in
+        1 | 4 | 8 | 16 | 32 | 64 | 128 | 256) ;;
+        *) fail "--type $type: ${type%-*}-N has N chips, which are 1, 4, 8, 16, 32, 64, 128 or 256" ;;
+      esac
+      ;;
+    v4-* | v5p-*)
+      [[ $size =~ ^[1-9][0-9]*$ ]] && [ $((size % 8)) -eq 0 ] ||
+        fail "--type $type: ${type%-*}-N has N cores, two a chip, which are a multiple of 8"
+      ;;
+  esac
+}
+
 runtime() {
   case $type in
     v4-*) echo tpu-ubuntu2204-base ;;
@@ -82,6 +99,7 @@ runtime() {
 }
 
 create() {
+  check_type
   [ -n "$version" ] || version=$(runtime)
   local options=()
   [ -z "$spot" ] || options+=(--spot)
@@ -154,7 +172,7 @@ arrangement() { # of the chips: "TOPOLOGY CHIPS"
     v4-32 | v5p-32) echo 2x2x4 16 ;;
     v4-64 | v5p-64) echo 2x4x4 32 ;;
     v4-128 | v5p-128) echo 4x4x4 64 ;;
-    *) fail "--type $type: not known to jobset; give v5litepod-N or v6e-N of 1 to 256, v4-N or v5p-N of 8 to 128" ;;
+    *) fail "--type $type: not known to jobset; give v5litepod-N or v6e-N of 1 to 256, v4-N or v5p-N of 8, 16, 32, 64 or 128" ;;
   esac
 }
 
@@ -163,6 +181,7 @@ jobset() {
 text_to_image --config configs/sd15_tpu.yaml --output_dir gs://bucket/run"
   local image=$1 arranged topology chips hosts here label words='' word
   shift 2
+  check_type
   arranged=$(arrangement)
   read -r topology chips <<<"$arranged"
   case $type in

@@ -23,6 +23,19 @@ KNOWN = tuple(
 )
 
 
+def _type_names(topology: str) -> list[str]:
+    """What Google Cloud calls a slice: by its chips, and in generations of two cores a chip by those."""
+    kind, _, shape = topology.partition(":")
+    chips = math.prod(map(int, shape.split("x")))
+    if kind in ("v4", "v5p"):
+        return [f"{kind}-{2 * chips}"]
+    return [f"{name}-{chips}" for name in (("v5e", "v5litepod") if kind == "v5e" else (kind,))]
+
+
+TYPES = {name: topology for topology in KNOWN for name in _type_names(topology)}
+"""Accelerator types of Google Cloud, and the slices that they are."""
+
+
 class Slice(NamedTuple):
     """A slice's devices, of which each is a chip."""
 
@@ -59,7 +72,10 @@ def describe(topology: str) -> Slice:
     """
     kind, _, shape = topology.partition(":")
     if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        raise ConfigError(f"--topology {topology}: not known{nearest(topology, KNOWN)}; known are {', '.join(KNOWN)}")
+        near = f"; it is {TYPES[topology]} here" if topology in TYPES else ""
+        if not near and not re.fullmatch(r"\w+-\d+", topology):  # the nearest name of a type has other chips
+            near = nearest(topology, KNOWN)
+        raise ConfigError(f"--topology {topology}: not known{near}; known are {', '.join(KNOWN)}")
     from jax.experimental import topologies
 
     sizes = [int(size) for size in shape.split("x")]

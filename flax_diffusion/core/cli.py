@@ -8,38 +8,37 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-from pydantic import AliasChoices, BaseModel, ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ValidationError
 
 from flax_diffusion.core.config import TrainConfig
-from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
+from flax_diffusion.core.errors import ConfigError, UserError, nearest
 from flax_diffusion.core.files import as_path
+from flax_diffusion.core.options import (
+    Given,
+    fields_by_spelling,
+    in_file,
+    invalid,
+    spellings,
+    union_members,
+    unknown_option,
+)
 from flax_diffusion.core.tasks import TASKS
 from flax_diffusion.core.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
 
-
-def spellings(name: str, field: FieldInfo) -> list[str]:
-    """All names that a config field may be given by, its own first."""
-    alias = field.validation_alias
-    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
-
-
-def _union_members(annotation: Any) -> tuple[Any, ...]:
-    if get_origin(annotation) in (types.UnionType, typing.Union):
-        return get_args(annotation)
-    return (annotation,)
+Complete = Callable[[type[TrainConfig], dict[str, Any]], dict[str, Any]]
+"""Field to value, with what is added to them, by the config class and the values given."""
 
 
 def _parse_flag(text: str, annotation: Any) -> Any:
     """Prepares one command-line word for pydantic: `null` for optional fields, JSON or YAML for mappings."""
-    members = _union_members(annotation)
+    members = union_members(annotation)
     if type(None) in members and text.lower() in ("null", "none"):
         return None
     if any(_takes_mapping(member) for member in members) and text.lstrip().startswith("{"):
@@ -66,53 +65,60 @@ def _takes_mapping(annotation: Any) -> bool:
     return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
 
 
-def build(model: type[BaseModel], values: dict[str, Any], origin: str) -> Any:
+def build(model: type[BaseModel], values: dict[str, Any], origin: str, given: Given | None = None) -> Any:
     """Makes the config and turns pydantic's report into one line.
 
     Args:
         model: The config class.
         values: Field name or alias to value.
         origin: Where the values come from, for the message: a file name or "command line".
+        given: How and where single options were given, if not as in `values`.
 
     Raises:
         ConfigError: For unknown names, wrong types or values, and rules between fields.
     """
-    known = {spelling: name for name, field in model.model_fields.items() for spelling in spellings(name, field)}
+    known = fields_by_spelling(model)
     for name in values:
         if name not in known:
-            raise ConfigError(f"{origin}: unknown option '{name}'{nearest(name, known)}")
+            raise unknown_option(name, model, known, origin)
     try:
         return model(**values)
     except ValidationError as error:
-        raise ConfigError(f"{origin}: " + "; ".join(_describe(item) for item in error.errors())) from error
+        given = {known[name]: (name, origin) for name in values} if given is None else given
+        raise invalid(error, model, origin, given) from error
 
 
-def _describe(item: Any) -> str:
-    text = item["msg"].removeprefix("Value error, ")
-    if not item["loc"]:
-        return text
-    name, *inside = item["loc"]
-    if item["type"] == "missing" and not inside:
-        return f"--{name} is required: give it (--help says what it is)"
-    place = "".join(f".{part}" for part in inside) if inside and isinstance(inside[0], int) else ""  # in a list
-    return f"--{name}{place}: {text[0].lower()}{text[1:]}, got {shown(item['input'])}"
+class Recipe(dict[str, Any]):
+    """Option to value, as YAML reads it.
+
+    Attributes:
+        written: The same, with each scalar as it is written there.
+    """
+
+    def __init__(self, values: dict[str, Any], written: dict[str, Any]):
+        super().__init__(values)
+        self.written = written
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Path) -> Recipe:
     """Reads a recipe: a YAML mapping of option to value.
 
     Raises:
         ConfigError: If the file is missing, is not YAML, is larger than any recipe, or is not a mapping.
     """
     try:
-        values = parse_yaml(read_text(as_path(path), MAX_YAML_BYTES))
+        text = read_text(as_path(path), MAX_YAML_BYTES)
+        values, written = parse_yaml(text), parse_yaml(text, words=True)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
     except ValueError as error:
         raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"--config {path}: holds {type(values).__name__}, must be a mapping of option: value")
-    return values
+    return Recipe(values, written)
+
+
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-inf$|-nan$")
 
 
 class Parser(argparse.ArgumentParser):
@@ -120,19 +126,27 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self._negative_number_matcher = _NEGATIVE  # argparse's own knows no exponents: -1e-4 would be an option
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing usage and exiting."""
+        if message.endswith("expected one argument"):
+            option = message.removeprefix("argument ").split(":")[0].split("/")[0]
+            message += f"; one that begins with a dash is written {option}=-…"
         raise ConfigError(f"command line: {message}")
 
-    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """Parses the words; only options that were given are in the result."""
+    def parse(self, argv: Sequence[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
+        """Parses the words; only options that were given are in the result.
+
+        Args:
+            argv: The words.
+            model: The config class whose options they are, for messages.
+        """
         known = [option for action in self._actions for option in action.option_strings]
         values, extra = self.parse_known_args(argv)
         for word in extra:
             if word.startswith("--"):
-                flag = word.split("=")[0]
-                raise ConfigError(f"command line: unknown option '{flag}'{nearest(flag, known)}")
+                raise unknown_option(word.split("=")[0], model, known, "command line")
             raise ConfigError(f"command line: unexpected word '{word}': quote values that hold spaces")
         return vars(values)
 
@@ -148,7 +162,7 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], *, defau
     for name, field in model.model_fields.items():
         flags = [f"--{spelling}" for spelling in spellings(name, field)]
         kind = field.annotation
-        if bool in _union_members(kind):
+        if bool in union_members(kind):
             how: dict[str, Any] = {"action": _Switch, "nargs": "?", "metavar": _metavar(kind)}
         else:
             how = {"type": functools.partial(_parse_flag, annotation=kind), "metavar": _metavar(kind)}
@@ -176,7 +190,7 @@ class _Switch(argparse.Action):
 
 def _metavar(annotation: Any) -> str:
     words = []
-    for member in _union_members(annotation):
+    for member in union_members(annotation):
         if member is type(None):
             continue
         if get_origin(member) is typing.Literal:
@@ -188,10 +202,15 @@ def _metavar(annotation: Any) -> str:
     return "|".join(words)
 
 
-def parse_train(argv: Sequence[str], prog: str) -> tuple[str, TrainConfig]:
+def parse_train(argv: Sequence[str], prog: str, complete: Complete | None = None) -> tuple[str, TrainConfig]:
     """Reads `[TASK] [--config FILE.yaml] [flags]`.
 
     The task may stand in the file instead (`task: unconditional`).
+
+    Args:
+        argv: The words.
+        prog: Name of the program, for help.
+        complete: Adds what the user need not give, by the config class and the options given.
 
     Returns:
         The task's name and its config.
@@ -214,12 +233,16 @@ def parse_train(argv: Sequence[str], prog: str) -> tuple[str, TrainConfig]:
     parser.add_argument("--config", metavar="FILE.yaml", help="Recipe; flags override it.")
     if task is None and not {"-h", "--help"} & set(argv):
         raise ConfigError(f"no task: name one of {', '.join(TASKS)}, e.g. `{prog} unconditional --dataset_name digits`")
-    add_fields(parser, _task_config(str(task)) if task else TrainConfig, defaults=task is not None)
-    flags = parser.parse(argv)
+    model = _task_config(str(task)) if task else TrainConfig
+    add_fields(parser, model, defaults=task is not None)
+    flags = parser.parse(argv, model)
     if flags["task"] not in (None, task):
         raise ConfigError(f"tasks {task} and {flags['task']}: drop one, here or in {leading.config}")
     del flags["task"], flags["config"]
-    return str(task), merge(str(task), from_file, flags, str(leading.config))
+    words = [word[2:].split("=")[0] for word in argv if word.startswith("--")]
+    fields = fields_by_spelling(model)
+    spelt = {fields[word]: word for word in words if word in fields}
+    return str(task), merge(str(task), from_file, flags, str(leading.config), spelt, complete)
 
 
 def _task_config(task: str) -> type[TrainConfig]:
@@ -247,21 +270,48 @@ def _leading_words(argv: Sequence[str]) -> list[str]:
     return tasks[:1] + words
 
 
-def merge(task: str, from_file: dict[str, Any], flags: dict[str, Any], file_name: str) -> TrainConfig:
+def merge(
+    task: str,
+    from_file: dict[str, Any],
+    flags: dict[str, Any],
+    file_name: str,
+    spelt: dict[str, str] | None = None,
+    complete: Complete | None = None,
+) -> TrainConfig:
     """Flags over file over defaults, as one checked config.
 
-    A file's values are checked on their own first, so that the message names the file when the file is wrong.
+    Args:
+        task: Its name.
+        from_file: Option to value; of a `Recipe` the words that are written there.
+        flags: The same, given directly.
+        file_name: For messages about what it holds.
+        spelt: Names that fields were given by among the flags, where `flags` has the fields' own.
+        complete: As for `parse_train`.
+
+    Raises:
+        ConfigError: For anything that does not fit.
     """
     model = _task_config(task)
-    canonical = {s: name for name, field in model.model_fields.items() for s in spellings(name, field)}
-    file_values = {key: value for key, value in from_file.items() if key != "task"}
-    for key in file_values:
-        if key not in canonical:
-            raise ConfigError(f"{file_name}: unknown option '{key}'{nearest(key, canonical)}")
-    merged = {canonical[key]: value for key, value in file_values.items()}
-    merged |= {canonical.get(key, key): value for key, value in flags.items()}
+    fields = fields_by_spelling(model)
+    written = from_file.written if isinstance(from_file, Recipe) else from_file
+    values: dict[str, Any] = {}
+    given: dict[str, tuple[str, str]] = {}
+    for key, value in from_file.items():
+        if key == "task":
+            continue
+        if key not in fields:
+            raise unknown_option(key, model, fields, file_name)
+        name = fields[key]
+        if name in given:
+            raise ConfigError(f"{file_name}: {given[name][0]} and {key} are one option: drop one")
+        values[name] = in_file(value, written[key], model.model_fields[name].annotation)
+        given[name] = (key, file_name)
+    values |= {fields.get(key, key): value for key, value in flags.items()}
+    given |= {fields.get(key, key): ((spelt or {}).get(key, key), "command line") for key in flags}
+    if complete is not None:
+        values = complete(model, values)
     origin = f"{file_name} and command line" if from_file and flags else file_name if from_file else "command line"
-    return build(model, {first_spelling(model, key): value for key, value in merged.items()}, origin)
+    return build(model, {first_spelling(model, key): value for key, value in values.items()}, origin, given)
 
 
 def first_spelling(model: type[BaseModel], name: str) -> str:

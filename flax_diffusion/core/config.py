@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from flax_diffusion.core.adapters import TEXT_ENCODER_TARGETS, UNET_TARGETS
 from flax_diffusion.core.errors import SECRET
@@ -151,12 +151,19 @@ class TrainConfig(BaseModel):
     logging_dir: str = Field("logs", description="TensorBoard's folder inside output_dir.")
     seed: int = Field(0, ge=0, lt=2**32, description="Of the weights, data order, noise and samples.")
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_as_yaml_reads_it(cls, value: Any) -> Any:
+        return "no" if value is False or value in ("false", "off") else value
+
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         """The rules that every task has. A ValueError's text is the error line."""
         for name, value in self:
             if SECRET.search(str(value)):  # a run's config.yaml is there for others to read
                 raise ValueError(f"--{name} holds a password or token: log in instead, by `hf auth login` for the Hub")
+        if not self.output_dir.strip():
+            raise ValueError("--output_dir is empty: name the run's folder")
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:1000,0.1:2000,0.01'")
         if self.lr_scheduler != "piecewise_constant" and self.lr_step_rules:

@@ -1,8 +1,9 @@
 """Errors that are the user's to fix. The command line prints their one line and exits with status 2."""
 
+import contextlib
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -75,6 +76,15 @@ class MemoryLimitError(UserError):
     """What the options ask for does not fit a device's or the host's memory."""
 
     exit_status = 1
+
+
+@contextlib.contextmanager
+def naming(option: str) -> Iterator[None]:
+    """Puts the option that has the value in front of the user's errors of what is done with it."""
+    try:
+        yield
+    except (ConfigError, DataError, WeightsError) as error:
+        raise type(error)(f"{option}: {error}") from error
 
 
 _NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|can.t allocate memory|Unable to allocate", re.IGNORECASE)

@@ -62,7 +62,7 @@ def resolve(
         folder = _download(str(path_or_hub_id), subfolder, revision, allow_patterns)
     folder = folder / subfolder if subfolder else folder
     if not folder.is_dir():
-        missing = f"has no folder {subfolder!r}" if subfolder else "does not exist"
+        missing = f"has no folder {subfolder!r}, as a pipeline has" if subfolder else "does not exist"
         raise WeightsError(f"{path_or_hub_id} {missing}: check the name")
     return local_copy(folder, tuple(allow_patterns) or ("*",))
 

@@ -22,12 +22,13 @@ import yaml
 
 from flax_diffusion.core import checkpoints, cli, lineage, output_folder, pipeline, portable, recipe, reconstruction
 from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend, shared_folder
-from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
+from flax_diffusion.core.config import DatasetConfig, DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources import Source
+from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.files import as_path, is_local, temporary_folder, write_json, write_text
 from flax_diffusion.core.pipeline import PipelineSpec
@@ -68,6 +69,7 @@ def fit(
     output_dir = as_path(config.output_dir)
 
     def open_inputs() -> tuple[Source, PipelineSpec]:
+        check_count(config.dataloader_num_workers)
         output_folder.check(output_dir, config)
         source = recipe.open_run_source(config)
         return source, recipe.make_spec(config, source)
@@ -119,7 +121,8 @@ def _prepare(
     output_dir = as_path(config.output_dir)
     shared_folder(output_dir, backend, "--output_dir")
     main = backend.process_index == 0
-    check_source(source, skip_bad_images=config.skip_bad_images, everywhere=backend.everywhere, main=main)
+    skips, tokenize = config.skip_bad_images, spec.tokenize if isinstance(config, DatasetConfig) else None
+    check_source(source, skip_bad_images=skips, everywhere=backend.everywhere, main=main, tokenize=tokenize)
     num_examples = recipe.count_examples(config, source)
     identity = lineage.identity(task, config, spec, source, num_examples)
     resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
@@ -130,6 +133,9 @@ def _prepare(
         begin = {name: metadata[name] for name in ("step", "examples_seen", "nonfinite_steps")}
     counted = {name: begin[name] for name in ("step", "examples_seen") if name in begin}
     schedule = recipe.make_schedule(config, num_examples, backend.device_count, **counted)
+    recipe.make_rate(config, schedule)  # which reads --lr_step_rules
+    if main:
+        recipe.say_what_is_in_vain(config, spec, schedule)
     parameters = backend.init_state()
     if resume_from is not None:
         backend.check(resume_from)

@@ -277,7 +277,8 @@ def read_component(
         names = hub.file_names(source, subfolder, revision)
         variant = weight_files.variant_of(names, weight_files.base_name(kind), variant)
     if found.removeprefix("Flax") != kind:
-        raise WeightsError(f"{source}/{subfolder or ''}: holds a {found}, this task needs a {kind}")
+        place = f"{source}/{subfolder}" if subfolder else source
+        raise WeightsError(f"{place}: holds a {found}, must hold the {kind} that this task needs")
     return Component(
         kind=kind,
         config=pipeline_kinds.model_config(values),

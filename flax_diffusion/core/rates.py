@@ -77,9 +77,11 @@ def _piecewise(rules: str) -> Callable[[int], float]:
         *parts, last = rules.split(",")
         limits = sorted((int(until), float(value)) for value, until in (part.split(":") for part in parts))
         final = float(last)
+        if not all(math.isfinite(value) and value >= 0 for value in (*(value for _, value in limits), final)):
+            raise ValueError("a factor is not finite, or is negative")
     except ValueError as error:
         raise ConfigError(
-            f"--lr_step_rules {rules!r}: write factor:step pairs and a last factor, e.g. '1:1000,0.1:2000,0.01'"
+            f"--lr_step_rules {rules!r}: write factor:step pairs and a last factor from 0, e.g. '1:1000,0.1:2000,0.01'"
         ) from error
     return lambda step: next((value for until, value in limits if step < until), final)
 

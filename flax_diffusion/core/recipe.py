@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from flax_diffusion.core.files import as_path
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.rates import learning_rate_schedule
 from flax_diffusion.core.tasks import AutoencoderConfig, DreamBoothConfig, TextToImageConfig, TextualInversionConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +166,45 @@ def make_rate(config: TrainConfig, schedule: Schedule) -> Callable[[int], float]
     """The learning rate by optimizer step."""
     peak = config.learning_rate * (schedule.step_examples if config.scale_lr else 1)
     return learning_rate_schedule(config, schedule.total_steps, peak)
+
+
+def say_what_is_in_vain(config: TrainConfig, spec: PipelineSpec, schedule: Schedule) -> None:
+    """Warns, once before training, of a warm-up that does not end and of prompts that the text encoder cuts off.
+
+    Captions of a dataset, of which there may be millions, are `check_source`'s.
+    """
+    warms_up = config.lr_scheduler not in ("constant", "piecewise_constant")
+    if warms_up and config.lr_warmup_steps >= schedule.total_steps:
+        log.warning(
+            "--lr_warmup_steps %d: the run ends after %d steps, and the learning rate rises to the end; give fewer: %d",
+            config.lr_warmup_steps, schedule.total_steps, schedule.total_steps // 10,
+        )  # fmt: skip
+    tokenize = spec.tokenize
+    if tokenize is None:
+        return
+    for option, prompts in _prompts(config).items():
+        rests = {prompt: rest for prompt in prompts if (rest := tokenize.cut_off(prompt))}
+        if rests:
+            prompt, rest = next(iter(rests.items()))
+            count = f", and {len(rests)} of {len(prompts)} prompts are longer" if len(prompts) > 1 else ""
+            log.warning(
+                "--%s '%s': the text encoder takes %d tokens%s; it does not see '%s'",
+                option, prompt, tokenize.length, count, rest,
+            )  # fmt: skip
+
+
+def _prompts(config: TrainConfig) -> dict[str, list[str]]:
+    """The prompts that a config holds, by the option that has them."""
+    prompts: dict[str, list[str]] = {}
+    if isinstance(config, DreamBoothConfig):
+        concepts, inside = config.all_concepts, "concepts." if config.concepts else ""
+        prompts[f"{inside}instance_prompt"] = [concept.instance_prompt for concept in concepts]
+        prompts[f"{inside}class_prompt"] = [concept.class_prompt for concept in concepts if concept.class_prompt]
+    if isinstance(config, TextualInversionConfig):
+        prompts["prompt_templates"] = templated_prompts(config)
+    if isinstance(config, TextConfig):
+        prompts["validation_prompts"] = config.validation_prompts
+    return prompts
 
 
 def make_loader(

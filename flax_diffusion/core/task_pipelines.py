@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 from flax_diffusion.core import hub, noise_schedule, pipeline_kinds, samplers
 from flax_diffusion.core.adapters import Lora, NewTokens
 from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
-from flax_diffusion.core.errors import ConfigError, WeightsError, nearest_multiples
+from flax_diffusion.core.errors import ConfigError, WeightsError, naming, nearest_multiples
 from flax_diffusion.core.files import local_copy
 from flax_diffusion.core.new_words import add_word
 from flax_diffusion.core.pipeline import AutoencoderLoss, Component, PipelineSpec, check_variant, read_component
@@ -54,9 +54,7 @@ def autoencoder(config: AutoencoderConfig) -> PipelineSpec:
 def unconditional(config: DiffusionConfig) -> PipelineSpec:
     """The pipeline that `train unconditional` trains: a UNet2DModel, in pixel or latent space."""
     if config.pretrained_model_name_or_path:
-        pipeline_kinds.check_kind(
-            config.pretrained_model_name_or_path, config.revision, pipeline_kinds.UNCONDITIONAL_KINDS
-        )
+        _check_kind(config, pipeline_kinds.UNCONDITIONAL_KINDS)
         unet = _pretrained(config, "unet", "UNet2DModel", train=True)
     else:
         given = TUTORIAL_UNET if config.unet is None else _read_config(config.unet, "--unet")
@@ -80,7 +78,7 @@ def text_to_image(config: TextConfig, captions: Iterable[str], made_before: Path
 
     pretrained = config.pretrained_model_name_or_path
     trains_encoder = isinstance(config, LoraConfig) and config.train_text_encoder
-    index = pipeline_kinds.check_kind(pretrained, config.revision, pipeline_kinds.TEXT_KINDS) if pretrained else {}
+    index = _check_kind(config, pipeline_kinds.TEXT_KINDS) if pretrained else {}
     if pretrained:
         encoder = _pretrained(config, "text_encoder", "CLIPTextModel", train=trains_encoder)
         unet = _pretrained(config, "unet", "UNet2DConditionModel", train=True)
@@ -92,7 +90,9 @@ def text_to_image(config: TextConfig, captions: Iterable[str], made_before: Path
         unet = Component(kind="UNet2DConditionModel", config=_read_config(config.unet, "--unet"), train=True)
 
     if config.tokenizer_name:
-        tokenizer = text.load_tokenizer(hub.resolve(config.tokenizer_name, allow_patterns=["*.json", "*.txt"]))
+        _check_part(config.tokenizer_name, "--tokenizer_name", "tokenizer")
+        with naming("--tokenizer_name"):
+            tokenizer = text.load_tokenizer(hub.resolve(config.tokenizer_name, allow_patterns=["*.json", "*.txt"]))
     elif pretrained:
         folder = hub.resolve(pretrained, "tokenizer", config.revision)
         tokenizer = text.load_tokenizer(folder)
@@ -181,26 +181,43 @@ def _autoencoder_part(config: TrainConfig) -> str | None:
 
 def _pretrained(config: TrainConfig, name: str | None, kind: str, *, train: bool) -> Component:
     source = str(config.pretrained_model_name_or_path)
-    folder = hub.resolve(source, name, config.revision, allow_patterns=["*.json"])
+    with naming("--pretrained_model_name_or_path"):
+        folder = hub.resolve(source, name, config.revision, allow_patterns=["*.json"])
     return read_component(folder, kind, source, name, config.revision, config.variant, train=train)
 
 
+def _check_kind(config: TrainConfig, kinds: Sequence[str]) -> dict[str, Any]:
+    with naming("--pretrained_model_name_or_path"):
+        return pipeline_kinds.check_kind(str(config.pretrained_model_name_or_path), config.revision, kinds)
+
+
 def _vae(source: str) -> Component:
-    folder = hub.resolve(source, None, None, allow_patterns=["*.json"])
-    return read_component(folder, "AutoencoderKL", source, None, None, None)
+    _check_part(source, "--vae", "vae")
+    with naming("--vae"):
+        folder = hub.resolve(source, None, None, allow_patterns=["*.json"])
+        return read_component(folder, "AutoencoderKL", source, None, None, None)
 
 
 def _read_config(given: dict[str, Any] | str | None, option: str) -> dict[str, Any]:
     """A model config from a mapping, a .json file, or a folder or Hub id that holds config.json."""
     if isinstance(given, dict):
         values = given
-    elif given is not None and Path(given).is_file():
-        values = hub.read_json(Path(given))
-    elif given is not None:
-        values = hub.read_json(hub.resolve(given, allow_patterns=["*.json"]) / "config.json")
-    else:
+    elif given is None:
         raise ConfigError(f"{option}: give a mapping, a .json file, or a folder that holds config.json")
+    else:
+        _check_part(given, option, option.removeprefix("--"))
+        with naming(option):
+            alone = Path(given).is_file()
+            file = Path(given) if alone else hub.resolve(given, allow_patterns=["*.json"]) / "config.json"
+            values = hub.read_json(file)
     return pipeline_kinds.model_config(values)
+
+
+def _check_part(source: str, option: str, part: str) -> None:
+    """Raises WeightsError for a whole pipeline where one part of it is to be named."""
+    folder = Path(source)
+    if (folder / part).is_dir() and (folder / "model_index.json").is_file():
+        raise WeightsError(f"{option} {source}: is a whole pipeline; give its folder {folder / part}")
 
 
 def _scheduler(config: DiffusionConfig, kind: str) -> dict[str, Any]:
@@ -279,8 +296,8 @@ def _sized(component: Component, size: int) -> Component:
 def _check_resolution(resolution: int, multiple: int) -> None:
     if resolution % multiple:
         raise ConfigError(
-            f"--resolution {resolution}: this pipeline halves it {multiple.bit_length() - 1} times, so it must "
-            f"be a multiple of {multiple}: {nearest_multiples(resolution, multiple)}"
+            f"--resolution {resolution}: must be a multiple of {multiple}, by which this pipeline divides it: "
+            f"{nearest_multiples(resolution, multiple)}"
         )
 
 

@@ -190,6 +190,10 @@ class TextualInversionConfig(TextConfig):
         for name in ("pretrained_model_name_or_path", "train_data_dir", "placeholder_token", "initializer_token"):
             if not getattr(self, name):
                 raise ValueError(f"textual_inversion needs --{name}")
+        word = str(self.placeholder_token)
+        if word.split() != [word]:
+            near = "-".join(word.split()) or "toy"
+            raise ValueError(f"--placeholder_token '{word}' holds spaces, must be one word, such as <{near}>")
         for template in self.prompt_templates:
             if template.count("{}") != 1:
                 raise ValueError(f"prompt template '{template}': put {{}} into it once, where the new word belongs")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -104,11 +105,42 @@ def _inside(value: Any) -> Iterable[Any]:
     return value if isinstance(value, list) else ()
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a YAML text: plain data, no objects."""
+class _Loader(yaml.SafeLoader):
+    """Plain data, where 1e-4 is a number, which in YAML 1.1 it is not, and a name stands once in a mapping."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Reads a mapping's nodes.
+
+        Raises:
+            ConstructorError: If it gives one name two values.
+        """
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(problem=f"it gives {key.value!r} twice")
+                seen.add(key.value)
+        return node
+
+
+class _WordLoader(_Loader):
+    """The same, with scalars as they are written: only null is not a text."""
+
+
+_NULL, _MERGE, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "merge", "float"))
+_WordLoader.yaml_implicit_resolvers = {
+    letter: [(tag, pattern) for tag, pattern in resolvers if tag in (_NULL, _MERGE)]
+    for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+def parse_yaml(text: str, *, words: bool = False) -> Any:
+    """The value of a YAML text: plain data, no objects; with `words`, scalars as they are written, and null."""
     try:
         _check_events(text)
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=_WordLoader if words else _Loader)
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         # The last three are PyYAML's for scalars that are not of the type that their tag says.
         raise ValueError(str(error)) from error

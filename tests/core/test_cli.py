@@ -80,7 +80,7 @@ def test_every_option_is_documented_and_read_somewhere(task, request):
         (["uncondtional"], "did you mean 'unconditional'?"),
         (["unconditional", "--dataset_name", "digits", "--learning_rat", "1"], "did you mean '--learning_rate'?"),
         (["unconditional", "--dataset_name", "digits", "--learning_rate=abc"], "--learning_rate: .*got 'abc'"),
-        (["unconditional", "--dataset_name", "digits", "--train_batch_size", "0"], "than or equal to 1, got '0'"),
+        (["unconditional", "--dataset_name", "digits", "--train_batch_size", "0"], "must be at least 1, got '0'"),
         (["unconditional", "--dataset_name", "digits", "--mixed_precision", "fp8"], "'bf16' or 'fp16', got 'fp8'"),
         (["unconditional", "--dataset_name", "digits", "--learning_rate"], "expected one argument"),
         (["unconditional", "--dataset_name", "digits", "--no_use_ema", "yes"], "takes no value"),

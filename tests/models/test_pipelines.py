@@ -234,7 +234,7 @@ def test_every_copy_of_an_autoencoder_has_its_measured_scale(folder, tmp_path, b
 
 
 def test_options_of_a_scheduler_that_is_not_ours_to_choose(folder, tmp_path, model):
-    with pytest.raises(ConfigError, match="--ddpm_beta_schedule: input should be 'linear'"):
+    with pytest.raises(ConfigError, match="--ddpm_beta_schedule: must be 'linear'"):
         cli.parse_train(["unconditional", "--dataset_name", "digits", "--ddpm_beta_schedule", "cosine"], "train")
     for name, value in (("ddpm_beta_schedule", "sigmoid"), ("ddpm_num_steps", 10)):
         own = {"noise_scheduler": {"beta_end": 0.01}}

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from flax_diffusion.core import cli
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.tasks import UnconditionalConfig
 from tpu import hlo, kernels, plan, sweep, topologies
@@ -190,6 +191,53 @@ def test_sweep():
 def test_slices_that_are_not(topology):
     with pytest.raises(ConfigError, match=r"not known.*; known are v4:2x2x1"):
         topologies.describe(topology)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("v5e-8", "; it is v5e:2x4 here; known are"),
+        ("v5litepod-16", "; it is v5e:4x4 here;"),
+        ("v6e-256", "; it is v6e:16x16 here;"),
+        ("v4-8", "; it is v4:2x2x1 here;"),
+        ("v5p-64", "; it is v5p:2x4x4 here;"),
+        ("v5e-3", "; known are"),
+        ("v5e:2x", "; did you mean 'v5e:2x"),
+    ],
+)
+def test_what_the_cloud_calls_a_slice(kind, says):
+    with pytest.raises(ConfigError, match=f"--topology {kind}: not known{says}"):
+        topologies.describe(kind)
+
+
+SD = ["--pretrained_model_name_or_path", "sd"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config", "configs/sd15_tpu.yaml"],
+        ["--config", "configs/sd15_tpu.yaml", "--dataset_name", "digits"],
+        ["unconditional"],
+        ["autoencoder", "--vae", "{}"],
+        ["dreambooth", *SD],
+        ["dreambooth", *SD, "--with_prior_preservation"],
+        ["dreambooth", *SD, "--instance_prompt", "a sks dog"],
+        ["textual_inversion", *SD, "--placeholder_token", "<x>", "--initializer_token", "toy"],
+    ],
+)
+def test_a_plan_asks_for_no_data(request, monkeypatch, words):
+    monkeypatch.chdir(request.config.rootpath)
+    _, config = cli.parse_train(words, "plan", plan.without_data)
+    plan._described_source(config)
+    with pytest.raises(ConfigError, match=r"no data|needs --|exclude each other"):
+        cli.parse_train([*words, "--train_data_dir", "x"] if "digits" in words else words, "train")
+
+
+def test_captions_that_make_a_tokenizer_are_needed():
+    scratch = ["text_to_image", "--unet", "{}", "--text_encoder", "{}", "--vae", "null", "--train_text_encoder"]
+    with pytest.raises(ConfigError, match="no data: give --dataset_name"):
+        cli.parse_train(scratch, "plan", plan.without_data)
 
 
 def test_a_sweep_has_no_one_program():

@@ -9,7 +9,7 @@ object store each is a request, so of 8,192. Of larger datasets, so many are tak
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flax_diffusion.core.data.bad import MAX_BAD_SHARE, example_name, most_bad
+from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.images import check_header
 from flax_diffusion.core.data.sources import Source, first_few
 from flax_diffusion.core.errors import DataError
@@ -32,7 +33,12 @@ log = logging.getLogger(__name__)
 
 
 def check_source(
-    source: Source, *, skip_bad_images: bool, everywhere: Callable[[bool], bool] = bool, main: bool = True
+    source: Source,
+    *,
+    skip_bad_images: bool,
+    everywhere: Callable[[bool], bool] = bool,
+    main: bool = True,
+    tokenize: Tokenize | None = None,
 ) -> None:
     """Read every example's caption and every picture's header.
 
@@ -41,21 +47,31 @@ def check_source(
         skip_bad_images: bear as many bad examples as a run bears.
         everywhere: tells whether something holds in every process of the run, all of which must call this.
         main: shows the bar, if it takes over two seconds.
+        tokenize: for captions; how many of them are cut off is said once.
 
     Raises:
         DataError: examples cannot be used, here or in another process: how many, the first few, and what is wrong
             with the first.
     """
-    indices, reasons, empty = _look(source, main)
-    failure = _failure(len(indices), len(source), reasons, skip_bad_images)
+    looked_at, look = _look(source, main, tokenize)
+    reasons = dict(look.reasons[index] for index in sorted(look.reasons))
+    failure = _failure(looked_at, len(source), reasons, skip_bad_images)
     if not everywhere(failure is None) and failure is None:
         raise DataError("another process of this run cannot use its data, and says why; it must see the same files")
     if failure is not None:
         raise failure
-    if len(indices) < len(source) and main:
-        log.info("looked at %d of %d examples before the start", len(indices), len(source))
-    if empty and main:
-        log.warning("%d captions are empty: %s", len(empty), first_few(empty))
+    if not main:
+        return
+    if looked_at < len(source):
+        log.info("looked at %d of %d examples before the start", looked_at, len(source))
+    if look.empty:
+        log.warning("%d captions are empty: %s", len(look.empty), first_few(sorted(look.empty)))
+    if tokenize is not None and look.cut_off:
+        name, rest = look.cut_off[min(look.cut_off)]
+        log.warning(
+            "the text encoder takes %d tokens, %d of %d captions are longer; of the first, %s, it does not see '%s'",
+            tokenize.length, len(look.cut_off), looked_at, name, rest,
+        )  # fmt: skip
 
 
 def _failure(looked_at: int, examples: int, reasons: dict[str, str], skip_bad_images: bool) -> DataError | None:
@@ -75,12 +91,12 @@ def _failure(looked_at: int, examples: int, reasons: dict[str, str], skip_bad_im
     )
 
 
-def _look(source: Source, main: bool) -> tuple[list[int], dict[str, str], list[str]]:
-    """The examples looked at, what is wrong with those that are bad, by name in order, and empty captions."""
+def _look(source: Source, main: bool, tokenize: Tokenize | None) -> tuple[int, "_Look"]:
+    """How many examples were looked at, and what was found."""
     local = _is_local(source)
     most = min(len(source), MAX_CHECKED if local else MAX_CHECKED_IN_STORE)
     indices = np.linspace(0, len(source) - 1, most).astype(int).tolist()
-    look = _Look(source)
+    look = _Look(source, tokenize)
     parts = [indices[first : first + _AT_A_TIME] for first in range(0, most, _AT_A_TIME)]
     pool = ThreadPoolExecutor(_THREADS if local else _THREADS_IN_STORE, thread_name_prefix="check")
     try:
@@ -89,7 +105,7 @@ def _look(source: Source, main: bool) -> tuple[list[int], dict[str, str], list[s
                 bar.update(part)
     finally:
         pool.shutdown(cancel_futures=True)
-    return indices, dict(look.reasons[index] for index in sorted(look.reasons)), sorted(look.empty)
+    return most, look
 
 
 def _is_local(source: Source) -> bool:
@@ -107,14 +123,17 @@ class _Look:
     Attributes:
         reasons: By index, the name of an example that cannot be used, and why.
         empty: The names of those whose caption is empty.
+        cut_off: By index, the name of an example whose caption is too long, and what is too much of it.
     """
 
-    def __init__(self, source: Source):
+    def __init__(self, source: Source, tokenize: Tokenize | None):
         self._source = source
+        self._tokenize = tokenize
         self._lock = threading.Lock()
         self._seen: set[str] = set()
         self.reasons: dict[int, tuple[str, str]] = {}
         self.empty: set[str] = set()
+        self.cut_off: dict[int, tuple[str, str]] = {}
 
     def some(self, indices: list[int]) -> int:
         """Looks at some examples and returns how many."""
@@ -125,9 +144,18 @@ class _Look:
                     check_header(record)
                     if record.caption == "":
                         self.empty.add(record.name)
+                    if rest := self._rest(record.caption):
+                        self.cut_off[index] = (record.name, rest)
             except DataError as error:
                 self.reasons[index] = (example_name(self._source, index), str(error))
         return len(indices)
+
+    def _rest(self, caption: str | Sequence[str] | None) -> str:
+        """What is cut off of a caption, or of the first that is cut off of several."""
+        if self._tokenize is None or caption is None:
+            return ""
+        captions = [caption] if isinstance(caption, str) else caption
+        return next(filter(None, map(self._tokenize.cut_off, captions)), "")
 
     def _is_new(self, name: str) -> bool:
         with self._lock:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from flax_diffusion.core.data.folders import open_folder
 from flax_diffusion.core.data.sources import Record, Source
-from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.errors import DataError, naming
 from flax_diffusion.core.files import as_path, lies_in
 from flax_diffusion.core.tasks import DreamBoothConfig, TextualInversionConfig
 
@@ -74,7 +74,7 @@ def open_templated(config: TextualInversionConfig) -> PromptedSource:
     Raises:
         DataError: If the folder is missing or holds none.
     """
-    source = open_folder(as_path(str(config.train_data_dir)), caption_column=None)
+    source = _open("--train_data_dir", config.train_data_dir)
     return PromptedSource([source], [templated_prompts(config)], [config.repeats])
 
 
@@ -99,17 +99,32 @@ def open_instances(config: DreamBoothConfig) -> PromptedSource:
                 "whose pictures it would become; name folders apart from each other"
             )
     return PromptedSource(
-        [open_folder(as_path(concept.instance_data_dir), caption_column=None) for concept in concepts],
+        [
+            _open(option, concept.instance_data_dir)
+            for option, concept in zip(_options(config, "instance"), concepts, strict=True)
+        ],
         [concept.instance_prompt for concept in concepts],
         [concept.repeats for concept in concepts],
     )
+
+
+def _options(config: DreamBoothConfig, whose: str) -> list[str]:
+    """What names the folder of each concept."""
+    if not config.concepts:
+        return [f"--{whose}_data_dir"]
+    return [f"--concepts.{number}.{whose}_data_dir" for number in range(len(config.concepts))]
+
+
+def _open(option: str, folder: str | None, most: int | None = None) -> Source:
+    with naming(option):
+        return open_folder(as_path(str(folder)), caption_column=None, max_samples=most)
 
 
 def open_pairs(config: DreamBoothConfig, instances: PromptedSource) -> PairedSource:
     """The same with the pictures of their classes, of which each folder must hold enough by now."""
     concepts, most = config.all_concepts, config.num_class_images
     classes = PromptedSource(
-        [open_folder(as_path(str(c.class_data_dir)), caption_column=None, max_samples=most) for c in concepts],
+        [_open(option, c.class_data_dir, most) for option, c in zip(_options(config, "class"), concepts, strict=True)],
         [str(concept.class_prompt) for concept in concepts],
         [concept.repeats for concept in concepts],
     )

@@ -16,12 +16,32 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any, BinaryIO
 
-from flax_diffusion.core.errors import DataError, UserError
+from flax_diffusion.core.errors import ConfigError, DataError, UserError
 
 _LAST_WORDS = 5.0  # seconds from the end of a process's pipe to its exit status
 
+_MOST, _MOST_A_CPU = 16, 4  # processes; more than both only wait for each other, and each takes memory of its own
+
 MakeItems = Callable[[slice], Iterable[Any]]
 """Makes the items at some places of the whole stream, in order. Picklable."""
+
+
+def check_count(count: int) -> None:
+    """Checks how many processes are to be started.
+
+    Args:
+        count: Value of --dataloader_num_workers.
+
+    Raises:
+        ConfigError: If they are over 16 and over four for each CPU that this process may use.
+    """
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = max(_MOST, _MOST_A_CPU * cpus)
+    if count > most:
+        raise ConfigError(
+            f"--dataloader_num_workers {count}: at most {most} processes here, four for each of {cpus} CPUs or "
+            f"{_MOST}; {cpus} are usually fastest, and 0 decodes in threads"
+        )
 
 
 class Workers(Iterator[Any]):
