@@ -213,8 +213,9 @@ class Observer:
             (backend,) = made
             return {
                 "batch": backend.batches, "rates": backend.rates, "samples": backend.sampled,
-                "exports": backend.exported, "files": files(left), "asked": self._asked, "spec": described(backend.spec),
-                "where": left.name, "log": [text.replace(str(folder), "OUT") for text in records],
+                "exports": backend.exported, "files": files(left), "asked": self._asked,
+                "spec": described(backend.spec), "where": left.name,
+                "log": [text.replace(str(folder), "OUT") for text in records],
             }  # fmt: skip
         finally:
             shutil.rmtree(folder.parent, ignore_errors=True)
@@ -290,7 +291,7 @@ class Observer:
 
 
 def files(folder):
-    """Names and contents of what a run left, but for its recipe, event files' contents, and identities of checkpoints."""
+    """Names and contents of what a run left, but for its recipe, contents of event files, and manifests."""
     seen = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
