@@ -105,6 +105,7 @@ class Recorder:
         pass
 
     def trained_arrays(self):
+        self.exported.append(self.steps)
         rows = {f"text_encoder/{NEW_ROWS}": np.zeros((2, 16), np.float32)}
         names = [f"{layer}.lora_{side}.weight" for layer in LAYERS for side in "AB"]
         return rows | {name: np.ones((4, 4), np.float32) for name in names}

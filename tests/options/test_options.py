@@ -3,6 +3,7 @@
 `TABLE` says of each option what to change it to and where the difference must show. An option without a row fails.
 """
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -212,7 +213,7 @@ TABLE: dict[str, list[Row]] = {
                        "concepts": [concept(w, w.data, "a sks dog")]}),
     ],
     # Textual inversion
-    "placeholder_token": [Row("<other>", ("spec", "samples", "files"), {"validation_prompts": ["<new> <other>"]})],
+    "placeholder_token": [Row("<other>", ("spec", "files"), {"validation_prompts": ["<new> <other>"]})],
     "initializer_token": [Row("photo", ("spec", "torch"))],
     "num_vectors": [Row(2, ("spec", "batch"))],
     "learnable_property": [Row("style", "batch")],
@@ -226,7 +227,7 @@ TABLE: dict[str, list[Row]] = {
     "validation_prompts": [Row(["a <new> thing"], "samples")],
     "validation_guidance_scale": [Row(3.0, "samples")],
     # Output
-    "output_dir": [Row(lambda w, _: str(w.folder / "elsewhere"), "where")],
+    "output_dir": [Row(lambda w, _: tempfile.mkdtemp("-elsewhere", dir=w.folder), "where")],
     "overwrite_output_dir": [Row(True, "batch", before=EARLIER)],
     "save_model_epochs": [Row(1, "exports")],
     "checkpointing_steps": [Row(2, "files")],
