@@ -282,3 +282,33 @@ def test_exit_with_workers_is_quiet(tmp_path):
         [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False, env={"PYTHONPATH": path}
     )
     assert (done.returncode, done.stderr) == (3, "")
+
+
+MANY = 2**20 + 7
+"""Examples of which the order is no permutation in memory but a cipher over the indices."""
+
+
+def order(places, epoch=0, seed=0):
+    return [example_at(epoch * MANY + place, count=MANY, seed=seed, shuffle=True)[1] for place in places]
+
+
+def test_the_order_of_very_many_examples():
+    """No example twice, none outside the source; another order in another epoch and with another seed."""
+    places = [*range(20_000), *range(20_000, MANY, 53), *range(MANY - 20_000, MANY)]
+    places = sorted(set(places))
+    found = np.array(order(places))
+    assert len(set(found.tolist())) == len(places)  # with repeats as of chance there would be 1,600 fewer
+    assert found.min() >= 0
+    assert found.max() < MANY
+    shares = np.bincount(found * 16 // MANY, minlength=16) / len(places)
+    np.testing.assert_allclose(shares, 1 / 16, atol=5 * (1 / 16 / len(places)) ** 0.5)
+    assert abs(np.corrcoef(found[1:], found[:-1])[0, 1]) < 0.02
+    first = found[:2000]
+    for other in (order(places[:2000], epoch=1), order(places[:2000], seed=1)):
+        assert (first == other).sum() < 5
+    np.testing.assert_array_equal(order(places[:2000]), first)
+
+
+@pytest.mark.acceptance
+def test_an_epoch_of_very_many_examples_is_whole():
+    np.testing.assert_array_equal(np.sort(order(range(MANY))), np.arange(MANY))

@@ -1,6 +1,7 @@
 """Layers whose form matters, initialisation, and how the models run: dtypes, dropout, rematerialisation."""
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -128,28 +129,35 @@ def test_where_flash_attention_runs(kind, shape, keys, expected) -> None:
     assert not flash.has_kernel(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]).abstract_mesh, q, k)
 
 
+def patch_gpu(monkeypatch: Any, capability: str) -> None:
+    """Answers what a GPU is asked for while a program is traced: what it is and which cuDNN it has."""
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
+    for check in ("check_cudnn_version", "check_compute_capability"):
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: 91000)
+
+
 @pytest.mark.parametrize(
-    ("shape", "capability", "expected"),
+    ("shape", "capability", "dtype", "expected"),
     [
-        ((4, 4096, 8, 40), "9.0", "cudnn"),
-        ((4, 4096, 8, 40), "7.5", None),
-        ((4, 4096, 8, 160), "9.0", None),
-        ((4, 77, 8, 40), "9.0", None),
+        ((4, 4096, 8, 40), "9.0", jnp.bfloat16, True),
+        ((4, 4096, 8, 40), "9.0", jnp.float16, True),
+        ((4, 4096, 8, 40), "9.0", jnp.float32, False),
+        ((4, 4096, 8, 40), "7.5", jnp.bfloat16, False),
+        ((4, 4096, 8, 160), "9.0", jnp.bfloat16, False),
+        ((4, 77, 8, 40), "9.0", jnp.bfloat16, False),
     ],
 )
-def test_where_cudnn_runs(monkeypatch, shape, capability, expected) -> None:
-    """What the kernel itself computes is not seen here."""
-    asked = []
+def test_where_cudnn_runs(monkeypatch, shape, capability, dtype, expected) -> None:
+    """In the program that a GPU is given, forward and backward. `tests/gpu` sees what the kernel itself computes."""
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     gpu = jax.sharding.AbstractMesh((4,), ("data",), abstract_device=device)
-    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(compute_capability=capability)])
-    monkeypatch.setattr(
-        jax.nn, "dot_product_attention", lambda q, *_, implementation=None, **__: asked.append(implementation) or q
-    )
-    tokens = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    patch_gpu(monkeypatch, capability)
+    tokens = jax.ShapeDtypeStruct(shape, dtype)
+    loss = jax.grad(lambda *inputs: attention(*inputs).astype(jnp.float32).sum(), argnums=(0, 1, 2))
     with jax.sharding.use_abstract_mesh(gpu):
-        jax.eval_shape(lambda *inputs: attention(*inputs), tokens, tokens, tokens)
-    assert asked == [expected]
+        text = jax.jit(loss).trace(tokens, tokens, tokens).lower(lowering_platforms=("cuda",)).as_text()
+    kernels = set(re.findall(r"@(__cudnn\$\w+)", text))
+    assert kernels == ({"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"} if expected else set())
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -260,8 +268,7 @@ def test_what_the_backward_pass_computes_again(name: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["pallas", "cudnn"])
 def test_minimal_checkpointing_keeps_what_attention_kernels_made(kernel: str, monkeypatch: Any) -> None:
-    for check in ("check_cudnn_version", "check_compute_capability"):  # they ask a GPU, which traces need not have
-        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{check}", lambda *_: 91000)
+    patch_gpu(monkeypatch, "9.0")
     attend = {
         "pallas": functools.partial(flash.flash_attention, interpret=True),
         "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),

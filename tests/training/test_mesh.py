@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
-from tiny import RUN, UNET
+from tiny import ONE_BLOCK, RUN, UNET
 
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import task_pipelines
@@ -70,6 +70,25 @@ def test_eight_devices_equal_one(one_device, data, fsdp):
     for leaf in (moment, state.ema["unet"]["conv_in"]["kernel"]):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size
     assert exchanged(backend) < 2.5 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(("precision", "unit"), [("bf16", 2**-8), ("fp16", 2**-11)])
+def test_eight_devices_equal_one_in_16_bits(precision, unit):
+    """Weights and moments stay float32, and the mean loss of 16 pictures is within a quarter of a rounding."""
+    options = {"mixed_precision": precision, "unet": RUN["unet"] | ONE_BLOCK}
+    one, alone = losses(1, **options)
+    eight, backend = losses(8, **options, data_parallelism=2, fsdp_parallelism=4)
+    assert one[-1] < 0.6 * one[0]
+    np.testing.assert_allclose(eight, one, rtol=unit / 4)
+    kernel = backend.state.params["unet"]["conv_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+    kinds = {leaf.dtype for leaf in jax.tree.leaves((backend.state.params, backend.state.ema))}
+    assert kinds == {np.dtype(np.float32)}
+    for made in (alone, backend):
+        assert (made.state.loss_scale is not None) == (precision == "fp16")
+    if precision == "fp16":
+        jax.tree.map(np.testing.assert_array_equal, backend.state.loss_scale, alone.state.loss_scale)
+        assert int(backend.state.loss_scale.good_steps) == STEPS
 
 
 @pytest.mark.acceptance

@@ -85,6 +85,30 @@ def test_moments_on_the_host(tmp_path, options):
     jax.tree.map(np.testing.assert_array_equal, *map(jax.device_get, states))
 
 
+LONG = pytest.mark.acceptance
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(True, True), pytest.param(False, True, marks=LONG), pytest.param(True, False, marks=LONG)]
+)
+def test_moments_on_the_host_resume(tmp_path, monkeypatch, before, after):
+    """Bit for bit, whichever side they were on when they were saved; they are then where the run wants them."""
+    options = {"max_train_steps": 4, "gradient_accumulation_steps": 1, "checkpointing_steps": 4}
+    restore, kinds = JaxBackend.restore, []
+
+    def looked_at(self, folder):
+        metadata = restore(self, folder)
+        kinds.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(self.state.opt_state) if leaf.ndim})
+        return metadata
+
+    monkeypatch.setattr(JaxBackend, "restore", looked_at)
+    whole = run("flax_diffusion", tmp_path / "whole", **options, offload_optimizer=after)
+    run("flax_diffusion", tmp_path / "part", 2, **options, offload_optimizer=before)
+    again = options | {"resume_from_checkpoint": "latest", "offload_optimizer": after}
+    assert_same(run("flax_diffusion", tmp_path / "part", **again), whole)
+    assert kinds == [{"pinned_host" if after else "device"}]
+
+
 @pytest.mark.parametrize("adam", [optax.scale_by_adam, eight_bit.scale_by_8bit_adam], ids=["float32", "8-bit"])
 def test_a_few_moments_at_a_time(monkeypatch, adam):
     """Updates are bitwise those of all at once, operation by operation; compiled, XLA rounds divisions in two ways."""

@@ -7,7 +7,8 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import ONE_BLOCK, RUN
+import torch
+from tiny import ONE_BLOCK, RUN, VAE
 
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import portable
@@ -40,7 +41,7 @@ def run(backend, folder, until=None, **options):
         return made
 
     fit("unconditional", UnconditionalConfig(output_dir=str(folder), **CONFIG | options), make)
-    return portable.read(folder / f"checkpoint-{until or STEPS}")
+    return portable.read(folder / f"checkpoint-{until or (CONFIG | options)['max_train_steps']}")
 
 
 def assert_same(final, expected):
@@ -107,6 +108,20 @@ def test_resume_is_bitwise_at_every_step(backend, uninterrupted, all_saved, tmp_
         2,
         f"{backend}, {workers} workers: stopped at each of steps 0 to {STEPS}, and again soon after: bitwise the same",
     )
+
+
+def test_resume_with_cached_latents(backend, tmp_path):
+    """They are made anew at each start, of both orientations; a resumed run draws from them what it would have."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    AutoencoderKL(**VAE | {"in_channels": 1, "out_channels": 1}).save_pretrained(tmp_path / "vae")
+    unet = CONFIG["unet"] | {"in_channels": 4, "out_channels": 4}
+    options = {"vae": str(tmp_path / "vae"), "cache_latents": True, "center_crop": True, "unet": unet}
+    options |= {"max_train_samples": 12, "max_train_steps": 6, "checkpointing_steps": 6}
+    whole = run(backend, tmp_path / "whole", **options)
+    run(backend, tmp_path / "part", 2, **options)
+    assert_same(run(backend, tmp_path / "part", resume_from_checkpoint="latest", **options), whole)
 
 
 def every_moment(backend, work, seen):
