@@ -13,29 +13,24 @@ import shlex
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
-from flax_diffusion.core import checkpoints, cli, lineage, output_folder, pipeline, portable, recipe, reconstruction
-from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend, shared_folder
-from flax_diffusion.core.config import DatasetConfig, DiffusionConfig, LoraConfig, TextConfig, TrainConfig
+from flax_diffusion.core import checkpoints, cli, lineage, output_folder, pipeline, recipe, reconstruction
+from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend
+from flax_diffusion.core.config import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.bad import example_name
-from flax_diffusion.core.data.batches import Precomputed
-from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.loader import Loader
-from flax_diffusion.core.data.sources import Source
-from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.files import as_path, is_local, temporary_folder, write_json, write_text
 from flax_diffusion.core.pipeline import PipelineSpec
-from flax_diffusion.core.precompute import precompute
 from flax_diffusion.core.preemption import Preempted, Preemption
 from flax_diffusion.core.rates import ema_decay
 from flax_diffusion.core.saving import Saver
+from flax_diffusion.core.start import Start, open_inputs, prepare
 from flax_diffusion.core.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -67,18 +62,11 @@ def fit(
     """
     preemption = preemption or Preemption()
     output_dir = as_path(config.output_dir)
-
-    def open_inputs() -> tuple[Source, PipelineSpec]:
-        check_count(config.dataloader_num_workers)
-        output_folder.check(output_dir, config)
-        source = recipe.open_run_source(config)
-        return source, recipe.make_spec(config, source)
-
-    source, spec = preemption.aside(open_inputs)
+    source, spec = preemption.aside(lambda: open_inputs(config))
     backend = make_backend(config, spec)
     preemption.alone = backend.process_count == 1
     scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
-    start = preemption.aside(lambda: _prepare(task, config, spec, source, backend, scratch))
+    start = preemption.aside(lambda: prepare(task, config, spec, source, backend, scratch))
     if config.repeat_step is None:
         output_folder.prepare(output_dir, config, start.resume_from, backend)
     run = _Run(config, spec, backend, preemption, output_dir, start)
@@ -99,53 +87,6 @@ def fit(
     return output_dir
 
 
-@dataclass(frozen=True)
-class _Start:
-    """What a run begins with."""
-
-    source: Source
-    made: Precomputed
-    schedule: recipe.Schedule
-    parameters: int  # that train
-    identity: dict[str, Any]  # what a checkpoint must share with a run that goes on from it
-    resume_from: Path | None
-    step: int = 0
-    examples_seen: int = 0
-    nonfinite_steps: int = 0
-
-
-def _prepare(
-    task: str, config: TrainConfig, spec: PipelineSpec, source: Source, backend: Backend, scratch: Path
-) -> _Start:
-    """Checks the checkpoint to go on from, loads the weights, and has the models make what training needs of them."""
-    output_dir = as_path(config.output_dir)
-    shared_folder(output_dir, backend, "--output_dir")
-    main = backend.process_index == 0
-    skips, tokenize = config.skip_bad_images, spec.tokenize if isinstance(config, DatasetConfig) else None
-    check_source(source, skip_bad_images=skips, everywhere=backend.everywhere, main=main, tokenize=tokenize)
-    num_examples = recipe.count_examples(config, source)
-    identity = lineage.identity(task, config, spec, source, num_examples)
-    resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
-    begin: dict[str, int] = {}
-    if resume_from is not None:
-        metadata = portable.read_metadata(resume_from)
-        lineage.check(metadata, identity, resume_from.name)
-        begin = {name: metadata[name] for name in ("step", "examples_seen", "nonfinite_steps")}
-    counted = {name: begin[name] for name in ("step", "examples_seen") if name in begin}
-    schedule = recipe.make_schedule(config, num_examples, backend.device_count, **counted)
-    recipe.make_rate(config, schedule)  # which reads --lr_step_rules
-    if main:
-        recipe.say_what_is_in_vain(config, spec, schedule)
-    parameters = backend.init_state()
-    if resume_from is not None:
-        backend.check(resume_from)
-    source = recipe.complete_source(config, source, backend)
-    made = precompute(config, spec, source, backend, scratch)
-    if resume_from is not None:
-        backend.restore(resume_from)
-    return _Start(source, made, schedule, parameters, identity, resume_from, **begin)
-
-
 class _Run:
     """A run under way."""
 
@@ -156,7 +97,7 @@ class _Run:
         backend: Backend,
         preemption: Preemption,
         output_dir: Path,
-        start: _Start,
+        start: Start,
     ):
         self.config, self.spec, self.backend, self.preemption = config, spec, backend, preemption
         self.output_dir, self.start = output_dir, start
