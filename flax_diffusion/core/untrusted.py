@@ -140,7 +140,8 @@ def parse_yaml(text: str, *, words: bool = False) -> Any:
     """The value of a YAML text: plain data, no objects; with `words`, scalars as they are written, and null."""
     try:
         _check_events(text)
-        return yaml.load(text, Loader=_WordLoader if words else _Loader)
+        loader = (_WordLoader if words else _Loader)(text)
+        return loader.get_single_data()
     except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
         # The last three are PyYAML's for scalars that are not of the type that their tag says.
         raise ValueError(str(error)) from error
