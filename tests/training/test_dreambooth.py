@@ -206,7 +206,7 @@ def test_a_run(options, tmp_path):
             "exclude each other: put it into the list",
         ),
         ({"class_prompt": "a photo of sks dog"}, "names both the new thing and its class"),
-        ({"concepts": [{"instance_data_dir": "a"}]}, "--concepts.0.instance_prompt: field required"),
+        ({"concepts": [{"instance_data_dir": "a"}]}, "--concepts.0.instance_prompt is required"),
     ],
 )
 def test_options_that_do_not_go_together(options, changes, says):
