@@ -137,7 +137,7 @@ def test_a_broken_checkpoint_is_one_line(tmp_path):
 
 
 BAD = [
-    ({"resolution": 9}, ConfigError, "--resolution 9: .* multiple of 2: 8 or 10"),
+    ({"resolution": 9}, ConfigError, "--resolution 9: must be a multiple of 2, .*: 8 or 10"),
     ({"global_batch_size": 9, "gradient_accumulation_steps": 2}, ConfigError, "not divisible over 1 devices x 2"),
     ({"data_parallelism": 3}, ConfigError, "mesh of data 3 x fsdp 1 does not fit 1 devices"),
     ({"data_parallelism": -1, "fsdp_parallelism": 3}, ConfigError, "must be one of 1,"),
