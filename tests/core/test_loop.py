@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from recorder import Idle
 from tiny import RUN, UNET, pictures
 
 from flax_diffusion.core.checkpoints import identity_of, parent_of
@@ -18,18 +19,15 @@ from flax_diffusion.core.rates import ema_decay
 from flax_diffusion.core.tasks import UnconditionalConfig
 
 
-class Recorder:
-    """Implements `core.backend.Backend`; remembers what the loop asked for."""
+class Recorder(Idle):
+    """Remembers what the loop asked for."""
 
-    command, process_index, process_count, device_count, bytes = "train", 0, 1, 1, 0
+    bytes = 0
 
     def __init__(self, config, spec, nan_at=()):
         self.nan_at = (nan_at,) if isinstance(nan_at, int) else nan_at
         self.taken, self.saved, self.sampled, self.exported = 0, [], [], []
         self.examples, self.rates, self.checked = [], [], []
-
-    def init_state(self):
-        return 1
 
     def put(self, batch):
         self.examples += batch["example_index"].ravel().tolist()
@@ -43,9 +41,6 @@ class Recorder:
         self.rates.append((learning_rate, ema_decay))
         return {"loss": float("nan") if self.taken in self.nan_at else 1.0, "grad_norm": 1.0}
 
-    def read(self, metrics):
-        return metrics
-
     def save(self, folder, metadata):
         folder.mkdir()
         (folder / "metadata.json").write_text(json.dumps(metadata | {"taken": self.taken}))
@@ -53,18 +48,6 @@ class Recorder:
 
     def state_bytes(self):
         return self.bytes
-
-    def wait(self):
-        pass
-
-    def everywhere(self, holds):
-        return holds
-
-    def from_first(self, value):
-        return value
-
-    def stops(self, wanted, step):
-        return wanted
 
     def check(self, folder):
         self.checked.append(folder.name)

@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import numpy as np
 import torch
+from recorder import Idle
 
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core import cli, portable, recipe
@@ -40,17 +41,12 @@ def digest(*arrays):
     return found.hexdigest()[:12]
 
 
-class Recorder:
-    """Implements `core.backend.Backend` without a framework; remembers what the loop asked for."""
-
-    command, process_index, process_count, device_count = "train", 0, 1, 1
+class Recorder(Idle):
+    """Remembers what the loop asked for."""
 
     def __init__(self, config, spec):
         self.config, self.spec, self.steps = config, spec, 0
         self.batches, self.rates, self.sampled, self.exported = [], [], [], []
-
-    def init_state(self):
-        return 1
 
     def put(self, batch):
         self.batches.append({key: digest(value) for key, value in batch.items()})
@@ -64,29 +60,8 @@ class Recorder:
     def set_step(self, step):
         self.steps = step
 
-    def read(self, metrics):
-        return metrics
-
     def save(self, folder, metadata):
         portable.write(folder, {"count": np.asarray(self.steps)}, metadata)
-
-    def state_bytes(self):
-        return 8
-
-    def wait(self):
-        pass
-
-    def everywhere(self, holds):
-        return holds
-
-    def from_first(self, value):
-        return value
-
-    def stops(self, wanted, step):
-        return wanted
-
-    def check(self, folder):
-        pass
 
     def restore(self, folder):
         arrays, metadata = portable.read(folder)
@@ -100,9 +75,6 @@ class Recorder:
         _, height, width = self.spec.sample_shape
         small = pixels.mean(axis=1, keepdims=True)[:, :, :height, :width]
         return np.stack([np.repeat(small, 4, axis=1)] * 2, axis=1)
-
-    def let_go(self, name):
-        pass
 
     def trained_arrays(self):
         self.exported.append(self.steps)

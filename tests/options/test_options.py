@@ -54,6 +54,11 @@ TUNED = ("dreambooth", "textual_inversion")
 EARLIER = {"max_train_steps": 4, "checkpointing_steps": 2}
 
 
+def unfilled(w: Any) -> dict[str, Any]:
+    """Class pictures have to be drawn."""
+    return prior(w) | {"class_data_dir": str(w.folder / "none"), "num_class_images": 4}
+
+
 def scratch(_: Any) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": None, "unet": CONDITION_UNET | {"in_channels": 3, "out_channels": 3},
@@ -204,9 +209,9 @@ TABLE: dict[str, list[Row]] = {
     "class_prompt": [Row("a photo of animal", "batch", prior)],
     "num_class_images": [Row(2, "batch", prior)],
     "prior_loss_weight": [Row(0.5, "batch", prior)],
-    "sample_batch_size": [
-        Row(3, "samples", lambda w: prior(w) | {"class_data_dir": str(w.folder / "none"), "num_class_images": 4})
-    ],
+    "sample_batch_size": [Row(3, "samples", unfilled)],
+    "class_num_inference_steps": [Row(7, "samples", unfilled)],
+    "class_guidance_scale": [Row(1.0, "samples", unfilled)],
     "concepts": [
         Row(lambda w, _: [concept(w, w.data, "a sks dog"), concept(w, w.more, "a zwx cat")], "batch",
             lambda w: {"instance_data_dir": None, "instance_prompt": None,
@@ -345,7 +350,7 @@ def test_the_same_options_show_the_same(task: str, observer: Observer, world: An
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # by PyTorch's own compiler
-@pytest.mark.parametrize(("task", "name", "models"), cases())
+@pytest.mark.parametrize(("task", "name", "models"), list(cases()))
 def test_every_option_changes_something(task: str, name: str, models: bool, observer: Observer, world: Any) -> None:
     for row in rows(task, name):
         check(observer, task, name, row, world, models)

@@ -1,0 +1,34 @@
+"""A backend of one process that computes nothing, to see what the training loop asks of one."""
+
+
+class Idle:
+    """Implements of `core.backend.Backend` what needs no state; a test adds what it looks at."""
+
+    command, process_index, process_count, device_count = "train", 0, 1, 1
+
+    def init_state(self):
+        return 1
+
+    def read(self, metrics):
+        return metrics
+
+    def state_bytes(self):
+        return 0
+
+    def wait(self):
+        pass
+
+    def everywhere(self, holds):
+        return holds
+
+    def from_first(self, value):
+        return value
+
+    def stops(self, wanted, step):
+        return wanted
+
+    def check(self, folder):
+        pass
+
+    def let_go(self, name):
+        pass
