@@ -192,6 +192,7 @@ class Observer:
             }  # fmt: skip
         finally:
             shutil.rmtree(folder.parent, ignore_errors=True)
+            shutil.rmtree(self.world.unfilled, ignore_errors=True)
 
     def opened(self, task, options):
         config = self.config(task, {"output_dir": "out"} | options)

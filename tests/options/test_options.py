@@ -56,7 +56,7 @@ EARLIER = {"max_train_steps": 4, "checkpointing_steps": 2}
 
 def unfilled(w: Any) -> dict[str, Any]:
     """Class pictures have to be drawn."""
-    return prior(w) | {"class_data_dir": str(w.folder / "none"), "num_class_images": 4}
+    return prior(w) | {"class_data_dir": str(w.unfilled), "num_class_images": 4}
 
 
 def scratch(_: Any) -> dict[str, Any]:

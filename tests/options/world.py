@@ -40,6 +40,7 @@ def make(folder):
         for path in (folder / f"{name}-half").rglob("*.safetensors"):
             shutil.copy(path, path.with_suffix(".fp16.safetensors"))
     world.data, world.more = pictures(folder / "data"), pictures(folder / "more", 7, size=20)
+    world.unfilled = folder / "unfilled"  # whose class pictures each run has to draw
     world.classes, world.animals = pictures(folder / "classes", 4), pictures(folder / "animals", 6, size=20)
     world.bad = pictures(folder / "bad")
     (world.bad / "1.png").write_bytes(b"not a picture")
