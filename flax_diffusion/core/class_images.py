@@ -33,11 +33,11 @@ def missing(concept: Concept, wanted: int) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"class_data_dir {folder}: cannot be made ({error.strerror}); name another") from error
+        raise DataError(f"--class_data_dir {folder}: cannot be made ({error.strerror}); name another") from error
     have = len(image_files(folder))
     if have < wanted and is_local(folder) and not os.access(folder, os.W_OK):
         raise DataError(
-            f"class_data_dir {folder}: holds {have} of {wanted} pictures and cannot be written; make it writable, or "
+            f"--class_data_dir {folder}: holds {have} of {wanted} pictures and cannot be written; make it writable, or "
             f"give --num_class_images {have}"
         )
     return max(0, wanted - have)
@@ -66,14 +66,14 @@ def _check_apart(config: DreamBoothConfig) -> None:
             things = other.instance_data_dir
             if lies_in(classes, things) or lies_in(things, classes):
                 raise DataError(
-                    f"class_data_dir {classes} and instance_data_dir {things}: one lies in the other, so that pictures "
-                    "of the class would be trained as the new thing; name folders apart from each other"
+                    f"--class_data_dir {classes} and --instance_data_dir {things}: one lies in the other, so that "
+                    "pictures of the class would be trained as the new thing; name folders apart from each other"
                 )
             theirs = str(other.class_data_dir)
             shared = lies_in(theirs, classes) and one.class_prompt == other.class_prompt  # of two things of one class
             if lies_in(classes, theirs) and not shared:
                 raise DataError(
-                    f"class_data_dir {classes} of '{one.class_prompt}' lies in {theirs} of "
+                    f"--class_data_dir {classes} of '{one.class_prompt}' lies in {theirs} of "
                     f"'{other.class_prompt}', which would mix the two; name a folder for each class"
                 )
 

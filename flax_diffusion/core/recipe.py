@@ -24,7 +24,7 @@ from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.noise import NoiseSpec
 from flax_diffusion.core.data.sources import Source, open_source
 from flax_diffusion.core.data.transforms import ImageTransform
-from flax_diffusion.core.errors import ConfigError, DataError
+from flax_diffusion.core.errors import ConfigError, DataError, naming
 from flax_diffusion.core.files import as_path
 from flax_diffusion.core.pipeline import PipelineSpec
 from flax_diffusion.core.rates import learning_rate_schedule
@@ -104,15 +104,16 @@ def open_run_source(config: TrainConfig) -> Source:
     if isinstance(config, TextualInversionConfig):
         return open_templated(config)
     assert isinstance(config, DatasetConfig)
-    return open_source(
-        dataset_name=config.dataset_name,
-        dataset_config_name=config.dataset_config_name,
-        train_data_dir=config.train_data_dir,
-        image_column=config.image_column,
-        caption_column=config.caption_column if isinstance(config, TextToImageConfig) else None,
-        max_train_samples=config.max_train_samples,
-        cache_dir=config.cache_dir,
-    )
+    with naming("--train_data_dir" if config.train_data_dir else "--dataset_name"):
+        return open_source(
+            dataset_name=config.dataset_name,
+            dataset_config_name=config.dataset_config_name,
+            train_data_dir=config.train_data_dir,
+            image_column=config.image_column,
+            caption_column=config.caption_column if isinstance(config, TextToImageConfig) else None,
+            max_train_samples=config.max_train_samples,
+            cache_dir=config.cache_dir,
+        )
 
 
 def count_examples(config: TrainConfig, source: Source) -> int:

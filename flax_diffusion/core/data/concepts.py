@@ -95,7 +95,7 @@ def open_instances(config: DreamBoothConfig) -> PromptedSource:
         inner, outer = one.instance_data_dir, other.instance_data_dir
         if lies_in(inner, outer) and one.instance_prompt != other.instance_prompt:
             raise DataError(
-                f"instance_data_dir {inner} of '{one.instance_prompt}' lies in {outer} of '{other.instance_prompt}', "
+                f"--instance_data_dir {inner} of '{one.instance_prompt}' lies in {outer} of '{other.instance_prompt}', "
                 "whose pictures it would become; name folders apart from each other"
             )
     return PromptedSource(

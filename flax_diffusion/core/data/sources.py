@@ -81,19 +81,19 @@ def open_source(
     """
     if dataset_name == "imagefolder":
         if train_data_dir is None:
-            raise DataError("dataset_name is imagefolder, which needs train_data_dir, the folder of images")
+            raise DataError("--dataset_name imagefolder needs --train_data_dir, the folder of images")
         dataset_name = None
     elif dataset_name is not None and train_data_dir is not None:
         raise DataError(
-            f"both dataset_name={dataset_name} and train_data_dir={train_data_dir} are given; keep one of them"
+            f"--dataset_name {dataset_name} and --train_data_dir {train_data_dir} exclude each other: drop one"
         )
     if dataset_name is not None and dataset_name != "digits" and as_path(dataset_name).is_dir():
         dataset_name, train_data_dir = None, dataset_name
     if dataset_config_name is not None and (train_data_dir is not None or dataset_name == "digits"):
         place = "the digits" if train_data_dir is None else f"a folder: give {train_data_dir}/{dataset_config_name}"
-        raise DataError(f"dataset_config_name {dataset_config_name} chooses from a dataset of the Hub, not {place}")
+        raise DataError(f"--dataset_config_name {dataset_config_name} chooses from a dataset of the Hub, not {place}")
     if max_train_samples is not None and max_train_samples < 1:
-        raise DataError(f"max_train_samples is {max_train_samples}; it must be 1 or more, or left out for all")
+        raise DataError(f"--max_train_samples {max_train_samples}: must be 1 or more, or left out for all")
 
     if train_data_dir is not None:
         from flax_diffusion.core.data.folders import open_folder
@@ -107,7 +107,7 @@ def open_source(
             split=split,
         )
     if dataset_name is None:
-        raise DataError("no training data named; give dataset_name or train_data_dir")
+        raise DataError("no training data named; give --dataset_name or --train_data_dir")
     if dataset_name == "digits":
         return _digits(caption_column is not None, max_train_samples)
     from flax_diffusion.core.data.hub import open_hub
@@ -144,7 +144,7 @@ def require_column(
     likely = columns if likely is None else likely
     match = likely if len(likely) == 1 else difflib.get_close_matches(column, likely, n=1)
     fix = f"give --{option} {match[0]}" if match else f"give one of them as --{option}"
-    raise DataError(f"{option} is {column}, but {where} has the columns {', '.join(columns) or '(none)'}; {fix}")
+    raise DataError(f"--{option} is {column}, but {where} has the columns {', '.join(columns) or '(none)'}; {fix}")
 
 
 def whole_caption(caption: str | list[str | None] | None, name: str) -> str | list[str] | None:
