@@ -53,7 +53,7 @@ def test_three_ways_to_name_a_folder(tmp_path, by):
     ("options", "message"),
     [
         ({}, "no training data named; give --dataset_name or --train_data_dir"),
-        ({"dataset_name": "digits", "train_data_dir": "x"}, "--dataset_name digits and --train_data_dir x exclude each other"),
+        ({"dataset_name": "digits", "train_data_dir": "x"}, "--dataset_name digits and --train_data_dir x exclude"),
         ({"dataset_name": "imagefolder"}, "needs --train_data_dir"),
         ({"dataset_name": "digits", "max_train_samples": 0}, "--max_train_samples 0: must be 1 or more"),
         ({"train_data_dir": "does/not/exist"}, "does/not/exist does not exist"),
