@@ -46,6 +46,7 @@ def _train(backend, folder, happens, options):
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     os.environ["XLA_FLAGS"] = QUICK  # on one device
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, also where the tests ignore it
     if happens is not None:
         function, *arguments = happens
         function(*arguments)
