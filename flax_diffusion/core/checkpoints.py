@@ -82,11 +82,6 @@ def identity_of(folder: Path) -> str:
     return f"{folder.name}@{_checksum(folder / MANIFEST)[:16]}"
 
 
-def parent_of(folder: Path) -> str | None:
-    """`identity_of` the checkpoint that a sealed one followed; None for a run's first one, and in older manifests."""
-    return parse_json(read_text(folder / MANIFEST)).get("parent")
-
-
 def _checksum(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]

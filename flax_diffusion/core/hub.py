@@ -8,10 +8,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.errors import WeightsError, naming
 from flax_diffusion.core.files import as_path, is_local, local_copy, replacing
 from flax_diffusion.core.untrusted import parse_json, read_text
 
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+"""How files that hold pickled weights end."""
 MAX_HEADER_BYTES = 2**25  # of a safetensors file: a hundred bytes a tensor are usual
 _NO_ARRAY = (SafetensorError, ValueError, TypeError, AttributeError, OverflowError)
 
@@ -132,7 +134,8 @@ def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
     """Return a safetensors file on this machine, which is named itself or by its folder.
 
     Args:
-        path: the file or the folder, also one like gs://bucket/folder.
+        path: the file or the folder, also one like gs://bucket/folder; what is not there is looked for on the Hub, as
+            `owner/name`, `owner/name/folder` or `owner/name/file.safetensors`.
         option: that names it, for messages.
         names: of the file in its folder, the likeliest first.
 
@@ -142,22 +145,33 @@ def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
     Raises:
         WeightsError: if there is no such file, or it is a pickled one.
     """
-    if not path.exists():
-        raise WeightsError(f"{option} {path}: is not there: check the path")
-    if path.is_dir():
-        file = next((path / name for name in names if (path / name).is_file()), None)
-        if file is None:
-            there = sorted(one.name for one in path.iterdir() if one.suffix in (".safetensors", *PICKLED))
-            held = f"; it holds {', '.join(there[:5])}" if there else ""
-            raise WeightsError(f"{option} {path}: holds no {' or '.join(names)}{held}: name the file itself")
-        path = file
     if path.suffix in PICKLED:
         raise WeightsError(f"{option} {path}: is pickled, which can run code: convert it to safetensors first")
-    return local_copy(path.parent, (path.name, "*.json")) / path.name
+    folder = path
+    if path.is_dir():
+        there = file_names(path)
+    elif path.is_file():
+        folder, there, names = path.parent, [path.name], (path.name,)
+    else:
+        repository, subfolder, file = _on_the_hub(path, option)
+        names = (file,) if file else names
+        with naming(option):
+            folder = resolve(repository, subfolder, None, (*names, "*.json"))
+        there = file_names(repository, subfolder)
+    file = next((name for name in names if name in there), None)
+    if file is None:
+        weights = sorted(name for name in there if name.endswith((".safetensors", *PICKLED)))
+        held = f"; it holds {', '.join(weights[:5])}" if weights else ""
+        raise WeightsError(f"{option} {path}: holds no {' or '.join(names)}{held}: name the file itself")
+    return local_copy(folder, (file, "*.json")) / file
 
 
-PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-"""How files that hold pickled weights end."""
+def _on_the_hub(path: Path, option: str) -> tuple[str, str | None, str | None]:
+    """Return the repository, the folder and the file that a path may mean which is not on this machine."""
+    *inside, file = (*path.parts, None) if path.suffix != ".safetensors" else path.parts
+    if not is_local(path) or len(inside) < 2 or inside[0].startswith((".", "/", "~")):
+        raise WeightsError(f"{option} {path}: is not there: check the path")
+    return "/".join(inside[:2]), "/".join(inside[2:]) or None, file
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from flax_diffusion.core.adapters import EMBEDDINGS_FILE, LORA_FILE
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config import TrainConfig
 from flax_diffusion.core.errors import CheckpointError, ConfigError
-from flax_diffusion.core.files import as_path, is_local, lies_in, move, remove_tree
+from flax_diffusion.core.files import as_path, is_local, lies_in, move, remove_tree, unused
 from flax_diffusion.core.tracking import EVENT_FILES
 
 log = logging.getLogger(__name__)
@@ -150,16 +150,15 @@ def prepare(output_dir: Path, config: TrainConfig, resume_from: Path | None, bac
 
 
 def _replace(output_dir: Path, config: TrainConfig) -> None:
-    aside = output_dir / REPLACED
-    remove_tree(aside)  # of a run before that one
+    aside = output_dir / REPLACED  # it may hold part of this run, whose move was cut off, or a run that came before
     saved = (checkpoints.committed, checkpoints.damaged, checkpoints.abandoned)
     left = [folder for of_kind in saved for folder in of_kind(output_dir)]
     left += [output_dir / name for name in (CONFIG, *_RESULTS, *_FOLDERS)]
     for path in left:
         if path.exists():
-            move(path, aside / path.name)
+            move(path, unused(aside / path.name))
     for path in (output_dir / config.logging_dir).glob(EVENT_FILES):
-        move(path, aside / "logs" / path.name)
+        move(path, unused(aside / "logs" / path.name))
     log.info("the run that was in %s is in %s until the first checkpoint is saved", output_dir, aside)
 
 

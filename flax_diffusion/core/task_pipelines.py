@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from flax_diffusion.core.tasks import AutoencoderConfig, TextToImageConfig, Text
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
+
+log = logging.getLogger(__name__)
 
 TUTORIAL_UNET: dict[str, Any] = {
     "layers_per_block": 2,
@@ -132,6 +135,9 @@ def _add_tokens(tokenizer: CLIPTokenizer, config: TextualInversionConfig) -> New
     """Adds textual inversion's tokens to the tokenizer: the new word, then the word with a number."""
     # In small letters, as the tokenizer reads prompts: of a word with capitals Diffusers finds the first vector only.
     word, start = str(config.placeholder_token).lower(), str(config.initializer_token)
+    if word != config.placeholder_token:
+        given = config.placeholder_token
+        log.info("--placeholder_token %s: the tokenizer reads small letters; the word is %s", given, word)
     initializer = tokenizer.encode(start, add_special_tokens=False)
     if len(initializer) != 1:
         raise ConfigError(

@@ -11,7 +11,8 @@ import yaml
 from recorder import Idle
 from tiny import RUN, UNET, pictures
 
-from flax_diffusion.core.checkpoints import identity_of, parent_of
+from flax_diffusion.core import output_folder
+from flax_diffusion.core.checkpoints import identity_of
 from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from flax_diffusion.core.loop import fit
 from flax_diffusion.core.preemption import Preempted, Preemption
@@ -263,6 +264,33 @@ def test_an_overwritten_run_stays_until_the_new_one_has_a_checkpoint(tmp_path, m
     assert (checkpoints(tmp_path) == ["checkpoint-3"]) == (fails == "first save")
 
 
+def test_an_overwritten_run_whose_move_was_cut_off_loses_nothing(tmp_path, monkeypatch):
+    """What was moved by then stays, also where the same command is given again."""
+    run(tmp_path, max_train_steps=4, checkpointing_steps=2)
+    saved = {path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    move = output_folder.move
+
+    def killed(source, target):
+        if source.name == "checkpoint-4":
+            raise KeyboardInterrupt
+        move(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output_folder, "move", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, max_train_steps=3, overwrite_output_dir=True)
+    assert (tmp_path / "replaced-run/checkpoint-2").exists()
+
+    def fail(*args, **kwargs):
+        raise DataError("bad input")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recorder, "save", fail)
+        with pytest.raises(DataError, match="bad input"):
+            run(tmp_path, max_train_steps=3, overwrite_output_dir=True)
+    assert {path.read_bytes() for path in (tmp_path / "replaced-run").rglob("*") if path.is_file()} >= saved
+
+
 def test_a_run_that_saved_nothing_is_not_in_the_way(tmp_path, monkeypatch):
     with pytest.raises(NonFiniteError):
         run(tmp_path, nan_at=1)
@@ -364,7 +392,8 @@ def test_going_back_to_an_older_checkpoint(tmp_path, limit, caplog):
     whole = run(tmp_path / "whole", max_train_steps=6)
     seen = run(tmp_path, **again | {"resume_from_checkpoint": "latest"})
     assert seen.examples == whole.examples[3 * 8 :]
-    assert parent_of(tmp_path / "checkpoint-6") == identity_of(tmp_path / "checkpoint-3")
+    manifest = json.loads((tmp_path / "checkpoint-6/manifest.json").read_text())
+    assert manifest["parent"] == identity_of(tmp_path / "checkpoint-3")
 
 
 def test_looking_back_sets_nothing_aside(tmp_path):

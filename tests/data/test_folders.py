@@ -60,6 +60,24 @@ def test_jsonl(tmp_path, column):
     assert len(open_folder(tmp_path, max_samples=1)) == 1
 
 
+def test_the_column_that_names_the_picture(tmp_path):
+    """One that is asked for comes before file_name, and must be there."""
+    write(tmp_path, ["a.png", "b.png"])
+    rows = [
+        {"file_name": "a.png", "other": "b.png", "text": "x"},
+        {"file_name": "b.png", "other": "a.png", "text": "y"},
+    ]
+    lines(tmp_path / "metadata.jsonl", rows)
+    assert contents(open_folder(tmp_path, image_column="other")) == [("b.png", "x"), ("a.png", "y")]
+    assert contents(open_folder(tmp_path)) == [("a.png", "x"), ("b.png", "y")]
+    with pytest.raises(DataError, match=r"is othr, but .*file_name, other, text; give --image_column other$"):
+        open_folder(tmp_path, image_column="othr")
+    (tmp_path / "metadata.jsonl").unlink()
+    for captions in ("text", None):
+        with pytest.raises(DataError, match=r"--image_column other: .* holds pictures and no columns; leave it out"):
+            open_folder(tmp_path, image_column="other", caption_column=captions)
+
+
 def test_csv_in_subfolders(tmp_path):
     write(tmp_path, ["x/a.png", "y/images/b.png"])
     (tmp_path / "x" / "metadata.csv").write_text('file_name,caption\na.png,"one, with comma"\n', encoding="utf-8-sig")

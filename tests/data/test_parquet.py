@@ -186,8 +186,13 @@ def test_a_split_beside_a_file_of_none(tmp_path):
 
 def test_a_configuration_is_not_passed_over(tmp_path):
     pq.write_table(table(0, 1), tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"name cats chooses from a dataset of the Hub, not a folder: give .*/cats$"):
-        open_source(train_data_dir=tmp_path, dataset_config_name="cats")
+    for place, says in (
+        ({"train_data_dir": tmp_path}, r"name cats: .* has no README\.md that lists configurations; give .*/cats, if"),
+        ({"train_data_dir": tmp_path / "train.parquet"}, r"name cats: .*train\.parquet is one file; leave it out$"),
+        ({"dataset_name": "digits"}, r"name cats: the digits have one only; leave it out$"),
+    ):
+        with pytest.raises(DataError, match=says):
+            open_source(**place, dataset_config_name="cats")
 
 
 def test_captions_that_are_no_text(tmp_path):

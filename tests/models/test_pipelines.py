@@ -4,6 +4,8 @@ import inspect
 import json
 import logging
 import shutil
+from fnmatch import fnmatch
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -172,6 +174,47 @@ def test_names_of_files_on_the_hub(monkeypatch, tmp_path):
     assert hub.file_names("owner/model", "unet") == ["config.json", "diffusion_pytorch_model.fp16.safetensors"]
     online[0] = False
     assert hub.file_names("owner/model", "unet") == ["config.json"]
+
+
+def test_a_weights_file_on_the_hub(monkeypatch, tmp_path):
+    """A repository, its folder or its file, as users of Diffusers name a LoRA; only that file is downloaded."""
+    import huggingface_hub
+
+    here = ("a.safetensors", "sub/pytorch_lora_weights.safetensors", "sub/b.bin")
+    asked = []
+
+    def snapshot_download(name, revision=None, allow_patterns=None, dry_run=False):
+        assert name == "owner/dog.v1"
+        if dry_run:
+            return [type("File", (), {"filename": one}) for one in here if fnmatch(one, allow_patterns[0])]
+        asked.append(allow_patterns)
+        for one in here:
+            if any(fnmatch(one, pattern) for pattern in allow_patterns):
+                (tmp_path / one).parent.mkdir(exist_ok=True)
+                (tmp_path / one).write_text(one)
+        (tmp_path / "sub").mkdir(exist_ok=True)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+    def read(name):
+        return hub.weights_file(Path(name), "--lora", ("pytorch_lora_weights.safetensors",)).read_text()
+
+    assert read("owner/dog.v1/a.safetensors") == "a.safetensors"
+    assert read("owner/dog.v1/sub") == here[1]
+    assert asked == [
+        ["a.safetensors", "*.json"],
+        [f"sub/{one}" for one in ("pytorch_lora_weights.safetensors", "*.json")],
+    ]
+    for name, says in (
+        ("owner/dog.v1", r"--lora owner/dog.v1: holds no pytorch_lora.*; it holds a\.safetensors.*: name the file"),
+        ("owner/dog.v1/c.safetensors", r"holds no c\.safetensors; it holds a\.safetensors"),
+        ("owner/dog.v1/sub/b.bin", "is pickled"),
+        ("dog/a.safetensors", r"--lora dog/a\.safetensors: is not there: check the path"),
+        ("../owner/dog.v1", "is not there: check the path"),
+    ):
+        with pytest.raises(WeightsError, match=says):
+            read(name)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

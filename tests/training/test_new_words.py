@@ -151,7 +151,8 @@ def test_files_that_are_not_there(model, tmp_path):
             convert(model, tmp_path / "made", embeddings=[str(path)])
 
 
-def test_the_same_word_is_refused_in_training(model, tmp_path):
+def test_the_same_word_is_refused_in_training(model, tmp_path, caplog):
+    caplog.set_level("INFO")
     file = saved(tmp_path / "old.safetensors", QoldP=rows(2))
     made = convert(model, tmp_path / "made", embeddings=[str(file)])
     for word in ("dog", "<Old>", "<old>_1", "<old>_7"):
@@ -161,6 +162,8 @@ def test_the_same_word_is_refused_in_training(model, tmp_path):
         )  # fmt: skip
         with pytest.raises(ConfigError, match=f"--placeholder_token {word.lower()}: is in the tokenizer's vocabulary"):
             recipe.make_spec(config, recipe.open_run_source(config))
+        said = f"--placeholder_token {word}: the tokenizer reads small letters; the word is <old>"
+        assert (said in caplog.text) == (word == "<Old>")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flax_diffusion.core.data.cards import files_of
 from flax_diffusion.core.data.metadata import METADATA_FILES, Caption, read_metadata
-from flax_diffusion.core.data.sources import Record, Source, first_few
+from flax_diffusion.core.data.sources import DEFAULT_IMAGE_COLUMN, Record, Source, first_few
 from flax_diffusion.core.data.splits import is_beside_splits, of_split
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.files import walk
@@ -55,26 +56,29 @@ class FolderSource:
 def open_folder(
     root: Path,
     *,
-    image_column: str = "image",
+    image_column: str = DEFAULT_IMAGE_COLUMN,
     caption_column: str | None = "text",
     max_samples: int | None = None,
     cache_dir: Path | None = None,
+    config_name: str | None = None,
     split: str = "train",
 ) -> Source:
     """Open a folder of images or of Parquet files, or one Parquet file.
 
-    Subfolders are looked into (not links to folders), hidden files are not. Where folders or names of Parquet files
-    tell splits apart, those of one split are taken; see `splits.of_split`. Captions come from metadata.jsonl or
+    Subfolders are looked into (not links to folders), hidden files are not. If the README.md says which files belong to
+    a split, those are taken, see `cards.files_of`; else, where folders or names of Parquet files tell splits apart,
+    those of one split, see `splits.of_split`. Captions come from metadata.jsonl or
     metadata.csv, in any subfolder, whose column `file_name` (or `<image_column>_file_name`, or `image_column`) is
     relative to the metadata's own folder, in the order of its rows; else from the .txt file of each image, whole, in
     the order of the file names.
 
     Args:
         root: the folder or file.
-        image_column: in Parquet, and in metadata that has no `file_name`.
+        image_column: in Parquet, and in metadata; `image` means `file_name` there.
         caption_column: None for no captions: then every image is taken and metadata is not read.
         max_samples: the first so many; None for all.
         cache_dir: for unpacked Parquet.
+        config_name: configuration in the README.md; None for its default one.
         split: to take, where there are several.
 
     Returns:
@@ -92,27 +96,31 @@ def open_folder(
     if root.is_file():
         if root.suffix.lower() != ".parquet":
             raise DataError(f"{root} is a file; only a .parquet file may stand for a folder")
+        if config_name is not None:
+            raise DataError(f"--dataset_config_name {config_name}: {root} is one file; leave it out")
         return open_parquet([root], image_column, caption_column, max_samples, cache_dir)
 
     links: list[str] = []
     files = _files(root, links)
-    images = _images(files)
-    tables = [name for name in files if name.lower().endswith(".parquet")]
+    named = files_of(root, files, config_name, split)
+    wanted, split_told = (files, split) if named is None else (named, None)
+    images = _images(wanted)
+    tables = [name for name in wanted if name.lower().endswith(".parquet")]
     if tables and images:
         raise DataError(
             f"{root} holds both images and Parquet files ({first_few(tables)}); "
             "keep them in folders of their own, and metadata in metadata.jsonl or metadata.csv"
         )
-    _say_what_is_left_out(root, files, links)
+    _say_what_is_left_out(root, wanted, links)
     if tables:
-        tables = of_split(root, tables, split)
+        tables = of_split(root, tables, split_told)
         return open_parquet([root / name for name in tables], image_column, caption_column, max_samples, cache_dir)
-    metadata = [name for name in files if os.path.basename(name) in METADATA_FILES]
+    metadata = [name for name in wanted if os.path.basename(name) in METADATA_FILES]
     if not images and not metadata:
         raise DataError(
             f"{root} holds no images; looked for {' '.join(IMAGE_EXTENSIONS)} and .parquet{_found(files, links)}"
         )
-    return _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split)
+    return _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split_told)
 
 
 def _open_pictures(
@@ -123,8 +131,10 @@ def _open_pictures(
     image_column: str,
     caption_column: str | None,
     max_samples: int | None,
-    split: str,
+    split: str | None,
 ) -> FolderSource:
+    if not metadata and image_column != DEFAULT_IMAGE_COLUMN:
+        raise DataError(f"--image_column {image_column}: {root} holds pictures and no columns; leave it out")
     if caption_column is None:
         return FolderSource(root, of_split(root, images, split)[:max_samples], None)
     if metadata:

@@ -9,7 +9,7 @@ import datasets
 from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from flax_diffusion.core.data.sources import Record, require_column, whole_caption
+from flax_diffusion.core.data.sources import DEFAULT_IMAGE_COLUMN, Record, require_column, whole_caption
 from flax_diffusion.core.errors import DataError
 
 _CACHES = (HF_DATASETS_CACHE, DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
@@ -51,7 +51,7 @@ def open_hub(
     name: str,
     *,
     config_name: str | None = None,
-    image_column: str = "image",
+    image_column: str = DEFAULT_IMAGE_COLUMN,
     caption_column: str | None = "text",
     max_samples: int | None = None,
     cache_dir: str | Path | None = None,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flax_diffusion.core.data.sources import first_few, require_column
+from flax_diffusion.core.data.sources import DEFAULT_IMAGE_COLUMN, first_few, require_column
 from flax_diffusion.core.errors import DataError, shown
 from flax_diffusion.core.untrusted import open_text, parse_json, path_below, path_inside
 
@@ -35,7 +35,7 @@ def read_metadata(
         root: the folder.
         metadata: its metadata files, relative to it.
         images: its pictures, relative to it.
-        image_column: of the file's name, where there is no `file_name`.
+        image_column: of the file's name; `image`, the default, means `file_name` where there is one.
         caption_column: of the caption.
 
     Returns:
@@ -79,8 +79,12 @@ def _captions(root: Path, file: str, image_column: str, caption_column: str) -> 
     where = str(root / file)
     rows = _read_csv(root / file) if file.endswith(".csv") else _read_jsonl(root / file)
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    spellings = ("file_name", f"{image_column}_file_name", image_column)
+    spellings = (f"{image_column}_file_name", image_column)
     file_column = next((column for column in spellings if column in columns), None)
+    if image_column == DEFAULT_IMAGE_COLUMN:
+        file_column = "file_name" if "file_name" in columns else file_column
+    elif file_column is None:
+        require_column(image_column, columns, option="image_column", where=where)
     if file_column is None:
         raise DataError(f"{where} has no column file_name; it has {', '.join(columns) or 'no rows'}")
     others = [column for column in columns if column != file_column]

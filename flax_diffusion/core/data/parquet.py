@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from flax_diffusion.core.data.sources import Record, first_few, require_column, whole_caption
+from flax_diffusion.core.data.sources import DEFAULT_IMAGE_COLUMN, Record, first_few, require_column, whole_caption
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.files import absolute, is_local, user_cache, version_of
 from flax_diffusion.core.untrusted import LFS_POINTER, path_below
@@ -66,7 +66,7 @@ class ParquetSource:
 
 def open_parquet(
     files: list[Path],
-    image_column: str = "image",
+    image_column: str = DEFAULT_IMAGE_COLUMN,
     caption_column: str | None = "text",
     max_samples: int | None = None,
     cache_dir: Path | None = None,

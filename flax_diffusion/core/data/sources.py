@@ -12,6 +12,7 @@ from PIL import Image
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.files import as_path
 
+DEFAULT_IMAGE_COLUMN = "image"
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -54,7 +55,7 @@ def open_source(
     dataset_name: str | None = None,
     dataset_config_name: str | None = None,
     train_data_dir: str | Path | None = None,
-    image_column: str = "image",
+    image_column: str = DEFAULT_IMAGE_COLUMN,
     caption_column: str | None = "text",
     max_train_samples: int | None = None,
     cache_dir: str | Path | None = None,
@@ -65,7 +66,7 @@ def open_source(
     Args:
         dataset_name: `digits` (scikit-learn's 1,797 scans of 8x8 pixels, offline), a local folder, `imagefolder`
             (the folder is `train_data_dir`), or the id of a dataset on the Hugging Face Hub.
-        dataset_config_name: configuration of a Hub dataset that has several.
+        dataset_config_name: configuration of a Hub dataset, or of a copy of one, that has several.
         train_data_dir: folder of images, or folder or file of Parquet; see `folders.open_folder`.
         image_column: column of the picture in Parquet and Hub datasets.
         caption_column: column of the caption, a string or a list of them; None trains without captions.
@@ -89,9 +90,8 @@ def open_source(
         )
     if dataset_name is not None and dataset_name != "digits" and as_path(dataset_name).is_dir():
         dataset_name, train_data_dir = None, dataset_name
-    if dataset_config_name is not None and (train_data_dir is not None or dataset_name == "digits"):
-        place = "the digits" if train_data_dir is None else f"a folder: give {train_data_dir}/{dataset_config_name}"
-        raise DataError(f"--dataset_config_name {dataset_config_name} chooses from a dataset of the Hub, not {place}")
+    if dataset_config_name is not None and dataset_name == "digits":
+        raise DataError(f"--dataset_config_name {dataset_config_name}: the digits have one only; leave it out")
     if max_train_samples is not None and max_train_samples < 1:
         raise DataError(f"--max_train_samples {max_train_samples}: must be 1 or more, or left out for all")
 
@@ -104,6 +104,7 @@ def open_source(
             caption_column=caption_column,
             max_samples=max_train_samples,
             cache_dir=None if cache_dir is None else Path(cache_dir),
+            config_name=dataset_config_name,
             split=split,
         )
     if dataset_name is None:

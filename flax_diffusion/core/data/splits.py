@@ -26,13 +26,13 @@ _BESIDE = {"", "partial", "image", "images", "img", "imgs", "picture", "pictures
 """Words that may stand beside a split's in the name of a folder; among others it is a name like any."""
 
 
-def of_split(root: Path, names: Sequence[str], split: str) -> list[str]:
+def of_split(root: Path, names: Sequence[str], split: str | None) -> list[str]:
     """Choose the files of one split, if splits are what the names tell apart.
 
     Args:
         root: the dataset's folder, for messages.
         names: of pictures, or of Parquet files, relative to it.
-        split: to choose, such as `train`.
+        split: to choose, such as `train`; None for all, whatever their names are.
 
     Returns:
         All names, where there is one split or none; else those of the split.
@@ -40,6 +40,8 @@ def of_split(root: Path, names: Sequence[str], split: str) -> list[str]:
     Raises:
         DataError: there are others and not this one, or files of splits lie beside files of none.
     """
+    if split is None:
+        return list(names)
     of = [_by_folder(name, split) or (_by_name(name) if name.lower().endswith(".parquet") else None) for name in names]
     if not any(of):
         # A picture of a train, or of a test: only where every picture's name tells a split, they are meant so.
@@ -64,17 +66,17 @@ def of_split(root: Path, names: Sequence[str], split: str) -> list[str]:
     return chosen
 
 
-def is_beside_splits(name: str, split: str) -> bool:
+def is_beside_splits(name: str, split: str | None) -> bool:
     """Whether a file lies in no split's folder."""
     return _by_folder(name, split) is None
 
 
-def _by_folder(name: str, split: str) -> str | None:
+def _by_folder(name: str, split: str | None) -> str | None:
     """The split that a folder in a path is of."""
     for folder in PurePosixPath(name).parts[:-1]:
         words = [word for word in _parts(folder) if word not in _BESIDE]
         if len(words) == 1 and (words[0] in _SPLIT_OF or folder == split):
-            return _SPLIT_OF.get(words[0], split)
+            return _SPLIT_OF.get(words[0], folder)
     return None
 
 
