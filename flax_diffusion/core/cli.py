@@ -18,7 +18,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from flax_diffusion.core.config import TrainConfig
-from flax_diffusion.core.errors import ConfigError, UserError, nearest
+from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
 from flax_diffusion.core.files import as_path
 from flax_diffusion.core.options import (
     Given,
@@ -114,7 +114,8 @@ def read_yaml(path: str | Path) -> Recipe:
     except ValueError as error:
         raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-        raise ConfigError(f"--config {path}: holds {type(values).__name__}, must be a mapping of option: value")
+        held = "is empty" if values is None else f"holds {shown(values)}"
+        raise ConfigError(f"--config {path}: {held}, must be a mapping of option: value")
     return Recipe(values, written)
 
 

@@ -142,9 +142,14 @@ def parse_yaml(text: str, *, words: bool = False) -> Any:
         _check_events(text)
         loader = (_WordLoader if words else _Loader)(text)
         return loader.get_single_data()
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-        # The last three are PyYAML's for scalars that are not of the type that their tag says.
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ValueError(f"{error.problem}{place}") from error
+    except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
+    except (AttributeError, KeyError, TypeError) as error:  # so PyYAML itself fails at such a scalar
+        raise ValueError("a value is not of the type that its tag says") from error
 
 
 def _check_events(text: str) -> None:

@@ -88,7 +88,8 @@ class FlaxSchedulerConfig:
         check_values(type(self), {name: getattr(self, name) for name in self.field_names()})
         if self.dtype not in (jnp.float32, jnp.float64):
             raise ConfigError(
-                f"dtype is {self.dtype}; scheduler tables need float32 or float64 (samples may be bfloat16)"
+                f"dtype is {jnp.dtype(self.dtype).name}; scheduler tables need float32 or float64 (samples may be "
+                "bfloat16)"
             )
         if self.dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
             raise ConfigError("dtype is float64 but JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or use float32")

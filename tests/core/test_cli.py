@@ -98,8 +98,10 @@ def test_mistakes_are_one_line_with_the_fix(argv, says):
     [
         ("learning_rat: 1\n", r"recipe.yaml: unknown option 'learning_rat'; did you mean 'learning_rate'\?"),
         ("dataset_name: digits\nlearning_rate: fast\n", r"recipe.yaml: --learning_rate: .*got 'fast'"),
-        ("- a\n- b\n", "holds list, must be a mapping"),
-        ("a: [\n", "not valid YAML"),
+        ("- a\n- b\n", r"holds \['a', 'b'\], must be a mapping of option: value$"),
+        ("", "is empty, must be a mapping of option: value$"),
+        ("a: [\n", "not valid YAML: expected the node content, but found '<stream end>', line 2, column 1$"),
+        ("a: !!bool x\n", "not valid YAML: a value is not of the type that its tag says$"),
         ("task: text_to_image\ndataset_name: digits\n", "task unconditional on the command line, text_to_image in"),
         ("!!python/object/apply:os.system ['true']\n", "not valid YAML"),
     ],

@@ -191,7 +191,9 @@ def _read_text(path: Path, example: str) -> str:
     try:
         return " ".join(read_text(path, MAX_CAPTION_BYTES).split())
     except (OSError, ValueError) as error:
-        raise DataError(f"caption file {path} cannot be read ({error}); it must be UTF-8 text", example) from error
+        raise DataError(
+            f"caption file {path} cannot be read ({error}); it must be UTF-8 text of at most 1 MiB", example
+        ) from error
 
 
 def _require_captions(root: Path, images: list[str], captioned: set[str]) -> None:

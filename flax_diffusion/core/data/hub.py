@@ -81,7 +81,7 @@ def open_hub(
     except Exception as error:  # the library lets its network, file-system and parsing layers' errors through
         raise DataError(
             f"dataset {name} (split {split}) cannot be loaded ({type(error).__name__}: {error}); check the id, the "
-            "split and the network, or give a local folder as train_data_dir"
+            "split and the network, or give a local folder by --train_data_dir"
         ) from error
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"dataset {name}, split {split} is no table of rows; name one split")
@@ -107,13 +107,13 @@ def open_hub(
 def _check_types(dataset: datasets.Dataset, name: str, image_column: str, caption_column: str | None) -> None:
     kind = dataset.features[image_column]
     if not isinstance(kind, datasets.Image) and getattr(kind, "dtype", None) not in ("string", "binary"):
-        raise DataError(f"image_column {image_column} of dataset {name} is {kind}; it must hold images")
+        raise DataError(f"--image_column {image_column} of dataset {name} is {kind}; it must hold images")
     if caption_column is None:
         return
     kind = dataset.features[caption_column]
     if getattr(getattr(kind, "feature", kind), "dtype", None) not in ("string", "large_string"):
         raise DataError(
-            f"caption_column {caption_column} of dataset {name} is {kind}; it must be text or a list of texts"
+            f"--caption_column {caption_column} of dataset {name} is {kind}; it must be text or a list of texts"
         )
     missing = dataset.data.column(caption_column).null_count
     if missing:

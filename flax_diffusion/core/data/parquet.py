@@ -116,9 +116,9 @@ def _check(file: Path, columns: dict[str, str]) -> int:
         require_column(column, schema.names, option=option, where=str(file), likely=likely)
         kind = schema.field(column).type
         if role == "image" and not (_is_bytes(kind) or _is_text(kind) or _is_image_struct(kind)):
-            raise DataError(f"{option} {column} in {file} is of type {kind}; it must hold image files or their paths")
+            raise DataError(f"--{option} {column} in {file} is of type {kind}; it must hold image files or their paths")
         if role == "caption" and not (_is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))):
-            raise DataError(f"{option} {column} in {file} is of type {kind}; it must be text or a list of texts")
+            raise DataError(f"--{option} {column} in {file} is of type {kind}; it must be text or a list of texts")
     return count
 
 
