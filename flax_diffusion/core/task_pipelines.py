@@ -38,6 +38,7 @@ def autoencoder(config: AutoencoderConfig) -> PipelineSpec:
     if config.pretrained_model_name_or_path:
         vae = _pretrained(config, _autoencoder_part(config), "AutoencoderKL", train=True)
     else:
+        assert config.vae is not None
         vae = Component(kind="AutoencoderKL", config=_read_config(config.vae, "--vae"), train=True)
     check_variant([vae], config.variant)
     vae = _sized(vae, config.resolution)
@@ -87,6 +88,8 @@ def text_to_image(config: TextConfig, captions: Iterable[str], made_before: Path
         unet = _pretrained(config, "unet", "UNet2DConditionModel", train=True)
     else:
         assert isinstance(config, TextToImageConfig)
+        assert config.text_encoder is not None
+        assert config.unet is not None
         encoder = Component(
             kind="CLIPTextModel", config=_read_config(config.text_encoder, "--text_encoder"), train=True
         )
@@ -204,12 +207,10 @@ def _vae(source: str) -> Component:
         return read_component(folder, "AutoencoderKL", source, None, None, None)
 
 
-def _read_config(given: dict[str, Any] | str | None, option: str) -> dict[str, Any]:
+def _read_config(given: dict[str, Any] | str, option: str) -> dict[str, Any]:
     """A model config from a mapping, a .json file, or a folder or Hub id that holds config.json."""
     if isinstance(given, dict):
         values = given
-    elif given is None:
-        raise ConfigError(f"{option}: give a mapping, a .json file, or a folder that holds config.json")
     else:
         _check_part(given, option, option.removeprefix("--"))
         with naming(option):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from flax_diffusion.core import checkpoints
+from flax_diffusion.core import checkpoints, portable
 from flax_diffusion.core.errors import CheckpointError
 
 
@@ -150,3 +150,11 @@ def test_a_run_with_damaged_ones_alone_does_not_start_anew(run, tmp_path_factory
         shutil.rmtree(folder)
     with pytest.raises(CheckpointError, match=r"no checkpoint is whole \(checkpoint-100.damaged was set aside\)"):
         checkpoints.newest_whole(run)
+
+
+def test_a_folder_that_holds_no_arrays(run):
+    for read in (portable.read, portable.shapes):
+        with pytest.raises(
+            CheckpointError, match=r"checkpoint-5: not a complete checkpoint \(.*\); resume from anothe"
+        ):
+            read(run / "checkpoint-5")

@@ -12,7 +12,7 @@ from recorder import Idle
 from tiny import RUN, UNET, pictures
 
 from flax_diffusion.core import output_folder
-from flax_diffusion.core.checkpoints import identity_of
+from flax_diffusion.core.checkpoints import identity_of, seal
 from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from flax_diffusion.core.loop import fit
 from flax_diffusion.core.preemption import Preempted, Preemption
@@ -289,6 +289,24 @@ def test_an_overwritten_run_whose_move_was_cut_off_loses_nothing(tmp_path, monke
         with pytest.raises(DataError, match="bad input"):
             run(tmp_path, max_train_steps=3, overwrite_output_dir=True)
     assert {path.read_bytes() for path in (tmp_path / "replaced-run").rglob("*") if path.is_file()} >= saved
+
+
+def test_a_file_is_no_output_folder(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(ConfigError, match=r"--output_dir .*notes: is a file; name a folder$"):
+        run(tmp_path / "notes")
+
+
+def test_a_checkpoint_that_does_not_say_its_step(tmp_path):
+    run(tmp_path, max_train_steps=2)
+    folder = tmp_path / "checkpoint-2"
+    metadata = json.loads((folder / "metadata.json").read_text())
+    del metadata["examples_seen"]
+    (folder / "metadata.json").write_text(json.dumps(metadata))
+    (folder / "manifest.json").unlink()
+    seal(folder.rename(tmp_path / "checkpoint-2.partial").with_name("checkpoint-2"))
+    with pytest.raises(CheckpointError, match=r"checkpoint-2: its metadata lacks 'examples_seen'; resume from another"):
+        run(tmp_path, max_train_steps=3, resume_from_checkpoint="latest")
 
 
 def test_a_run_that_saved_nothing_is_not_in_the_way(tmp_path, monkeypatch):

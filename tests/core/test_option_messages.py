@@ -1,10 +1,11 @@
 """What a wrong option is told: its name as given, the rule, the value, the fix; and what is in vain, once."""
 
+import json
 import logging
 import os
 
 import pytest
-from tiny import pictures, stable_diffusion
+from tiny import VAE, pictures, stable_diffusion
 
 from flax_diffusion.core import cli, recipe
 from flax_diffusion.core.data.check import check_source
@@ -110,6 +111,20 @@ def test_concepts_in_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--rank 4", "--rank adapts a model: give --pretrained_model_name_or_path$"),
+        ("--unet u --text_encoder t", "--vae pretrained needs --pretrained_model_name_or_path: give a VAE's folder"),
+        ("--unet u --text_encoder t --vae null", "a text encoder made from scratch must train: add --train_text_enc"),
+        ("--pretrained_model_name_or_path m --text_encoder t", "--text_encoder is for training from scratch: drop it"),
+    ],
+)
+def test_what_text_to_image_starts_from(words, says):
+    with pytest.raises(ConfigError, match=says):
+        cli.parse_train(["text_to_image", "--train_data_dir", "d", *words.split()], "train")
+
+
+@pytest.mark.parametrize(
     ("text", "says"),
     [
         ("use_ema: maybe", r"recipe.yaml: --use_ema: must be true or false, got 'maybe'$"),
@@ -161,6 +176,8 @@ def test_a_mistake_is_where_it_was_made(tmp_path):
         ("textual_inversion --rank 4", "text_to_image and dreambooth have it, textual_inversion has not; drop it$"),
         ("unconditional --no_train_text_encoder", "text_to_image and dreambooth have it, unconditional has not; drop"),
         ("text_to_image --placeholder_token <x>", "textual_inversion has it, text_to_image has not; drop it$"),
+        ("unconditional --scale_lr --global_batch_size 8", "--scale_lr multiplies by the batch a device: drop it or"),
+        ("unconditional --cache_latents", "crops at random would differ .*: add --center_crop, or --resize_mode str"),
         ("unconditional --push_to_hub", "unknown option '--push_to_hub'; --help lists those there are$"),
     ],
 )
@@ -308,6 +325,8 @@ def test_step_rules_that_are_no_rates(rules):
         ),
         ("text_to_image --resolution 15", "^--resolution 15: must be a multiple of 2, by .* divides it: 14 or 16$"),
         ("autoencoder --vae MODEL", "^--vae .*: is a whole pipeline; give its folder .*/vae$"),
+        ("text_to_image --vae WIDE", "the VAE has 8 latent channels, the UNet takes 4: use a pair made for each other"),
+        ("unconditional --cache_latents --center_crop --resolution 64", "--cache_latents: the model trains on pixels"),
         ("unconditional --unet MODEL", "^--unet .*: is a whole pipeline; give its folder .*/unet$"),
         ("dreambooth --instance_data_dir nowhere", "^--instance_data_dir: nowhere does not exist"),
         ("textual_inversion --train_data_dir nowhere", "^--train_data_dir: nowhere does not exist"),
@@ -316,7 +335,12 @@ def test_step_rules_that_are_no_rates(rules):
 def test_what_is_wrong_with_a_path_names_the_option(model, tmp_path, monkeypatch, words, says):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = pictures(tmp_path / "data", 1)
-    task, *rest = words.replace("MODEL", str(model)).replace("DATA", str(folder)).split()
+    (tmp_path / "wide").mkdir()
+    (tmp_path / "wide/config.json").write_text(json.dumps(VAE | {"latent_channels": 8}))
+    places = {"MODEL": model, "DATA": folder, "WIDE": tmp_path / "wide"}
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    task, *rest = words.split()
     start = [] if task in ("unconditional", "autoencoder") else ["--pretrained_model_name_or_path", str(model)]
     data = "--instance_data_dir" if task == "dreambooth" else "--train_data_dir"
     config = cli.parse_train(

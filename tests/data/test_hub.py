@@ -82,3 +82,13 @@ def test_not_to_be_had_offline(monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"dataset nobody/nothing \(split train\) cannot be loaded") as caught:
         open_source(dataset_name="nobody/nothing", cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_picture_or_no_table(monkeypatch):
+    serve(monkeypatch, {"image": [*pictures(1), None], "text": ["a", "b"]})
+    with pytest.raises(DataError, match=r"^x/y\[1\] holds no image; use another dataset, or skip bad images$"):
+        open_source(dataset_name="x/y")[1]
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: splits)
+    with pytest.raises(DataError, match=r"^dataset x/y, split train is no table of rows; name one split$"):
+        open_source(dataset_name="x/y")

@@ -6,6 +6,8 @@ import logging
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ import torch_backend.generate
 import torch_backend.train
 from flax_diffusion import models
 from flax_diffusion.core import cli, hub, pipeline, task_pipelines
+from flax_diffusion.core.adapters import LoraLayer, Overlay
 from flax_diffusion.core.checkpoints import require_whole
 from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
 from flax_diffusion.core.pipeline import open_pipeline
@@ -174,6 +177,52 @@ def test_names_of_files_on_the_hub(monkeypatch, tmp_path):
     assert hub.file_names("owner/model", "unet") == ["config.json", "diffusion_pytorch_model.fp16.safetensors"]
     online[0] = False
     assert hub.file_names("owner/model", "unet") == ["config.json"]
+
+
+def test_what_the_hub_refuses(monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    answer: Any = SimpleNamespace(headers={}, request=None)
+    for error, says in (
+        (
+            RevisionNotFoundError("no", response=answer),
+            r"^owner/model has no revision 'v9' on the Hub: check its branches$",
+        ),
+        (
+            RepositoryNotFoundError("no", response=answer),
+            "^owner/model is neither a folder nor a repository on the Hub that you",
+        ),
+    ):
+
+        def refuse(*arguments, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+        with pytest.raises(WeightsError, match=says):
+            hub.resolve("owner/model", "unet", "v9")
+
+
+def test_files_that_are_not_what_their_names_say(tmp_path):
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(WeightsError, match=r"config\.json holds a list, not a JSON object: fetch the file again$"):
+        hub.read_json(tmp_path / "config.json")
+    header = b'{"a":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    tensor = hub.read_safetensors(tmp_path / "model.safetensors")["a"]
+    with pytest.raises(WeightsError, match=r"model\.safetensors: a cannot be read \(.*\): save it as float32$"):
+        tensor.array()
+
+
+def test_what_differs_must_fit_the_weights():
+    table = {"text_model.embeddings.token_embedding.weight": np.zeros((9, 4), np.float32)}
+    with pytest.raises(
+        WeightsError, match=r"^m: its embedding table is \(9, 4\), and the new words are of 5 features b"
+    ):
+        Overlay(rows=np.zeros((1, 5), np.float32), first=9).apply(table, "m")
+    layer = LoraLayer(down=np.zeros((2, 3), np.float32), up=np.zeros((3, 2), np.float32), alpha=1.0)
+    with pytest.raises(WeightsError, match=r"^m: has no to_q.weight of the size that the LoRA has: use its own model$"):
+        Overlay(loras=(({"to_q": layer}, 1.0),)).apply(table, "m")
 
 
 def test_a_weights_file_on_the_hub(monkeypatch, tmp_path):
