@@ -136,10 +136,12 @@ def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
     new = spec.components["text_encoder"].new_tokens
     assert new is not None
     words = read_words(run)
-    if {word: len(rows) for word, rows in words.items()} != {new.placeholder: len(new.tokens)}:
+    counts = {word: len(rows) for word, rows in words.items()}
+    if counts != {new.placeholder: len(new.tokens)}:
+        held = ", ".join(f"{word} of {count}" for word, count in counts.items())
         raise WeightsError(
             f"{run}: its config.yaml says the word {new.placeholder} of {len(new.tokens)} vectors, and its file has "
-            f"{', '.join(words)}: give the model by --model and the file by --embeddings"
+            f"{held}: give the model by --model and the file by --embeddings"
         )
     return _with_rows(spec, Overlay(rows=words[new.placeholder], first=new.first))
 

@@ -1,5 +1,7 @@
 """Between formats: checkpoints into pipelines, msgpack and back, LoRA under every name, what does not fit."""
 
+import json
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -125,6 +127,20 @@ def test_single_files_that_do_not_fit(model, tmp_path):
     deeper = stable_diffusion(tmp_path / "deeper", vae={"layers_per_block": 2}, unet=TWO_LEVELS)
     with pytest.raises(WeightsError, match=r"model\.safetensors does not fit .* missing decoder\.up_blocks"):
         convert(deeper, tmp_path / "d", checkpoint=str(file))
+
+
+def test_pipelines_that_no_single_file_holds(model, tmp_path):
+    odd = stable_diffusion(tmp_path / "odd", unet=TWO_LEVELS | {"layers_per_block": [1, 1]})
+    with pytest.raises(
+        ConfigError, match=r"^single files hold UNets with one layers_per_block, this one has \[1, 1\]$"
+    ):
+        convert(odd, tmp_path / "a", format="single_file")
+    index = json.loads((odd / "model_index.json").read_text())
+    (odd / "model_index.json").write_text(json.dumps(index | {"vae": [None, None]}))
+    with pytest.raises(
+        ConfigError, match=r"^single files hold a Stable Diffusion pipeline with an autoencoder, this is"
+    ):
+        convert(odd, tmp_path / "b", format="single_file")
 
 
 def test_what_cannot_be_converted(model, tmp_path):

@@ -1,6 +1,8 @@
 """What `generate` draws from: runs and checkpoints, LoRA and new words, of other sizes; what it writes, and when."""
 
+import json
 import resource
+import shutil
 import sys
 
 import numpy as np
@@ -154,7 +156,17 @@ def test_runs_that_cannot_be_drawn_from(model, lora, inversion, digits, folder, 
         "autoencoder", train_data_dir=str(folder), vae=VAE, resolution=16, train_batch_size=2, max_train_steps=1,
         lr_warmup_steps=0, report_to="none", output_dir=str(tmp_path / "vae"),
     )  # fmt: skip
+    less = config("less", inversion, num_vectors=1)
+    (less / "learned_embeds.safetensors").write_bytes((inversion / "learned_embeds.safetensors").read_bytes())
+    plain = config("plain", lora, train_text_encoder=False)
+    shutil.copytree(lora / "checkpoint-1", plain / "checkpoint-1")
+    inpainting = shutil.copytree(model, tmp_path / "inpainting")
+    unet = json.loads((inpainting / "unet/config.json").read_text())
+    (inpainting / "unet/config.json").write_text(json.dumps(unet | {"in_channels": 9}))
     for source, says in (
+        (less, "says the word <dog> of 1 vectors, and its file has <dog> of 2: give the model by --model and the file"),
+        (plain / "checkpoint-1", r"trained a text_encoder, and the config\.yaml of its run does not: use its own$"),
+        (inpainting, "its UNet has in_channels 9 and out_channels 4; inpainting models are not drawn from yet"),
         (copied("file", lora, "pytorch_lora_weights.safetensors"), "give it by --lora, and its model by --model"),
         (copied("word", inversion, "learned_embeds.safetensors"), "give it by --embeddings, and its model by --model"),
         (started, r"started: is a run that has written no model yet: give one of its checkpoints: .*checkpoint-7$"),
@@ -167,6 +179,12 @@ def test_runs_that_cannot_be_drawn_from(model, lora, inversion, digits, folder, 
     ):
         with pytest.raises(UserError, match=says):
             jax_generate(source, prompt=PROMPT)
+    for source, words, says in (
+        (digits, inversion, "a DDPMPipeline takes no prompts, so no new words$"),
+        (model, f"{inversion}: ", r"--embeddings .*: : is no word that the tokenizer takes: name another, PATH:WORD$"),
+    ):
+        with pytest.raises(UserError, match=says):
+            jax_generate(source, prompt=[] if source is digits else PROMPT, embeddings=words)
 
 
 def test_sizes_equal_diffusers(model):
