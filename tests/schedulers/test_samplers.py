@@ -130,6 +130,7 @@ def test_training_on_another_scheduler(tmp_path, backend, scheduler, caplog):
         ({"timestep_spacing": "trailin"}, "timestep_spacing is 'trailin'; it must be .*; did you mean 'trailing'"),
         ({"_class_name": "DDPMScheduler", "variance_type": "fixed"}, "variance_type is 'fixed'; it must be"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine' is unknown; use one of linear"),
+        ({"lambda_min_clipped": "x"}, "scheduler config: lambda_min_clipped is 'x'; it must be a valid number"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": 5.0},
             r"lambda_min_clipped is 5\.0, the largest λ of this noise schedule is 3\.53: lower it \(-5\.1 suits",
