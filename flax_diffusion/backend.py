@@ -64,7 +64,7 @@ class JaxBackend:
     def __init__(
         self, config: TrainConfig, spec: PipelineSpec, devices: Sequence[Any] | None = None, dtype: Any = jnp.float32
     ):
-        refuse(config, PYTORCH_ONLY, "PyTorch")
+        self.check_options(config)
         if config.set_grads_to_none:
             log.info("--set_grads_to_none: nothing to do, JAX keeps no gradients between steps")
         self.config, self.spec = config, spec
@@ -86,6 +86,11 @@ class JaxBackend:
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self.state: TrainState
         self.frozen: Params
+
+    @staticmethod
+    def check_options(config: TrainConfig) -> None:
+        """Refuses options that only PyTorch has."""
+        refuse(config, PYTORCH_ONLY, "PyTorch")
 
     def init_state(self) -> int:
         """Loads or draws the weights straight onto their shards."""
@@ -318,9 +323,11 @@ def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) 
         items = checkpointer.metadata(absolute(folder)).item_metadata
     except (FileNotFoundError, KeyError, ValueError) as error:
         raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error
-    saved = items["state"] if items is not None else None
+    saved = items["state"] if items is not None and "state" in items else None
     if saved is None:
-        raise CheckpointError(f"{folder}: not a checkpoint of this backend: it holds no `state`; resume from another")
+        raise CheckpointError(
+            f"{folder}: not a complete checkpoint (its `state` is missing or has no _METADATA); resume from another"
+        )
     check_same_shapes(_shapes(saved), _shapes(target), folder)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from flax_diffusion.adapters import interceptor
 from flax_diffusion.core import samplers
-from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.errors import unknown
 from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.core.pipeline import Component, PipelineSpec
 from flax_diffusion.core.typed import Checkpointing
@@ -159,9 +159,6 @@ def build_modules(
             options["gradient_checkpointing"] = gradient_checkpointing
         return _CLASSES[component.kind].from_config(component.config, **options)
 
-    for name, component in spec.components.items():
-        if component.kind not in _CLASSES:
-            raise ConfigError(f"{name}: {component.kind} has no Flax class; known are {', '.join(_CLASSES)}")
     schedule: dict[str, Any] = {}
     if spec.scheduler:
         kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}

@@ -122,7 +122,9 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
                     "to 0 in the model's config"
                 )
             if component.lora is not None and component.lora.dropout:
-                raise ConfigError("--lora_dropout draws different masks on the two backends: set it to 0")
+                raise ConfigError(
+                    f"--lora_dropout {component.lora.dropout} draws different masks on the two backends: set it to 0"
+                )
         ours = JaxBackend(config, spec, jax.devices()[:1], np.dtype(dtype))
         theirs = TorchBackend(config, spec, getattr(torch, dtype))
         backends: tuple[Backend, Backend] = (ours, theirs)

@@ -50,15 +50,15 @@ class TorchBackend:
     command = "python -m torch_backend.train"
 
     def __init__(self, config: TrainConfig, spec: PipelineSpec, dtype: torch.dtype = torch.float32):
-        options.check(config)
+        self.check_options(config)
         self.config, self.spec, self.dtype = config, spec, dtype
         AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
         self.accelerator = make_accelerator(config)
         kind = self.accelerator.distributed_type
         if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and spec.adapted:
             raise ConfigError(
-                f"LoRA and textual inversion under {kind.value}: what they train is small, there is nothing to divide; "
-                "use plain processes: accelerate launch -m torch_backend.train"
+                f"LoRA and textual inversion do not go with {kind.value}: what they train is too small to divide; use "
+                "accelerate launch --multi_gpu -m torch_backend.train, or python -m torch_backend.train for one device"
             )
         self.process_index: int = self.accelerator.process_index
         self.process_count: int = self.accelerator.num_processes
@@ -71,6 +71,11 @@ class TorchBackend:
         self._host_copy: dict[str, Tensor] = {}  # of the state, on the host
         self._hosts: Any = None  # all processes, on their CPUs
         self._gone: set[str] = set()  # frozen components that wait on the host
+
+    @staticmethod
+    def check_options(config: TrainConfig) -> None:
+        """Refuses what this backend, this machine or this installation does not have."""
+        options.check(config)
 
     def init_state(self) -> int:
         """Loads or draws the weights and wraps them as Accelerate's configuration says."""

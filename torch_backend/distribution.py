@@ -32,8 +32,12 @@ def make_accelerator(config: TrainConfig) -> Any:
         accelerator: Any = Accelerator(
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
         )
-    except (ImportError, ValueError) as error:  # a package that is missing, values that contradict each other
-        raise ConfigError(f"Accelerate's configuration does not work here: {error}") from error
+    except (ImportError, KeyError, ValueError) as error:  # a package that is missing, values that it does not know
+        reason = f"{error} is no value it knows" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise ConfigError(
+            f"Accelerate's configuration does not work here: {reason}; correct it in the file that accelerate launch "
+            "reads, or run accelerate config"
+        ) from error
     kind = accelerator.distributed_type
     if kind in (DistributedType.MEGATRON_LM, DistributedType.XLA):
         raise ConfigError(
@@ -56,7 +60,10 @@ def _set_up_deepspeed(accelerator: Any, config: TrainConfig) -> None:
             "it, or use FSDP"
         )
     if config.skip_nonfinite:
-        raise ConfigError("--skip_nonfinite does not go with DeepSpeed, which takes the step by itself: drop it")
+        raise ConfigError(
+            f"--skip_nonfinite {config.skip_nonfinite} does not go with DeepSpeed, which takes the step by itself: "
+            "drop it"
+        )
     values = accelerator.state.deepspeed_plugin.deepspeed_config
     if values["zero_optimization"]["stage"] not in (1, 2):
         raise ConfigError(

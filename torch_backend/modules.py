@@ -103,7 +103,7 @@ class Modules:
         raise unknown("prediction_type", kind, PREDICTION_TYPES)
 
 
-_MALFORMED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RuntimeError)
+_MALFORMED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, NameError, RuntimeError)
 """What PyTorch's classes raise for configs with values of other types or sizes than they have."""
 
 
@@ -121,12 +121,10 @@ def build_modules(
 
     Raises:
         ConfigError: For a config that the PyTorch class does not take.
-        WeightsError: For weights that do not fit, or no class of that name.
+        WeightsError: For weights that do not fit.
     """
     by_name = {}
     for name, component in spec.components.items():
-        if component.kind not in _CLASSES:
-            raise ConfigError(f"{name}: {component.kind} has no class here; known are {', '.join(_CLASSES)}")
         module = load(component) if component.weights or component.overlay else _draw(component, seed)
         wide = component.train or component.config.get("force_upcast")
         # PyTorch's own `to`: Diffusers' warns about modules to keep in float32 where there are none.
@@ -246,7 +244,9 @@ def make(component: Component) -> Any:
             return CLIPTextModel(CLIPTextConfig(**component.config))
         return kind(**component.config)
     except _MALFORMED as error:
-        raise ConfigError(f"{component.kind}: {error}") from error
+        raise ConfigError(
+            f"{component.kind}: PyTorch's class does not take its config ({error}); correct the values"
+        ) from error
 
 
 def _draw(component: Component, seed: int) -> Any:

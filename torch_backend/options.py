@@ -55,8 +55,8 @@ def check(config: TrainConfig) -> None:
     refuse(config, JAX_ONLY, "JAX")
     if not is_local(as_path(config.output_dir)):
         raise ConfigError(
-            f"--output_dir {config.output_dir}: only the JAX backend writes to object stores; name a folder, or mount "
-            "the bucket as one"
+            f"--output_dir {config.output_dir}: only the JAX backend writes to object stores; name a folder of "
+            "this machine, or mount the bucket as one"
         )
     for name, (package, instead) in PACKAGES.items():
         if getattr(config, name) and importlib.util.find_spec(package) is None:

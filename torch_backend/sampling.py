@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from flax_diffusion.core.data.noise import sampling_noise
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.noise_schedule import timesteps_with_signal
 from flax_diffusion.core.pipeline import check_prompts
 from flax_diffusion.core.samplers import SAMPLERS, class_name, with_signal
 from torch_backend.modules import Modules
+
+_NAME_OF_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 
 
 def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> Any:
@@ -26,13 +30,19 @@ def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> An
     """
     name = SAMPLERS[kind] if kind else class_name(config)
     if name not in SAMPLERS.values():
-        raise ConfigError(f"scheduler {name}: known are {', '.join(SAMPLERS.values())}")
+        raise ConfigError(f"scheduler {name} does not draw images here; use one of {', '.join(SAMPLERS.values())}")
     if kind == "dpm++":
         config = with_signal(config)
     try:
-        return getattr(diffusers, name).from_config(config)
+        made = getattr(diffusers, name).from_config(config)
     except (ValueError, NotImplementedError) as error:
-        raise ConfigError(f"scheduler {name}: {error}") from error
+        reason = _NAME_OF_CLASS.sub(r"\1", str(error)).rstrip(".")
+        fix = "choose another --scheduler" if kind else "correct its scheduler_config.json"
+        raise ConfigError(f"scheduler {name} does not take this config: {reason}; {fix}") from error
+    if name == SAMPLERS["dpm++"]:
+        # Diffusers' class does not look, and goes through negative timesteps.
+        timesteps_with_signal(made.alphas_cumprod.numpy(), made.config["lambda_min_clipped"])
+    return made
 
 
 class HostNoise(TorchFunctionMode):

@@ -342,7 +342,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             options.hlo.touch()
         except OSError as error:
-            raise ConfigError(f"--hlo {options.hlo}: cannot be written: {error.strerror}") from error
+            raise ConfigError(
+                f"--hlo {options.hlo}: cannot be written ({error.strerror}); name a file in a folder that is there"
+            ) from error
     if options.sweep:
         from tpu import sweep
 

@@ -85,6 +85,6 @@ def describe(topology: str) -> Slice:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except Exception as error:  # jax raises what libtpu reports, of several types
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ConfigError(f"--topology {topology}: {reason}; known are {', '.join(KNOWN)}") from error
     return Slice(CHIPS[kind], devices)

@@ -45,6 +45,11 @@ class Backend(Protocol):
     device_count: int
     """Devices over all processes; the batch is divided over them."""
 
+    @staticmethod
+    def check_options(config: TrainConfig) -> None:
+        """Raises ConfigError for options that this backend does not have, before any input is opened."""
+        ...
+
     def init_state(self) -> int:
         """Loads or draws the weights, makes the optimizer state and returns the number of trained parameters."""
         ...

@@ -80,7 +80,9 @@ def _run(load_backend: LoadBackend, task: str, config: TrainConfig, preemption: 
 
     with preemption:  # before frameworks of several hosts, which then hear the signal themselves
         try:
-            return fit(task, config, load_backend(), preemption)
+            backend = load_backend()
+            backend.check_options(config)
+            return fit(task, config, backend, preemption)
         except Preempted:
             log.info("ended by %s before the first step; nothing had to be saved", preemption.told)
             return as_path(config.output_dir)

@@ -205,6 +205,27 @@ def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Table:
     return alphas_cumprod(betas_from_config(config))
 
 
+def timesteps_with_signal(alphas_cumprod: Table, lambda_min: float) -> int:
+    """Return how many timesteps, from the first, have a λ = log α − log σ of at least a minimum.
+
+    Args:
+        alphas_cumprod: ᾱ, float32 (T,), falling.
+        lambda_min: `lambda_min_clipped` of DPM-Solver.
+
+    Raises:
+        ConfigError: none has.
+    """
+    with np.errstate(divide="ignore"):  # λ is infinite where there is no noise, or nothing else
+        lam = np.log(np.sqrt(alphas_cumprod)) - np.log(np.sqrt(np.float32(1) - alphas_cumprod))
+    count = len(lam) - int(np.searchsorted(lam[::-1], np.float32(lambda_min)))
+    if count < 1:
+        raise ConfigError(
+            f"lambda_min_clipped is {lambda_min}, the largest λ of this noise schedule is {lam[0]:.2f}: lower it (-5.1 "
+            "suits squaredcos_cap_v2)"
+        )
+    return count
+
+
 def snr(alphas_cumprod: ArrayLike, t: int | Sequence[int] | NDArray[Any] | None = None) -> NDArray[np.float64]:
     """Return the signal-to-noise ratio ᾱ/(1 − ᾱ).
 

@@ -62,6 +62,7 @@ class _Choices:
     timestep_type: Literal["discrete", "continuous"]
     final_sigmas_type: Literal["zero", "sigma_min"]
     interpolation_type: Literal["linear", "log_linear"]
+    lambda_min_clipped: float
     variance_type: (
         Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"] | None
     )

@@ -18,19 +18,23 @@ def check_condition(config: Config) -> None:
     input_dim = config.projection_class_embeddings_input_dim
     if config.class_embed_type in ("projection", "simple_projection") and input_dim is None:
         raise ConfigError(
-            f"class_embed_type={config.class_embed_type!r} needs projection_class_embeddings_input_dim, which is None"
+            f"class_embed_type={config.class_embed_type!r} needs projection_class_embeddings_input_dim, which is None: "
+            "set it to the width of the class_labels"
         )
     if config.addition_embed_type == "text_time" and None in (config.addition_time_embed_dim, input_dim):
         raise ConfigError(
             "addition_embed_type='text_time' needs addition_time_embed_dim and projection_class_embeddings_input_dim: "
-            f"got {config.addition_time_embed_dim} and {input_dim}"
+            f"set both, they are {config.addition_time_embed_dim} and {input_dim}"
         )
     if config.encoder_hid_dim is None and config.encoder_hid_dim_type is not None:
-        raise ConfigError(f"encoder_hid_dim_type={config.encoder_hid_dim_type!r} needs encoder_hid_dim, which is None")
+        raise ConfigError(
+            f"encoder_hid_dim_type={config.encoder_hid_dim_type!r} needs encoder_hid_dim, which is None: set it to the "
+            "width of the text features"
+        )
     if config.encoder_hid_dim is not None and not isinstance(config.cross_attention_dim, int):
         raise ConfigError(
-            f"encoder_hid_dim={config.encoder_hid_dim} needs one cross_attention_dim for all blocks, "
-            f"not {config.cross_attention_dim}"
+            f"encoder_hid_dim={config.encoder_hid_dim} needs one cross_attention_dim for all blocks: give one number "
+            f"in place of {config.cross_attention_dim}"
         )
 
 

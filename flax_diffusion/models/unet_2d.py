@@ -90,7 +90,7 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
         check_blocks(config, NO_CROSS_ATTENTION, up_types)
         if config.time_embedding_type == "learned" and config.num_train_timesteps is None:
             raise ConfigError(
-                "time_embedding_type='learned' needs num_train_timesteps, which is None: set the number of timesteps"
+                "time_embedding_type='learned' needs num_train_timesteps, which is None: set it to the scheduler's"
             )
 
     @staticmethod

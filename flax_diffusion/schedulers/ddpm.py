@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.schedulers.common import (
     CommonSchedulerState,
     FlaxSchedulerOutput,
@@ -27,6 +27,8 @@ from flax_diffusion.schedulers.common import (
     table_at,
     working,
 )
+
+VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
 
 class DDPMSchedulerState(struct.PyTreeNode):
@@ -65,9 +67,7 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
     """
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
-    variance_type: Literal[
-        "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"
-    ] = "fixed_small"
+    variance_type: VarianceType = "fixed_small"
     clip_sample: bool = True
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
     thresholding: bool = False
@@ -181,4 +181,4 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
             return jnp.exp(0.5 * (fraction * jnp.log(beta) + (1 - fraction) * jnp.log(small)))
         if self.variance_type in ("fixed_small", "fixed_small_log"):
             return jnp.sqrt(small)
-        raise ConfigError(f"variance_type {self.variance_type!r} is unknown; use fixed_small, Diffusers' default")
+        raise unknown("variance_type", self.variance_type, get_args(VarianceType))

@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from flax_diffusion.core.errors import ConfigError, unknown
-from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
+from flax_diffusion.core.noise_schedule import PREDICTION_TYPES, timesteps_with_signal
 from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
     CommonSchedulerState,
@@ -158,6 +158,7 @@ class FlaxDPMSolverMultistepScheduler(FlaxScheduler):
                 "prediction_type 'flow_prediction' needs use_flow_sigmas and algorithm_type 'dpmsolver++' or "
                 f"'sde-dpmsolver++'; got use_flow_sigmas={self.use_flow_sigmas}, {self.algorithm_type!r}"
             )
+        timesteps_with_signal(self.numpy_alphas_cumprod(), self.lambda_min_clipped)
 
     def create_state(self, common: CommonSchedulerState | None = None) -> DPMSolverMultistepSchedulerState:
         """Return the first state, over all training timesteps; `common` is a noise schedule to share."""
@@ -251,15 +252,7 @@ class FlaxDPMSolverMultistepScheduler(FlaxScheduler):
 
     def _spaced_timesteps(self, count: int) -> np.ndarray:
         """Return timesteps spaced so that the interval after the last one ends at 0, unlike those of DDPM."""
-        bar = self.numpy_alphas_cumprod()
-        lam = np.log(np.sqrt(bar)) - np.log(np.sqrt(np.float32(1) - bar))
-        clipped = int(np.searchsorted(lam[::-1], np.float32(self.lambda_min_clipped)))
-        last = self.num_train_timesteps - clipped
-        if last < 1:
-            raise ConfigError(
-                f"lambda_min_clipped is {self.lambda_min_clipped}, above every level of this noise schedule; "
-                "lower it (-5.1 suits squaredcos_cap_v2)"
-            )
+        last = timesteps_with_signal(self.numpy_alphas_cumprod(), self.lambda_min_clipped)
         if self.timestep_spacing == "linspace":
             ascending = np.linspace(0, last - 1, count + 1).round()[1:]
         elif self.timestep_spacing == "leading":

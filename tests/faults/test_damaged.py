@@ -108,6 +108,24 @@ def test_a_run_goes_on_from_the_one_before(saved, tmp_path, caplog):
         np.testing.assert_array_equal(arrays[name], array)
 
 
+def test_a_checkpoint_that_was_sealed_without_its_state(saved, tmp_path):
+    config = UnconditionalConfig(**SAVED, output_dir=str(tmp_path))
+    backend = JaxBackend(config, recipe.make_spec(config, recipe.open_run_source(config)))
+    backend.state = backend.program.state  # shapes alone will do
+    missing = "its `state` is missing or has no _METADATA"
+    kinds = [
+        (shutil.rmtree, missing),
+        (lambda state: (state / "_METADATA").unlink(), missing),
+        (lambda state: (state / "_METADATA").write_text("{"), "Expecting property name .*"),
+    ]
+    for number, (damage, says) in enumerate(kinds):
+        folder = shutil.copytree(saved("flax_diffusion") / "checkpoint-4", tmp_path / f"checkpoint-{number}")
+        backend.check(folder)
+        damage(folder / "state")
+        with pytest.raises(CheckpointError, match=rf"^{folder}: not a complete checkpoint \({says}\); resume from a"):
+            backend.check(folder)
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     disk = tmp_path / "disk"

@@ -363,6 +363,12 @@ def test_wrong_inputs(name: str, change: dict[str, Any], message: str) -> None:
         jax.eval_shape(lambda params: model.apply({"params": params}, **(draw(case) | change)), model.params_shape())
 
 
+def test_latents_with_other_channels() -> None:
+    model, params, _ = made("vae")
+    with pytest.raises(ConfigError, match=r"latents must be NCHW with 4 channels: got shape \(1, 2, 2, 4\)"):
+        model.apply({"params": params}, jnp.zeros((1, 2, 2, 4)), method="decode")
+
+
 def test_posterior() -> None:
     rng = np.random.default_rng(0)
     mean, logvar, noise = (jnp.array(rng.standard_normal((2, 4, 3, 3)), jnp.float32) for _ in range(3))

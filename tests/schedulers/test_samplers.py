@@ -3,10 +3,14 @@
 import inspect
 import json
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import diffusers
+import jax
 import numpy as np
 import pytest
+import torch
 from tiny import pictures, stable_diffusion
 
 import flax_diffusion.generate
@@ -19,7 +23,17 @@ from flax_diffusion.core.data.transforms import ImageTransform
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.pipeline import AutoencoderLoss
 from flax_diffusion.models.remat import checkpointed
-from flax_diffusion.schedulers import common, dpm_coefficients, scheduler_from_config, sigmas
+from flax_diffusion.modules import Modules as JaxModules
+from flax_diffusion.schedulers import (
+    FlaxDDPMScheduler,
+    FlaxDPMSolverMultistepScheduler,
+    FlaxEulerDiscreteScheduler,
+    common,
+    dpm_coefficients,
+    scheduler_from_config,
+    sigmas,
+)
+from torch_backend.modules import Modules as TorchModules
 from torch_backend.sampling import scheduler_from_config as torch_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # in Diffusers' classes
@@ -116,6 +130,11 @@ def test_training_on_another_scheduler(tmp_path, backend, scheduler, caplog):
         ({"timestep_spacing": "trailin"}, "timestep_spacing is 'trailin'; it must be .*; did you mean 'trailing'"),
         ({"_class_name": "DDPMScheduler", "variance_type": "fixed"}, "variance_type is 'fixed'; it must be"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine' is unknown; use one of linear"),
+        ({"lambda_min_clipped": "x"}, "scheduler config: lambda_min_clipped is 'x'; it must be a valid number"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": 5.0},
+            r"lambda_min_clipped is 5\.0, the largest λ of this noise schedule is 3\.53: lower it \(-5\.1 suits",
+        ),
     ],
 )
 def test_unknown_values_are_refused_before_any_work(tmp_path, backend, given, says):
@@ -131,8 +150,46 @@ def test_unknown_values_are_refused_before_any_work(tmp_path, backend, given, sa
     assert not (tmp_path / "run/config.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "kind", "says"),
+    [
+        ({"_class_name": "UniPCMultistepScheduler"}, None, "^scheduler UniPC.* does not draw images here; use one of"),
+        (
+            {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"},
+            "ddim",
+            "^scheduler DDIMScheduler does not take this config: sigmoid .* DDIMScheduler; choose another --scheduler$",
+        ),
+        (
+            {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "use_beta_sigmas": True},
+            None,
+            r"^scheduler EulerDiscreteScheduler .*: Only one of .* can be used; correct its scheduler_config\.json$",
+        ),
+    ],
+)
+def test_what_diffusers_classes_do_not_take(config, kind, says):
+    with pytest.raises(ConfigError, match=says):
+        torch_scheduler(config, kind)
+
+
+def changed(scheduler, **values):
+    """A scheduler with values that its class would not take."""
+    for name, value in values.items():
+        object.__setattr__(scheduler, name, value)
+    return scheduler
+
+
+def stepped(scheduler):
+    x = np.ones((1, 1, 1, 1), np.float32)
+    state = scheduler.set_timesteps(scheduler.create_state(), 2, x.shape)
+    return scheduler.step(state, x, state.timesteps[0], x, jax.random.key(0))
+
+
 def test_no_function_takes_an_unknown_value_for_the_last_one():
     one = np.ones((1, 1, 1, 1), np.float32)
+    noise_predicted = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
+    spec: Any = SimpleNamespace(prediction_type="x")
+    ours = JaxModules(spec=spec, by_name={}, scheduler=FlaxDDPMScheduler())
+    theirs = TorchModules(spec=spec, by_name={}, alphas_cumprod=torch.ones(1))
     levels = np.array([2.0, 1.0, 0.5])
     config = TrainConfig().model_copy(update={"lr_scheduler": "x"})
     from PIL import Image
@@ -150,6 +207,12 @@ def test_no_function_takes_an_unknown_value_for_the_last_one():
         lambda: rates.learning_rate_schedule(config, 10, 1.0)(600),
         lambda: AutoencoderLoss(rec_loss="x", kl_scale=0.0),  # pyright: ignore
         lambda: checkpointed(object, "x"),  # pyright: ignore
+        lambda: ours.target(one, one, 0),  # pyright: ignore
+        lambda: theirs.target(torch.ones(1), torch.ones(1), torch.zeros(1)),
+        lambda: stepped(changed(FlaxDDPMScheduler(), variance_type="x")),
+        lambda: stepped(changed(FlaxEulerDiscreteScheduler(), prediction_type="x")),
+        lambda: stepped(changed(FlaxDPMSolverMultistepScheduler(), prediction_type="x")),
+        lambda: stepped(changed(FlaxDPMSolverMultistepScheduler(**noise_predicted), prediction_type="x")),
     ]
     for call in calls:
         with pytest.raises(ConfigError, match=r"is unknown; use one of|it must be"):

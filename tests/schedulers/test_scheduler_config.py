@@ -122,6 +122,8 @@ def test_config_access() -> None:
         (lambda: FlaxDPMSolverMultistepScheduler(algorithm_type="dpmsolver"), "use 'sigma_min'"),
         (lambda: FlaxDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", solver_order=3), "no solver_order 3"),
         (lambda: FlaxDPMSolverMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas"),
+        (lambda: FlaxDPMSolverMultistepScheduler(lambda_min_clipped=5.0), r"is 5\.0, the largest λ .* is 4\.61: lower"),
+        (lambda: FlaxDPMSolverMultistepScheduler(lambda_min_clipped=float("nan")), "lambda_min_clipped is nan, the"),
         (lambda: FlaxDDPMScheduler.from_pretrained("."), "no scheduler_config.json"),
     ],
 )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from accelerate.utils import DistributedType
 from test_torch_run import run
-from tiny import RUN, losses
+from tiny import RUN, losses, pictures, stable_diffusion
 
 from flax_diffusion.core import portable
 from flax_diffusion.core.errors import CheckpointError, ConfigError
@@ -122,6 +122,7 @@ class Configured:
         (Configured(DistributedType.FSDP), {"use_8bit_adam": True}, "--use_8bit_adam does not go with FSDP"),
         (Configured(DistributedType.FSDP, fsdp2=False), {}, "FSDP of version 1: set fsdp_version: 2"),
         (Configured(DistributedType.DEEPSPEED), {"use_ema": True}, "--use_ema does not go with DeepSpeed"),
+        (Configured(DistributedType.DEEPSPEED), {"skip_nonfinite": 3}, "--skip_nonfinite 3 does not go with DeepS"),
         (Configured(DistributedType.DEEPSPEED, stage=3), {}, "DeepSpeed ZeRO stage 3: .* 1 and 2; .* use FSDP"),
     ],
 )
@@ -129,6 +130,32 @@ def test_configurations_that_do_not_go_together(monkeypatch, accelerator, option
     monkeypatch.setattr(distribution, "Accelerator", lambda **_: accelerator)
     config = TASKS["unconditional"](**RUN | {"use_ema": False} | options, output_dir="unused")
     with pytest.raises(ConfigError, match=says):
+        distribution.make_accelerator(config)
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED])
+def test_adapters_are_not_divided(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(distribution, "Accelerator", lambda **_: Configured(kind))
+    options = {"pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")), "resolution": 16}
+    options |= {"train_data_dir": str(pictures(tmp_path / "data")), "lora_rank": 2, "output_dir": str(tmp_path / "run")}
+    says = f"^LoRA and textual inversion do not go with {kind.value}: .* use accelerate launch --multi_gpu -m"
+    with pytest.raises(ConfigError, match=says):
+        train("text_to_image", **options)
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"ACCELERATE_DYNAMO_BACKEND": "bogus"}, "'BOGUS' is not a valid DynamoBackend"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "PARTS"}, "'PARTS' is no value it knows"),
+    ],
+)
+def test_values_that_accelerate_does_not_know(monkeypatch, variables, says):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    config = TASKS["unconditional"](**RUN, output_dir="unused")
+    where = "Accelerate's configuration does not work here: "
+    with pytest.raises(ConfigError, match=f"^{where}{says}; correct it in the file that accelerate launch reads, or"):
         distribution.make_accelerator(config)
 
 

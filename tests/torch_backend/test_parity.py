@@ -11,13 +11,16 @@ import torch
 from tiny import RUN, TEXT_RUN, VAE, pictures, stable_diffusion
 
 from flax_diffusion import generate as jax_generate
+from flax_diffusion import modules as jax_modules
 from flax_diffusion.backend import JaxBackend
 from flax_diffusion.core.cli import merge
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.loop import fit
+from flax_diffusion.core.pipeline import _KNOWN
 from flax_diffusion.core.tasks import TASKS
 from flax_diffusion.parity import NO_GRADIENT, compare, difference, main, verdict
 from torch_backend import generate as torch_generate
+from torch_backend import modules as torch_modules
 from torch_backend.backend import TorchBackend
 
 STEPS = 6
@@ -183,13 +186,19 @@ def test_command_line(tmp_path, capsys):
     assert (report / "parity.png").stat().st_size > 1000
 
 
-def test_mistakes():
+def test_mistakes(tmp_path):
     with pytest.raises(ConfigError, match="--dtype float64 with --mixed_precision bf16: drop one"):
         list(compare(make_config("unconditional", mixed_precision="bf16"), 1))
     with pytest.raises(ConfigError, match="--use_8bit_adam rounds moments differently"):
         list(compare(make_config("unconditional", use_8bit_adam=True), 1))
     with pytest.raises(ConfigError, match=r"unet: dropout 0\.1 draws different masks"):
         list(compare(make_config("unconditional", unet=RUN["unet"] | {"dropout": 0.1}), 1))
+    with pytest.raises(ConfigError, match=r"^--lora_dropout 0\.1 draws different masks on .*: set it to 0$"):
+        list(compare(method_config("text_to_image_lora", tmp_path, lora_dropout=0.1), 1))
+
+
+def test_both_backends_have_every_model_that_a_pipeline_may_hold():
+    assert set(jax_modules._CLASSES) == set(torch_modules._CLASSES) == set(_KNOWN)
 
 
 class Kept:

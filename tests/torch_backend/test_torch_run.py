@@ -104,7 +104,13 @@ def test_two_processes_compute_latents_together(request, tmp_path):
         ({"enable_xformers_memory_efficient_attention": True}, "--enable_xformers_memory_efficient_attention: needs"),
         ({"allow_tf32": True}, "--allow_tf32: needs a CUDA device"),
         ({"mixed_precision": "fp16"}, "--mixed_precision fp16: PyTorch needs a CUDA device for it: use bf16"),
+        ({"output_dir": "gs://bucket/run"}, "^--output_dir gs://bucket/run: only the JAX backend writes to object"),
         ({"unet": RUN["unet"] | {"block_out_chanels": [8]}}, "block_out_chanels.*block_out_channels"),
+        (
+            {"unet": RUN["unet"] | {"block_out_channels": [8]}},
+            r"^UNet2DModel: PyTorch's class does not take its config \(Must provide .*\[8\].*\); correct the values$",
+        ),
+        ({"unet": RUN["unet"] | {"time_embedding_type": "x"}}, "^UNet2DModel: PyTorch's class does not take its"),
     ],
 )
 def test_what_this_backend_or_machine_lacks(tmp_path, options, says):

@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from tiny import ONE_BLOCK, RUN, UNET
 
 from flax_diffusion.core import cli
 from flax_diffusion.core.errors import ConfigError
@@ -164,6 +165,16 @@ def test_what_does_not_fit(refused):
     assert plan.refusal(other, CONFIG, 4) is other
 
 
+def test_what_the_compiler_refuses(monkeypatch):
+    def refuse(_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Used 24.25G of 15.75G hbm. Exceeded by 8.50G.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+    config = UnconditionalConfig(**RUN | {"unet": UNET | ONE_BLOCK})
+    with pytest.raises(plan.DoesNotFit, match=r"^does not fit: the step needs 24\.25 GiB of a device's 15\.75, 8"):
+        plan.make_plan(config, topologies.Slice(CHIPS["v5e"], jax.devices()))
+
+
 def test_sweep():
     """Batches double until one does not fit; the fastest image comes first, what does not fit last."""
 
@@ -191,6 +202,18 @@ def test_sweep():
 def test_slices_that_are_not(topology):
     with pytest.raises(ConfigError, match=r"not known.*; known are v4:2x2x1"):
         topologies.describe(topology)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"), [("INVALID: no such slice\nthe stack", "INVALID: no such slice"), ("", "RuntimeError")]
+)
+def test_a_slice_that_libtpu_does_not_make(monkeypatch, error, says):
+    def refuse(**_):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", refuse)
+    with pytest.raises(ConfigError, match=f"^--topology v5e:3x3: {says}; known are v4:2x2x1, "):
+        topologies.describe("v5e:3x3")
 
 
 @pytest.mark.parametrize(
@@ -243,6 +266,15 @@ def test_captions_that_make_a_tokenizer_are_needed():
 def test_a_sweep_has_no_one_program():
     with pytest.raises(ConfigError, match="--hlo: not allowed with argument --sweep"):
         plan.main(["--sweep", "--hlo", "step.hlo"])
+
+
+def test_a_program_that_cannot_be_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(topologies, "prepare", lambda: None)
+    monkeypatch.setattr(topologies, "describe", lambda _: SLICE)
+    file = tmp_path / "missing/step.hlo"
+    says = rf"^--hlo {file}: cannot be written \(No such file or directory\); name a file in a folder that is there$"
+    with pytest.raises(ConfigError, match=says):
+        plan.main(["--config", "configs/digits_unconditional.yaml", "--hlo", str(file)])
 
 
 def test_without_libtpu(monkeypatch):
