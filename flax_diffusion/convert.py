@@ -17,14 +17,16 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from flax_diffusion.core import adapters, checkpoints, cli, pipeline, single_file
+from flax_diffusion.core.checkpoints import folders
+from flax_diffusion.core.checkpoints.portable import Arrays
+from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
-from flax_diffusion.core.files import as_path, local_copy
-from flax_diffusion.core.merging import checkpoint_arrays, read_lora, with_adapters
-from flax_diffusion.core.pipeline import Component, PipelineSpec
-from flax_diffusion.core.portable import Arrays
-from flax_diffusion.core.run_model import open_model
-from flax_diffusion.core.weight_files import in_memory
+from flax_diffusion.core.io.files import as_path, local_copy
+from flax_diffusion.core.spec import adapters, pipeline, single_file
+from flax_diffusion.core.spec.merging import checkpoint_arrays, read_lora, with_adapters
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.weight_files import in_memory
+from flax_diffusion.core.tasks import command_line
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,7 @@ def convert(model: str | Path, output_dir: str | Path, **options: Any) -> Path:
         UserError: For input that cannot be used; its text is one line with the fix.
     """
     values = {"model": str(model), "output_dir": str(output_dir)} | options
-    return _convert(cli.build(ConvertOptions, values, "convert"))
+    return _convert(command_line.build(ConvertOptions, values, "convert"))
 
 
 def _convert(options: ConvertOptions) -> Path:
@@ -128,12 +130,12 @@ def _checkpoint(name: str | None) -> Path | None:
         raise CheckpointError(f"--checkpoint {path}: there is no such file or folder: check the path")
     if not path.is_dir():
         return local_copy(path.parent, (path.name,)) / path.name
-    if not (path / checkpoints.MANIFEST).exists():
-        names = [folder.name for folder in checkpoints.committed(path)]
+    if not (path / folders.MANIFEST).exists():
+        names = [folder.name for folder in folders.committed(path)]
         if names:
             raise CheckpointError(f"--checkpoint {path}: is a run; name one of its checkpoints: {', '.join(names)}")
         raise CheckpointError(
-            f"--checkpoint {path}: is no checkpoint, it has no {checkpoints.MANIFEST}: name a folder such as "
+            f"--checkpoint {path}: is no checkpoint, it has no {folders.MANIFEST}: name a folder such as "
             "RUN/checkpoint-500 or a .safetensors file; the folder of a pipeline goes to --model"
         )
     return path
@@ -141,15 +143,15 @@ def _checkpoint(name: str | None) -> Path | None:
 
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     """Of every model's parameters, by PyTorch name; no weight is read, and no JAX loaded before."""
-    from flax_diffusion import modules
+    from flax_diffusion.jax_backend import modules
 
     return modules.shapes(spec)
 
 
 def read_weights(component: Component) -> Arrays:
     """A component's float32 weights by PyTorch name, in PyTorch's layout."""
-    from flax_diffusion.modules import load_pretrained
-    from flax_diffusion.weights import to_torch
+    from flax_diffusion.jax_backend.modules import load_pretrained
+    from flax_diffusion.models.weights import to_torch
 
     if component.weights is None:  # of a model made from scratch all is in the checkpoint
         return {}
@@ -164,8 +166,8 @@ def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
     Raises:
         WeightsError: If it is no such file, or does not fit.
     """
-    from flax_diffusion.modules import build_modules
-    from flax_diffusion.weights import from_tensors, to_torch
+    from flax_diffusion.jax_backend.modules import build_modules
+    from flax_diffusion.models.weights import from_tensors, to_torch
 
     models = build_modules(spec).by_name
     found = single_file.read_single_file(file, spec, {name: list(own) for name, own in shapes(spec).items()})
@@ -205,9 +207,9 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
     from flax.serialization import msgpack_serialize
     from ml_dtypes import bfloat16
 
-    from flax_diffusion.core.files import replacing, write_json, written_folder
-    from flax_diffusion.modules import build_modules
-    from flax_diffusion.weights import from_tensors
+    from flax_diffusion.core.io.files import replacing, write_json, written_folder
+    from flax_diffusion.jax_backend.modules import build_modules
+    from flax_diffusion.models.weights import from_tensors
 
     dtype = {"float32": np.float32, "float16": np.float16, "bfloat16": bfloat16}[options.dtype]
     if options.format == "single_file":
@@ -236,11 +238,11 @@ def _cast(tree: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    parser = cli.Parser(prog="python -m flax_diffusion.convert", description=__doc__)
-    cli.add_fields(parser, ConvertOptions)
-    options = cli.build(ConvertOptions, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
+    parser = command_line.Parser(prog="python -m flax_diffusion.convert", description=__doc__)
+    command_line.add_fields(parser, ConvertOptions)
+    options = command_line.build(ConvertOptions, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
     sys.stderr.write(f"written to {_convert(options)}\n")
 
 
 if __name__ == "__main__":
-    cli.main_guard(main)
+    command_line.main_guard(main)

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core import cli, drawing, samplers
+from flax_diffusion.core.drawing import command
+from flax_diffusion.core.objectives import samplers
+from flax_diffusion.core.tasks import command_line
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -24,29 +26,29 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
     Raises:
         UserError: For input that cannot be used; its text is one line with the fix.
     """
-    return np.concatenate([*_draw(drawing.options_of(model, options))])
+    return np.concatenate([*_draw(command.options_of(model, options))])
 
 
-def _draw(config: drawing.GenerateConfig) -> Iterator[np.ndarray]:
+def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
     # JAX loads only now: --help and mistakes in options are answered at once.
-    from flax_diffusion.modules import COMPUTE_DTYPES, build_modules, load_pretrained, shapes
-    from flax_diffusion.sampling import Sampler
+    from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules, load_pretrained, shapes
+    from flax_diffusion.jax_backend.sampling import Sampler
+    from flax_diffusion.jax_backend.sharding import make_mesh, put_replicated
     from flax_diffusion.schedulers import scheduler_from_config
-    from flax_diffusion.sharding import make_mesh, put_replicated
 
-    spec = drawing.open_checked(config, shapes)
+    spec = command.open_checked(config, shapes)
     mesh = make_mesh(-1, 1)
     modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
     scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), kind=config.scheduler)
     sampler = Sampler(modules, scheduler, mesh)
     params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
-    return sampler.batches(params, **drawing.sampler_options(config))
+    return sampler.batches(params, **command.sampler_options(config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    drawing.main(_draw, "python -m flax_diffusion.generate", argv)
+    command.main(_draw, "python -m flax_diffusion.generate", argv)
 
 
 if __name__ == "__main__":
-    cli.main_guard(main)
+    command_line.main_guard(main)

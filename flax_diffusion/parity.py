@@ -18,12 +18,14 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from flax_diffusion.core import cli, launch
 from flax_diffusion.core.backend import Backend, Batch
-from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.checkpoints.portable import Arrays
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.files import write_json
-from flax_diffusion.core.portable import Arrays
+from flax_diffusion.core.io.files import write_json
+from flax_diffusion.core.run import launch
+from flax_diffusion.core.run.schedule import make_rate, make_schedule
+from flax_diffusion.core.tasks import command_line
 
 BOUNDS = {"float64": {"loss": 1e-10, "state": 1e-9}, "float32": {"loss": 1e-4, "state": 1e-4}}
 """Largest relative differences for a verdict of equal, over a run of 50 steps."""
@@ -107,14 +109,14 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
     import jax
     import torch
 
-    from flax_diffusion.backend import JaxBackend
-    from flax_diffusion.core import rates, recipe
-    from flax_diffusion.core.precompute import precompute
+    from flax_diffusion.core.run import assembly, rates
+    from flax_diffusion.core.run.precompute import precompute
+    from flax_diffusion.jax_backend.backend import JaxBackend
     from torch_backend.backend import TorchBackend
 
     with jax.enable_x64(dtype == "float64"):
-        source = recipe.open_run_source(config)
-        spec = recipe.make_spec(config, source)
+        source = assembly.open_run_source(config)
+        spec = assembly.make_spec(config, source)
         for name, component in spec.components.items():
             if component.trains and component.config.get("dropout"):
                 raise ConfigError(
@@ -130,12 +132,12 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         backends: tuple[Backend, Backend] = (ours, theirs)
         for backend in backends:
             backend.init_state()
-        schedule = recipe.make_schedule(config, recipe.count_examples(config, source), 1)
-        source = recipe.complete_source(config, source, ours)
-        rate = recipe.make_rate(config, schedule)
+        schedule = make_schedule(config, assembly.count_examples(config, source), 1)
+        source = assembly.complete_source(config, source, ours)
+        rate = make_rate(config, schedule)
         with tempfile.TemporaryDirectory() as folder:
             made = precompute(config, spec, source, ours, Path(folder))
-            with recipe.make_loader(config, spec, source, schedule, num_steps=steps, made=made) as loader:
+            with assembly.make_loader(config, spec, source, schedule, num_steps=steps, made=made) as loader:
                 for done, batch in enumerate(loader):
                     leave_out = NO_GRADIENT if dtype == "float32" else None
                     yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done), leave_out)
@@ -199,13 +201,13 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line; exit status 1 if the backends differ."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = cli.Parser(prog="python -m flax_diffusion.parity", description=__doc__, add_help=False)
-    cli.add_fields(parser, ParityOptions)
+    parser = command_line.Parser(prog="python -m flax_diffusion.parity", description=__doc__, add_help=False)
+    command_line.add_fields(parser, ParityOptions)
     given, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(argv):
         sys.stdout.write(parser.format_help() + "\nAll options of `train` go with these; they are:\n\n")
-    _, config = cli.parse_train(rest, "python -m flax_diffusion.parity")
-    options: ParityOptions = cli.build(ParityOptions, vars(given), "command line")
+    _, config = command_line.parse_train(rest, "python -m flax_diffusion.parity")
+    options: ParityOptions = command_line.build(ParityOptions, vars(given), "command line")
 
     rows: list[Row] = []
     header = f"{'step':>5} {'loss JAX':>14} {'loss PyTorch':>14} {'norm JAX':>12} {'norm PyTorch':>12}"
@@ -230,4 +232,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.main_guard(main)
+    command_line.main_guard(main)

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_diffusion.core import cli, launch
-from flax_diffusion.core.files import user_cache
+from flax_diffusion.core.io.files import user_cache
+from flax_diffusion.core.run import launch
+from flax_diffusion.core.tasks import command_line
 
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
@@ -29,8 +30,8 @@ def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
 
 
 def _backend() -> Any:
-    from flax_diffusion.backend import JaxBackend
-    from flax_diffusion.processes import connect
+    from flax_diffusion.jax_backend.backend import JaxBackend
+    from flax_diffusion.jax_backend.processes import connect
 
     connect()
     _keep_programs()
@@ -54,4 +55,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.main_guard(main)
+    command_line.main_guard(main)

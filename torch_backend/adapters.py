@@ -1,4 +1,4 @@
-"""LoRA, by PEFT, and new tokens in PyTorch; the twin of `flax_diffusion.adapters`."""
+"""LoRA, by PEFT, and new tokens in PyTorch; the twin of `flax_diffusion.jax_backend.adapters`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from flax_diffusion.core import adapters
-from flax_diffusion.core.pipeline import Component
+from flax_diffusion.core.spec import adapters
+from flax_diffusion.core.spec.pipeline import Component
 
 
 class ExtendedEmbedding(nn.Module):
@@ -51,7 +51,7 @@ def add(component: Component, module: Any, seed: int, dtype: torch.dtype) -> Non
     Raises:
         ConfigError: If a LoRA does not fit the model.
     """
-    from torch_backend.modules import file_name
+    from torch_backend.names import file_name
 
     by_name = {file_name(component.kind, name): p for name, p in module.named_parameters()}
     lora, new_tokens = component.lora, component.new_tokens

@@ -16,15 +16,17 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor, nn
 
-from flax_diffusion.core import portable, samplers
 from flax_diffusion.core.backend import Batch
-from flax_diffusion.core.checkpoints import check_same_shapes
-from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.checkpoints import portable
+from flax_diffusion.core.checkpoints.folders import check_same_shapes
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.pipeline import PipelineSpec
+from flax_diffusion.core.objectives import samplers
+from flax_diffusion.core.spec.pipeline import PipelineSpec
 from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
-from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, file_name, load, make
+from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, load, make
+from torch_backend.names import file_name
 from torch_backend.sampling import Sampler, scheduler_from_config, to_uint8
 from torch_backend.train_step import Loss, update_ema
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flax_diffusion.core.backend import MIN_LOSS_SCALE
-from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 
 Moments = dict[str, Tensor]

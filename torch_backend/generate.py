@@ -8,16 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core import cli, drawing, launch, samplers
+from flax_diffusion.core.drawing import command
+from flax_diffusion.core.objectives import samplers
+from flax_diffusion.core.run import launch
+from flax_diffusion.core.tasks import command_line
 from torch_backend.train import PACKAGES
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
     """Draws images; arguments, result and errors as `flax_diffusion.generate.generate`."""
-    return np.concatenate([*_draw(drawing.options_of(model, options))])
+    return np.concatenate([*_draw(command.options_of(model, options))])
 
 
-def _draw(config: drawing.GenerateConfig) -> Iterator[np.ndarray]:
+def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
     launch.require(PACKAGES, launch.INSTALL_PYTORCH)
     import torch
     from accelerate import PartialState
@@ -25,20 +28,20 @@ def _draw(config: drawing.GenerateConfig) -> Iterator[np.ndarray]:
     from torch_backend.modules import COMPUTE_DTYPES, build_modules, shapes
     from torch_backend.sampling import Sampler, scheduler_from_config
 
-    spec = drawing.open_checked(config, shapes)
+    spec = command.open_checked(config, shapes)
     scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), config.scheduler)
     device = PartialState().device or torch.device("cpu")
     modules = build_modules(
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,
         device=device,
     )  # fmt: skip
-    return Sampler(modules, scheduler, device).batches(**drawing.sampler_options(config))
+    return Sampler(modules, scheduler, device).batches(**command.sampler_options(config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command line."""
-    drawing.main(_draw, "python -m torch_backend.generate", argv)
+    command.main(_draw, "python -m torch_backend.generate", argv)
 
 
 if __name__ == "__main__":
-    cli.main_guard(main)
+    command_line.main_guard(main)

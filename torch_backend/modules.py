@@ -1,6 +1,6 @@
 """The PyTorch modules of a pipeline, and the few functions that training and sampling compose them with.
 
-The twin of `flax_diffusion.modules`, function for function; shapes as there.
+The twin of `flax_diffusion.jax_backend.modules`, function for function; shapes as there.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel  # pyrigh
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from flax_diffusion.core import initial, portable, weight_files
+from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest, unknown
-from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
-from flax_diffusion.core.pipeline import Component, PipelineSpec
+from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
+from flax_diffusion.core.randomness import initial_weights
+from flax_diffusion.core.spec import weight_files
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from torch_backend import adapters
+from torch_backend.names import file_name
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -218,13 +221,6 @@ def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-def file_name(kind: str, name: str) -> str:
-    """The name of a parameter in files and on the JAX side: Transformers 5 leaves CLIP's `text_model` out in memory."""
-    name = name.replace(".default.", ".")  # PEFT's name of the one adapter
-    inner = name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
-    return f"text_model.{name}" if kind.startswith("CLIP") and inner else name
-
-
 def make(component: Component) -> Any:
     """A module of a component's config, with PyTorch's own random weights.
 
@@ -255,6 +251,6 @@ def _draw(component: Component, seed: int) -> Any:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             file = file_name(component.kind, name)
-            drawn = initial.draw(seed, component.kind, config, file, tuple(parameter.shape))
+            drawn = initial_weights.draw(seed, component.kind, config, file, tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(drawn)))
     return module

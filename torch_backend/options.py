@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from flax_diffusion.core.backend import refuse
-from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.files import as_path, is_local
-from flax_diffusion.core.rates import rate_factors
+from flax_diffusion.core.io.files import as_path, is_local
+from flax_diffusion.core.run.rates import rate_factors
 from torch_backend.modules import Modules
 
 JAX_ONLY = {

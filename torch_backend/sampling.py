@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from flax_diffusion.core.data.noise import sampling_noise
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.noise_schedule import timesteps_with_signal
-from flax_diffusion.core.pipeline import check_prompts
-from flax_diffusion.core.samplers import SAMPLERS, class_name, with_signal
+from flax_diffusion.core.objectives.noise_schedule import timesteps_with_signal
+from flax_diffusion.core.objectives.samplers import SAMPLERS, class_name, with_signal
+from flax_diffusion.core.randomness.streams import sampling_noise
+from flax_diffusion.core.spec.pipeline import check_prompts
 from torch_backend.modules import Modules
 
 _NAME_OF_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
@@ -59,7 +59,7 @@ class HostNoise(TorchFunctionMode):
 
 
 class Sampler:
-    """Draws images from a pipeline's modules; the twin of `flax_diffusion.sampling.Sampler`."""
+    """Draws images from a pipeline's modules; the twin of `flax_diffusion.jax_backend.sampling.Sampler`."""
 
     def __init__(self, modules: Modules, scheduler: Any, device: torch.device):
         self.modules, self.scheduler, self.device = modules, scheduler, device

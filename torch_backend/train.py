@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_diffusion.core import cli, launch
+from flax_diffusion.core.run import launch
+from flax_diffusion.core.tasks import command_line
 
 PACKAGES = ("torch", "diffusers", "accelerate")
 
@@ -32,4 +33,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.main_guard(main)
+    command_line.main_guard(main)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.typed import Checkpointing
 from tpu.chips import GIB
-from tpu.plan import DoesNotFit, Plan, make_plan
+from tpu.compiled import DoesNotFit, Plan, make_plan
 from tpu.topologies import Slice
 
 LARGEST_BATCH = 64

@@ -8,10 +8,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flax_diffusion.core.config import TrainConfig
+from flax_diffusion.core.checkpoints.portable import Arrays
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.files import write_text
-from flax_diffusion.core.portable import Arrays
+from flax_diffusion.core.io.files import write_text
 
 Batch = dict[str, np.ndarray]
 """Arrays of one optimizer step on the host, shaped (accumulation, images of this process, …)."""

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_diffusion import weights
-from flax_diffusion.core import hub, initial, weight_files
 from flax_diffusion.core.errors import ConfigError, nearest
-from flax_diffusion.core.files import write_json
-from flax_diffusion.core.torch_names import from_torch_layout, torch_name, torch_shape
+from flax_diffusion.core.io import model_files
+from flax_diffusion.core.io.files import write_json
+from flax_diffusion.core.io.torch_names import from_torch_layout, torch_name, torch_shape
+from flax_diffusion.core.randomness import initial_weights
+from flax_diffusion.core.spec import weight_files
 from flax_diffusion.core.typed import check_values
+from flax_diffusion.models import weights
 
 # Fields of every model that say how to run it, not what it is; never saved.
 RUN_FIELDS = ("parent", "name", "dtype", "param_dtype", "gradient_checkpointing")
@@ -137,7 +139,7 @@ class PretrainedModel:
         params = {}
         for path, leaf in flat.items():
             shape = torch_shape(path, leaf.shape)
-            values = initial.draw(seed, self.torch_class, self.config, torch_name(path), shape)
+            values = initial_weights.draw(seed, self.torch_class, self.config, torch_name(path), shape)
             params[path] = np.array(from_torch_layout(path, values, values.ndim), leaf.dtype, order="C")
         return unflatten_dict(params)
 
@@ -169,7 +171,7 @@ class PretrainedModel:
             WeightsError: for files that are missing or do not fit the config.
         """
         folder = weight_files.fetch(path_or_hub_id, subfolder, revision, cls.weights_name, variant, ["config.json"])
-        config = hub.read_json(folder / "config.json")
+        config = model_files.read_json(folder / "config.json")
         model = cls.from_config(config, dtype=dtype, **overrides)
         return model, weights.load(folder, model.params_shape(), cls.weights_name, variant)
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError, nearest
-from flax_diffusion.core.samplers import with_signal
+from flax_diffusion.core.objectives.samplers import with_signal
 from flax_diffusion.schedulers.common import CommonSchedulerState, FlaxScheduler, FlaxSchedulerOutput
 from flax_diffusion.schedulers.config import SchedulerConfig, read_config
 from flax_diffusion.schedulers.ddim import DDIMSchedulerState, FlaxDDIMScheduler

@@ -18,9 +18,9 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from flax_diffusion.core import noise_schedule
 from flax_diffusion.core.errors import ConfigError, unknown
-from flax_diffusion.core.noise_schedule import PREDICTION_TYPES
+from flax_diffusion.core.objectives import noise_schedule
+from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.schedulers.config import FlaxSchedulerConfig, read_config
 
 State = TypeVar("State")

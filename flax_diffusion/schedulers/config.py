@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_diffusion.core import noise_schedule
 from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.io.untrusted import parse_json, read_text
+from flax_diffusion.core.objectives import noise_schedule
 from flax_diffusion.core.typed import Size, check_values
-from flax_diffusion.core.untrusted import parse_json, read_text
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -184,9 +184,9 @@ def read_config(
     path = Path(path_or_hub_id)
     if not path.is_file():
         if not path.is_dir():
-            from flax_diffusion.core import hub
+            from flax_diffusion.core.io import model_files
 
-            path = Path(hub.resolve(path_or_hub_id, subfolder, revision, [CONFIG_NAME]))
+            path = Path(model_files.resolve(path_or_hub_id, subfolder, revision, [CONFIG_NAME]))
         elif subfolder:
             path = path / subfolder
         path = path / CONFIG_NAME

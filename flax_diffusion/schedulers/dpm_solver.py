@@ -17,7 +17,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from flax_diffusion.core.errors import ConfigError, unknown
-from flax_diffusion.core.noise_schedule import PREDICTION_TYPES, timesteps_with_signal
+from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES, timesteps_with_signal
 from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
     CommonSchedulerState,

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from flax_diffusion.core.errors import unknown
-from flax_diffusion.core.noise_schedule import PREDICTION_TYPES, linspace
+from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES, linspace
 from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
     CommonSchedulerState,

@@ -38,7 +38,7 @@ from PIL import Image
 import torch_backend.generate
 import torch_backend.train
 from flax_diffusion.convert import convert
-from flax_diffusion.core.data.noise import sampling_noise
+from flax_diffusion.core.randomness.streams import sampling_noise
 
 pytestmark = pytest.mark.acceptance
 BASES = SEEDS = (0, 1, 2)

@@ -8,11 +8,11 @@ from PIL import Image
 
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.data.captions import Tokenize, train_tokenizer
-from flax_diffusion.core.data.folders import FolderSource
-from flax_diffusion.core.data.noise import NoiseSpec
-from flax_diffusion.core.data.sources import open_source
-from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.sources.folders import FolderSource
+from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.objectives.noising import NoiseSpec
 
 TRANSFORM = ImageTransform(resolution=8, channels=1, random_flip=True)
 NOISE = NoiseSpec(shape=(1, 8, 8))

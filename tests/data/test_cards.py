@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from flax_diffusion.core.data.folders import open_folder
+from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.errors import DataError
 
 _BUFFER = BytesIO()

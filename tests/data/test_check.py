@@ -11,11 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from flax_diffusion.core.data import check, images
+from flax_diffusion.core.data import check
 from flax_diffusion.core.data.check import check_source
-from flax_diffusion.core.data.concepts import PromptedSource
-from flax_diffusion.core.data.folders import open_folder
-from flax_diffusion.core.data.sources import ArraySource, Record, open_source
+from flax_diffusion.core.data.combined import PromptedSource
+from flax_diffusion.core.data.images import decoding
+from flax_diffusion.core.data.sources.folders import open_folder
+from flax_diffusion.core.data.sources.opening import open_source
+from flax_diffusion.core.data.sources.source import ArraySource, Record
 from flax_diffusion.core.errors import DataError
 
 
@@ -130,7 +132,7 @@ def test_headers_alone_are_read(folder, monkeypatch):
     big = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     Image.fromarray(big).save(folder / "05.png")
     sizes = []
-    read = images.read_bytes
+    read = decoding.read_bytes
 
     def counted(*arguments, **options):
         sizes.append(len(read(*arguments, **options)))
@@ -139,7 +141,7 @@ def test_headers_alone_are_read(folder, monkeypatch):
     def load(self):
         raise AssertionError("decoded")
 
-    monkeypatch.setattr(images, "read_bytes", counted)
+    monkeypatch.setattr(decoding, "read_bytes", counted)
     monkeypatch.setattr(Image.Image, "load", load)
     check_source(open_folder(folder), skip_bad_images=False)
     assert len(sizes) == 60

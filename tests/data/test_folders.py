@@ -8,8 +8,8 @@ import pickle
 import pytest
 from PIL import Image
 
-from flax_diffusion.core.data.folders import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, open_folder
-from flax_diffusion.core.data.images import FORMATS
+from flax_diffusion.core.data.images.decoding import FORMATS
+from flax_diffusion.core.data.sources.folders import IMAGE_EXTENSIONS, UNREAD_EXTENSIONS, open_folder
 from flax_diffusion.core.errors import DataError
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_diffusion.core.data.images import decode
-from flax_diffusion.core.data.sources import open_source
+from flax_diffusion.core.data.images.decoding import decode
+from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import DataError
 
 

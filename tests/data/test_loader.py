@@ -13,11 +13,11 @@ from PIL import Image
 from flax_diffusion.core.data import bad
 from flax_diffusion.core.data import loader as loader_module
 from flax_diffusion.core.data.batches import ExampleFn
+from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.loader import Loader, example_at
-from flax_diffusion.core.data.noise import NoiseSpec
-from flax_diffusion.core.data.sources import open_source
-from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.objectives.noising import NoiseSpec
 
 MAKE = ExampleFn(transform=ImageTransform(resolution=8, channels=1, random_flip=True), noise=NoiseSpec(shape=(1, 2, 2)))
 
@@ -265,9 +265,9 @@ def test_exit_with_workers_is_quiet(tmp_path):
         import sys
         from flax_diffusion.core.data.batches import ExampleFn
         from flax_diffusion.core.data.loader import Loader
-        from flax_diffusion.core.data.noise import NoiseSpec
-        from flax_diffusion.core.data.sources import open_source
-        from flax_diffusion.core.data.transforms import ImageTransform
+        from flax_diffusion.core.data.images.transforms import ImageTransform
+        from flax_diffusion.core.data.sources.opening import open_source
+        from flax_diffusion.core.objectives.noising import NoiseSpec
 
         if __name__ == "__main__":
             make = ExampleFn(transform=ImageTransform(resolution=128), noise=NoiseSpec(shape=(1, 8, 8)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from flax_diffusion.core.data.folders import open_folder
+from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.errors import DataError
 
 CSV, JSONL = "metadata.csv", "metadata.jsonl"

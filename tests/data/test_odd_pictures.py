@@ -7,8 +7,8 @@ import numpy as np
 import odd_pictures
 import pytest
 
-from flax_diffusion.core.data.images import check_header, decode
-from flax_diffusion.core.data.sources import Record
+from flax_diffusion.core.data.images.decoding import check_header, decode
+from flax_diffusion.core.data.sources.source import Record
 from flax_diffusion.core.errors import DataError
 
 with warnings.catch_warnings():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_diffusion.core.data import resizing
-from flax_diffusion.core.data.transforms import FILTERS, ImageTransform
+from flax_diffusion.core.data.images import resizing
+from flax_diffusion.core.data.images.transforms import FILTERS, ImageTransform
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from flax_diffusion.core.data.folders import FolderSource
-from flax_diffusion.core.data.sources import open_source
+from flax_diffusion.core.data.sources.folders import FolderSource
+from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import DataError
 
 

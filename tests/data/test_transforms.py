@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flax_diffusion.core.data.noise import Stream, example_rng
-from flax_diffusion.core.data.transforms import FILTERS, ImageTransform, scale
+from flax_diffusion.core.data.images.transforms import FILTERS, ImageTransform, scale
+from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 
 def picture(width, height):

@@ -3,6 +3,7 @@
 import importlib
 
 import pytest
+from faults.trials import BACKENDS, FOLDERS
 from PIL import Image
 from tiny import TEXT_RUN, pictures, stable_diffusion
 
@@ -21,11 +22,11 @@ def folder_of(path, count=60):
 SCRATCH = {name: value for name, value in TEXT_RUN.items() if name not in ("dataset_name", "max_train_samples")}
 
 
-@pytest.mark.parametrize("backend", ["flax_diffusion", "torch_backend"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("start", ["from scratch", "pretrained"])
 def test_one_of_sixty_captions(tmp_path, backend, start, monkeypatch):
     train = importlib.import_module(f"{backend}.train").train
-    module = importlib.import_module(f"{backend}.backend")
+    module = importlib.import_module(f"{FOLDERS[backend]}.backend")
     backends = [one for one in vars(module).values() if isinstance(one, type) and hasattr(one, "init_state")]
     for one in backends:
         if one is not Backend:
@@ -35,7 +36,7 @@ def test_one_of_sixty_captions(tmp_path, backend, start, monkeypatch):
     run = SCRATCH
     if start == "pretrained":
         run = {"pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")), "resolution": 16}
-    with pytest.raises(DataError, match=r"caption file .*37\.txt cannot be read .*; it must be UTF-8 text, or pass"):
+    with pytest.raises(DataError, match=r"caption file .*37\.txt cannot be read .*; it must be UTF-8 .*, or pass"):
         train("text_to_image", **run, train_data_dir=str(data), output_dir=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
@@ -57,7 +58,7 @@ def test_a_run_without_the_bad_caption(tmp_path):
 
 def test_class_pictures(tmp_path, monkeypatch):
     """Before any is drawn."""
-    from flax_diffusion.backend import JaxBackend
+    from flax_diffusion.jax_backend.backend import JaxBackend
     from flax_diffusion.train import train
 
     monkeypatch.setattr(JaxBackend, "sample", lambda *arguments, **options: pytest.fail("drew"))

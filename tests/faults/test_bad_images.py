@@ -10,12 +10,13 @@ import pytest
 from PIL import Image, ImageFile, PngImagePlugin
 
 from flax_diffusion.core.data.batches import ExampleFn
-from flax_diffusion.core.data.images import FORMATS, check_header, decode
+from flax_diffusion.core.data.images.decoding import FORMATS, check_header, decode
+from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.loader import Loader
-from flax_diffusion.core.data.noise import NoiseSpec
-from flax_diffusion.core.data.sources import Record, open_source
-from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.data.sources.opening import open_source
+from flax_diffusion.core.data.sources.source import Record
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.objectives.noising import NoiseSpec
 
 MAKE = ExampleFn(transform=ImageTransform(resolution=8), noise=NoiseSpec(shape=(1, 2, 2)))
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))

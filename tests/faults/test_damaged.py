@@ -12,12 +12,13 @@ import pytest
 from faults.trials import BACKENDS, ended, log_of, start
 from tiny import ONE_BLOCK, RUN, TEXT_RUN, UNET, pictures
 
-from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core import checkpoints, portable, recipe
+from flax_diffusion.core.checkpoints import folders, portable
 from flax_diffusion.core.errors import CheckpointError, UserError
-from flax_diffusion.core.loop import fit
-from flax_diffusion.core.saving import Saver
-from flax_diffusion.core.tasks import UnconditionalConfig
+from flax_diffusion.core.run import assembly
+from flax_diffusion.core.run.loop import fit
+from flax_diffusion.core.run.saving import Saver
+from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
+from flax_diffusion.jax_backend.backend import JaxBackend
 
 EIGHT = jax.devices()  # other tests see the first of them only
 SAVED = RUN | {
@@ -69,8 +70,8 @@ def check_damages(run, tmp_path, flips):
                 (work / "checkpoint-4" / name).unlink()
             else:
                 (work / "checkpoint-4" / name).write_bytes(content)
-            folder = checkpoints.newest_whole(work)
-            step = checkpoints.step_of(folder)
+            folder = folders.newest_whole(work)
+            step = folders.step_of(folder)
             if step == 4:
                 arrays, metadata = portable.read(folder)
                 assert metadata == expected[1], (name, what)
@@ -110,7 +111,7 @@ def test_a_run_goes_on_from_the_one_before(saved, tmp_path, caplog):
 
 def test_a_checkpoint_that_was_sealed_without_its_state(saved, tmp_path):
     config = UnconditionalConfig(**SAVED, output_dir=str(tmp_path))
-    backend = JaxBackend(config, recipe.make_spec(config, recipe.open_run_source(config)))
+    backend = JaxBackend(config, assembly.make_spec(config, assembly.open_run_source(config)))
     backend.state = backend.program.state  # shapes alone will do
     missing = "its `state` is missing or has no _METADATA"
     kinds = [
@@ -146,11 +147,11 @@ def test_a_full_disk(small_disk, tmp_path, backend, figure):
     folder.symlink_to(small_disk)
     process = start(backend, folder, unet=wide, checkpointing_steps=2, checkpoints_total_limit=None, report_to="none")
     assert ended(process) != 0
-    have, last = checkpoints.committed(folder), log_of(folder).splitlines()[-1]
+    have, last = folders.committed(folder), log_of(folder).splitlines()[-1]
     assert have, last
     assert "No space left on device" in last
     assert last.endswith(f"; the newest checkpoint is {have[-1].name}")
-    assert all(checkpoints.damage(one) is None for one in have)
+    assert all(folders.damage(one) is None for one in have)
     figure(6, f"{backend}: {len(have)} whole checkpoints on a disk of 32 MB, then: {last[:60]}…")
 
 
@@ -176,7 +177,7 @@ def test_saved_on_eight_devices(tmp_path, count, figure):
     for name, array in restored.state_arrays().items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
     fit("unconditional", config, make(EIGHT[:count]))
-    assert checkpoints.committed(tmp_path)[-1].name == "checkpoint-5"
+    assert folders.committed(tmp_path)[-1].name == "checkpoint-5"
     figure(11, f"saved on 8 devices, restored on {count}: bitwise the same, and the run went on")
 
 
@@ -200,7 +201,7 @@ def test_another_run_than_the_checkpoints(saved, tmp_path, backend, task, change
     options = SAVED | changes | {"output_dir": str(run), "max_train_steps": 9, "resume_from_checkpoint": "latest"}
     with pytest.raises(UserError, match=says):
         train(backend, task, **options)
-    assert {path.name for path in checkpoints.committed(run)} == {"checkpoint-2", "checkpoint-4"}
+    assert {path.name for path in folders.committed(run)} == {"checkpoint-2", "checkpoint-4"}
     figure(12, f"{backend}: resumed with another {request.node.callspec.id.split('-')[-1]}: an error that names it")
 
 
@@ -211,7 +212,7 @@ def test_saves_hardly_stall_training(tmp_path, backend, figure):
     options = SAVED | {"output_dir": str(tmp_path), "unet": UNET | {"block_out_channels": [512, 512]}}
     config = UnconditionalConfig(**options)
     owner = JaxBackend if backend == "flax_diffusion" else import_module("torch_backend.backend").TorchBackend
-    own = owner(config, recipe.make_spec(config, recipe.open_run_source(config)))
+    own = owner(config, assembly.make_spec(config, assembly.open_run_source(config)))
     own.init_state()
     metadata = {"step": 0}
     saver, times = Saver(own, tmp_path, None), []

@@ -9,8 +9,8 @@ import pytest
 from hosts import log_of, start_together
 from tiny import ONE_BLOCK, RUN, UNET, losses
 
-from flax_diffusion.core import portable
-from flax_diffusion.core.checkpoints import committed, damage, step_of
+from flax_diffusion.core.checkpoints import portable
+from flax_diffusion.core.checkpoints.folders import committed, damage, step_of
 
 HEARTBEAT, STEPS = 10, 30
 OPTIONS = RUN | {

@@ -7,8 +7,9 @@ import time
 import pytest
 from faults.trials import BACKENDS, STEPS, assert_same, die, ended, go_on, left, log_of, start
 
-from flax_diffusion.core import checkpoints, saving
-from flax_diffusion.core.checkpoints import committed, damage
+from flax_diffusion.core.checkpoints import folders
+from flax_diffusion.core.checkpoints.folders import committed, damage
+from flax_diffusion.core.run import saving
 
 SHORT = {"max_train_steps": 24, "checkpointing_steps": 3}
 
@@ -41,7 +42,7 @@ class Saves:
 
 def after(seconds):
     """Dies at some time after the first step."""
-    from flax_diffusion.core.loop import _Run
+    from flax_diffusion.core.run.loop import _Run
 
     saves, real = Saves(), _Run._steps
 
@@ -59,7 +60,7 @@ def in_save(number, fraction):
 
 def in_rotation(number, files):
     """Dies in a rotation, when some files of the old checkpoint are deleted."""
-    real, deletions = checkpoints.remove_tree, 0
+    real, deletions = folders.remove_tree, 0
 
     def remove_tree(folder):
         nonlocal deletions
@@ -71,7 +72,7 @@ def in_rotation(number, files):
                 die("in a rotation")
         real(folder)
 
-    checkpoints.remove_tree = remove_tree
+    folders.remove_tree = remove_tree
 
 
 def happenings(kinds, last_save):

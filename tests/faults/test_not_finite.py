@@ -11,11 +11,11 @@ import torch
 from faults.trials import BACKENDS
 from tiny import ONE_BLOCK, RUN, UNET, losses
 
-from flax_diffusion import train_step
-from flax_diffusion.core import portable
-from flax_diffusion.core.checkpoints import committed
+from flax_diffusion.core.checkpoints import portable
+from flax_diffusion.core.checkpoints.folders import committed
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.errors import NonFiniteError
+from flax_diffusion.jax_backend import train_step
 from torch_backend import train_step as torch_train_step
 
 OPTIONS = RUN | {"max_train_steps": 8, "checkpointing_steps": 2, "use_ema": True, "validation_epochs": None}
@@ -61,7 +61,7 @@ def inject(monkeypatch):
             return got
 
         monkeypatch.setattr(ExampleFn, "__call__", example)
-        monkeypatch.setattr("flax_diffusion.core.recipe.Loader", without_threads)
+        monkeypatch.setattr("flax_diffusion.core.run.assembly.Loader", without_threads)
         with_jax, with_torch = train_step.diffusion_loss, torch_train_step.diffusion_loss
 
         def jax_loss(modules, params, batch, dropout):

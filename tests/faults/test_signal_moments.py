@@ -8,11 +8,11 @@ import time
 from importlib import import_module
 
 import pytest
-from faults.trials import BACKENDS
+from faults.trials import BACKENDS, FOLDERS
 from tiny import ONE_BLOCK, RUN, UNET
 
-from flax_diffusion.core import checkpoints, portable
-from flax_diffusion.core.saving import Saver
+from flax_diffusion.core.checkpoints import folders, portable
+from flax_diffusion.core.run.saving import Saver
 
 STEPS = 24
 OPTIONS = RUN | {
@@ -78,14 +78,14 @@ def check(tmp_path, monkeypatch, backend, count):
     train("unconditional", **OPTIONS, output_dir=str(tmp_path / "whole"))
     expected, sent, runs = left(tmp_path / "whole"), dict.fromkeys(KINDS, 0), 0
     names = {"flax_diffusion": "JaxBackend", "torch_backend": "TorchBackend"}
-    signals = Signals(monkeypatch, getattr(import_module(f"{backend}.backend"), names[backend]))
+    signals = Signals(monkeypatch, getattr(import_module(f"{FOLDERS[backend]}.backend"), names[backend]))
     while sum(sent.values()) < count:
         folder, runs = tmp_path / str(runs), runs + 1
         while not (folder / f"checkpoint-{STEPS}").exists() or signals.sent:
             signals.next_session()
             train("unconditional", **OPTIONS, output_dir=str(folder), resume_from_checkpoint="latest")
             sent[signals.kind] += signals.sent
-            assert all(checkpoints.damage(one) is None for one in checkpoints.committed(folder))
+            assert all(folders.damage(one) is None for one in folders.committed(folder))
         assert left(folder) == expected
     return sent, runs
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from faults.trials import BACKENDS, STEPS, assert_same, ended, go_on, left, log_of, start, wait_for
 
-from flax_diffusion.core.checkpoints import committed, damage, step_of
+from flax_diffusion.core.checkpoints.folders import committed, damage, step_of
 
 SECONDS = 5
 QUICK = {"checkpointing_steps": 1000, "checkpoints_total_limit": None}
@@ -19,7 +19,7 @@ QUICK = {"checkpointing_steps": 1000, "checkpoints_total_limit": None}
 
 def backend_class(backend):
     if backend == "flax_diffusion":
-        from flax_diffusion.backend import JaxBackend
+        from flax_diffusion.jax_backend.backend import JaxBackend
 
         return JaxBackend
     from torch_backend.backend import TorchBackend
@@ -44,7 +44,7 @@ def tell(backend, sign):
 
 def in_state(backend, sign, state):
     """Gets into a state and stays there, where it can for a minute; says in a file that it is there."""
-    from flax_diffusion.core import checkpoints
+    from flax_diffusion.core.checkpoints import folders
     from flax_diffusion.core.data.batches import ExampleFn
 
     tell(backend, f"{sign}.steps")
@@ -71,7 +71,7 @@ def in_state(backend, sign, state):
     elif state == "sample":
         owner.sample = stays(owner.sample, 1, 60)
     elif state == "save":
-        checkpoints.seal = stays(checkpoints.seal, 1, 2)
+        folders.seal = stays(folders.seal, 1, 2)
     elif state == "compile":  # which cannot be cut short
         owner.train_step = stays(owner.train_step, 1, 0.5)
 
@@ -144,10 +144,10 @@ def test_ctrl_c_twice_ends_at_once(tmp_path, state):
 
 def hold(sign, state):
     """Blocks a save in its thread, or the main thread where it takes a step, in C and for a minute."""
-    from flax_diffusion.core import checkpoints
+    from flax_diffusion.core.checkpoints import folders
     from torch_backend.backend import TorchBackend
 
-    owner, name = {"save": (checkpoints, "seal"), "compile": (TorchBackend, "train_step")}[state]
+    owner, name = {"save": (folders, "seal"), "compile": (TorchBackend, "train_step")}[state]
 
     def held(*arguments):
         Path(sign).touch()

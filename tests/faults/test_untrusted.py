@@ -15,10 +15,11 @@ from safetensors.numpy import save
 from tiny import ONE_BLOCK, UNET
 
 from flax_diffusion import FlaxDDPMScheduler, FlaxUNet2DModel
-from flax_diffusion.core import cli, hub
-from flax_diffusion.core.data.folders import open_folder
+from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.errors import ConfigError, DataError, UserError, WeightsError
-from flax_diffusion.core.pipeline import Component, open_pipeline
+from flax_diffusion.core.io import model_files
+from flax_diffusion.core.spec.pipeline import Component, open_pipeline
+from flax_diffusion.core.tasks import command_line
 from torch_backend.modules import make
 
 MAX_SECONDS, MAX_MEGABYTES = 1.0, 200
@@ -140,14 +141,14 @@ TREE = {
 @counts(10_000)
 def test_safetensors(count, tmp_path, figure):
     """As weights of a model, which must fit it, and as any arrays."""
-    from flax_diffusion import weights
+    from flax_diffusion.models import weights
 
     tensors = {name: np.ascontiguousarray(array) for name, array in weights.to_torch(TREE)}
     path = tmp_path / "model.safetensors"
 
     def read():
-        assert {array.array().nbytes for array in hub.read_safetensors(path).values()}
-        assert hub.safetensors_metadata(path) is not None
+        assert {array.array().nbytes for array in model_files.read_safetensors(path).values()}
+        assert model_files.safetensors_metadata(path) is not None
         weights.load(tmp_path, TREE, "model")
 
     fuzz(figure, "safetensors", count, [save(tensors), save(tensors, metadata={"format": "pt"})], path, read)
@@ -157,7 +158,7 @@ def test_safetensors(count, tmp_path, figure):
 def test_msgpack(count, tmp_path, figure):
     from flax.serialization import msgpack_serialize
 
-    from flax_diffusion import weights
+    from flax_diffusion.models import weights
 
     whole = msgpack_serialize(TREE)
     chunks = {"__msgpack_chunked_array__": True, "shape": {"0": 4}, "chunks": {"0": np.zeros(3, np.float32)}}
@@ -187,7 +188,7 @@ def test_yaml(count, tmp_path, request, figure):
     recipes = [recipe for recipe in recipes if b"dataset_name" in recipe] + [DREAMBOOTH.encode()]
 
     def read():
-        task, config = cli.parse_train(["--config", str(path)], "train")
+        task, config = command_line.parse_train(["--config", str(path)], "train")
         yaml.safe_dump({"task": task} | config.model_dump(mode="json"))
 
     fuzz(figure, "yaml", count, recipes, path, read)
@@ -252,12 +253,12 @@ def test_a_safetensors_header_without_end(tmp_path):
     with pytest.raises(
         WeightsError, match=r"is not a whole safetensors file \(its header is 67108864 bytes long, over"
     ):
-        hub.read_safetensors(path)
+        model_files.read_safetensors(path)
 
 
 def test_numbers_that_are_no_floats(tmp_path):
     """Quantised weights of another program, or a header that was tampered with."""
-    from flax_diffusion import weights
+    from flax_diffusion.models import weights
 
     tree = {"conv": {"bias": np.zeros(4, np.float32)}}
     (tmp_path / "model.safetensors").write_bytes(save({"conv.bias": np.zeros(4, np.int32)}))
@@ -267,7 +268,7 @@ def test_numbers_that_are_no_floats(tmp_path):
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "../..", 5, ["x"], None])
 def test_an_index_names_files_beside_it(tmp_path, name):
-    from flax_diffusion import weights
+    from flax_diffusion.models import weights
 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     with pytest.raises(WeightsError, match="which is no file beside it: fetch the folder again"):
@@ -286,7 +287,7 @@ def test_an_index_names_files_beside_it(tmp_path, name):
 def test_json(tmp_path, text, says):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(WeightsError, match=says):
-        hub.read_json(tmp_path / "config.json")
+        model_files.read_json(tmp_path / "config.json")
 
 
 LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
@@ -312,7 +313,7 @@ def test_yaml_that_is_no_recipe(tmp_path, text, says):
     path.write_text(text)
     start = time.perf_counter()
     with pytest.raises(ConfigError, match=says):
-        cli.parse_train(["--config", str(path)], "train")
+        command_line.parse_train(["--config", str(path)], "train")
     assert time.perf_counter() - start < MAX_SECONDS
 
 
@@ -353,7 +354,7 @@ def test_captions_that_are_no_text(tmp_path):
 )
 def test_secrets_are_not_kept(option, secret):
     with pytest.raises(ConfigError, match=rf"{option} holds a password or token: log in instead") as caught:
-        cli.parse_train(["unconditional", "--dataset_name", "digits", option, secret], "train")
+        command_line.parse_train(["unconditional", "--dataset_name", "digits", option, secret], "train")
     assert "SECRET" not in str(caught.value)
 
 

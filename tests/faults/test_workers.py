@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from flax_diffusion.core.data.loader import Loader
-from flax_diffusion.core.data.sources import ArraySource
+from flax_diffusion.core.data.sources.source import ArraySource
 from flax_diffusion.core.data.workers import Workers
 from flax_diffusion.core.errors import DataError
 

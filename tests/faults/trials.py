@@ -11,9 +11,11 @@ import numpy as np
 from conftest import QUICK
 from tiny import ONE_BLOCK, RUN, UNET, losses
 
-from flax_diffusion.core import portable
+from flax_diffusion.core.checkpoints import portable
 
 BACKENDS = ("flax_diffusion", "torch_backend")
+FOLDERS = {"flax_diffusion": "flax_diffusion.jax_backend", "torch_backend": "torch_backend"}
+"""Where the parts of each are that the commands do not show."""
 STEPS = 200
 CONFIG = RUN | {
     "max_train_steps": STEPS, "checkpointing_steps": 10, "checkpoints_total_limit": 2, "use_ema": True,
@@ -54,7 +56,7 @@ def _train(backend, folder, happens, options):
     recipe.write_text(json.dumps({"task": "unconditional"} | options | {"output_dir": str(folder)}))
     from importlib import import_module
 
-    from flax_diffusion.core.cli import main_guard
+    from flax_diffusion.core.tasks.command_line import main_guard
 
     sys.argv = ["train", "--config", str(recipe)]
     main_guard(import_module(f"{backend}.train").main)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from tiny import RUN
 
-from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core import recipe
-from flax_diffusion.core.tasks import UnconditionalConfig
+from flax_diffusion.core.run import assembly
+from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
+from flax_diffusion.jax_backend.backend import JaxBackend
+from flax_diffusion.jax_backend.sharding import make_mesh
 from flax_diffusion.models.attention import attention
-from flax_diffusion.sharding import make_mesh
 from torch_backend.backend import TorchBackend
 
 pytestmark = pytest.mark.gpu
@@ -42,8 +43,8 @@ def _a_gpu():
 
 def opened(**options):
     config = UnconditionalConfig(**OPTIONS | options)
-    source = recipe.open_run_source(config)
-    return config, source, recipe.make_spec(config, source)
+    source = assembly.open_run_source(config)
+    return config, source, assembly.make_spec(config, source)
 
 
 def made(backend, **options):
@@ -60,8 +61,8 @@ def made(backend, **options):
 
 def batches(**options):
     config, source, spec = opened(**options)
-    schedule = recipe.make_schedule(config, len(source), 1)
-    with recipe.make_loader(config, spec, source, schedule, num_steps=STEPS) as loader:
+    schedule = make_schedule(config, len(source), 1)
+    with assembly.make_loader(config, spec, source, schedule, num_steps=STEPS) as loader:
         return list(loader)
 
 

@@ -15,10 +15,9 @@ import torch
 from cases import CASES, CLIP, Case, random_params
 from safetensors.torch import load_file, save_file
 
-from flax_diffusion import weights
 from flax_diffusion.core.errors import ConfigError, WeightsError
-from flax_diffusion.core.files import replacing, write_text
-from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DModel
+from flax_diffusion.core.io.files import replacing, write_text
+from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DModel, weights
 
 FILES = {"FlaxCLIPTextModel": "model.safetensors", "FlaxCLIPTextModelWithProjection": "model.safetensors"}
 

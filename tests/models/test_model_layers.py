@@ -17,9 +17,8 @@ from cases import CASES, QUICK, draw, random_params
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Reference
 from diffusers.models.embeddings import get_timestep_embedding
 
-from flax_diffusion import weights
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.models import flash
+from flax_diffusion.models import flash, weights
 from flax_diffusion.models.attention import attention, gated_gelu
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, timestep_embedding, upsample_nearest
 from flax_diffusion.models.norms import group_norm

@@ -14,7 +14,7 @@ import transformers
 from cases import CASES, QUICK, Case, draw
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
 
-from flax_diffusion import weights
+from flax_diffusion.models import weights
 
 TORCH_NAMES = {"timesteps": "timestep"}
 

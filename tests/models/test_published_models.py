@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import flax_diffusion
-from flax_diffusion.core.torch_names import torch_name, torch_shape
+from flax_diffusion.core.io.torch_names import torch_name, torch_shape
 
 CONFIGS = Path(__file__).parent / "configs"
 # Known from the model cards, to tell a wrong config from a right one.

@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from recorder import Idle
 
-from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core import cli, portable, recipe
-from flax_diffusion.core.adapters import NEW_ROWS
-from flax_diffusion.core.config import ONCE
+from flax_diffusion.core.checkpoints import portable
+from flax_diffusion.core.config.options import ONCE
 from flax_diffusion.core.data import loader
 from flax_diffusion.core.errors import UserError
-from flax_diffusion.core.loop import fit
+from flax_diffusion.core.run import assembly
+from flax_diffusion.core.run.loop import fit
+from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.spec.adapters import NEW_ROWS
+from flax_diffusion.core.tasks import command_line
+from flax_diffusion.jax_backend.backend import JaxBackend
 from torch_backend import options as torch_options
 from torch_backend.backend import TorchBackend
 
@@ -160,7 +163,7 @@ class Observer:
         return seen[channel] if kind == "run" and isinstance(seen, dict) else seen
 
     def config(self, task, options):
-        return cli.merge(task, {}, options, "")
+        return command_line.merge(task, {}, options, "")
 
     def run(self, task, options, before):
         """Everything that the loop asks of a backend and writes, but for the recipe, which repeats the options."""
@@ -196,8 +199,8 @@ class Observer:
 
     def opened(self, task, options):
         config = self.config(task, {"output_dir": "out"} | options)
-        source = recipe.open_run_source(config)
-        return config, source, recipe.make_spec(config, source)
+        source = assembly.open_run_source(config)
+        return config, source, assembly.make_spec(config, source)
 
     def mesh(self, task, options):
         """How four devices are arranged."""
@@ -208,7 +211,7 @@ class Observer:
         """The program of the JAX step, and what its state is made of."""
         config, source, spec = self.opened(task, options)
         program = JaxBackend(config, spec, DEVICES[:1]).program
-        example = recipe.make_example_fn(config, spec)(source, 0, 0, 0)
+        example = assembly.make_example_fn(config, spec)(source, 0, 0, 0)
         batch = program.batch(example, 1, 1)
         traced = program.step.trace(program.state, program.frozen, batch, program.rates)
         kept = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.memory_kind), program.state)
@@ -240,9 +243,9 @@ class Observer:
     def torch(self, task, options):
         """PyTorch's numbers and state after two steps, and after one that is not finite."""
         (backend, config, source, spec), _ = self._built(task, options)
-        schedule = recipe.make_schedule(config, len(source), 1)
+        schedule = make_schedule(config, len(source), 1)
         seen = []
-        with recipe.make_loader(config, spec, source, schedule, num_steps=3) as batches:
+        with assembly.make_loader(config, spec, source, schedule, num_steps=3) as batches:
             for step, batch in enumerate(batches):
                 if step == 2:
                     batch["loss_weights"] = batch["loss_weights"] * np.float32(np.nan)
@@ -254,7 +257,7 @@ class Observer:
     def jax_says(self, task, options):
         """What the JAX backend logs when it is made."""
         config, _, spec = self.opened(task, options)
-        with mock.patch("flax_diffusion.backend.log.info") as info:
+        with mock.patch("flax_diffusion.jax_backend.backend.log.info") as info:
             JaxBackend(config, spec, DEVICES[:1])
         return str(info.call_args_list)
 

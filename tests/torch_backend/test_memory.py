@@ -13,9 +13,9 @@ from accelerate.utils import DistributedType
 from test_torch_run import run
 from tiny import RUN, losses, pictures, stable_diffusion
 
-from flax_diffusion.core import portable
+from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.errors import CheckpointError, ConfigError
-from flax_diffusion.core.tasks import TASKS
+from flax_diffusion.core.tasks.registry import TASKS
 from flax_diffusion.parity import NO_GRADIENT
 from torch_backend import distribution
 from torch_backend.train import train
@@ -175,7 +175,8 @@ def test_accelerate_configured_for_a_package_that_is_missing(request, tmp_path):
     recipe.write_text(json.dumps(RUN | {"task": "unconditional", "output_dir": str(tmp_path / "run")}))
     code = (
         "import sys; sys.modules['deepspeed'] = None;"
-        "from flax_diffusion.core.cli import main_guard; from torch_backend.train import main; main_guard(main)"
+        "from flax_diffusion.core.tasks.command_line import main_guard; "
+        "from torch_backend.train import main; main_guard(main)"
     )
     command = [sys.executable, "-c", code, "--config", str(recipe)]
     environment = os.environ | {"ACCELERATE_USE_DEEPSPEED": "true"}

@@ -11,13 +11,13 @@ import torch
 from tiny import RUN, TEXT_RUN, VAE, pictures, stable_diffusion
 
 from flax_diffusion import generate as jax_generate
-from flax_diffusion import modules as jax_modules
-from flax_diffusion.backend import JaxBackend
-from flax_diffusion.core.cli import merge
 from flax_diffusion.core.errors import CheckpointError, ConfigError
-from flax_diffusion.core.loop import fit
-from flax_diffusion.core.pipeline import _KNOWN
-from flax_diffusion.core.tasks import TASKS
+from flax_diffusion.core.run.loop import fit
+from flax_diffusion.core.spec.pipeline import _KNOWN
+from flax_diffusion.core.tasks.command_line import merge
+from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.jax_backend import modules as jax_modules
+from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.parity import NO_GRADIENT, compare, difference, main, verdict
 from torch_backend import generate as torch_generate
 from torch_backend import modules as torch_modules

@@ -11,10 +11,10 @@ import yaml
 from tiny import RUN, TEXT_RUN, losses, pictures, stable_diffusion
 from torch.utils.flop_counter import FlopCounterMode
 
-from flax_diffusion.core.cli import merge
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.loop import fit
-from flax_diffusion.core.tasks import UnconditionalConfig
+from flax_diffusion.core.run.loop import fit
+from flax_diffusion.core.tasks.command_line import merge
+from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.train import train as train_with_jax
 from torch_backend.backend import TorchBackend
 from torch_backend.generate import main as generate_main

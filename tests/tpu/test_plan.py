@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from tiny import ONE_BLOCK, RUN, UNET
 
-from flax_diffusion.core import cli
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.tasks import UnconditionalConfig
-from tpu import hlo, kernels, plan, sweep, topologies
+from flax_diffusion.core.tasks import command_line
+from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
+from tpu import compiled, hlo, kernels, plan, sweep, topologies
 from tpu.chips import CHIPS, GIB
 
 TEXT = """HloModule jit_step
@@ -111,9 +111,9 @@ def test_time_of_kernels():
 def test_bytes_on_the_host_are_none_of_a_device():
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = [jax.ShapeDtypeStruct((3, 5), np.float32, sharding=device)]
-    assert plan.bytes_a_device(shapes) == 60
+    assert compiled.bytes_a_device(shapes) == 60
     shapes += [jax.ShapeDtypeStruct((7,), np.float32, sharding=device.with_memory_kind("pinned_host"))]
-    assert plan.bytes_a_device(shapes) == 60
+    assert compiled.bytes_a_device(shapes) == 60
 
 
 SLICE = topologies.Slice(CHIPS["v5e"], [None] * 4)
@@ -150,8 +150,8 @@ def test_report():
     ],
 )
 def test_what_does_not_fit(refused):
-    error = plan.refusal(RuntimeError(refused), CONFIG, 4)
-    assert isinstance(error, plan.DoesNotFit)
+    error = compiled.refusal(RuntimeError(refused), CONFIG, 4)
+    assert isinstance(error, compiled.DoesNotFit)
     assert (error.needed, error.available) == (24.25, 15.75)
     assert str(error) == (
         "does not fit: the step needs 24.25 GiB of a device's 15.75, 8.50 too many. What helps: "
@@ -160,9 +160,9 @@ def test_what_does_not_fit(refused):
     )
     for how, helps in (("minimal", True), (True, False)):
         config = CONFIG.model_copy(update={"gradient_checkpointing": how})
-        assert ("--gradient_checkpointing" in str(plan.refusal(RuntimeError(refused), config, 4))) == helps
+        assert ("--gradient_checkpointing" in str(compiled.refusal(RuntimeError(refused), config, 4))) == helps
     other = RuntimeError("INTERNAL: something else")
-    assert plan.refusal(other, CONFIG, 4) is other
+    assert compiled.refusal(other, CONFIG, 4) is other
 
 
 def test_what_the_compiler_refuses(monkeypatch):
@@ -171,7 +171,7 @@ def test_what_the_compiler_refuses(monkeypatch):
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
     config = UnconditionalConfig(**RUN | {"unet": UNET | ONE_BLOCK})
-    with pytest.raises(plan.DoesNotFit, match=r"^does not fit: the step needs 24\.25 GiB of a device's 15\.75, 8"):
+    with pytest.raises(compiled.DoesNotFit, match=r"^does not fit: the step needs 24\.25 GiB of a device's 15\.75, 8"):
         plan.make_plan(config, topologies.Slice(CHIPS["v5e"], jax.devices()))
 
 
@@ -182,7 +182,7 @@ def test_sweep():
         assert where is SLICE
         room = 4 if config.gradient_checkpointing else 2
         if config.train_batch_size > room * config.fsdp_parallelism:
-            raise plan.DoesNotFit(20, 15.75, [])
+            raise compiled.DoesNotFit(20, 15.75, [])
         seconds = 0.1 + 0.05 * config.train_batch_size * (2 if config.gradient_checkpointing else 1)
         return a_plan(seconds, images=config.train_batch_size)
 
@@ -251,16 +251,16 @@ SD = ["--pretrained_model_name_or_path", "sd"]
 )
 def test_a_plan_asks_for_no_data(request, monkeypatch, words):
     monkeypatch.chdir(request.config.rootpath)
-    _, config = cli.parse_train(words, "plan", plan.without_data)
-    plan._described_source(config)
+    _, config = command_line.parse_train(words, "plan", plan.without_data)
+    compiled._described_source(config)
     with pytest.raises(ConfigError, match=r"no data|needs --|exclude each other"):
-        cli.parse_train([*words, "--train_data_dir", "x"] if "digits" in words else words, "train")
+        command_line.parse_train([*words, "--train_data_dir", "x"] if "digits" in words else words, "train")
 
 
 def test_captions_that_make_a_tokenizer_are_needed():
     scratch = ["text_to_image", "--unet", "{}", "--text_encoder", "{}", "--vae", "null", "--train_text_encoder"]
     with pytest.raises(ConfigError, match="no data: give --dataset_name"):
-        cli.parse_train(scratch, "plan", plan.without_data)
+        command_line.parse_train(scratch, "plan", plan.without_data)
 
 
 def test_a_sweep_has_no_one_program():
@@ -326,7 +326,7 @@ import tpu.topologies as topologies
 topologies.prepare()
 import jax, jax.numpy as jnp
 from flax_diffusion.models import flash
-from flax_diffusion.sharding import batch_sharding, make_mesh
+from flax_diffusion.jax_backend.sharding import batch_sharding, make_mesh
 from tpu import hlo, kernels
 where = topologies.describe("v5e:1x1")
 mesh = make_mesh(1, 1, where.devices)
@@ -371,7 +371,7 @@ import tpu.topologies as topologies
 topologies.prepare()
 import jax, jax.numpy as jnp
 from flax_diffusion.models.attention import attention
-from flax_diffusion.sharding import batch_sharding, make_mesh
+from flax_diffusion.jax_backend.sharding import batch_sharding, make_mesh
 where = topologies.describe(sys.argv[1])
 mesh = make_mesh(1, len(where.devices), where.devices)
 gradient = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
@@ -428,10 +428,10 @@ import json, sys
 import tpu.topologies as topologies
 topologies.prepare()
 import jax, jax.numpy as jnp, optax
-from flax_diffusion import offload
-from flax_diffusion.eight_bit import scale_by_8bit_adam
-from flax_diffusion.program import COMPILER_OPTIONS, OFFLOADING
-from flax_diffusion.sharding import make_mesh, state_shardings
+from flax_diffusion.jax_backend.optimizers import offload
+from flax_diffusion.jax_backend.optimizers.eight_bit import scale_by_8bit_adam
+from flax_diffusion.jax_backend.program import COMPILER_OPTIONS, OFFLOADING
+from flax_diffusion.jax_backend.sharding import make_mesh, state_shardings
 bits, topology, shapes = sys.argv[1:]
 mesh = make_mesh(-1, 1, topologies.describe(topology).devices)
 adam = {"8": scale_by_8bit_adam, "32": optax.scale_by_adam}[bits](b1=0.9, b2=0.999, eps=1e-8)

@@ -2,7 +2,7 @@
 
 import logging
 
-from flax_diffusion.core.data.sources import Source, first_few
+from flax_diffusion.core.data.sources.source import Source, first_few
 from flax_diffusion.core.errors import DataError
 
 logger = logging.getLogger(__name__)

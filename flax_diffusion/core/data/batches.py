@@ -7,11 +7,12 @@ from typing import Protocol
 import numpy as np
 
 from flax_diffusion.core.data.captions import Tokenize
-from flax_diffusion.core.data.images import decode
-from flax_diffusion.core.data.noise import NoiseSpec, Stream, example_rng
-from flax_diffusion.core.data.sources import Record, Source
-from flax_diffusion.core.data.transforms import ImageTransform
+from flax_diffusion.core.data.images.decoding import decode
+from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.objectives.noising import NoiseSpec
+from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 
 class MakeExample(Protocol):

@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from flax_diffusion.core.data.bad import MAX_BAD_SHARE, example_name, most_bad
 from flax_diffusion.core.data.captions import Tokenize
-from flax_diffusion.core.data.images import check_header
-from flax_diffusion.core.data.sources import Source, first_few
+from flax_diffusion.core.data.images.decoding import check_header
+from flax_diffusion.core.data.sources.source import Source, first_few
 from flax_diffusion.core.errors import DataError
-from flax_diffusion.core.files import is_local
+from flax_diffusion.core.io.files import is_local
 
 MAX_CHECKED = 2**18
 MAX_CHECKED_IN_STORE = 2**13

@@ -20,10 +20,10 @@ from grain.experimental import index_shuffle
 
 from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import MakeExample
-from flax_diffusion.core.data.noise import Stream, example_rng
-from flax_diffusion.core.data.sources import Source
+from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.data.workers import Workers
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 MAX_CONSECUTIVE_BAD = 100  # examples in a row; more means that the dataset is broken, not an image
 # Up to here an epoch's order is a true permutation, held in memory; beyond, Grain's block cipher over the indices,

@@ -1,0 +1,325 @@
+"""The typed configuration of a run, one frozen class a task.
+
+Fields are named as the flags of the Diffusers training scripts, so that their commands keep working, and a YAML
+file holds the same names. `tasks.command_line` fills these classes from file and flags; the rules that join fields
+stand in the class that has the fields, in its `_check…`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from flax_diffusion.core.config.targets import TEXT_ENCODER_TARGETS, UNET_TARGETS
+from flax_diffusion.core.errors import SECRET
+from flax_diffusion.core.typed import BetaSchedule, Checkpointing, PredictionType
+
+LrScheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"
+]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "repeat_step")
+"""What is said for one start of a run: a run's own config.yaml, which makes it again, leaves these out."""
+
+
+def also(*names: str) -> AliasChoices:
+    """Other spellings of a field: the first name is ours, the rest are those of other Diffusers scripts."""
+    return AliasChoices(*names)
+
+
+class TrainConfig(BaseModel):
+    """What every task shares; the tasks below change defaults and add what only they need."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    # Model
+    pretrained_model_name_or_path: str | None = Field(
+        None, description="Folder or Hub id of a Diffusers pipeline to start from. None: from scratch."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of that Hub id.")
+    variant: str | None = Field(None, description="Variant of its weight files, e.g. fp16.")
+
+    # Data
+    resolution: int = Field(64, ge=1, description="Height and width of the training images, in pixels.")
+    resize_mode: Literal["crop", "stretch"] = Field(
+        "crop", description="crop: scale the short side, then crop. stretch: scale both sides to the resolution."
+    )
+    center_crop: bool = Field(False, description="Crop the centre instead of a random place.")
+    random_flip: bool = Field(False, description="Mirror each image left to right with probability one half.")
+    image_interpolation_mode: Interpolation = Field("bilinear", description="Filter that resizes.")
+    dataloader_num_workers: int = Field(0, ge=0, description="Processes that decode images. 0: threads.")
+    skip_bad_images: bool = Field(False, description="Count unreadable images and go on, instead of stopping.")
+
+    # Batch and devices
+    train_batch_size: int = Field(16, ge=1, description="Images a device in one forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes an optimizer step.")
+    global_batch_size: int | None = Field(
+        None, ge=1, description="Images an optimizer step over all devices. Overrides train_batch_size."
+    )
+    data_parallelism: int = Field(-1, description="Size of the mesh's data axis. -1: all devices left over.")
+    fsdp_parallelism: int = Field(1, ge=1, description="Size of the mesh's fsdp axis, which shards the state.")
+
+    # Length
+    num_train_epochs: int = Field(
+        100, ge=1, validation_alias=also("num_train_epochs", "num_epochs"), description="Passes over the data."
+    )
+    max_train_steps: int | None = Field(None, ge=1, description="Optimizer steps. Overrides num_train_epochs.")
+
+    # Optimizer
+    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
+    scale_lr: bool = Field(False, description="Multiply the rate by accumulation x batch a device x devices.")
+    lr_scheduler: LrScheduler = Field("constant", description="Shape of the rate over the run.")
+    lr_warmup_steps: int = Field(500, ge=0, description="Optimizer steps of linear warm-up.")
+    lr_num_cycles: int = Field(1, ge=1, description="Restarts of cosine_with_restarts.")
+    lr_power: float = Field(1.0, gt=0, description="Exponent of polynomial.")
+    lr_step_rules: str | None = Field(None, description="piecewise_constant: '1:10,0.1:20,0.01' (factor:until step).")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
+    adam_weight_decay: float = Field(1e-2, ge=0, description="AdamW's decoupled weight decay.")
+    adam_epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm to clip to.")
+
+    # Moving average
+    use_ema: bool = Field(False, description="Keep a moving average of the weights; samples and exports use it.")
+    ema_max_decay: float = Field(0.9999, ge=0, lt=1, description="Largest decay of the average.")
+    ema_warmup: bool = Field(False, description="Decay 1-(1+n/inv_gamma)^-power instead of (1+n)/(10+n).")
+    ema_inv_gamma: float = Field(1.0, gt=0, description="inv_gamma of the warm-up rule.")
+    ema_power: float = Field(0.75, gt=0, description="power of the warm-up rule.")
+
+    # Precision and memory
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field(
+        "no", description="Compute precision. Weights stay float32; fp16 scales the loss."
+    )
+    gradient_checkpointing: Checkpointing = Field(
+        False, description="Recompute activations in the backward pass. minimal: all but products and convolutions."
+    )
+
+    use_8bit_adam: bool = Field(
+        False, description="AdamW with 8-bit moments; on PyTorch those of bitsandbytes, which rounds differently."
+    )
+
+    offload_optimizer: bool = Field(
+        False, description="JAX: keep the moments in the host's memory; they visit the device in each step."
+    )
+
+    # What only PyTorch has, most of it on CUDA; the JAX side says what to use instead
+    enable_xformers_memory_efficient_attention: bool = Field(
+        False, description="PyTorch: attention by xformers instead of PyTorch's own."
+    )
+    set_grads_to_none: bool = Field(False, description="PyTorch: free gradients between steps instead of zeroing them.")
+    allow_tf32: bool = Field(False, description="PyTorch: TF32 matrix products on Ampere and newer.")
+    channels_last: bool = Field(False, description="PyTorch: NHWC convolutions, faster on tensor cores.")
+    torch_compile: bool = Field(False, description="PyTorch: compile the trained models.")
+
+    # Samples during training
+    validation_epochs: int | None = Field(
+        5,
+        ge=1,
+        validation_alias=also("validation_epochs", "save_images_epochs"),
+        description="Sample a grid every so many epochs, and at the end. None: only at the end.",
+    )
+    validation_steps: int | None = Field(None, ge=1, description="Sample every so many steps instead.")
+    eval_batch_size: int = Field(16, ge=1, description="Images in the grid (a prompt).")
+
+    # Output
+    output_dir: str = Field("ddpm-model-64", description="Folder of the run.")
+    overwrite_output_dir: bool = Field(
+        False,
+        description="Take the place of an earlier run in that folder, which goes when this one saves a checkpoint.",
+    )
+    save_model_epochs: int | None = Field(
+        None, ge=1, description="Write the pipeline every so many epochs. None: only at the end."
+    )
+    checkpointing_steps: int = Field(500, ge=1, description="Optimizer steps between checkpoints.")
+    checkpoint_models: bool = Field(
+        False, description="Each checkpoint also holds the trained models, in Diffusers' format."
+    )
+    checkpoints_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep. None: all.")
+    resume_from_checkpoint: str | None = Field(None, description="`latest`, or the name of one: checkpoint-1500.")
+    skip_nonfinite: int = Field(
+        0, ge=0, description="Steps whose loss or gradient is not finite to pass over; one more stops the run."
+    )
+    repeat_step: int | None = Field(
+        None, ge=1, description="Compute the batch of this step once with the resumed weights, print its loss, and end."
+    )
+    report_to: Literal["tensorboard", "none"] = Field(
+        "tensorboard", validation_alias=also("report_to", "logger"), description="Where metrics and grids go."
+    )
+    logging_dir: str = Field("logs", description="TensorBoard's folder inside output_dir.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of the weights, data order, noise and samples.")
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_as_yaml_reads_it(cls, value: Any) -> Any:
+        return "no" if value is False or value in ("false", "off") else value
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        """The rules that every task has. A ValueError's text is the error line."""
+        for name, value in self:
+            if SECRET.search(str(value)):  # a run's config.yaml is there for others to read
+                raise ValueError(f"--{name} holds a password or token: log in instead, by `hf auth login` for the Hub")
+        if not self.output_dir.strip():
+            raise ValueError("--output_dir is empty: name the run's folder")
+        if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
+            raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:1000,0.1:2000,0.01'")
+        if self.lr_scheduler != "piecewise_constant" and self.lr_step_rules:
+            raise ValueError(f"--lr_step_rules goes with piecewise_constant, not {self.lr_scheduler}: drop one")
+        if self.data_parallelism != -1 and self.data_parallelism < 1:
+            raise ValueError(f"--data_parallelism {self.data_parallelism}: give a size from 1, or -1 for what is left")
+        if self.repeat_step is not None and self.resume_from_checkpoint is None:
+            raise ValueError("--repeat_step computes with the weights of a checkpoint: add --resume_from_checkpoint")
+        if self.scale_lr and self.global_batch_size:
+            raise ValueError("--scale_lr multiplies by the batch a device: drop it or --global_batch_size")
+        return self
+
+
+class DiffusionConfig(TrainConfig):
+    """Of the tasks that train a denoiser."""
+
+    unet: dict[str, Any] | str | None = Field(
+        None,
+        validation_alias=also("unet", "model_config_name_or_path"),
+        description="From scratch: the UNet's Diffusers config, as a mapping, or the folder or .json file of one.",
+    )
+    vae: str | None = Field(None, description="Folder or Hub id of an AutoencoderKL. None: train on pixels.")
+    noise_scheduler: dict[str, Any] | None = Field(
+        None, description="Diffusers scheduler config. None: the pretrained pipeline's, or DDPM with ddpm_* below."
+    )
+    ddpm_num_steps: int = Field(1000, ge=1, description="Training timesteps, when the scheduler is ours to choose.")
+    ddpm_beta_schedule: BetaSchedule = Field(
+        "linear", description="Beta schedule, when the scheduler is ours to choose."
+    )
+    prediction_type: PredictionType | None = Field(
+        None, description="What the UNet predicts. None: what the scheduler's config says."
+    )
+    snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weights; 5 is the paper's choice.")
+    noise_offset: float = Field(0.0, ge=0, description="Strength of the offset added to each channel's noise.")
+    input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input; 0.1 is usual.")
+    cache_latents: bool = Field(
+        False, description="Encode each picture once, before training; the autoencoder then leaves the step."
+    )
+    validation_num_inference_steps: int = Field(
+        50,
+        ge=1,
+        validation_alias=also("validation_num_inference_steps", "ddpm_num_inference_steps"),
+        description="Denoising steps of those samples.",
+    )
+
+    @model_validator(mode="after")
+    def _check_diffusion(self) -> DiffusionConfig:
+        if self.pretrained_model_name_or_path and self.unet is not None:
+            raise ValueError("--unet is for training from scratch: drop it or --pretrained_model_name_or_path")
+        for name in ("ddpm_num_steps", "ddpm_beta_schedule"):
+            value = getattr(self, name)
+            owner = "noise_scheduler" if self.noise_scheduler is not None else "pretrained_model_name_or_path"
+            if getattr(self, owner) is not None and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"--{name} {value} is for a scheduler that we choose, and --{owner} brings its own: drop --{name}, "
+                    "or give the whole scheduler by --noise_scheduler"
+                )
+        if self.cache_latents and not (self.center_crop or self.resize_mode == "stretch"):
+            raise ValueError(
+                "--cache_latents encodes each picture once, and crops at random would differ from epoch to epoch: add "
+                "--center_crop, or --resize_mode stretch"
+            )
+        return self
+
+
+class DatasetConfig(TrainConfig):
+    """Of the tasks that train on a dataset."""
+
+    dataset_name: str | None = Field(None, description="Hub dataset id, or the built-in `digits`.")
+    dataset_config_name: str | None = Field(None, description="Configuration of that dataset.")
+    train_data_dir: str | None = Field(
+        None, description="Folder of images (metadata.jsonl/.csv, .txt captions or none) or of .parquet files."
+    )
+    image_column: str = Field("image", description="Column that holds the images.")
+    max_train_samples: int | None = Field(None, ge=1, description="Use only the first so many examples.")
+    cache_dir: str | None = Field(None, description="Where Hub downloads are kept.")
+
+    @model_validator(mode="after")
+    def _check_data(self) -> DatasetConfig:
+        if not self.dataset_name and not self.train_data_dir:
+            raise ValueError("no data: give --dataset_name (a Hub id or `digits`) or --train_data_dir (a folder)")
+        if self.dataset_name and self.dataset_name != "imagefolder" and self.train_data_dir:
+            raise ValueError("--dataset_name and --train_data_dir exclude each other: drop one")
+        return self
+
+
+class TextConfig(DiffusionConfig):
+    """Of the tasks whose images follow a text."""
+
+    vae: str | None = Field(
+        "pretrained", description="`pretrained`: the pipeline's own; else a folder or Hub id. None: train on pixels."
+    )
+    tokenizer_name: str | None = Field(
+        None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
+    )
+    resolution: int = Field(512, ge=1, description="Height and width of the training images, in pixels.")
+    validation_prompts: list[str] = Field(
+        [],
+        validation_alias=also("validation_prompts", "validation_prompt"),
+        description="Prompts to sample during training.",
+    )
+    validation_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of those samples.")
+    eval_batch_size: int = Field(
+        4,
+        ge=1,
+        validation_alias=also("eval_batch_size", "num_validation_images"),
+        description="Images in the grid (a prompt).",
+    )
+
+
+class CaptionedConfig(TextConfig):
+    """Of the tasks whose prompts are known before training, and whose text encoder may train."""
+
+    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
+    pre_compute_text_embeddings: bool = Field(
+        False, description="Encode each prompt once and let go of the text encoder; it must not train."
+    )
+
+    @model_validator(mode="after")
+    def _check_embeddings(self) -> CaptionedConfig:
+        if self.pre_compute_text_embeddings and self.train_text_encoder:
+            raise ValueError(
+                "--pre_compute_text_embeddings encodes each prompt once, and --train_text_encoder changes what comes "
+                "of it: drop one"
+            )
+        return self
+
+
+class LoraConfig(CaptionedConfig):
+    """Of the tasks that can train LoRA instead of the whole model."""
+
+    text_encoder_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        validation_alias=also("text_encoder_learning_rate", "text_encoder_lr"),
+        description="Peak rate of the text encoder. None: as the UNet's.",
+    )
+    lora_rank: int | None = Field(
+        None, ge=1, validation_alias=also("lora_rank", "rank"), description="Train LoRA of this rank, not the model."
+    )
+    lora_alpha: float | None = Field(None, gt=0, description="Its scale is alpha / rank. None: the rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of a LoRA's inputs that are dropped.")
+    lora_target_modules: list[str] = Field(list(UNET_TARGETS), description="Layers of the UNet to adapt.")
+    lora_text_encoder_target_modules: list[str] = Field(
+        list(TEXT_ENCODER_TARGETS), description="Layers of the text encoder to adapt, with --train_text_encoder."
+    )
+    lora_format: Literal["peft", "kohya"] = Field("peft", description="Names in pytorch_lora_weights.safetensors.")
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> LoraConfig:
+        if self.lora_rank is None:
+            for name in ("alpha", "dropout", "target_modules", "text_encoder_target_modules", "format"):
+                if getattr(self, f"lora_{name}") != type(self).model_fields[f"lora_{name}"].default:
+                    raise ValueError(f"--lora_{name} goes with --lora_rank: add it, 4 is usual, or drop the former")
+        elif self.pretrained_model_name_or_path is None:
+            raise ValueError("--lora_rank adapts a model: give --pretrained_model_name_or_path")
+        if self.text_encoder_learning_rate is not None and not self.train_text_encoder:
+            raise ValueError("--text_encoder_learning_rate goes with --train_text_encoder: add it, or drop the former")
+        return self

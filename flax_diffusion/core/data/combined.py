@@ -1,0 +1,73 @@
+"""Sources made of other sources: one prompt for all pictures, and pictures in pairs."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from flax_diffusion.core.data.sources.folders import open_folder
+from flax_diffusion.core.data.sources.source import Record, Source
+from flax_diffusion.core.errors import naming
+from flax_diffusion.core.io.files import as_path
+
+
+@dataclass(frozen=True)
+class PromptedSource:
+    """The pictures of several sources, one after the other, each source's with a prompt of its own."""
+
+    sources: Sequence[Source]
+    captions: Sequence[str | list[str]]  # of each source; one of a list is drawn for an example
+    repeats: Sequence[int]  # times that each picture of a source stands in an epoch
+    ends: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        sizes = (len(source) * times for source, times in zip(self.sources, self.repeats, strict=True))
+        object.__setattr__(self, "ends", list(itertools.accumulate(sizes)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        part = bisect.bisect_right(self.ends, index)
+        source = self.sources[part]
+        place = index - (self.ends[part - 1] if part else 0)
+        return replace(source[place % len(source)], caption=self.captions[part])
+
+
+@dataclass(frozen=True)
+class PairedSource:
+    """Record 2i is of a new thing, record 2i + 1 of a class; the shorter side starts over.
+
+    The loss is the mean over the first plus `prior_loss_weight` times the mean over the second. As weights in one mean
+    over both, these are 2 and twice that.
+    """
+
+    instances: Source
+    classes: Source
+    prior_loss_weight: float
+
+    def __len__(self) -> int:
+        return 2 * max(len(self.instances), len(self.classes))
+
+    def __getitem__(self, index: int) -> Record:
+        pair, of_class = divmod(index, 2)
+        if of_class:
+            return replace(self.classes[pair % len(self.classes)], weight=2 * self.prior_loss_weight)
+        return replace(self.instances[pair % len(self.instances)], weight=2.0)
+
+
+def open_uncaptioned(option: str, folder: str | None, most: int | None = None) -> Source:
+    """Opens a folder of pictures that one prompt stands for.
+
+    Args:
+        option: That names the folder, for messages.
+        folder: Its path.
+        most: Pictures to take; None for all.
+
+    Raises:
+        DataError: If the folder is missing or holds none.
+    """
+    with naming(option):
+        return open_folder(as_path(str(folder)), caption_column=None, max_samples=most)

@@ -1,0 +1,1 @@
+"""From a stored picture to the pixels that are trained on."""

@@ -1,0 +1,108 @@
+"""From a decoded picture to the array that a model is given: resize, crop, flip, scale."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from flax_diffusion.core.data.images.resizing import resize_part
+from flax_diffusion.core.errors import unknown
+from flax_diffusion.core.randomness.streams import Stream
+
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+# ToTensor then Normalize([0.5], [0.5]), in float32 and in that order, for each of the 256 values.
+_SCALED = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+
+
+class Transformed(NamedTuple):
+    """A picture ready for the model, and where in the original it comes from (SDXL's size conditioning)."""
+
+    pixel_values: np.ndarray  # float32 (C, resolution, resolution) in [-1, 1]
+    original_size: tuple[int, int]  # (height, width) before resizing, pixels
+    crop_top_left: tuple[int, int]  # (top, left) after resizing and flipping, pixels
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransform:
+    """Resize, crop, flip and scale a picture, to the pixel as torchvision does on PIL images.
+
+    `crop` scales the short side to `resolution` and cuts a square out of it; `stretch` scales both sides.
+    """
+
+    resolution: int
+    resize_mode: Literal["crop", "stretch"] = "crop"
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
+    center_crop: bool = False  # else at random
+    random_flip: bool = False  # left to right, half of the time
+    channels: Literal[1, 3] = 3  # 1: grey
+
+    def __call__(self, image: Image.Image, rng: Callable[[Stream], np.random.Generator]) -> Transformed:
+        """Transform one picture.
+
+        Args:
+            image: in mode RGB.
+            rng: gives the example's generators, of which `CROP` and `FLIP` are drawn from where needed.
+
+        Returns:
+            The array and the sizes.
+
+        Reference: torchvision's Resize, CenterCrop or RandomCrop, RandomHorizontalFlip, ToTensor, Normalize, in
+        the order of HF's example scripts.
+        """
+        original_size = (image.height, image.width)
+        if self.channels == 1:
+            image = image.convert("L")
+        width, height = self._resized(image)
+        top, left = self._corner(width, height, rng)
+        image = resize_part(image, (width, height), (left, top), self.resolution, FILTERS[self.interpolation])
+        if self.flips(rng):
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            left = width - left - self.resolution
+        return Transformed(scale(np.asarray(image)), original_size, (top, left))
+
+    def flips(self, rng: Callable[[Stream], np.random.Generator]) -> bool:
+        """Whether a picture is flipped, drawn from `FLIP`."""
+        return self.random_flip and rng(Stream.FLIP).random() < 0.5
+
+    def _resized(self, image: Image.Image) -> tuple[int, int]:
+        """Width and height after resizing, of which a square is cut out."""
+        if self.resize_mode == "stretch":
+            return self.resolution, self.resolution
+        if self.resize_mode != "crop":
+            raise unknown("resize_mode", self.resize_mode, ("crop", "stretch"))
+        width, height = image.size
+        # torchvision truncates the long side.
+        if width <= height:
+            return self.resolution, int(self.resolution * height / width)
+        return int(self.resolution * width / height), self.resolution
+
+    def _corner(self, width: int, height: int, rng: Callable[[Stream], np.random.Generator]) -> tuple[int, int]:
+        spare = (height - self.resolution, width - self.resolution)
+        if spare == (0, 0):
+            return spare
+        if self.center_crop:
+            return round(spare[0] / 2.0), round(spare[1] / 2.0)  # half to even, as torchvision
+        top, left = rng(Stream.CROP).integers((spare[0] + 1, spare[1] + 1))
+        return int(top), int(left)
+
+
+def scale(pixels: np.ndarray) -> np.ndarray:
+    """Map 8-bit pixels to the range of the models.
+
+    Args:
+        pixels: uint8 (H, W) or (H, W, C).
+
+    Returns:
+        float32 (C, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5 computed in float32.
+    """
+    planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    # Look-up keeps the order of its index in memory, and Grain shares only contiguous arrays between processes.
+    return _SCALED[np.ascontiguousarray(planes)]

@@ -1,0 +1,120 @@
+"""Datasets of the Hugging Face Hub, through its `datasets` library."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
+from huggingface_hub.constants import HF_HUB_CACHE
+
+from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, Record, require_column, whole_caption
+from flax_diffusion.core.errors import DataError
+
+_CACHES = (HF_DATASETS_CACHE, DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Rows of a Hub dataset, whose pictures stay encoded."""
+
+    dataset: datasets.Dataset = field(repr=False)
+    name: str
+    image_column: str
+    caption_column: str | None
+    folders: tuple[Path, ...] = field(default=(), repr=False)  # where downloads are, and files that rows may name
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Record:
+        row: dict[str, Any] = self.dataset[index]
+        name = f"{self.name}[{index}]"
+        image = row[self.image_column]
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise DataError(f"{name} holds no image; use another dataset, or skip bad images", name)
+        encoded = self._inside(image["path"], name) if image["bytes"] is None else image["bytes"]
+        caption = None if self.caption_column is None else row[self.caption_column]
+        return Record(encoded, whole_caption(caption, name), name)
+
+    def _inside(self, path: str, name: str) -> Path:
+        where = Path(os.path.abspath(path))
+        if not any(where.is_relative_to(folder) for folder in self.folders):
+            raise DataError(
+                f"{name} is the file {path}, which was not downloaded with the dataset; use another dataset", name
+            )
+        return where
+
+
+def open_hub(
+    name: str,
+    *,
+    config_name: str | None = None,
+    image_column: str = DEFAULT_IMAGE_COLUMN,
+    caption_column: str | None = "text",
+    max_samples: int | None = None,
+    cache_dir: str | Path | None = None,
+    split: str = "train",
+) -> HubSource:
+    """Download a dataset, or find it in the cache, and check its columns.
+
+    Args:
+        name: the dataset's id.
+        config_name: its configuration, where it has several.
+        image_column: of the picture.
+        caption_column: of the caption, text or a list of texts; None for none.
+        max_samples: the first so many rows; None for all.
+        cache_dir: of downloads; None for the library's own.
+        split: to take.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: the dataset cannot be had, or columns or captions are missing.
+    """
+    try:
+        dataset = datasets.load_dataset(
+            name, config_name, split=split, cache_dir=None if cache_dir is None else str(cache_dir)
+        )
+    except Exception as error:  # the library lets its network, file-system and parsing layers' errors through
+        raise DataError(
+            f"dataset {name} (split {split}) cannot be loaded ({type(error).__name__}: {error}); check the id, the "
+            "split and the network, or give a local folder by --train_data_dir"
+        ) from error
+    if not isinstance(dataset, datasets.Dataset):
+        raise DataError(f"dataset {name}, split {split} is no table of rows; name one split")
+    columns = [image_column] + ([] if caption_column is None else [caption_column])
+    for option, column in zip(("image_column", "caption_column"), columns, strict=False):
+        likely = [one for one in dataset.column_names if option == "image_column" or one != image_column]
+        require_column(column, dataset.column_names, option=option, where=f"dataset {name}", likely=likely)
+    dataset = dataset.select_columns(columns)
+    if max_samples is not None:
+        dataset = dataset.select(range(min(max_samples, len(dataset))))
+    if len(dataset) == 0:
+        raise DataError(f"dataset {name}, split {split} holds no rows; take another split")
+    _check_types(dataset, name, image_column, caption_column)
+    return HubSource(
+        dataset.cast_column(image_column, datasets.Image(decode=False)),
+        name,
+        image_column,
+        caption_column,
+        tuple(Path(os.path.abspath(folder)) for folder in (*_CACHES, cache_dir) if folder is not None),
+    )
+
+
+def _check_types(dataset: datasets.Dataset, name: str, image_column: str, caption_column: str | None) -> None:
+    kind = dataset.features[image_column]
+    if not isinstance(kind, datasets.Image) and getattr(kind, "dtype", None) not in ("string", "binary"):
+        raise DataError(f"--image_column {image_column} of dataset {name} is {kind}; it must hold images")
+    if caption_column is None:
+        return
+    kind = dataset.features[caption_column]
+    if getattr(getattr(kind, "feature", kind), "dtype", None) not in ("string", "large_string"):
+        raise DataError(
+            f"--caption_column {caption_column} of dataset {name} is {kind}; it must be text or a list of texts"
+        )
+    missing = dataset.data.column(caption_column).null_count
+    if missing:
+        raise DataError(f"{missing} rows of dataset {name} have no {caption_column}; use another caption_column")

@@ -1,0 +1,96 @@
+"""Open a set of training images, wherever it is."""
+
+from pathlib import Path
+
+import numpy as np
+
+from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, ArraySource, Source
+from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.io.files import as_path
+
+DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+def open_source(
+    *,
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | Path | None = None,
+    image_column: str = DEFAULT_IMAGE_COLUMN,
+    caption_column: str | None = "text",
+    max_train_samples: int | None = None,
+    cache_dir: str | Path | None = None,
+    split: str = "train",
+) -> Source:
+    """Open a set of training images, and find now whatever can be found wrong without decoding a picture.
+
+    Args:
+        dataset_name: `digits` (scikit-learn's 1,797 scans of 8x8 pixels, offline), a local folder, `imagefolder`
+            (the folder is `train_data_dir`), or the id of a dataset on the Hugging Face Hub.
+        dataset_config_name: configuration of a Hub dataset, or of a copy of one, that has several.
+        train_data_dir: folder of images, or folder or file of Parquet; see `folders.open_folder`.
+        image_column: column of the picture in Parquet and Hub datasets.
+        caption_column: column of the caption, a string or a list of them; None trains without captions.
+        max_train_samples: use only that many, the first ones.
+        cache_dir: where Hub downloads and unpacked Parquet are kept; None for the library's own place.
+        split: of a Hub dataset; in a folder, the subfolder of that name where all images lie in subfolders.
+
+    Returns:
+        The source, of at least one record, in an order that does not change from run to run.
+
+    Raises:
+        DataError: neither or both places named, or nothing usable found there.
+    """
+    if dataset_name == "imagefolder":
+        if train_data_dir is None:
+            raise DataError("--dataset_name imagefolder needs --train_data_dir, the folder of images")
+        dataset_name = None
+    elif dataset_name is not None and train_data_dir is not None:
+        raise DataError(
+            f"--dataset_name {dataset_name} and --train_data_dir {train_data_dir} exclude each other: drop one"
+        )
+    if dataset_name is not None and dataset_name != "digits" and as_path(dataset_name).is_dir():
+        dataset_name, train_data_dir = None, dataset_name
+    if dataset_config_name is not None and dataset_name == "digits":
+        raise DataError(f"--dataset_config_name {dataset_config_name}: the digits have one only; leave it out")
+    if max_train_samples is not None and max_train_samples < 1:
+        raise DataError(f"--max_train_samples {max_train_samples}: must be 1 or more, or left out for all")
+
+    if train_data_dir is not None:
+        from flax_diffusion.core.data.sources.folders import open_folder
+
+        return open_folder(
+            as_path(train_data_dir),
+            image_column=image_column,
+            caption_column=caption_column,
+            max_samples=max_train_samples,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            config_name=dataset_config_name,
+            split=split,
+        )
+    if dataset_name is None:
+        raise DataError("no training data named; give --dataset_name or --train_data_dir")
+    if dataset_name == "digits":
+        return _digits(caption_column is not None, max_train_samples)
+    from flax_diffusion.core.data.sources.hub import open_hub
+
+    return open_hub(
+        dataset_name,
+        config_name=dataset_config_name,
+        image_column=image_column,
+        caption_column=caption_column,
+        max_samples=max_train_samples,
+        cache_dir=cache_dir,
+        split=split,
+    )
+
+
+def _digits(with_captions: bool, max_samples: int | None) -> ArraySource:
+    from sklearn.datasets import load_digits
+
+    digits: object = load_digits()
+    scans, labels = digits["data"], digits["target"]  # type: ignore[index]  # a Bunch
+    # Ink 0..16 to grey 0..255. Only 8 falls half-way (127.5); rint takes the even neighbour, 128.
+    images = np.rint(scans.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)[:max_samples]
+    captions = [f"a handwritten {DIGIT_WORDS[label]}" for label in labels[:max_samples]]
+    return ArraySource(images, captions if with_captions else None, "digits")

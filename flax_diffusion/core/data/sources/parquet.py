@@ -1,0 +1,215 @@
+"""Parquet files of images, unpacked once to an Arrow file that every worker maps into memory.
+
+Parquet has no random access below a row group, often hundreds of megabytes; a shuffled epoch would decompress one
+for each example.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from flax_diffusion.core.data.sources.source import (
+    DEFAULT_IMAGE_COLUMN,
+    Record,
+    first_few,
+    require_column,
+    whole_caption,
+)
+from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.io.files import absolute, is_local, user_cache, version_of
+from flax_diffusion.core.io.untrusted import LFS_POINTER, path_below
+
+_ROWS = 256  # a record batch
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Rows of Parquet files, read from their unpacked copy."""
+
+    arrow_file: Path
+    files: list[Path] = field(repr=False)  # as given, for names
+    starts: np.ndarray = field(repr=False)  # int64 (files + 1,), first row of each
+    batches: np.ndarray = field(repr=False)  # int64 (record batches + 1,), first row of each
+
+    def __len__(self) -> int:
+        return int(self.batches[-1])
+
+    def __getitem__(self, index: int) -> Record:
+        number = int(np.searchsorted(self.batches, index, side="right")) - 1
+        reader, lock = _reader(self.arrow_file)
+        with lock:  # the reader is not safe to share between threads
+            batch = reader.get_batch(number)
+        row = index - int(self.batches[number])
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        file = self.files[part]
+        name = f"{file} row {index - int(self.starts[part])}"
+        try:
+            image = batch.column("image")[row].as_py()
+            caption = batch.column("caption")[row].as_py() if "caption" in batch.schema.names else None
+        except UnicodeDecodeError as error:  # Arrow does not look at what it copies
+            raise DataError(f"{name} holds text that is not UTF-8 ({error}); repair or remove the row", name) from error
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if isinstance(image, str):
+            try:
+                image = path_below(file.parent, image)
+            except (OSError, ValueError) as error:
+                raise DataError(f"{name}: image path {image}: {error}; use a path below it", name) from error
+        if image is None:
+            raise DataError(f"{name} holds no image; remove the row", name)
+        return Record(image, whole_caption(caption, name), name)
+
+
+def open_parquet(
+    files: list[Path],
+    image_column: str = DEFAULT_IMAGE_COLUMN,
+    caption_column: str | None = "text",
+    max_samples: int | None = None,
+    cache_dir: Path | None = None,
+) -> ParquetSource:
+    """Open Parquet files whose pictures are encoded bytes, paths, or Hugging Face's struct of the two.
+
+    Args:
+        files: in order.
+        image_column: of the picture.
+        caption_column: of the caption, text or a list of texts; None for none.
+        max_samples: the first so many rows; None for all.
+        cache_dir: where the unpacked copy is kept, as large as the images; None for the user's cache folder.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: a file is not Parquet, a column is missing or of another type, or a caption is missing.
+    """
+    columns = {"image": image_column} | ({} if caption_column is None else {"caption": caption_column})
+    counts = [_check(file, columns) for file in files]
+    starts = np.minimum(np.cumsum([0, *counts]), max_samples or sum(counts))
+    if starts[-1] == 0:
+        raise DataError(f"{first_few([str(file) for file in files])} holds no rows")
+    arrow_file = _unpacked(files, columns, starts, cache_dir)
+    reader, lock = _reader(arrow_file)
+    with lock:
+        sizes = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
+    return ParquetSource(arrow_file, files, starts, np.cumsum([0, *sizes]))
+
+
+@lru_cache(maxsize=8)
+def _reader(path: Path) -> tuple[pa.RecordBatchFileReader, Lock]:
+    return pa.ipc.open_file(pa.memory_map(str(path))), Lock()
+
+
+def _check(file: Path, columns: dict[str, str]) -> int:
+    """Check the columns of one file and return its number of rows."""
+    try:
+        with _opened(file) as parquet:
+            schema, count = parquet.schema_arrow, parquet.metadata.num_rows
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+    for role, column in columns.items():
+        option = f"{role}_column"
+        likely = [name for name in schema.names if role == "image" or name != columns["image"]]
+        require_column(column, schema.names, option=option, where=str(file), likely=likely)
+        kind = schema.field(column).type
+        if role == "image" and not (_is_bytes(kind) or _is_text(kind) or _is_image_struct(kind)):
+            raise DataError(f"--{option} {column} in {file} is of type {kind}; it must hold image files or their paths")
+        if role == "caption" and not (_is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))):
+            raise DataError(f"--{option} {column} in {file} is of type {kind}; it must be text or a list of texts")
+    return count
+
+
+def _unreadable(file: Path, error: Exception) -> DataError:
+    if isinstance(error, FileNotFoundError):
+        return DataError(f"{file} is not there, or is a link to nothing; download it again")
+    with file.open("rb") as start:
+        if start.read(len(LFS_POINTER)) == LFS_POINTER:
+            return DataError(f"{file} is a Git LFS pointer, of which `git lfs pull` brings the file")
+    return DataError(f"{file} is not a readable Parquet file ({error}); download it again")
+
+
+def _batches(parquet: pq.ParquetFile, file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from parquet.iter_batches(_ROWS, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _opened(file: Path) -> pq.ParquetFile:
+    return pq.ParquetFile(file if is_local(file) else file.open("rb"))
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_image_struct(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and bool({"bytes", "path"} & {part.name for part in kind})
+
+
+def _unpacked(files: list[Path], columns: dict[str, str], starts: np.ndarray, cache_dir: Path | None) -> Path:
+    """Return the Arrow file of these rows and columns, made now unless an earlier run did."""
+    versions = [(str(absolute(file)), *version_of(file)) for file in files]
+    identity = repr((versions, sorted(columns.items()), starts.tolist()))
+    folder = cache_dir or user_cache()
+    target = folder / f"parquet-{hashlib.sha256(identity.encode()).hexdigest()[:24]}.arrow"
+    if target.is_file():
+        return target
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Under another name until it is whole: another process may be doing the same.
+        handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
+        os.close(handle)
+        try:
+            _unpack(files, columns, starts, partial)
+            os.replace(partial, target)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"cannot unpack Parquet into {folder} ({error}); make room there or give another cache_dir"
+        ) from error
+    return target
+
+
+def _unpack(files: list[Path], columns: dict[str, str], starts: np.ndarray, path: str) -> None:
+    writer = schema = None
+    try:
+        for file, (first, last) in zip(files, pairwise(starts.tolist()), strict=True):
+            with _opened(file) as parquet:
+                row = 0
+                for batch in _batches(parquet, file, list(columns.values())):
+                    batch = batch.slice(0, last - first - row)
+                    if batch.num_rows == 0:
+                        break
+                    arrays = [batch.column(column) for column in columns.values()]
+                    if "caption" in columns and arrays[1].null_count:
+                        place = row + arrays[1].is_null().to_pylist().index(True)
+                        raise DataError(f"{file} row {place} has no {columns['caption']}; give it one or remove it")
+                    batch = pa.RecordBatch.from_arrays(arrays, list(columns))
+                    if writer is None:
+                        writer, schema = pa.ipc.new_file(path, batch.schema), batch.schema
+                    if batch.schema != schema:
+                        raise DataError(f"{file} has other column types than {files[0]}; write them alike")
+                    writer.write_batch(batch)
+                    row += batch.num_rows
+    finally:
+        if writer is not None:
+            writer.close()

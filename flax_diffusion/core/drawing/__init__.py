@@ -1,0 +1,1 @@
+"""What `generate` and `convert` open, and how pictures are written."""

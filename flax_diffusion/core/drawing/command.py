@@ -1,0 +1,186 @@
+"""The command that draws images from a pipeline folder, for either backend: options, files and messages."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+
+from flax_diffusion.core.drawing.models import open_model
+from flax_diffusion.core.errors import ConfigError, nearest_multiples
+from flax_diffusion.core.io.files import as_path, replacing
+from flax_diffusion.core.spec.merging import Shapes, with_adapters
+from flax_diffusion.core.spec.pipeline import PipelineSpec, check_prompts
+from flax_diffusion.core.tasks import command_line
+
+log = logging.getLogger(__name__)
+
+GRID = "grid.png"
+_WRITTEN = re.compile(r"\d{5,}\.png")
+_ROOM_BYTES = 2**20  # about a picture
+
+
+class GenerateConfig(BaseModel):
+    """Options of `generate`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(
+        description="Folder or Hub id of a Diffusers pipeline, such as the output_dir of a run; or a run of LoRA or "
+        "textual inversion, or a checkpoint in a run."
+    )
+    lora: list[str] = Field([], description="LoRA files to draw with, each as PATH or PATH:STRENGTH.")
+    lora_scale: FiniteFloat = Field(1.0, description="Strength of all of them, times each one's own.")
+    embeddings: list[str] = Field([], description="Files of textual inversion, each as PATH or PATH:WORD.")
+    prompt: list[str] = Field([], description="Texts to draw; each gets num_images images.")
+    negative_prompt: str = Field("", description="Text to guide away from.")
+    num_images: int = Field(1, ge=1, description="Images to draw (a prompt).")
+    height: int | None = Field(None, ge=1, le=2**14, description="Pixels. None: the pipeline's own.")
+    width: int | None = Field(None, ge=1, le=2**14, description="Pixels. None: the pipeline's own.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Of all noise. Image i of a seed is always the same.")
+    num_inference_steps: int = Field(50, ge=1, description="Denoising steps.")
+    guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance; 1 turns it off.")
+    scheduler: Literal["ddpm", "ddim", "pndm", "euler", "dpm++"] | None = Field(
+        None, description="Sampler. None: the pipeline's own."
+    )
+    batch_size: int = Field(16, ge=1, description="Images at a time; changes speed and memory, not the images.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Compute precision.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
+    variant: str | None = Field(None, description="Variant of its weight files, e.g. fp16.")
+    output_dir: str = Field("images", description="Folder for the PNG files and the grid.")
+    overwrite_output_dir: bool = Field(False, description="Delete the pictures of an earlier call in that folder.")
+
+
+def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
+    """The options of a call from Python; one prompt, LoRA or new word may be a plain string.
+
+    Raises:
+        ConfigError: For unknown names and wrong values.
+    """
+    values = {"model": str(model)} | options
+    for name in ("prompt", "lora", "embeddings"):
+        if isinstance(values.get(name), str | Path):
+            values[name] = [str(values[name])]
+    return command_line.build(GenerateConfig, values, "generate")
+
+
+def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
+    """Reads the pipeline's configs and what is added to it, and checks that size and prompts go with it.
+
+    Args:
+        config: The options.
+        shapes: Of a pipeline's models, by the backend that draws.
+
+    Raises:
+        UserError: If it is no pipeline, or something does not fit.
+    """
+    spec = open_model(config.model, shapes, config.revision, config.variant)
+    check_prompts(spec, config.prompt)
+    spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
+    height, width = spec.size or (spec.resolution, spec.resolution)
+    spec = replace(spec, size=(config.height or height, config.width or width))
+    for name, side in (("height", config.height), ("width", config.width)):
+        if side and side % spec.size_factor:
+            raise ConfigError(
+                f"--{name} {side}: must be a multiple of {spec.size_factor}, which autoencoder and UNet divide it by: "
+                f"{nearest_multiples(side, spec.size_factor)}"
+            )
+    tokenize = spec.tokenize
+    for prompt in dict.fromkeys((*config.prompt, config.negative_prompt)):
+        if tokenize is not None and (rest := tokenize.cut_off(prompt)):
+            log.warning("the text encoder takes %d tokens: cut off is '%s' of '%s'", tokenize.length, rest, prompt)
+    return spec
+
+
+def sampler_options(config: GenerateConfig) -> dict[str, Any]:
+    """What the samplers of both backends take from the options."""
+    names = ("prompt", "negative_prompt", "num_images", "num_inference_steps", "guidance_scale", "seed", "batch_size")
+    return {{"prompt": "prompts"}.get(name, name): getattr(config, name) for name in names}
+
+
+def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv: Sequence[str] | None) -> None:
+    """Runs the command line: writes 00000.png, 00001.png, … as they come, and grid.png.
+
+    Args:
+        draw: Opens the model, and then draws a batch of pictures at a time.
+        prog: Name of the command.
+        argv: Its words.
+    """
+    parser = command_line.Parser(prog=prog, description="Draw images from a trained pipeline.")
+    command_line.add_fields(parser, GenerateConfig)
+    config = command_line.build(GenerateConfig, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
+    folder = _free_folder(config)
+    batches = draw(config)
+    for path in _pictures_of_before(folder):
+        path.unlink()
+    count = _write(batches, folder, config.num_images if config.prompt else None)
+    sys.stderr.write(f"{count} images and {GRID} are in {folder}\n")
+
+
+def _pictures_of_before(folder: Path) -> list[Path]:
+    """What an earlier call has written."""
+    if not folder.is_dir():  # in an object store a folder is there when something is in it
+        return []
+    return sorted(path for path in folder.iterdir() if _WRITTEN.fullmatch(path.name) or path.name == GRID)
+
+
+def _free_folder(config: GenerateConfig) -> Path:
+    """The output folder, which can be written and in which no picture is that would stand among the new ones.
+
+    Raises:
+        ConfigError: If it is not so.
+    """
+    folder = as_path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output_dir {folder}: cannot be made: {error.strerror}; name another folder") from error
+    before = _pictures_of_before(folder)
+    if before and not config.overwrite_output_dir:
+        raise ConfigError(
+            f"--output_dir {folder}: holds {before[0].name} of an earlier call, and {len(before) - 1} more: name "
+            "another folder, or delete them by --overwrite_output_dir"
+        )
+    probe = folder / ".room"
+    try:
+        with replacing(probe) as partial:
+            partial.write_bytes(bytes(_ROOM_BYTES))
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {folder}: cannot be written: {error.strerror or error}; make room, or name another folder"
+        ) from error
+    return folder
+
+
+def _write(batches: Iterator[np.ndarray], folder: Path, columns: int | None) -> int:
+    """Writes pictures as they come, then the grid; returns how many.
+
+    Raises:
+        ConfigError: If one cannot be written; those before it are.
+    """
+    from flax_diffusion.core.io.tracking import enlarge, image_grid, save_picture, to_pillow
+
+    images: list[np.ndarray] = []
+    name = ""
+    try:
+        for batch in batches:
+            for image in batch:
+                name = f"{len(images):05d}.png"
+                save_picture(to_pillow(image), folder / name)
+                images.append(image)
+        grid, name = image_grid(np.stack(images), columns, border=max(1, images[0].shape[0] // 32)), GRID
+        save_picture(enlarge(grid, 512), folder / GRID)
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {folder}: {name} could not be written: {error.strerror or error}; the {len(images)} "
+            "pictures before it are there"
+        ) from error
+    return len(images)

@@ -1,0 +1,102 @@
+"""The model that a user names: a pipeline, or a run that trained part of one, or a checkpoint of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from flax_diffusion.core.checkpoints import folders
+from flax_diffusion.core.config.options import DiffusionConfig, TextConfig, TrainConfig
+from flax_diffusion.core.errors import CheckpointError, WeightsError
+from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.run.output_folder import CONFIG
+from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
+from flax_diffusion.core.spec.merging import Shapes, with_adapters, with_checkpoint, with_learnt_word
+from flax_diffusion.core.spec.pipeline import PipelineSpec, open_pipeline
+from flax_diffusion.core.tasks import command_line, pipelines
+from flax_diffusion.core.tasks.registry import TASKS
+
+
+def open_model(source: str, shapes: Shapes, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
+    """Reads what a model is made of, to draw from it or to write it anew.
+
+    Args:
+        source: Folder or Hub id of a pipeline; or a run of LoRA or textual inversion, or a checkpoint in a run: then
+            the pipeline that its config.yaml names, with what was trained.
+        shapes: Of a pipeline's models.
+        revision: Branch, tag or commit of a Hub id.
+        variant: Variant of the weight files of a pipeline.
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    folder = as_path(source)
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return open_pipeline(source, revision, variant)
+    if _is_checkpoint(folder):
+        return _open_run(folder.parent, folder, shapes)
+    if (folder / CONFIG).is_file():
+        return _open_run(folder, None, shapes)
+    for file, option in ((LORA_FILE, "--lora"), (EMBEDDINGS_FILE, "--embeddings")):
+        if (folder / file).is_file():
+            raise WeightsError(f"{source}: holds {file} and no model: give it by {option}, and its model by --model")
+    return open_pipeline(source, revision, variant)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        folders.step_of(folder)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _open_run(run: Path, checkpoint: Path | None, shapes: Shapes) -> PipelineSpec:
+    """The pipeline that a run trains, with what it has trained: in a checkpoint, or at its end."""
+    if not (run / CONFIG).is_file():
+        raise WeightsError(
+            f"{checkpoint}: is a checkpoint without its run, whose {CONFIG} names the model: give that model by "
+            "`convert --model MODEL --checkpoint`"
+        )
+    trained = _trained_spec(run, _read_config(run))
+    if checkpoint is not None:
+        spec = with_checkpoint(trained, checkpoint)
+    else:
+        spec = _with_what_the_run_left(run, trained, shapes)
+    done = {name: replace(part, train=False, lora=None, new_tokens=None) for name, part in spec.components.items()}
+    return replace(spec, components=done)
+
+
+def _with_what_the_run_left(run: Path, trained: PipelineSpec, shapes: Shapes) -> PipelineSpec:
+    if not any((run / file).is_file() for file in (LORA_FILE, EMBEDDINGS_FILE)):
+        saved = [str(folder) for folder in folders.committed(run)]
+        fix = f"give one of its checkpoints: {', '.join(saved)}" if saved else "it has no checkpoint either; train on"
+        raise WeightsError(f"{run}: is a run that has written no model yet: {fix}")
+    encoder = trained.text_encoder
+    if encoder is not None and encoder.new_tokens is not None:
+        return with_learnt_word(trained, run)
+    return with_adapters(trained, shapes, [str(run)], 1.0, [])
+
+
+def _read_config(run: Path) -> TrainConfig:
+    file = run / CONFIG
+    values = command_line.read_yaml(file)
+    task = str(values.pop("task", None))
+    if task not in TASKS:
+        raise WeightsError(f"{file}: names the task {task}, must be one of {', '.join(TASKS)}")
+    return command_line.merge(task, values, {}, str(file))
+
+
+def _trained_spec(run: Path, config: TrainConfig) -> PipelineSpec:
+    if not isinstance(config, DiffusionConfig):
+        raise WeightsError(f"{run}: trained an autoencoder, which draws nothing by itself: it is the --vae of a run")
+    made = run / "tokenizer"
+    needs_made = isinstance(config, TextConfig) and not (config.pretrained_model_name_or_path or config.tokenizer_name)
+    if needs_made and not made.is_dir():
+        raise WeightsError(f"{run}: has no folder tokenizer, without which nobody knows its words: bring it back")
+    try:
+        if isinstance(config, TextConfig):
+            return pipelines.text_to_image(config, (), made)
+        return pipelines.unconditional(config)
+    except WeightsError as error:
+        raise WeightsError(f"{run / CONFIG} names what is not there any more: {error}") from error

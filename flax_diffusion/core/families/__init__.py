@@ -1,0 +1,1 @@
+"""Families of models: what a pipeline folder of each holds."""

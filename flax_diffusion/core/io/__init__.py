@@ -1,0 +1,1 @@
+"""Files and object stores, what strangers wrote, the Hub, names of tensors."""

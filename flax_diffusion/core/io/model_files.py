@@ -1,0 +1,226 @@
+"""Model folders, local or on the Hugging Face Hub, and their safetensors, without a framework."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from flax_diffusion.core.errors import WeightsError, naming
+from flax_diffusion.core.io.files import as_path, is_local, local_copy, replacing
+from flax_diffusion.core.io.untrusted import parse_json, read_text
+
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+"""How files that hold pickled weights end."""
+MAX_HEADER_BYTES = 2**25  # of a safetensors file: a hundred bytes a tensor are usual
+_NO_ARRAY = (SafetensorError, ValueError, TypeError, AttributeError, OverflowError)
+
+
+class StoredTensor:
+    """A tensor in an open safetensors file; its values are read when asked for."""
+
+    def __init__(self, file: Any, name: str, path: Path):
+        self._file, self._name, self._path = file, name, path
+        self.shape: tuple[int, ...] = tuple(file.get_slice(name).get_shape())
+
+    def array(self) -> np.ndarray:
+        """Return the values; bfloat16 is ml_dtypes' type of that name.
+
+        Raises:
+            WeightsError: if they are of a type that NumPy has not.
+        """
+        try:
+            return self._file.get_tensor(self._name)
+        except _NO_ARRAY as error:
+            raise WeightsError(f"{self._path}: {self._name} cannot be read ({error}): save it as float32") from error
+
+
+def resolve(
+    path_or_hub_id: str | Path,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    allow_patterns: Sequence[str] = (),
+) -> Path:
+    """Return a local folder with the named files.
+
+    Args:
+        path_or_hub_id: an existing folder, also one like gs://bucket/model, or `owner/name` on the Hub.
+        subfolder: folder inside it.
+        revision: branch, tag or commit on the Hub.
+        allow_patterns: file names or globs in the (sub)folder to download; all of it where empty.
+
+    Returns:
+        The (sub)folder, in place, in the Hub's cache, or a copy that goes when the process ends.
+
+    Raises:
+        WeightsError: if neither a folder nor a repository of that name can be had.
+    """
+    folder = as_path(path_or_hub_id)
+    if is_local(folder) and folder.is_file():
+        raise WeightsError(_not_a_folder(folder))
+    if is_local(folder) and not folder.is_dir():
+        folder = _download(str(path_or_hub_id), subfolder, revision, allow_patterns)
+    folder = folder / subfolder if subfolder else folder
+    if not folder.is_dir():
+        missing = f"has no folder {subfolder!r}, as a pipeline has" if subfolder else "does not exist"
+        raise WeightsError(f"{path_or_hub_id} {missing}: check the name")
+    return local_copy(folder, tuple(allow_patterns) or ("*",))
+
+
+def _not_a_folder(file: Path) -> str:
+    if file.suffix not in (".safetensors", ".ckpt", ".pt", ".bin"):
+        return f"{file} is a file: name the folder that it is in"
+    return (
+        f"{file} is one file of weights, without configs and tokenizer: make a folder of a single-file checkpoint by "
+        f"`python -m flax_diffusion.convert --model FOLDER --checkpoint {file} --output_dir NEW`, where FOLDER is any "
+        "pipeline of its architecture"
+    )
+
+
+def file_names(source: str | Path, subfolder: str | None = None, revision: str | None = None) -> list[str]:
+    """Return the names of the files in a (sub)folder; nothing is downloaded.
+
+    Args:
+        source: an existing folder, or `owner/name` on the Hub.
+        subfolder: folder inside it.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        Their names; where the Hub cannot be reached, of those in its cache.
+    """
+    folder = as_path(source)
+    if is_local(folder) and not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import DryRunError
+
+        start = f"{subfolder}/" if subfolder else ""
+        try:
+            there = snapshot_download(str(source), revision=revision, allow_patterns=[f"{start}*"], dry_run=True)
+            return [file.filename.removeprefix(start) for file in there]
+        except DryRunError:  # offline
+            folder = _download(str(source), subfolder, revision, ["*.json"])
+    folder = folder / subfolder if subfolder else folder
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def _download(name: str, subfolder: str | None, revision: str | None, allow_patterns: Sequence[str]) -> Path:
+    """Return the Hub's cached snapshot of a repository, downloading what is new."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError as NoRevision
+
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise WeightsError(f"there is no folder {name}: check the path")
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in allow_patterns or ["*"]]
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+    except LocalEntryNotFoundError as error:
+        raise WeightsError(
+            f"{name} is neither a folder nor in the Hub's cache, and the Hub cannot be reached: "
+            "give a folder, or download it while online"
+        ) from error
+    except NoRevision as error:
+        raise WeightsError(f"{name} has no revision {revision!r} on the Hub: check its branches") from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise WeightsError(
+            f"{name} is neither a folder nor a repository on the Hub that you may read: check the name, "
+            "or log in with `hf auth login`"
+        ) from error
+
+
+def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
+    """Return a safetensors file on this machine, which is named itself or by its folder.
+
+    Args:
+        path: the file or the folder, also one like gs://bucket/folder; what is not there is looked for on the Hub, as
+            `owner/name`, `owner/name/folder` or `owner/name/file.safetensors`.
+        option: that names it, for messages.
+        names: of the file in its folder, the likeliest first.
+
+    Returns:
+        The file, in place or as a copy, together with the JSON files beside it.
+
+    Raises:
+        WeightsError: if there is no such file, or it is a pickled one.
+    """
+    if path.suffix in PICKLED:
+        raise WeightsError(f"{option} {path}: is pickled, which can run code: convert it to safetensors first")
+    folder = path
+    if path.is_dir():
+        there = file_names(path)
+    elif path.is_file():
+        folder, there, names = path.parent, [path.name], (path.name,)
+    else:
+        repository, subfolder, file = _on_the_hub(path, option)
+        names = (file,) if file else names
+        with naming(option):
+            folder = resolve(repository, subfolder, None, (*names, "*.json"))
+        there = file_names(repository, subfolder)
+    file = next((name for name in names if name in there), None)
+    if file is None:
+        weights = sorted(name for name in there if name.endswith((".safetensors", *PICKLED)))
+        held = f"; it holds {', '.join(weights[:5])}" if weights else ""
+        raise WeightsError(f"{option} {path}: holds no {' or '.join(names)}{held}: name the file itself")
+    return local_copy(folder, (file, "*.json")) / file
+
+
+def _on_the_hub(path: Path, option: str) -> tuple[str, str | None, str | None]:
+    """Return the repository, the folder and the file that a path may mean which is not on this machine."""
+    *inside, file = (*path.parts, None) if path.suffix != ".safetensors" else path.parts
+    if not is_local(path) or len(inside) < 2 or inside[0].startswith((".", "/", "~")):
+        raise WeightsError(f"{option} {path}: is not there: check the path")
+    return "/".join(inside[:2]), "/".join(inside[2:]) or None, file
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        WeightsError: if the file does not exist or does not hold a JSON object.
+    """
+    try:
+        value = parse_json(read_text(path))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} does not exist: name a folder that holds a model") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} is not valid JSON ({error}): fetch the file again") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path} holds a {type(value).__name__}, not a JSON object: fetch the file again")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Open a safetensors file; no value is read until it is used.
+
+    Raises:
+        WeightsError: if the file is not a whole safetensors file.
+    """
+    try:
+        file = _open(path)
+        return {name: StoredTensor(file, name, path) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError, ValueError, OverflowError) as error:
+        raise WeightsError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from error
+
+
+def _open(path: Path) -> Any:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if size > MAX_HEADER_BYTES:
+        raise ValueError(f"its header is {size} bytes long, over {MAX_HEADER_BYTES}")
+    return safe_open(path, framework="numpy")
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in a safetensors file's header."""
+    with _open(path) as file:
+        return file.metadata() or {}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file, whole or not at all, with texts for its header."""
+    contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
+    with replacing(path) as partial:
+        # Transformers refuses files without a format.
+        save_file(contiguous, partial, metadata={"format": "pt", **(metadata or {})})

@@ -1,0 +1,1 @@
+"""What is learnt, in NumPy alone: noise, its schedule, and what the model predicts."""

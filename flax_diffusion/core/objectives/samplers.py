@@ -1,0 +1,154 @@
+"""Which schedulers a model may have been trained with, and which of those here draw images in their place.
+
+Training needs a scheduler's betas and prediction type only. Drawing needs a class that both backends have.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from flax_diffusion.core.errors import ConfigError, nearest, unknown
+from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
+from flax_diffusion.core.typed import check_values
+
+log = logging.getLogger(__name__)
+
+SAMPLERS = {
+    "ddpm": "DDPMScheduler",
+    "ddim": "DDIMScheduler",
+    "pndm": "PNDMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+}
+"""Diffusers' names of the schedulers that draw images here, by the names of `--scheduler`."""
+
+_STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
+_OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "DDIMInverseScheduler": ("ddim", {}),
+    "DDIMParallelScheduler": ("ddim", {}),
+    "DDPMParallelScheduler": ("ddpm", {}),
+    "DEISMultistepScheduler": ("dpm++", {}),
+    "DPMSolverMultistepInverseScheduler": ("dpm++", {}),
+    "DPMSolverSDEScheduler": ("dpm++", _STABLE_DIFFUSION),
+    "DPMSolverSinglestepScheduler": ("dpm++", {}),
+    "EulerAncestralDiscreteScheduler": ("euler", {}),
+    "HeunDiscreteScheduler": ("euler", _STABLE_DIFFUSION),
+    "KDPM2AncestralDiscreteScheduler": ("euler", _STABLE_DIFFUSION),
+    "KDPM2DiscreteScheduler": ("euler", _STABLE_DIFFUSION),
+    "LCMScheduler": ("ddim", _STABLE_DIFFUSION | {"beta_schedule": "scaled_linear"}),
+    "LMSDiscreteScheduler": ("euler", {}),
+    "RePaintScheduler": ("ddpm", {}),
+    "SASolverScheduler": ("dpm++", {}),
+    "TCDScheduler": ("ddim", _STABLE_DIFFUSION | {"beta_schedule": "scaled_linear"}),
+    "UnCLIPScheduler": ("ddpm", {"beta_schedule": "squaredcos_cap_v2"}),
+    "UniPCMultistepScheduler": ("dpm++", {}),
+}
+"""Diffusers' other schedulers with betas: the nearest that is here, and where the default betas are not DDPM's."""
+
+_SHARED = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
+    "rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range",
+    "use_karras_sigmas",
+)  # fmt: skip
+"""What a scheduler keeps when another draws in its place."""
+
+
+class _Choices:
+    """Keys of which Diffusers takes some unknown values for one that it knows, or refuses them in mid-run."""
+
+    timestep_spacing: Literal["linspace", "leading", "trailing"]
+    timestep_type: Literal["discrete", "continuous"]
+    final_sigmas_type: Literal["zero", "sigma_min"]
+    interpolation_type: Literal["linear", "log_linear"]
+    lambda_min_clipped: float
+    variance_type: (
+        Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"] | None
+    )
+    solver_type: Literal["midpoint", "heun", "logrho", "bh1", "bh2"]
+    algorithm_type: Literal[
+        "dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++", "deis", "data_prediction", "noise_prediction"
+    ]
+
+
+def class_name(config: Mapping[str, Any]) -> str:
+    """Return the class of a scheduler config by its PyTorch name.
+
+    Raises:
+        ConfigError: For a config without one, or a class that has no betas.
+    """
+    name = config.get("_class_name")
+    if name is None:
+        raise ConfigError(f"the scheduler config has no _class_name; add one, such as {SAMPLERS['ddpm']}")
+    found = str(name).removeprefix("Flax")
+    known = [*SAMPLERS.values(), *_OTHERS]
+    if found not in known:
+        raise ConfigError(
+            f"scheduler {found}: is not among those that train by betas, which are {', '.join(known)}"
+            f"{nearest(found, known)}"
+        )
+    return found
+
+
+def prediction_type(config: Mapping[str, Any]) -> str:
+    """Return what a scheduler config says that the model predicts: one of `PREDICTION_TYPES`.
+
+    Raises:
+        ConfigError: If it says anything else.
+    """
+    if config.get("predict_epsilon", True) is not True:
+        raise ConfigError(
+            "scheduler config: predict_epsilon is of an old release; put prediction_type sample in its place"
+        )
+    found = config.get("prediction_type", "epsilon")
+    found = "sample" if found == "original_sample" else found  # Euler's older name
+    if found not in PREDICTION_TYPES:
+        raise unknown("prediction_type", found, PREDICTION_TYPES)
+    return found
+
+
+def noise_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a scheduler config with its class's own defaults where these are not DDPM's.
+
+    Raises:
+        ConfigError: As `class_name`.
+    """
+    name = class_name(config)
+    return (_OTHERS[name][1] if name in _OTHERS else {}) | dict(config)
+
+
+def sampler_config(config: Mapping[str, Any], chosen: str | None = None) -> dict[str, Any]:
+    """Return the config of the scheduler that draws images; the nearest one stands in for those that are not here.
+
+    It is said that it does.
+
+    Args:
+        config: A pipeline's scheduler config.
+        chosen: Name of the sampler that the user asks for instead, which makes saying so needless.
+
+    Raises:
+        ConfigError: As `class_name`, and for values that no scheduler knows.
+    """
+    name = class_name(config)
+    check_values(_Choices, config, "scheduler config")
+    if name in _OTHERS:
+        stand_in = SAMPLERS[_OTHERS[name][0]]
+    elif name == SAMPLERS["pndm"] and prediction_type(config) == "sample":
+        stand_in = SAMPLERS["ddim"]
+    else:
+        return dict(config)
+    if chosen is None:
+        log.warning("%s does not draw images here: they are drawn with %s on the same betas", name, stand_in)
+    values = noise_config(config)
+    return {"_class_name": stand_in} | {key: values[key] for key in _SHARED if key in values}
+
+
+def with_signal(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config for "dpm++" that starts a cosine schedule where there is signal, at λ = −5.1.
+
+    Before it the levels hold almost none, and without clipping x0 the solver divides by it. Diffusers' documentation
+    advises the same. What the config says itself holds.
+    """
+    first = {"lambda_min_clipped": -5.1} if config.get("beta_schedule") == "squaredcos_cap_v2" else {}
+    return first | dict(config)

@@ -1,0 +1,66 @@
+"""First values of a new model's parameters, the same on every backend, device and host."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flax_diffusion.core.randomness.streams import Stream, example_rng
+
+
+def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Draws a parameter: PyTorch's default distribution for kernels and embeddings, zero for biases, one for scales.
+
+    Args:
+        seed: Of the run.
+        kind: PyTorch class of the model, such as UNet2DModel; its name keeps the models of a pipeline apart.
+        config: Of the model.
+        name: The parameter's PyTorch name.
+        shape: In PyTorch's layout: (out, in, height, width), (out, in), (rows, features) or (features,).
+
+    Returns:
+        float32 of that shape.
+
+    Reference: torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for what is normal.
+    """
+    if name.endswith("bias"):
+        return np.zeros(shape, np.float32)
+    if len(shape) == 1:
+        return np.ones(shape, np.float32)
+    rng = example_rng(seed, Stream.WEIGHTS, 0, name_number(kind, name))
+    std = normal_std(kind, config, name)
+    if std is not None:
+        return rng.standard_normal(shape, np.float32) * np.float32(std)
+    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    return (rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
+
+
+def name_number(kind: str, name: str) -> int:
+    """A number of its own for a parameter, for `example_rng`."""
+    return zlib.crc32(f"{kind}/{name}".encode())
+
+
+def normal_std(kind: str, config: Mapping[str, Any], name: str) -> float | None:
+    """The standard deviation of a parameter that is drawn from a normal distribution; None for the others.
+
+    Args:
+        kind: PyTorch class of the model.
+        config: Of the model; for CLIP with hidden_size, num_hidden_layers and initializer_factor.
+        name: The parameter's PyTorch name.
+
+    Reference: torch.nn.Embedding (1); CLIPPreTrainedModel._init_weights of Transformers, where the embeddings' 0.02
+    is a constant, too.
+    """
+    module = name.split(".")[-2]
+    if not kind.startswith("CLIP"):
+        return 1.0 if module == "class_embedding" else None
+    hidden = config["hidden_size"]
+    inner = hidden**-0.5 * (2 * config["num_hidden_layers"]) ** -0.5
+    stds = {"token_embedding": 0.02, "position_embedding": 0.02, "fc1": (2 * hidden) ** -0.5}
+    stds |= dict.fromkeys(("q_proj", "k_proj", "v_proj", "fc2"), inner)
+    stds |= dict.fromkeys(("out_proj", "text_projection"), hidden**-0.5)
+    return stds[module] * config["initializer_factor"]

@@ -1,0 +1,114 @@
+"""The command that trains, for either backend: from options to a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError, is_out_of_memory
+from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.run.preemption import INTERRUPTED, Preempted, Preemption
+from flax_diffusion.core.tasks import command_line
+
+log = logging.getLogger(__name__)
+
+LoadBackend = Callable[[], Any]
+"""Imports a framework and returns its backend's class; only now, so that --help and mistakes are answered at once."""
+
+
+INSTALL_PYTORCH = "pip install -c constraints.txt 'flax-diffusion[torch]'"
+
+
+def require(packages: Sequence[str], install: str) -> None:
+    """Raises ConfigError where a package is missing, with the command that installs it."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ConfigError(f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed: {install}")
+
+
+def train(load_backend: LoadBackend, task: str, config: str | Path | None, options: dict[str, Any]) -> Path:
+    """Trains from Python.
+
+    Args:
+        load_backend: Of the framework.
+        task: Name of the task.
+        config: A YAML recipe.
+        options: Flag to value; they override the recipe.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: For input that cannot be used.
+        KeyboardInterrupt: After Ctrl-C, when all is saved.
+    """
+    values = command_line.merge(task, command_line.read_yaml(config) if config else {}, options, str(config))
+    preemption = Preemption()
+    output_dir = _run(load_backend, task, values, preemption)
+    if preemption.interrupted:
+        raise KeyboardInterrupt
+    return output_dir
+
+
+def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> None:
+    """Runs the command line."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("flax_diffusion").setLevel(logging.INFO)
+    for chatty in ("absl", "asyncio"):  # of Orbax's threads: what fails in them is this program's to say
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    task, config = command_line.parse_train(sys.argv[1:] if argv is None else argv, prog)
+    preemption = Preemption()
+    _run(load_backend, task, config, preemption)
+    status = INTERRUPTED if preemption.interrupted else 0
+    if preemption.wanted and preemption.alone:  # all is saved; Python would wait for threads that may wait for a disk
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    if status:
+        raise SystemExit(status)
+
+
+def _run(load_backend: LoadBackend, task: str, config: TrainConfig, preemption: Preemption) -> Path:
+    from flax_diffusion.core.run.loop import fit
+
+    with preemption:  # before frameworks of several hosts, which then hear the signal themselves
+        try:
+            backend = load_backend()
+            backend.check_options(config)
+            return fit(task, config, backend, preemption)
+        except Preempted:
+            log.info("ended by %s before the first step; nothing had to be saved", preemption.told)
+            return as_path(config.output_dir)
+        except Exception as error:
+            if isinstance(error, UserError) or not is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise MemoryLimitError(f"out of memory ({reason}): {', '.join(_what_saves_memory(config))}") from error
+
+
+def _what_saves_memory(config: TrainConfig) -> list[str]:
+    """What of the options is not yet used, the cheapest first."""
+    batch = config.global_batch_size or config.train_batch_size
+    name = "global_batch_size" if config.global_batch_size else "train_batch_size"
+    advice = []
+    if batch > 1:
+        advice.append(f"lower --{name} {batch} (--gradient_accumulation_steps makes up for it)")
+    if config.mixed_precision == "no":
+        advice.append("add --mixed_precision bf16")
+    if not config.gradient_checkpointing:
+        advice.append("add --gradient_checkpointing minimal")
+    elif config.gradient_checkpointing == "minimal":
+        advice.append("use --gradient_checkpointing without minimal")
+    if not config.use_8bit_adam:
+        advice.append("add --use_8bit_adam")
+    if getattr(config, "cache_latents", True) is False:
+        advice.append("add --cache_latents")
+    advice.append("or divide the state by --fsdp_parallelism; `python -m tpu.plan` tells what fits a TPU")
+    return advice

@@ -1,0 +1,131 @@
+"""What a checkpoint must share with the run that goes on from it, and what of its options has changed since."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from flax_diffusion.core.config.options import ONCE, TrainConfig
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import CheckpointError, DataError, shown
+from flax_diffusion.core.spec import weight_files
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+
+_ELSEWHERE = ("output_dir", "logging_dir")
+"""Options that say where a run is, not what it is."""
+
+_MEANING = {
+    "data": "the names of its pictures or their captions",
+    "base": "the weights of the model that it adapts",
+    "lora": "its LoRA",
+    "new_tokens": "its new word",
+}
+
+
+def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source, num_examples: int) -> dict[str, Any]:
+    """What the batches and the meaning of the trained weights depend on, as JSON has it.
+
+    Args:
+        task: Its name.
+        config: Of the run.
+        spec: What it trains.
+        source: Its examples, but for those that models draw.
+        num_examples: In an epoch.
+    """
+    made: dict[str, Any] = {"task": task}
+    parts = spec.components
+    if spec.adapted:
+        loras = {name: part.lora for name, part in parts.items() if part.lora is not None}
+        made["lora"] = {
+            name: {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}
+            for name, lora in loras.items()
+        }
+        words = {name: part.new_tokens for name, part in parts.items() if part.new_tokens is not None}
+        made["new_tokens"] = {
+            name: {"tokens": list(word.tokens), "initializer": word.initializer} for name, word in words.items()
+        }
+        made["base"] = {name: weights_digest(part) for name, part in parts.items() if part.weights is not None}
+    if spec.autoencoder_loss is None:
+        made["prediction_type"] = spec.prediction_type
+    return made | {"num_examples": num_examples, "seed": config.seed, "data": data_digest(source)}
+
+
+def data_digest(source: Source) -> str:
+    """A checksum of names and captions, of 64 examples at most, by which two datasets of one size differ."""
+    digest = hashlib.sha256()
+    for index in np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int).tolist():
+        try:
+            record = source[index]
+            digest.update(repr((PurePosixPath(record.name).name, record.caption)).encode())
+        except DataError:
+            digest.update(b"unreadable")
+    return digest.hexdigest()[:16]
+
+
+def weights_digest(component: Component) -> str:
+    """A checksum of parts of a model's weight files, wherever they are."""
+    assert component.weights is not None
+    base = weight_files.base_name(component.kind)
+    where = (component.weights, component.subfolder, component.revision)
+    folder = weight_files.fetch(*where, base, component.variant)
+    digest = hashlib.sha256()
+    for file in weight_files.files_of(folder, base, component.variant):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            for place in np.linspace(0, max(0, size - 4096), 64).astype(np.int64).tolist():
+                stream.seek(place)
+                digest.update(stream.read(4096))
+        digest.update(str(size).encode())
+    return digest.hexdigest()[:16]
+
+
+def check(metadata: dict[str, Any], now: dict[str, Any], name: str) -> None:
+    """Refuses to go on where the next batch, or what the weights mean, would not be what it was.
+
+    Args:
+        metadata: Of the checkpoint; what older ones do not say is not looked at.
+        now: `identity` of this run.
+        name: Of the checkpoint.
+
+    Raises:
+        CheckpointError: Naming the first difference.
+    """
+    for key, value in now.items():
+        was = metadata.get(key, value)
+        if was != value:
+            inner, was, value = _first_difference(key, was, value)
+            meaning = f" ({_MEANING[key]} changed)" if key in _MEANING else ""
+            raise CheckpointError(
+                f"{name} was made with {inner} {shown(was)}, this run has {shown(value)}{meaning}: resume with the "
+                "same, or start a new run in another --output_dir"
+            )
+
+
+def _first_difference(key: str, was: Any, value: Any) -> tuple[str, Any, Any]:
+    while isinstance(was, dict) and isinstance(value, dict):
+        key_of = next(one for one in (*value, *was) if was.get(one) != value.get(one))
+        key, was, value = f"{key} {key_of}", was.get(key_of), value.get(key_of)
+    return key, was, value
+
+
+def changes(saved: dict[str, Any], config: TrainConfig) -> list[str]:
+    """The options of a run that goes on which are not those that it was begun with, such as "learning_rate 0.1 → 0.2".
+
+    Args:
+        saved: Its config.yaml.
+        config: Of now.
+    """
+    now = recipe_values(config)
+    return [
+        f"{name} {shown(saved[name])} → {shown(value)}"
+        for name, value in now.items()
+        if name in saved and saved[name] != value and name not in _ELSEWHERE
+    ]
+
+
+def recipe_values(config: TrainConfig) -> dict[str, Any]:
+    """The options that make the run again: all but those that are said once, for one start of it."""
+    return config.model_dump(mode="json", exclude=set(ONCE))

@@ -1,0 +1,371 @@
+"""The one training loop, for every task and both backends.
+
+It owns order, time and files: which examples make a step, when to log, sample, save and export. The backend owns
+models and devices. Nothing in a step waits for the devices: losses are read a few steps late.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import shlex
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend
+from flax_diffusion.core.checkpoints import folders
+from flax_diffusion.core.config.options import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
+from flax_diffusion.core.data.bad import example_name
+from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.errors import NonFiniteError
+from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
+from flax_diffusion.core.io.tracking import Tracker
+from flax_diffusion.core.run import assembly, lineage, output_folder
+from flax_diffusion.core.run.preemption import Preempted, Preemption
+from flax_diffusion.core.run.rates import ema_decay
+from flax_diffusion.core.run.saving import Saver
+from flax_diffusion.core.run.schedule import make_rate
+from flax_diffusion.core.run.start import Start, open_inputs, prepare
+from flax_diffusion.core.spec import pipeline
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.tasks import command_line, reconstruction
+
+log = logging.getLogger(__name__)
+
+READ_LAG = 2
+"""Steps that may be under way before the loop waits for a loss; enough to keep the devices busy."""
+
+
+def fit(
+    task: str,
+    config: TrainConfig,
+    make_backend: Callable[[TrainConfig, PipelineSpec], Backend],
+    preemption: Preemption | None = None,
+) -> Path:
+    """Trains, and leaves a Diffusers pipeline in `config.output_dir`.
+
+    Args:
+        task: Name of the task, kept in the run's config file.
+        config: The run's options.
+        make_backend: Builds the backend for a config and a pipeline; checks options it does not have.
+        preemption: Tells when to end early; None for never.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        UserError: For input that cannot be used, before any long work where that can be known.
+        Preempted: If the run is to end before it has begun.
+    """
+    preemption = preemption or Preemption()
+    output_dir = as_path(config.output_dir)
+    source, spec = preemption.aside(lambda: open_inputs(config))
+    backend = make_backend(config, spec)
+    preemption.alone = backend.process_count == 1
+    scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
+    start = preemption.aside(lambda: prepare(task, config, spec, source, backend, scratch))
+    if config.repeat_step is None:
+        output_folder.prepare(output_dir, config, start.resume_from, backend)
+    run = _Run(config, spec, backend, preemption, output_dir, start)
+    try:
+        if run.main:
+            log.info(
+                "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
+                task, spec.kind, start.schedule.num_examples, start.parameters, backend.device_count,
+                start.schedule.step_examples, start.step + 1, max(start.step, start.schedule.total_steps),
+            )  # fmt: skip
+        if config.repeat_step is None:
+            run.train()
+        else:
+            run.repeat(config.repeat_step)
+    finally:
+        run.close()
+    shutil.rmtree(scratch, ignore_errors=True)
+    return output_dir
+
+
+class _Run:
+    """A run under way."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        spec: PipelineSpec,
+        backend: Backend,
+        preemption: Preemption,
+        output_dir: Path,
+        start: Start,
+    ):
+        self.config, self.spec, self.backend, self.preemption = config, spec, backend, preemption
+        self.output_dir, self.start = output_dir, start
+        self.schedule, self.source = start.schedule, start.source
+        self.main = backend.process_index == 0
+        self.rate_of = make_rate(config, start.schedule)
+        self.first_step, self.nonfinite_steps = start.step, start.nonfinite_steps
+        self.taken = self.last_saved = start.step
+        self.pending: deque[tuple[int, float, np.ndarray, Any]] = deque()
+        parent = folders.identity_of(start.resume_from) if start.resume_from and self.main else None
+        self.saver = Saver(backend, output_dir, config.checkpoints_total_limit, parent)
+        trains = config.repeat_step is None
+        self.tracker = Tracker(
+            output_dir,
+            config.logging_dir if trains and config.report_to == "tensorboard" else None,
+            first_step=start.step,
+            total_steps=start.schedule.total_steps,
+            main=self.main and trains,
+        )
+        self.preview = None  # what an autoencoder's progress is seen by
+        if spec.autoencoder_loss is not None:
+            self.preview = reconstruction.Preview(self.source, assembly.make_example_fn(config, spec), config)
+
+    def close(self) -> None:
+        """Lets a save end, and closes what is open."""
+        self.saver.close()
+        self.tracker.close()
+
+    def train(self) -> None:
+        """Takes the steps that are left, and leaves what they made; or saves, when the run is to end early."""
+        if self.main:
+            self._write_config()
+            pipeline.save_tokenizer(self.spec, self.output_dir)
+        left = self.schedule.total_steps - self.first_step
+        if left <= 0:
+            self.tracker.say(f"nothing to train: {self._newest()} is there, and {self.schedule.limit}")
+        try:
+            cut_off = self.first_step and left > 0 and self._wants_sample(self.first_step)
+            if cut_off and not self.tracker.has_grid(self.first_step):  # the run was ended while it drew
+                self._sample(self.first_step)
+            with self._loader(self.first_step, max(0, left)) as loader:
+                self._steps(loader)
+            if loader.skipped:
+                names = ", ".join(sorted(loader.skipped))
+                self.tracker.say(f"skipped {len(loader.skipped)} unreadable images: {names}")
+            self._finish()
+        except Preempted:
+            self._stop()
+
+    def _write_config(self) -> None:
+        """Keeps the options that make this run again, and says which of them are not those that it was begun with."""
+        file = self.output_dir / output_folder.CONFIG
+        if self.start.resume_from is not None and file.exists():
+            changed = lineage.changes(command_line.read_yaml(file), self.config)
+            if changed:
+                log.info("goes on with other options than %s says: %s", file, "; ".join(changed))
+        values = {"task": self.start.identity["task"]} | lineage.recipe_values(self.config)
+        write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def _newest(self) -> str:
+        """Name of the checkpoint that holds the present state."""
+        return folders.checkpoint_folder(self.output_dir, self.last_saved).name
+
+    def repeat(self, step: int) -> None:
+        """Computes one step's batch with the weights that are there, and keeps nothing.
+
+        Args:
+            step: Its number, from 1.
+        """
+        with self._loader(step - 1, 1) as loader:
+            (batch,) = loader
+        self.backend.set_step(step - 1)
+        handle = self.backend.put(batch)
+        metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), 0.0))
+        names = ", ".join(one["name"] for one in self._examples(batch["example_index"]))
+        log.info(
+            "the batch of step %d, with the weights of step %d: %s; of %s", step, self.first_step, _said(metrics), names
+        )
+
+    def _loader(self, done: int, num_steps: int) -> Loader:
+        """The batches after some steps."""
+        return assembly.make_loader(
+            self.config,
+            self.spec,
+            self.source,
+            self.schedule,
+            process_index=self.backend.process_index,
+            process_count=self.backend.process_count,
+            start_example=self._seen(done),
+            num_steps=num_steps,
+            made=self.start.made,
+        )
+
+    def _steps(self, loader: Loader) -> None:
+        """Takes the steps of a loader."""
+        config = self.config
+        for indices, batch in self._put_ahead(loader):
+            done, step = self.taken, self.taken + 1
+            rate = self.rate_of(done)
+            self.pending.append((step, rate, indices, self.backend.train_step(batch, rate, ema_decay(config, done))))
+            self.taken = step
+            if self.backend.stops(self.preemption.wanted, step):
+                raise Preempted
+            while len(self.pending) > READ_LAG:
+                self._report()
+            self.saver.poll()
+            if step == self.schedule.total_steps:
+                break
+            if step % config.checkpointing_steps == 0:
+                self._save()
+            if self._wants_sample(step):
+                self._sample(step)
+            if self.schedule.ends_epoch(self._seen(step), config.save_model_epochs):
+                self._export()
+
+    def _wants_sample(self, step: int) -> bool:
+        if self.config.validation_steps:
+            return step % self.config.validation_steps == 0
+        return self.schedule.ends_epoch(self._seen(step), self.config.validation_epochs)
+
+    def _put_ahead(self, loader: Loader) -> Iterator[tuple[np.ndarray, Any]]:
+        """Indices of examples, and their device batch; the copy of the next one starts before the current is used."""
+        batches = iter(loader)
+
+        def following() -> tuple[np.ndarray, Any] | None:
+            batch = self.preemption.aside(lambda: next(batches, None))
+            return None if batch is None else (batch["example_index"], self.backend.put(batch))
+
+        current = following()
+        while current is not None:
+            ahead = following()
+            yield current
+            current = ahead
+
+    def _finish(self) -> None:
+        """Saves, samples and exports the end of the run."""
+        self._save()
+        self._export()
+        if self.taken > self.first_step or not self.tracker.has_grid(self.taken):
+            self._sample(self.taken)
+        self.saver.wait()
+        self.backend.everywhere(True)  # or one that is done would leave the others alone
+        self.tracker.say(f"pipeline, checkpoints and samples are in {self.output_dir}")
+
+    def _stop(self) -> None:
+        """Saves what was done so far."""
+        self._save()
+        self.saver.wait()
+        self.backend.everywhere(True)
+        kept = f"saved as {self._newest()}; go on with" if self.taken else "nothing to save; start again with"
+        self.tracker.say(
+            f"ended by {self.preemption.told} after step {self.taken}, {kept}: "
+            f"{self._command()} --resume_from_checkpoint latest"
+        )
+
+    def _command(self) -> str:
+        """What starts this run again."""
+        return f"{self.backend.command} --config {shlex.quote(str(self.output_dir / output_folder.CONFIG))}"
+
+    def _seen(self, step: int) -> int:
+        """Examples that the run has used up to a step, also across a resume with another batch size."""
+        return self.start.examples_seen + (step - self.first_step) * self.schedule.step_examples
+
+    def _report(self) -> None:
+        step, rate, indices, handle = self.pending.popleft()
+        metrics = self.backend.read(handle)
+        if _is_finite(metrics):
+            self.tracker.step(step, metrics | {"learning_rate": rate}, self.schedule.step_examples)
+        else:
+            self._note_nonfinite(step, metrics, indices)
+
+    def _note_nonfinite(self, step: int, metrics: dict[str, float], indices: np.ndarray) -> None:
+        """Writes down what was in the batch; goes on if such steps are to be passed over, and there were not too many.
+
+        Raises:
+            NonFiniteError: Otherwise.
+        """
+        self.nonfinite_steps += 1
+        of_process = f"-process-{self.backend.process_index}" if self.backend.process_count > 1 else ""
+        file = self.output_dir / f"nonfinite-{step}{of_process}.json"
+        repeat = f"{self._command()} --resume_from_checkpoint latest --repeat_step {step}"
+        numbers = {name: str(value) for name, value in metrics.items()}  # JSON has no NaN
+        write_json(file, {"step": step, **numbers, "examples": self._examples(indices), "repeat": repeat})
+        if self.nonfinite_steps <= self.config.skip_nonfinite:
+            self.tracker.say(
+                f"step {step} is not finite ({_said(metrics)}) and passed over; its examples are in {file}"
+            )
+            self.tracker.advance()
+            return
+        self.saver.wait()  # a save under way is of a state before this one
+        raise NonFiniteError(
+            f"step {step} is not finite ({_said(metrics)}); its examples are in {file.name}: lower --learning_rate, "
+            "check the data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
+            + folders.newest_named(self.output_dir)
+        )
+
+    def _examples(self, indices: np.ndarray) -> list[dict[str, Any]]:
+        return [{"index": index, "name": example_name(self.source, index)} for index in indices.ravel().tolist()]
+
+    def _drain(self) -> None:
+        while self.pending:
+            self._report()
+
+    def _save(self) -> None:
+        """Starts a checkpoint, unless it was saved. Losses are read first: no state after a non-finite one is kept."""
+        self._drain()
+        if self.last_saved == self.taken:
+            return
+        self.tracker.flush()  # a run that goes on from here reports what follows
+        metadata = self.start.identity | {
+            "step": self.taken,
+            "examples_seen": self._seen(self.taken),
+            "nonfinite_steps": self.nonfinite_steps,
+        }
+        beside = functools.partial(self._export_trained, only_trained=True) if self.config.checkpoint_models else None
+        self.saver.start(self.taken, metadata, beside)
+        self.last_saved = self.taken
+
+    def _sample(self, step: int) -> None:
+        config = self.config
+        text = isinstance(config, TextConfig)
+        if text and not config.validation_prompts:
+            return
+        self._drain()
+        if self.preview is not None:
+            compared = functools.partial(reconstruction.compare, self.backend, self.preview)
+            self.tracker.grid(step, self.preemption.aside(compared), 8)
+            return
+        assert isinstance(config, DiffusionConfig)
+        draw = functools.partial(
+            self.backend.sample,
+            prompts=config.validation_prompts if text else [],
+            num_images=config.eval_batch_size,
+            num_inference_steps=config.validation_num_inference_steps,
+            guidance_scale=config.validation_guidance_scale if text else 1.0,
+            seed=config.seed,
+        )
+        self.tracker.grid(step, self.preemption.aside(draw), config.eval_batch_size if text else None)
+
+    def _export(self) -> None:
+        """Writes what the run is for: a pipeline, an autoencoder, or adapters."""
+        self._drain()
+        self._export_trained(self.output_dir)
+        if self.preview is None and self.main and not self.spec.adapted:
+            pipeline.write_index(self.spec, self.output_dir)
+
+    def _export_trained(self, folder: Path, *, only_trained: bool = False) -> None:
+        if not self.spec.adapted:
+            self.backend.export(folder, only_trained=only_trained)
+            if self.preview is not None:
+                reconstruction.write_scaling_factor(self.backend, self.preview, self.spec, folder)
+            return
+        arrays = self.backend.trained_arrays()
+        if self.main:
+            form = self.config.lora_format if isinstance(self.config, LoraConfig) else "peft"
+            pipeline.write_adapters(self.spec, arrays, folder, form)
+
+
+def _is_finite(metrics: dict[str, float]) -> bool:
+    """Under fp16 gradients overflow now and then, and the loss scale sees to it; not where it cannot get smaller."""
+    if metrics.get("loss_scale", MIN_LOSS_SCALE) > MIN_LOSS_SCALE:
+        return math.isfinite(metrics["loss"])
+    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+
+
+def _said(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {metrics[name]:g}" for name in ("loss", "grad_norm", "loss_scale") if name in metrics)

@@ -1,0 +1,138 @@
+"""What the frozen models say of the data, computed once before training: text embeddings, and moments of latents.
+
+The step then needs neither models nor pictures, and both give way to larger batches. The moments of the autoencoder's
+posterior are kept, not a sample of it, so that each epoch draws latents anew; of pictures that are flipped at random,
+those of both orientations.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config.options import CaptionedConfig, DiffusionConfig, TrainConfig
+from flax_diffusion.core.data.bad import BadExamples, example_name
+from flax_diffusion.core.data.batches import Precomputed
+from flax_diffusion.core.data.images.decoding import decode
+from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.sources.source import Record, Source
+from flax_diffusion.core.data.table import write_table
+from flax_diffusion.core.errors import DataError, NonFiniteError
+from flax_diffusion.core.randomness.streams import Stream
+from flax_diffusion.core.run import assembly
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
+
+log = logging.getLogger(__name__)
+
+PROMPTS_AT_A_TIME = 64
+_NOT_FINITE = "the latents of {} are not finite: check the picture, or the autoencoder's precision"
+
+
+def precompute(config: TrainConfig, spec: PipelineSpec, source: Source, backend: Backend, folder: Path) -> Precomputed:
+    """Computes what the config asks for, and lets go of the models that made it.
+
+    Args:
+        config: Of the run.
+        spec: Its pipeline.
+        source: All examples of it.
+        backend: With its models loaded.
+        folder: For the files, each process its own.
+
+    Raises:
+        DataError: For a picture that cannot be read; where such pictures are skipped, for too many of them.
+    """
+    made = Precomputed()
+    bad = BadExamples(len(source)) if config.skip_bad_images else None
+    if isinstance(config, CaptionedConfig) and config.pre_compute_text_embeddings:
+        prompts = _prompts(config, source, bad)
+        path = folder / f"embeddings-{backend.process_index}.npy"
+        made = replace(made, embeddings=write_table(path, len(prompts), _embedded(prompts, backend)))
+        backend.let_go("text_encoder")
+    if isinstance(config, DiffusionConfig) and config.cache_latents:
+        named = {record.name: index for index, record in _records(source, bad)}
+        batches = _encoded(config, source, named, assembly.make_transform(config, spec), backend, bad)
+        made = replace(made, moments=write_table(folder / f"moments-{backend.process_index}.npy", len(named), batches))
+        backend.let_go(spec.vae_name)
+    return made
+
+
+def _records(source: Source, bad: BadExamples | None) -> Iterator[tuple[int, Record]]:
+    """All records and their indices, but those that are bad in themselves, if such are counted."""
+    for index in range(len(source)):
+        try:
+            yield index, source[index]
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.add(example_name(source, index), str(error))
+
+
+def _prompts(config: CaptionedConfig, source: Source, bad: BadExamples | None) -> list[str]:
+    captions = (record.caption for _, record in _records(source, bad))
+    listed = ([caption] if isinstance(caption, str) else caption or [] for caption in captions)
+    prompts = dict.fromkeys(prompt for several in listed for prompt in several)
+    if isinstance(config, TextToImageConfig) and config.proportion_empty_prompts:
+        prompts[""] = None
+    return list(prompts)
+
+
+def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str], np.ndarray]]:
+    for first in range(0, len(prompts), PROMPTS_AT_A_TIME):
+        several = prompts[first : first + PROMPTS_AT_A_TIME]
+        size = min(PROMPTS_AT_A_TIME, len(prompts))  # one shape for all, so that one program does
+        yield several, backend.embed_prompts((several * size)[:size])[: len(several)]
+
+
+def _encoded(
+    config: DiffusionConfig,
+    source: Source,
+    named: Mapping[str, int],
+    transform: ImageTransform,
+    backend: Backend,
+    bad: BadExamples | None,
+) -> Iterator[tuple[list[str], np.ndarray]]:
+    upright = replace(transform, random_flip=False)
+
+    shape = (transform.channels, transform.resolution, transform.resolution)
+    nothing = np.full(shape, np.nan, np.float32)  # what cannot be read: its moments say so to every process
+    reasons: dict[str, str] = {}  # of what this process could not read
+
+    def read(name: str) -> np.ndarray:
+        try:
+            return upright(decode(source[named[name]]), _no_draw).pixel_values
+        except DataError as error:
+            if bad is None:
+                raise
+            reasons[name] = str(error)
+            return nothing
+
+    names, share = list(named), config.train_batch_size * (backend.device_count // backend.process_count)
+    size, start = share * backend.process_count, share * backend.process_index
+    log.info("encoding %d pictures", len(names))
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, len(names), size):
+            several = names[first : first + size]
+            mine = several[start : start + share]
+            pixels = np.stack([*pool.map(read, mine), *[nothing] * (share - len(mine))])
+            orientations = [pixels, np.ascontiguousarray(pixels[..., ::-1])] if transform.random_flip else [pixels]
+            moments = np.stack([backend.posteriors(each) for each in orientations], axis=1)
+            good = []
+            for place, name in enumerate(several):
+                if np.isfinite(moments[place]).all():
+                    good.append(place)
+                elif bad is None:
+                    raise NonFiniteError(_NOT_FINITE.format(name))
+                else:
+                    bad.add(name, reasons.get(name, _NOT_FINITE.format(name)))
+            yield [several[place] for place in good], moments[good]
+
+
+def _no_draw(stream: Stream) -> np.random.Generator:
+    raise AssertionError(f"{stream.name} is drawn, so that a picture has more than one form")

@@ -1,0 +1,100 @@
+"""The numbers that depend on the step alone: learning rate and EMA decay.
+
+They are computed here, once a step, in Python floats, and handed to the train step of either backend, so both use
+the same digits, a change of schedule compiles nothing anew, and resuming needs nothing but the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+from flax_diffusion.core.config.options import LoraConfig, LrScheduler, TrainConfig
+from flax_diffusion.core.errors import ConfigError, unknown
+
+POLYNOMIAL_END = 1e-7
+"""Final rate of the polynomial schedule; Diffusers' default `lr_end`."""
+
+
+def learning_rate_schedule(config: TrainConfig, total_steps: int, peak: float) -> Callable[[int], float]:
+    """The learning rate over a run, as `diffusers.optimization.get_scheduler` shapes it.
+
+    Args:
+        config: Names the schedule, its warm-up, cycles, power and rules.
+        total_steps: Optimizer steps of the whole run, whatever the processes or accumulation.
+        peak: Rate after warm-up.
+
+    Returns:
+        A function from optimizer step (0 for the first) to rate. Step 0 of a warm-up has rate 0.
+
+    Raises:
+        ConfigError: If `lr_step_rules` cannot be read, or the peak is under the polynomial's end.
+    """
+    warmup = config.lr_warmup_steps
+    span = max(1, total_steps - warmup)
+    kind = config.lr_scheduler
+    if kind == "piecewise_constant":
+        factor_of = _piecewise(str(config.lr_step_rules))
+        return lambda step: peak * factor_of(step)
+    if kind == "polynomial" and peak <= POLYNOMIAL_END:
+        raise ConfigError(
+            f"--learning_rate {peak}: the polynomial schedule ends at {POLYNOMIAL_END}; give a higher rate"
+        )
+
+    def factor(step: int) -> float:
+        if kind == "constant":
+            return 1.0
+        if step < warmup:
+            return step / warmup
+        progress = (step - warmup) / span
+        if kind == "constant_with_warmup":
+            return 1.0
+        if kind == "linear":
+            return max(0.0, (total_steps - step) / span)
+        if kind == "cosine":
+            return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+        if kind == "cosine_with_restarts":
+            turn = (config.lr_num_cycles * progress) % 1.0
+            return 0.0 if progress >= 1.0 else max(0.0, 0.5 * (1.0 + math.cos(math.pi * turn)))
+        if kind != "polynomial":
+            raise unknown("lr_scheduler", kind, get_args(LrScheduler))
+        left = max(0.0, 1.0 - progress)
+        return ((peak - POLYNOMIAL_END) * left**config.lr_power + POLYNOMIAL_END) / peak
+
+    return lambda step: peak * factor(step)
+
+
+def rate_factors(config: TrainConfig) -> dict[str, float]:
+    """By which the learning rate of a component is multiplied, where it has one of its own."""
+    own = config.text_encoder_learning_rate if isinstance(config, LoraConfig) else None
+    return {} if own is None else {"text_encoder": own / config.learning_rate}
+
+
+def _piecewise(rules: str) -> Callable[[int], float]:
+    """Reads "1:10,0.1:20,0.01": factor 1 before step 10, 0.1 before step 20, 0.01 from there on."""
+    try:
+        *parts, last = rules.split(",")
+        limits = sorted((int(until), float(value)) for value, until in (part.split(":") for part in parts))
+        final = float(last)
+        if not all(math.isfinite(value) and value >= 0 for value in (*(value for _, value in limits), final)):
+            raise ValueError("a factor is not finite, or is negative")
+    except ValueError as error:
+        raise ConfigError(
+            f"--lr_step_rules {rules!r}: write factor:step pairs and a last factor from 0, e.g. '1:1000,0.1:2000,0.01'"
+        ) from error
+    return lambda step: next((value for until, value in limits if step < until), final)
+
+
+def ema_decay(config: TrainConfig, step: int) -> float:
+    """Decay of the moving average at an optimizer step (0 for the first), by either rule of Diffusers' `EMAModel`.
+
+    The first update copies the weights: decay 0.
+    """
+    if step <= 0:
+        return 0.0
+    if config.ema_warmup:
+        decay = 1.0 - (1.0 + step / config.ema_inv_gamma) ** -config.ema_power
+    else:
+        decay = (1.0 + step) / (10.0 + step)
+    return min(decay, config.ema_max_decay)

@@ -1,0 +1,94 @@
+"""How a run begins: what it reads is opened and checked, the cheap before the dear, and nothing is deleted yet."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax_diffusion.core.backend import Backend, shared_folder
+from flax_diffusion.core.checkpoints import portable
+from flax_diffusion.core.config.options import DatasetConfig, TrainConfig
+from flax_diffusion.core.data.batches import Precomputed
+from flax_diffusion.core.data.check import check_source
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.data.workers import check_count
+from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.run import assembly, lineage, output_folder
+from flax_diffusion.core.run.precompute import precompute
+from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run begins with."""
+
+    source: Source
+    made: Precomputed
+    schedule: Schedule
+    parameters: int  # that train
+    identity: dict[str, Any]  # what a checkpoint must share with a run that goes on from it
+    resume_from: Path | None
+    step: int = 0
+    examples_seen: int = 0
+    nonfinite_steps: int = 0
+
+
+def open_inputs(config: TrainConfig) -> tuple[Source, PipelineSpec]:
+    """Opens the data and reads the configs of the models; no weight is read.
+
+    Raises:
+        UserError: For input that cannot be used.
+    """
+    check_count(config.dataloader_num_workers)
+    output_folder.check(as_path(config.output_dir), config)
+    source = assembly.open_run_source(config)
+    return source, assembly.make_spec(config, source)
+
+
+def prepare(
+    task: str, config: TrainConfig, spec: PipelineSpec, source: Source, backend: Backend, scratch: Path
+) -> Start:
+    """Checks the checkpoint to go on from, loads the weights, and has the models make what training needs of them.
+
+    Args:
+        task: Name of the task.
+        config: The run's options.
+        spec: Its pipeline.
+        source: Its examples, but for those that models draw.
+        backend: Of this process.
+        scratch: Folder for what is computed beforehand.
+
+    Raises:
+        UserError: For input that cannot be used, before any long work where that can be known.
+    """
+    output_dir = as_path(config.output_dir)
+    shared_folder(output_dir, backend, "--output_dir")
+    main = backend.process_index == 0
+    skips, tokenize = config.skip_bad_images, spec.tokenize if isinstance(config, DatasetConfig) else None
+    check_source(source, skip_bad_images=skips, everywhere=backend.everywhere, main=main, tokenize=tokenize)
+    num_examples = assembly.count_examples(config, source)
+    identity = lineage.identity(task, config, spec, source, num_examples)
+    resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
+    step = seen = nonfinite = 0
+    if resume_from is not None:
+        metadata = portable.read_metadata(resume_from)
+        lineage.check(metadata, identity, resume_from.name)
+        try:
+            step, seen, nonfinite = (int(metadata[name]) for name in ("step", "examples_seen", "nonfinite_steps"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{resume_from}: its metadata lacks {error}; resume from another") from error
+    schedule = make_schedule(config, num_examples, backend.device_count, step, seen)
+    make_rate(config, schedule)  # which reads --lr_step_rules
+    if main:
+        assembly.say_what_is_in_vain(config, spec, schedule)
+    parameters = backend.init_state()
+    if resume_from is not None:
+        backend.check(resume_from)
+    source = assembly.complete_source(config, source, backend)
+    made = precompute(config, spec, source, backend, scratch)
+    if resume_from is not None:
+        backend.restore(resume_from)
+    return Start(source, made, schedule, parameters, identity, resume_from, step, seen, nonfinite)

@@ -1,0 +1,246 @@
+"""What trains when the model itself does not: LoRA beside linear layers, and rows of new tokens.
+
+Adapters are plain arrays by PyTorch's names, in PyTorch's layout; both backends put them beside the frozen weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_diffusion.core.checkpoints.portable import Arrays
+from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
+from flax_diffusion.core.io import model_files
+from flax_diffusion.core.randomness.initial_weights import name_number
+from flax_diffusion.core.randomness.streams import Stream, example_rng
+
+TOKEN_EMBEDDING = "text_model.embeddings.token_embedding"
+NEW_ROWS = f"{TOKEN_EMBEDDING}.new_rows"
+LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank adapters: y = W·x + (alpha / rank)·B·A·dropout(x).
+
+    Reference: Hu et al., https://arxiv.org/abs/2106.09685.
+    """
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+    targets: tuple[str, ...]  # last parts of the names of the layers to adapt
+
+    @property
+    def scale(self) -> float:
+        """Of the adapter's part."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewTokens:
+    """Rows of new tokens behind a text encoder's embedding table.
+
+    Reference: Gal et al., https://arxiv.org/abs/2208.01618.
+    """
+
+    placeholder: str  # the token that stands for the new thing in prompts
+    tokens: tuple[str, ...]  # what the tokenizer makes of it
+    first: int  # id of the first; the others follow
+    initializer: int  # id of the token whose row they start from
+
+
+def lora_layers(lora: Lora, shapes: Mapping[str, tuple[int, ...]], model: str) -> dict[str, tuple[int, int]]:
+    """The linear layers that a LoRA adapts.
+
+    Args:
+        lora: Names them by the last parts of their names.
+        shapes: Of the model's parameters, by PyTorch name.
+        model: Its name, for messages.
+
+    Returns:
+        Name of each layer and its (out, in).
+
+    Raises:
+        ConfigError: If a target matches nothing, or no linear layer, or the rank is over a matrix's size.
+    """
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
+    found: dict[str, tuple[int, int]] = {}
+    for target in lora.targets:
+        matches = [name for name in layers if name == target or name.endswith(f".{target}")]
+        if not matches:
+            known = {name.rsplit(".", 1)[-1] for name, shape in layers.items() if len(shape) == 2}
+            raise ConfigError(f"LoRA target '{target}' matches no layer of {model}{nearest(target, known)}")
+        for name in matches:
+            shape = layers[name]
+            if len(shape) != 2:
+                raise ConfigError(
+                    f"LoRA target '{target}' matches {name} of {model}, whose weight is {shape}: LoRA adapts linear "
+                    "layers only"
+                )
+            if lora.rank > min(shape):
+                raise ConfigError(
+                    f"--lora_rank {lora.rank} is over the size of {name} of {model}, {shape[0]} x {shape[1]}: give "
+                    f"{min(shape)} or less"
+                )
+            found[name] = (shape[0], shape[1])
+    return found
+
+
+def draw_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]], kind: str, seed: int) -> Arrays:
+    """First values of a model's LoRA: A normal with standard deviation 1 / rank, B zero.
+
+    Args:
+        lora: What to adapt.
+        shapes: Of the model's parameters, by PyTorch name.
+        kind: Its PyTorch class.
+        seed: Of the run.
+
+    Returns:
+        `….lora_A.weight` (rank, in) and `….lora_B.weight` (out, rank), float32.
+
+    Reference: `init_lora_weights="gaussian"` of PEFT.
+    """
+    arrays = {}
+    for name, (rows, columns) in lora_layers(lora, shapes, kind).items():
+        rng = example_rng(seed, Stream.WEIGHTS, 0, name_number(kind, f"{name}.lora_A.weight"))
+        normal = rng.standard_normal((lora.rank, columns), np.float32)
+        arrays[f"{name}.lora_A.weight"] = normal / np.float32(lora.rank)
+        arrays[f"{name}.lora_B.weight"] = np.zeros((rows, lora.rank), np.float32)
+    return arrays
+
+
+def draw_rows(tokens: NewTokens, table: np.ndarray) -> Arrays:
+    """First values of new rows, (new tokens, features): the initializer's row of the embedding table."""
+    return {NEW_ROWS: np.repeat(table[tokens.initializer][None], len(tokens.tokens), axis=0).astype(np.float32)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraLayer:
+    """What a LoRA adds to one layer: (alpha / rank)·B·A."""
+
+    down: np.ndarray  # A, (rank, in) or, of a convolution, (rank, in, height, width)
+    up: np.ndarray  # B, (out, rank), with axes of length 1 behind it or not
+    alpha: float
+
+    @property
+    def rank(self) -> int:
+        """Rows of A."""
+        return len(self.down)
+
+    def added(self, shape: tuple[int, ...]) -> np.ndarray:
+        """What it adds to the layer's weight, float32 of that shape."""
+        product = self.up.reshape(len(self.up), -1) @ self.down.reshape(len(self.down), -1)
+        return (product * np.float32(self.alpha / self.rank)).reshape(shape)
+
+
+def trained_layers(lora: Lora, arrays: Mapping[str, np.ndarray]) -> dict[str, LoraLayer]:
+    """The layers of a LoRA that was trained here.
+
+    Args:
+        lora: Has the alpha.
+        arrays: By PEFT's names, `….lora_A.weight`.
+    """
+    return {
+        (layer := name.removesuffix(".lora_A.weight")): LoraLayer(
+            down=down, up=arrays[f"{layer}.lora_B.weight"], alpha=lora.alpha
+        )
+        for name, down in arrays.items()
+        if name.endswith(".lora_A.weight")
+    }
+
+
+KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
+
+
+def save_lora(path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: str = "peft") -> None:
+    """Writes LoRA weights that Diffusers' `load_lora_weights` reads.
+
+    Args:
+        path: The safetensors file.
+        models: Component ("unet", "text_encoder") to its layers by name.
+        form: "peft" (`unet.….lora_A.weight`) or "kohya" (`lora_unet_….lora_down.weight`, with alpha).
+    """
+    arrays: Arrays = {}
+    metadata: dict[str, Any] = {}
+    for model, layers in models.items():
+        for name, layer in layers.items():
+            if form == "kohya":
+                flat = f"{KOHYA[model]}_{name.replace('.', '_')}"
+                arrays[f"{flat}.lora_down.weight"], arrays[f"{flat}.lora_up.weight"] = layer.down, layer.up
+                arrays[f"{flat}.alpha"] = np.asarray(layer.alpha, np.float32)
+            else:
+                arrays[f"{model}.{name}.lora_A.weight"] = layer.down
+                arrays[f"{model}.{name}.lora_B.weight"] = layer.up
+        if form == "peft":
+            metadata |= {f"{model}.{key}": value for key, value in _peft_settings(layers).items()}
+    extra = {"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)} if metadata else {}
+    model_files.write_safetensors(path, arrays, extra)
+
+
+def _peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
+    """What PEFT's LoraConfig takes: the commonest rank and alpha, and the layers that have others.
+
+    Transformers 5 calls a text encoder's layers without `text_model.` in memory, and PEFT takes the end of a name.
+    """
+    layers = {name.removeprefix("text_model."): layer for name, layer in layers.items()}
+    rank, alpha = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)[0][0]
+    settings = {"r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
+    ranks = {name: layer.rank for name, layer in layers.items() if layer.rank != rank}
+    alphas = {name: layer.alpha for name, layer in layers.items() if layer.alpha != alpha}
+    return settings | {key: own for key, own in (("rank_pattern", ranks), ("alpha_pattern", alphas)) if own}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlay:
+    """What differs between a model and its files: weights in place of theirs, what LoRA adds, rows of new words."""
+
+    replaced: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    loras: tuple[tuple[Mapping[str, LoraLayer], float], ...] = field(default=(), repr=False)  # with their strengths
+    rows: np.ndarray | None = field(default=None, repr=False)  # (new tokens, features)
+    first: int = 0  # id of the first of them
+
+    def apply(self, weights: Mapping[str, np.ndarray], source: str) -> Arrays:
+        """The weights that the model has with it.
+
+        Args:
+            weights: Of the files, float32 by PyTorch name, in PyTorch's layout.
+            source: Where they are from, for messages.
+
+        Raises:
+            WeightsError: If they are of another model.
+        """
+        merged = {**weights, **self.replaced}
+        for layers, strength in self.loras:
+            for layer, lora in layers.items():
+                name = f"{layer}.weight"
+                weight = merged.get(name)
+                if weight is None or weight.size != len(lora.up) * math.prod(lora.down.shape[1:]):
+                    raise WeightsError(f"{source}: has no {name} of the size that the LoRA has: use its own model")
+                merged[name] = weight + np.float32(strength) * lora.added(weight.shape)
+        if self.rows is not None:
+            name = f"{TOKEN_EMBEDDING}.weight"
+            if len(merged[name]) < self.first or merged[name].shape[1] != self.rows.shape[1]:
+                raise WeightsError(
+                    f"{source}: its embedding table is {merged[name].shape}, and the new words are of "
+                    f"{self.rows.shape[1]} features behind {self.first} others: use the model that learnt them"
+                )
+            merged[name] = np.concatenate([merged[name][: self.first], self.rows])
+        return merged
+
+
+def tokens_of(word: str, count: int) -> tuple[str, ...]:
+    """The tokens of a new word of several vectors, as Diffusers names them: the word, then the word with a number."""
+    return (word, *(f"{word}_{number}" for number in range(1, count)))
+
+
+def save_embeddings(path: Path, tokens: NewTokens, rows: np.ndarray) -> None:
+    """Writes the rows of new tokens as Diffusers' `load_textual_inversion` reads them."""
+    model_files.write_safetensors(path, {tokens.placeholder: rows})

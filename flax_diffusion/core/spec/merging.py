@@ -1,0 +1,190 @@
+"""What is put into a pipeline's weights as it is opened: LoRA files, new words, a training checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from flax_diffusion.core.checkpoints import portable
+from flax_diffusion.core.checkpoints.folders import require_whole
+from flax_diffusion.core.checkpoints.portable import Arrays
+from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.spec.adapters import NEW_ROWS, LoraLayer, Overlay, trained_layers
+from flax_diffusion.core.spec.lora_files import Layers, read_lora_layers
+from flax_diffusion.core.spec.new_words import add_word, read_words
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+
+Shapes = Callable[[PipelineSpec], Layers]
+"""Gives the shapes of every model's parameters by PyTorch name, and reads no weight."""
+
+
+def with_adapters(
+    spec: PipelineSpec, shapes: Shapes, lora: Iterable[str], lora_scale: float, embeddings: Iterable[str]
+) -> PipelineSpec:
+    """Adds LoRA and new words to a pipeline that is to be read.
+
+    Args:
+        spec: The pipeline; its tokenizer learns the words.
+        shapes: Of its models.
+        lora: Files or folders, each as PATH or PATH:STRENGTH.
+        lora_scale: Strength of all of them, times each one's own.
+        embeddings: Files or folders of textual inversion, each as PATH or PATH:WORD.
+
+    Returns:
+        The pipeline, whose components say what differs from their files.
+
+    Raises:
+        UserError: If one is not there, or does not fit.
+    """
+    known = shapes(spec) if lora else {}
+    for item in lora:
+        layers, strength = read_lora(item, known)
+        spec = _with_lora(spec, layers, strength * lora_scale)
+    for item in embeddings:
+        path, word = _path_and_rest(item)
+        spec = _with_words(spec, path, word)
+    return spec
+
+
+def read_lora(item: str, known: Layers) -> tuple[dict[str, dict[str, LoraLayer]], float]:
+    """Reads a LoRA that is named as PATH or PATH:STRENGTH.
+
+    Args:
+        item: Names it.
+        known: Layers of the model.
+
+    Returns:
+        Its layers by component and name, and its strength.
+
+    Raises:
+        UserError: If it is not there, or does not fit.
+    """
+    path, strength = _path_and_strength(item)
+    return read_lora_layers(path, known), strength
+
+
+def _path_and_rest(item: str) -> tuple[Path, str | None]:
+    """A path, and what stands behind its last colon."""
+    head, colon, rest = item.rpartition(":")
+    if not colon or rest.startswith("//") or as_path(item).exists():
+        return as_path(item), None
+    return as_path(head), rest
+
+
+def _path_and_strength(item: str) -> tuple[Path, float]:
+    path, rest = _path_and_rest(item)
+    if rest is None:
+        return path, 1.0
+    try:
+        strength = float(rest)
+    except ValueError:
+        return as_path(item), 1.0
+    if not math.isfinite(strength):
+        raise ConfigError(f"--lora {item}: the strength must be a finite number, such as {path}:0.8")
+    return path, strength
+
+
+def _overlaid(spec: PipelineSpec, name: str, overlay: Overlay, **config: int) -> PipelineSpec:
+    component = spec.components[name]
+    component = replace(component, overlay=overlay, config=component.config | config)
+    return replace(spec, components=spec.components | {name: component})
+
+
+def _with_lora(spec: PipelineSpec, found: Mapping[str, Mapping[str, LoraLayer]], strength: float) -> PipelineSpec:
+    for name, layers in found.items():
+        overlay = spec.components[name].overlay or Overlay()
+        spec = _overlaid(spec, name, replace(overlay, loras=(*overlay.loras, (layers, strength))))
+    return spec
+
+
+def _with_words(spec: PipelineSpec, path: Path, word: str | None) -> PipelineSpec:
+    encoder, tokenizer = spec.text_encoder, spec.tokenizer
+    if encoder is None or tokenizer is None:
+        raise WeightsError(f"{path}: a {spec.kind} takes no prompts, so no new words")
+    for name, rows in read_words(path, word).items():
+        if rows.shape[1] != encoder["hidden_size"]:
+            raise WeightsError(
+                f"{path}: '{name}' has {rows.shape[1]} features, this text encoder {encoder['hidden_size']}: it was "
+                "learnt for another model"
+            )
+        first, _ = add_word(tokenizer, name, len(rows), f"--embeddings {path}:", "name another, PATH:WORD")
+        spec = _with_rows(spec, Overlay(rows=rows, first=first))
+    return spec
+
+
+def _with_rows(spec: PipelineSpec, words: Overlay) -> PipelineSpec:
+    """Puts the rows of new words behind those of the table, or of the words before them."""
+    assert words.rows is not None
+    overlay = spec.components["text_encoder"].overlay or Overlay()
+    rows, first = words.rows, words.first
+    if overlay.rows is not None:
+        rows, first = np.concatenate([overlay.rows, rows]), overlay.first
+    return _overlaid(spec, "text_encoder", replace(overlay, rows=rows, first=first), vocab_size=first + len(rows))
+
+
+def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
+    """Puts the rows that a run of textual inversion has written into the pipeline that it trained.
+
+    Raises:
+        WeightsError: If they are of another word, or of another number of tokens.
+    """
+    new = spec.components["text_encoder"].new_tokens
+    assert new is not None
+    words = read_words(run)
+    counts = {word: len(rows) for word, rows in words.items()}
+    if counts != {new.placeholder: len(new.tokens)}:
+        held = ", ".join(f"{word} of {count}" for word, count in counts.items())
+        raise WeightsError(
+            f"{run}: its config.yaml says the word {new.placeholder} of {len(new.tokens)} vectors, and its file has "
+            f"{held}: give the model by --model and the file by --embeddings"
+        )
+    return _with_rows(spec, Overlay(rows=words[new.placeholder], first=new.first))
+
+
+def checkpoint_arrays(folder: Path) -> dict[str, Arrays]:
+    """The trained weights of a checkpoint of either backend, or their averages where it has some.
+
+    Returns:
+        Component to arrays by PyTorch name.
+
+    Raises:
+        CheckpointError: If it is no checkpoint, or its files are not those that were written.
+    """
+    require_whole(folder)
+    arrays, _ = portable.read(folder)
+    kind = "ema" if any(name.startswith("ema/") for name in arrays) else "params"
+    found: dict[str, Arrays] = {}
+    for name, array in arrays.items():
+        if name.startswith(f"{kind}/"):
+            _, component, inside = name.split("/", 2)
+            found.setdefault(component, {})[inside] = array
+    return found
+
+
+def with_checkpoint(spec: PipelineSpec, folder: Path) -> PipelineSpec:
+    """Puts what a checkpoint trained into the pipeline that was trained.
+
+    Args:
+        spec: Says what trains.
+        folder: The checkpoint.
+
+    Raises:
+        CheckpointError: If it is no checkpoint, or its files are not those that were written.
+        WeightsError: If it holds what the pipeline does not train.
+    """
+    for name, arrays in checkpoint_arrays(folder).items():
+        component = spec.components.get(name)
+        if component is None or not component.trains:
+            raise WeightsError(f"{folder} trained a {name}, and the config.yaml of its run does not: use its own")
+        if component.lora is not None:
+            spec = _with_lora(spec, {name: trained_layers(component.lora, arrays)}, 1.0)
+        elif component.new_tokens is not None:
+            spec = _with_rows(spec, Overlay(rows=arrays[NEW_ROWS], first=component.new_tokens.first))
+        else:
+            spec = _overlaid(spec, name, replace(component.overlay or Overlay(), replaced=arrays))
+    return spec

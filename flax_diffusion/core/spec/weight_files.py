@@ -1,0 +1,254 @@
+"""The weights in a model's folder by PyTorch name, without a framework: safetensors, or a Flax release's msgpack."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgpack
+import numpy as np
+
+from flax_diffusion.core.errors import WeightsError, shown
+from flax_diffusion.core.io import model_files
+from flax_diffusion.core.io.torch_names import LEAVES, to_torch_layout, torch_name
+
+FLAX_FILES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
+
+# Spellings of old files, tried on names that the model does not have.
+ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
+    (re.compile(r"\.query\."), ".to_q."),
+    (re.compile(r"\.key\."), ".to_k."),
+    (re.compile(r"\.value\."), ".to_v."),
+    (re.compile(r"\.proj_attn\."), ".to_out.0."),
+    (re.compile(r"\.Conv2d_0\."), ".conv."),
+    (re.compile(r"^(embeddings|encoder|final_layer_norm)\."), r"text_model.\1."),  # CLIP of Transformers 5
+)
+IGNORED = re.compile(r"(^|\.)position_ids$")  # CLIP's buffer 0, 1, 2 …, in files before Transformers 4.31
+
+# What msgpack and NumPy raise of a file that is not one of Flax's, or is one of something else.
+_NO_MSGPACK = (
+    ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError,
+    msgpack.UnpackException,
+)  # fmt: skip
+_CHUNKED = "__msgpack_chunked_array__"  # how Flax divides arrays over a gigabyte
+_ARRAY = 1  # Flax's msgpack type of an array
+_DTYPES = re.compile(r"b?float\d+|u?int\d+|bool")
+
+
+class Tensor(Protocol):
+    """What is read from a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the file."""
+        ...
+
+    def array(self) -> np.ndarray:
+        """Return its values."""
+        ...
+
+
+class _InMemory:
+    """A tensor that is not in a mapped file."""
+
+    def __init__(self, values: np.ndarray):
+        self.values = values
+        self.shape = tuple(values.shape)
+
+    def array(self) -> np.ndarray:
+        """Return its values."""
+        return self.values
+
+
+def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Return arrays as tensors of a file."""
+    return {name: _InMemory(array) for name, array in arrays.items()}
+
+
+def same_names(stored: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Map the model's names to those in a file, through the aliases where need be.
+
+    Args:
+        stored: names in the file.
+        known: names that the model has.
+
+    Returns:
+        The model's name (the file's own where no alias helps) to that in the file.
+    """
+    known, names = set(known), {}
+    for name in stored:
+        current = name
+        for pattern, replacement in ALIASES:
+            if current not in known:
+                current = pattern.sub(replacement, current)
+        if not (current not in known and IGNORED.search(name)):
+            names.setdefault(current, name)
+    return names
+
+
+def base_name(kind: str) -> str:
+    """Return the name of a model's weights file, without extension, by its PyTorch class."""
+    return "model" if kind.startswith("CLIP") else "diffusion_pytorch_model"
+
+
+def file_patterns(base: str, variant: str | None) -> list[str]:
+    """Return the names of safetensors files, with `*` for shard numbers, and of their index."""
+    dot = f".{variant}" if variant else ""
+    return [
+        f"{base}{dot}.safetensors",
+        f"{base}{dot}-?????-of-?????.safetensors",
+        f"{base}.safetensors.index{dot}.json",
+    ]
+
+
+def variant_of(names: Iterable[str], base: str, variant: str | None) -> str | None:
+    """Return the variant to read of a part: the one asked for, or None where only other files of it are there.
+
+    Args:
+        names: of the files in the part's folder.
+        base: file name without extension.
+        variant: that was asked for.
+    """
+    patterns = file_patterns(base, variant)
+    there = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
+    return variant if there else None
+
+
+def has_weights(folder: Path, base: str, variant: str | None) -> bool:
+    """Tell whether a folder holds safetensors of this name and variant."""
+    single, _, index = file_patterns(base, variant)
+    return (folder / single).is_file() or (folder / index).is_file()
+
+
+def fetch(
+    source: str | Path,
+    subfolder: str | None,
+    revision: str | None,
+    base: str,
+    variant: str | None,
+    beside: Sequence[str] = (),
+) -> Path:
+    """Return a local folder with a model's weights: safetensors, or a Flax release's where there are none.
+
+    Args:
+        source: folder or Hub id.
+        subfolder: folder inside it.
+        revision: branch, tag or commit of a Hub id.
+        base: file name without extension.
+        variant: such as "fp16".
+        beside: other files to get.
+    """
+    names = [*beside, *file_patterns(base, variant)]
+    folder = model_files.resolve(source, subfolder, revision, names)
+    if has_weights(folder, base, variant):
+        return folder
+    return model_files.resolve(source, subfolder, revision, [*names, *FLAX_FILES])
+
+
+def files_of(folder: Path, base: str, variant: str | None = None) -> list[Path]:
+    """Return the files that `read` reads, by name."""
+    names = file_patterns(base, variant) if has_weights(folder, base, variant) else FLAX_FILES
+    return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, name) for name in names))
+
+
+def read(folder: Path, base: str, variant: str | None = None) -> tuple[dict[str, Tensor], Path]:
+    """Open a model's weights: safetensors, whole or sharded, else a Flax release's msgpack.
+
+    Args:
+        folder: holds the files.
+        base: file name without extension, "diffusion_pytorch_model" or "model".
+        variant: such as "fp16".
+
+    Returns:
+        The tensors by their names in the file and in PyTorch's layout, and the file.
+
+    Raises:
+        WeightsError: if there is no file that may be read.
+    """
+    single, _, index = file_patterns(base, variant)
+    if (folder / single).is_file():
+        return dict(model_files.read_safetensors(folder / single)), folder / single
+    if (folder / index).is_file():
+        tensors: dict[str, Tensor] = {}
+        for shard in _shards(folder / index):
+            if not (folder / shard).is_file():
+                raise WeightsError(f"{folder / index} names {shard}, which is missing: fetch the folder again")
+            tensors.update(model_files.read_safetensors(folder / shard))
+        return tensors, folder / index
+    for name in FLAX_FILES:
+        if variant is None and (folder / name).is_file():
+            return _read_msgpack(folder / name), folder / name
+    raise WeightsError(_nothing_to_read(folder, single))
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the names of the files that an index divides a model into, which lie beside it."""
+    listed = model_files.read_json(index).get("weight_map")
+    names: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
+    wrong = [name for name in names if not isinstance(name, str) or name != Path(name).name]
+    if wrong:
+        raise WeightsError(f"{index} names {shown(wrong[0])}, which is no file beside it: fetch the folder again")
+    return sorted(set(names))
+
+
+def _read_msgpack(path: Path) -> dict[str, Tensor]:
+    """Return the arrays of a Flax msgpack file by PyTorch name.
+
+    Raises:
+        WeightsError: if it holds anything else.
+    """
+    try:
+        flat = dict(_leaves(msgpack.unpackb(path.read_bytes(), ext_hook=_array_of, raw=False)))
+    except _NO_MSGPACK as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise WeightsError(f"{path} is not a whole Flax msgpack file ({reason}): fetch it again") from error
+    arrays = {}
+    for where, array in flat.items():
+        if not (where and all(isinstance(key, str) for key in where) and isinstance(array, np.ndarray)):
+            place = "/".join(map(str, where)) or "all there is"
+            raise WeightsError(f"{path} holds {shown(array)} as {place}, must be an array: fetch it again")
+        name = torch_name(where) if where[-1] in LEAVES else ".".join(where)
+        arrays[name] = to_torch_layout(where, array)
+    return in_memory(arrays)
+
+
+def _array_of(code: int, data: bytes) -> np.ndarray:
+    if code != _ARRAY:
+        raise ValueError(f"msgpack type {code} is no array")
+    shape, dtype, values = msgpack.unpackb(data, raw=True)
+    name = dtype.decode()
+    if not _DTYPES.fullmatch(name):
+        raise ValueError(f"array of {name}")
+    if name == "bfloat16":
+        from ml_dtypes import bfloat16
+
+        return np.frombuffer(values, bfloat16).reshape(shape)
+    return np.frombuffer(values, name).reshape(shape)
+
+
+def _leaves(tree: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """The leaves of nested mappings by path, arrays in chunks put together."""
+    if not isinstance(tree, dict):
+        yield where, tree
+    elif _CHUNKED in tree:
+        shape = tuple(tree["shape"][str(axis)] for axis in range(len(tree["shape"])))
+        chunks = [tree["chunks"][str(number)] for number in range(len(tree["chunks"]))]
+        yield where, np.concatenate(chunks).reshape(shape)
+    else:
+        for key, value in tree.items():
+            yield from _leaves(value, (*where, key))
+
+
+def _nothing_to_read(folder: Path, wanted: str) -> str:
+    """Explain what a folder without the wanted weights holds instead."""
+    present = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".msgpack"))
+    if any(name.endswith(".bin") for name in present) and not any(name.endswith(".safetensors") for name in present):
+        return (
+            f"{folder} holds pickled weights only ({', '.join(present)}), which are not read because unpickling can "
+            "run code: convert them with Diffusers or Transformers, from_pretrained and then save_pretrained"
+        )
+    fix = "set variant to match one of them" if present else "check the path and the subfolder"
+    return f"{folder} holds no {wanted} (it holds {', '.join(present) or 'no weights'}): {fix}"

@@ -1,0 +1,341 @@
+"""From command line and YAML file to a typed config, with one-line errors.
+
+Flags over file over defaults. argparse only splits the command line; every value, from either source, is checked
+by the same pydantic model, so that a mistake reads the same wherever it was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
+from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.io.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
+from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.core.tasks.spellings import (
+    Given,
+    fields_by_spelling,
+    in_file,
+    invalid,
+    spellings,
+    union_members,
+    unknown_option,
+)
+
+Complete = Callable[[type[TrainConfig], dict[str, Any]], dict[str, Any]]
+"""Field to value, with what is added to them, by the config class and the values given."""
+
+
+def _parse_flag(text: str, annotation: Any) -> Any:
+    """Prepares one command-line word for pydantic: `null` for optional fields, JSON or YAML for mappings."""
+    members = union_members(annotation)
+    if type(None) in members and text.lower() in ("null", "none"):
+        return None
+    if any(_takes_mapping(member) for member in members) and text.lstrip().startswith("{"):
+        return _mapping(text)
+    return text
+
+
+def _mapping(text: str) -> Any:
+    """The value of a JSON text, whose numbers may look like 1e-4, or of a YAML text."""
+    try:
+        return parse_json(text)
+    except ValueError:
+        try:
+            return parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(
+                f"{text!r} is neither JSON nor YAML ({error}): quote the mapping for the shell"
+            ) from error
+
+
+def _takes_mapping(annotation: Any) -> bool:
+    if get_origin(annotation) is list:
+        return any(_takes_mapping(member) for member in get_args(annotation))
+    return get_origin(annotation) is dict or (isinstance(annotation, type) and issubclass(annotation, BaseModel))
+
+
+def build(model: type[BaseModel], values: dict[str, Any], origin: str, given: Given | None = None) -> Any:
+    """Makes the config and turns pydantic's report into one line.
+
+    Args:
+        model: The config class.
+        values: Field name or alias to value.
+        origin: Where the values come from, for the message: a file name or "command line".
+        given: How and where single options were given, if not as in `values`.
+
+    Raises:
+        ConfigError: For unknown names, wrong types or values, and rules between fields.
+    """
+    known = fields_by_spelling(model)
+    for name in values:
+        if name not in known:
+            raise unknown_option(name, model, known, origin)
+    try:
+        return model(**values)
+    except ValidationError as error:
+        given = {known[name]: (name, origin) for name in values} if given is None else given
+        raise invalid(error, model, origin, given) from error
+
+
+class Recipe(dict[str, Any]):
+    """Option to value, as YAML reads it.
+
+    Attributes:
+        written: The same, with each scalar as it is written there.
+    """
+
+    def __init__(self, values: dict[str, Any], written: dict[str, Any]):
+        super().__init__(values)
+        self.written = written
+
+
+def read_yaml(path: str | Path) -> Recipe:
+    """Reads a recipe: a YAML mapping of option to value.
+
+    Raises:
+        ConfigError: If the file is missing, is not YAML, is larger than any recipe, or is not a mapping.
+    """
+    try:
+        text = read_text(as_path(path), MAX_YAML_BYTES)
+        values, written = parse_yaml(text), parse_yaml(text, words=True)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ConfigError(f"--config {path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        held = "is empty" if values is None else f"holds {shown(values)}"
+        raise ConfigError(f"--config {path}: {held}, must be a mapping of option: value")
+    return Recipe(values, written)
+
+
+_NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-inf$|-nan$")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose mistakes are `ConfigError`s with the nearest right name."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self._negative_number_matcher = _NEGATIVE  # argparse's own knows no exponents: -1e-4 would be an option
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing usage and exiting."""
+        if message.endswith("expected one argument"):
+            option = message.removeprefix("argument ").split(":")[0].split("/")[0]
+            message += f"; one that begins with a dash is written {option}=-…"
+        raise ConfigError(f"command line: {message}")
+
+    def parse(self, argv: Sequence[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
+        """Parses the words; only options that were given are in the result.
+
+        Args:
+            argv: The words.
+            model: The config class whose options they are, for messages.
+        """
+        known = [option for action in self._actions for option in action.option_strings]
+        values, extra = self.parse_known_args(argv)
+        for word in extra:
+            if word.startswith("--"):
+                raise unknown_option(word.split("=")[0], model, known, "command line")
+            raise ConfigError(f"command line: unexpected word '{word}': quote values that hold spaces")
+        return vars(values)
+
+
+def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], *, defaults: bool = True) -> None:
+    """Adds a flag for every field of the config class; values stay words until `build` checks them.
+
+    Args:
+        parser: To add to.
+        model: The config class.
+        defaults: Whether the class's defaults are those that hold, and so belong into the help.
+    """
+    for name, field in model.model_fields.items():
+        flags = [f"--{spelling}" for spelling in spellings(name, field)]
+        kind = field.annotation
+        if bool in union_members(kind):
+            how: dict[str, Any] = {"action": _Switch, "nargs": "?", "metavar": _metavar(kind)}
+        else:
+            how = {"type": functools.partial(_parse_flag, annotation=kind), "metavar": _metavar(kind)}
+            if get_origin(kind) is list:
+                how |= {"nargs": "+", "action": "extend"}  # --prompt A B, or --prompt A --prompt B
+        default = "required" if field.is_required() else f"default: {field.get_default(call_default_factory=True)}"
+        text = f"{field.description} ({default})" if defaults else str(field.description)
+        text = text.replace("%", "%%")
+        parser.add_argument(*flags, dest=name, default=argparse.SUPPRESS, help=text, **how)
+
+
+class _Switch(argparse.Action):
+    """A boolean flag: `--use_ema`, `--no_use_ema` or `--use_ema false`."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any):
+        negative = [f"--no_{option[2:]}" for option in option_strings]
+        super().__init__(option_strings + negative, dest, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        negative = bool(option_string and option_string.startswith("--no_"))
+        if values is not None and negative:
+            raise ConfigError(f"command line: {option_string} takes no value, got {values!r}")
+        setattr(namespace, self.dest, (not negative) if values is None else values)
+
+
+def _metavar(annotation: Any) -> str:
+    words = []
+    for member in union_members(annotation):
+        if member is type(None):
+            continue
+        if get_origin(member) is typing.Literal:
+            words.append("{" + ",".join(str(choice) for choice in get_args(member)) + "}")
+        elif _takes_mapping(member):
+            words.append("MAPPING")
+        else:
+            words.append(getattr(member, "__name__", "str").upper().replace("LIST", "STR"))
+    return "|".join(words)
+
+
+def parse_train(argv: Sequence[str], prog: str, complete: Complete | None = None) -> tuple[str, TrainConfig]:
+    """Reads `[TASK] [--config FILE.yaml] [flags]`.
+
+    The task may stand in the file instead (`task: unconditional`).
+
+    Args:
+        argv: The words.
+        prog: Name of the program, for help.
+        complete: Adds what the user need not give, by the config class and the options given.
+
+    Returns:
+        The task's name and its config.
+
+    Raises:
+        ConfigError: For anything that does not fit, before any long work.
+        SystemExit: After `--help`.
+    """
+    first = Parser(prog=prog, add_help=False)
+    first.add_argument("task", nargs="?")
+    first.add_argument("--config")
+    leading, _ = first.parse_known_args(_leading_words(argv))
+    from_file = read_yaml(leading.config) if leading.config else {}
+    task = leading.task or from_file.get("task")
+    if leading.task and from_file.get("task", leading.task) != leading.task:
+        raise ConfigError(f"task {leading.task} on the command line, {from_file['task']} in {leading.config}: drop one")
+
+    parser = Parser(prog=prog, description=_DESCRIPTION, usage=f"{prog} TASK [--config FILE.yaml] [flags]")
+    parser.add_argument("task", nargs="?", metavar="TASK", help="one of: " + ", ".join(TASKS))
+    parser.add_argument("--config", metavar="FILE.yaml", help="Recipe; flags override it.")
+    if task is None and not {"-h", "--help"} & set(argv):
+        raise ConfigError(f"no task: name one of {', '.join(TASKS)}, e.g. `{prog} unconditional --dataset_name digits`")
+    model = _task_config(str(task)) if task else TrainConfig
+    add_fields(parser, model, defaults=task is not None)
+    flags = parser.parse(argv, model)
+    if flags["task"] not in (None, task):
+        raise ConfigError(f"tasks {task} and {flags['task']}: drop one, here or in {leading.config}")
+    del flags["task"], flags["config"]
+    words = [word[2:].split("=")[0] for word in argv if word.startswith("--")]
+    fields = fields_by_spelling(model)
+    spelt = {fields[word]: word for word in words if word in fields}
+    return str(task), merge(str(task), from_file, flags, str(leading.config), spelt, complete)
+
+
+def _task_config(task: str) -> type[TrainConfig]:
+    """The config class of a task.
+
+    Raises:
+        ConfigError: If there is no such task.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"unknown task '{task}'{nearest(task, TASKS)}; the tasks are {', '.join(TASKS)}")
+    return TASKS[task]
+
+
+def _leading_words(argv: Sequence[str]) -> list[str]:
+    """The task, as the first word or behind `--config FILE`, and that, which decide how the rest is read."""
+    words, places = [], [0]
+    for position, word in enumerate(argv):
+        if word == "--config":
+            words += list(argv[position : position + 2])
+            places.append(position + 2)
+        elif word.startswith("--config="):
+            words.append(word)
+            places.append(position + 1)
+    tasks = [argv[place] for place in places if place < len(argv) and not argv[place].startswith("-")]
+    return tasks[:1] + words
+
+
+def merge(
+    task: str,
+    from_file: dict[str, Any],
+    flags: dict[str, Any],
+    file_name: str,
+    spelt: dict[str, str] | None = None,
+    complete: Complete | None = None,
+) -> TrainConfig:
+    """Flags over file over defaults, as one checked config.
+
+    Args:
+        task: Its name.
+        from_file: Option to value; of a `Recipe` the words that are written there.
+        flags: The same, given directly.
+        file_name: For messages about what it holds.
+        spelt: Names that fields were given by among the flags, where `flags` has the fields' own.
+        complete: As for `parse_train`.
+
+    Raises:
+        ConfigError: For anything that does not fit.
+    """
+    model = _task_config(task)
+    fields = fields_by_spelling(model)
+    written = from_file.written if isinstance(from_file, Recipe) else from_file
+    values: dict[str, Any] = {}
+    given: dict[str, tuple[str, str]] = {}
+    for key, value in from_file.items():
+        if key == "task":
+            continue
+        if key not in fields:
+            raise unknown_option(key, model, fields, file_name)
+        name = fields[key]
+        if name in given:
+            raise ConfigError(f"{file_name}: {given[name][0]} and {key} are one option: drop one")
+        values[name] = in_file(value, written[key], model.model_fields[name].annotation)
+        given[name] = (key, file_name)
+    values |= {fields.get(key, key): value for key, value in flags.items()}
+    given |= {fields.get(key, key): ((spelt or {}).get(key, key), "command line") for key in flags}
+    if complete is not None:
+        values = complete(model, values)
+    origin = f"{file_name} and command line" if from_file and flags else file_name if from_file else "command line"
+    return build(model, {first_spelling(model, key): value for key, value in values.items()}, origin, given)
+
+
+def first_spelling(model: type[BaseModel], name: str) -> str:
+    """The name that pydantic takes a field by."""
+    return spellings(name, model.model_fields[name])[0] if name in model.model_fields else name
+
+
+def main_guard(main: Callable[[], None]) -> None:
+    """Runs a command; a `UserError` becomes its one line on stderr and an exit status."""
+    try:
+        main()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_status) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        raise SystemExit(130) from None
+
+
+_DESCRIPTION = """Train a diffusion model.
+
+  {tasks}
+
+`TASK --help` lists a task's own options and defaults.""".format(
+    tasks="\n  ".join(f"{name:16} {str(kind.__doc__).splitlines()[0]}" for name, kind in TASKS.items())
+)

@@ -1,0 +1,152 @@
+"""A new thing from a handful of its pictures: `train dreambooth`."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from flax_diffusion.core.config.options import LoraConfig
+from flax_diffusion.core.data.combined import PairedSource, PromptedSource, open_uncaptioned
+from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.io.files import lies_in
+
+
+class Concept(BaseModel):
+    """One new thing for DreamBooth to learn, and the class that it belongs to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    instance_data_dir: str  # folder of pictures of the new thing
+    instance_prompt: str  # "a photo of sks dog"
+    class_data_dir: str | None = None  # folder of pictures of its class; what is missing is drawn
+    class_prompt: str | None = None  # "a photo of dog"
+    repeats: Annotated[int, Field(ge=1)] = 1  # times each picture stands in an epoch
+
+
+class DreamBoothConfig(LoraConfig):
+    """A new thing from a handful of its pictures: `train dreambooth`."""
+
+    instance_data_dir: str | None = Field(None, description="Folder of pictures of the new thing.")
+    instance_prompt: str | None = Field(None, description="Prompt that names it, such as 'a photo of sks dog'.")
+    with_prior_preservation: bool = Field(False, description="Keep what its class looks like, by pictures of it.")
+    class_data_dir: str | None = Field(None, description="Folder of pictures of the class; filled up as needed.")
+    class_prompt: str | None = Field(None, description="Prompt that names the class, such as 'a photo of dog'.")
+    num_class_images: int = Field(100, ge=1, description="Pictures of each class; the model draws those missing.")
+    prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the class pictures' loss.")
+    sample_batch_size: int = Field(4, ge=1, description="Class pictures a device draws at a time.")
+    class_num_inference_steps: int = Field(50, ge=1, description="Denoising steps of the class pictures.")
+    class_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of the class pictures.")
+    concepts: list[Concept] = Field(
+        [], description="Several concepts at once: a list of mappings with the five options of one, and repeats."
+    )
+    train_batch_size: int = Field(
+        4, ge=1, description="Images of the new thing a device in one forward pass; as many of the class go with them."
+    )
+    num_train_epochs: int = Field(1, ge=1, description="Passes over the data.")
+    learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate; 5e-4 where LoRA trains.")
+    validation_steps: int | None = Field(100, ge=1, description="Sample every so many steps.")
+    checkpoint_models: bool = Field(
+        True, description="Each checkpoint also holds the trained models, in Diffusers' format."
+    )
+    output_dir: str = Field("dreambooth-model", description="Folder of the run.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_lora(cls, values: Any) -> Any:
+        if isinstance(values, dict) and any(values.get(name) is not None for name in ("lora_rank", "rank")):
+            return {"learning_rate": 5e-4} | values
+        return values
+
+    @property
+    def all_concepts(self) -> list[Concept]:
+        """The concepts, whichever way they were given."""
+        if self.concepts:
+            return self.concepts
+        return [
+            Concept(
+                instance_data_dir=str(self.instance_data_dir),
+                instance_prompt=str(self.instance_prompt),
+                class_data_dir=self.class_data_dir,
+                class_prompt=self.class_prompt,
+            )
+        ]
+
+    @model_validator(mode="after")
+    def _check_concepts(self) -> DreamBoothConfig:
+        if self.pretrained_model_name_or_path is None:
+            raise ValueError("dreambooth starts from a model: give --pretrained_model_name_or_path")
+        single = {
+            "instance_data_dir": self.instance_data_dir,
+            "instance_prompt": self.instance_prompt,
+            "class_data_dir": self.class_data_dir,
+            "class_prompt": self.class_prompt,
+        }
+        given = [name for name, value in single.items() if value is not None]
+        if self.concepts and given:
+            raise ValueError(f"--{given[0]} and concepts exclude each other: put it into the list, or drop the list")
+        if not self.concepts:
+            for name in ("instance_data_dir", "instance_prompt"):
+                if not single[name]:
+                    raise ValueError(f"dreambooth needs --{name}, or a list of concepts")
+        for concept in self.all_concepts:
+            missing = [name for name in ("class_data_dir", "class_prompt") if not getattr(concept, name)]
+            if self.with_prior_preservation and missing:
+                raise ValueError(f"--with_prior_preservation needs --{missing[0]} for '{concept.instance_prompt}'")
+            if not self.with_prior_preservation and len(missing) < 2:
+                raise ValueError(
+                    f"--class_data_dir and --class_prompt go with --with_prior_preservation: add it, or drop them for "
+                    f"'{concept.instance_prompt}'"
+                )
+            if concept.class_prompt == concept.instance_prompt:
+                raise ValueError(
+                    f"'{concept.instance_prompt}' names both the new thing and its class: put a rare word into "
+                    "--instance_prompt, as in 'a photo of sks dog'"
+                )
+        return self
+
+
+def open_instances(config: DreamBoothConfig) -> PromptedSource:
+    """The pictures of the new things.
+
+    Raises:
+        DataError: If a folder is missing or holds none, or lies in that of another thing.
+    """
+    concepts = config.all_concepts
+    for one, other in itertools.permutations(concepts, 2):
+        inner, outer = one.instance_data_dir, other.instance_data_dir
+        if lies_in(inner, outer) and one.instance_prompt != other.instance_prompt:
+            raise DataError(
+                f"--instance_data_dir {inner} of '{one.instance_prompt}' lies in {outer} of '{other.instance_prompt}', "
+                "whose pictures it would become; name folders apart from each other"
+            )
+    return PromptedSource(
+        [
+            open_uncaptioned(option, concept.instance_data_dir)
+            for option, concept in zip(_options(config, "instance"), concepts, strict=True)
+        ],
+        [concept.instance_prompt for concept in concepts],
+        [concept.repeats for concept in concepts],
+    )
+
+
+def _options(config: DreamBoothConfig, whose: str) -> list[str]:
+    """What names the folder of each concept."""
+    if not config.concepts:
+        return [f"--{whose}_data_dir"]
+    return [f"--concepts.{number}.{whose}_data_dir" for number in range(len(config.concepts))]
+
+
+def open_pairs(config: DreamBoothConfig, instances: PromptedSource) -> PairedSource:
+    """The same with the pictures of their classes, of which each folder must hold enough by now."""
+    concepts, most = config.all_concepts, config.num_class_images
+    classes = PromptedSource(
+        [
+            open_uncaptioned(option, c.class_data_dir, most)
+            for option, c in zip(_options(config, "class"), concepts, strict=True)
+        ],
+        [str(concept.class_prompt) for concept in concepts],
+        [concept.repeats for concept in concepts],
+    )
+    return PairedSource(instances, classes, config.prior_loss_weight)

@@ -1,0 +1,184 @@
+"""Options by all their names, as a file holds them, and what is said of those that are wrong."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import AliasChoices, BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from flax_diffusion.core.errors import ConfigError, nearest, shown
+from flax_diffusion.core.tasks.registry import TASKS
+
+Given = Mapping[str, tuple[str, str]]
+"""By field: the name that the user gave it by, and where: the file's name, or "command line"."""
+
+
+def spellings(name: str, field: FieldInfo) -> list[str]:
+    """All names that a config field may be given by, its own first."""
+    alias = field.validation_alias
+    return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
+
+
+def fields_by_spelling(model: type[BaseModel]) -> dict[str, str]:
+    """The field that each name of an option stands for."""
+    return {spelling: name for name, field in model.model_fields.items() for spelling in spellings(name, field)}
+
+
+def union_members(annotation: Any) -> tuple[Any, ...]:
+    """The types that a value may have."""
+    if get_origin(annotation) in (types.UnionType, typing.Union):
+        return get_args(annotation)
+    return (annotation,)
+
+
+def in_file(value: Any, written: Any, annotation: Any) -> Any:
+    """What a value in a YAML file stands for: a word there is what the same word is on the command line.
+
+    YAML reads `no` as False, `7` as a number and `2024-01-01` as a day, where an option may take a text. So scalars
+    are taken as they are written, and one of them will do for a list; what goes into a model's config stays YAML's.
+
+    Args:
+        value: As YAML reads it.
+        written: The same, with scalars as they are written.
+        annotation: The option's type.
+    """
+    members = union_members(annotation)
+    items = next((get_args(member)[0] for member in members if get_origin(member) is list), None)
+    if items is not None and written is not None:
+        pairs = zip(value, written, strict=True) if isinstance(value, list) else [(value, written)]
+        return [in_file(one, word, items) for one, word in pairs]
+    if isinstance(value, dict) and isinstance(written, dict):
+        inner = next((member for member in members if _is_model(member)), None)
+        if inner is None or value.keys() != written.keys():
+            return value
+        kinds = {name: field.annotation for name, field in inner.model_fields.items()}
+        return {name: in_file(one, written[name], kinds.get(name)) for name, one in value.items()}
+    optional_number = type(None) in members and str not in members
+    if optional_number and isinstance(written, str) and written.lower() == "none":
+        return None
+    return value if isinstance(value, list) else written
+
+
+def _is_model(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+_FOLDERS = ("instance_data_dir", "train_data_dir")
+"""What tasks call the folder of pictures; none has both."""
+
+
+def unknown_option(name: str, model: type[BaseModel] | None, known: Iterable[str], origin: str) -> ConfigError:
+    """Makes the error for a name that is no option: which tasks have it, or the nearest that there is.
+
+    Args:
+        name: As it was given, with dashes or without.
+        model: The config class, where there is one.
+        known: The names that there are, likewise.
+        origin: Where it was given.
+    """
+    word = name.removeprefix("--")
+    positive = word.removeprefix("no_")
+    dashes = name[: len(name) - len(word)]
+    start = f"{origin}: unknown option '{name}'"
+    task = next((task for task, kind in TASKS.items() if kind is model), None)
+    owners = [other for other, kind in TASKS.items() if {word, positive} & fields_by_spelling(kind).keys()]
+    if task is None or not owners:
+        return ConfigError(start + (nearest(name, known) or "; --help lists those there are"))
+    of_others = f"{start}: {_and(owners)} {'has' if len(owners) == 1 else 'have'} it, {task} has not"
+    here = next((folder for folder in _FOLDERS if word in _FOLDERS and folder in TASKS[task].model_fields), None)
+    return ConfigError(f"{of_others}; {'drop it' if here is None else f'give {dashes}{here}'}")
+
+
+def _and(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def invalid(error: ValidationError, model: type[BaseModel], origin: str, given: Given) -> ConfigError:
+    """Makes one line of pydantic's report: for each option its name as given, the rule, and the value.
+
+    Args:
+        error: The report.
+        model: The config class.
+        origin: Where the values come from, for rules between options.
+        given: How and where single options were given.
+    """
+    fields = fields_by_spelling(model)
+    by_place: dict[tuple[Any, ...], list[Any]] = {}
+    for item in error.errors():
+        _, *inside = item["loc"] or ("",)
+        in_list = inside and isinstance(inside[0], int)  # else pydantic names the type that it tried
+        by_place.setdefault(item["loc"] if in_list else item["loc"][:1], []).append(item)
+    says = [_describe(place, items, model) for place, items in by_place.items()]
+    places = {
+        given[fields[str(place[0])]][1] if place and fields.get(str(place[0])) in given else origin
+        for place in by_place
+    }
+    text = "; ".join(says)
+    for name, (spelling, _) in given.items():
+        text = re.sub(rf"--{name}\b", f"--{spelling}", text)
+    return ConfigError(f"{places.pop() if len(places) == 1 else origin}: {text}")
+
+
+def _describe(place: tuple[Any, ...], items: Sequence[Any], model: type[BaseModel]) -> str:
+    """What is wrong with the value at one place, which each type that it may have says in its own way."""
+    first = items[0]
+    text = first["msg"].removeprefix("Value error, ")
+    if not place:
+        return text
+    field = model.model_fields[fields_by_spelling(model)[str(place[0])]]
+    option = f"--{'.'.join(map(str, (fields_by_spelling(model)[str(place[0])], *place[1:])))}"
+    if first["type"] == "missing":
+        return f"{option} is required: give it" + ("" if place[1:] else " (--help says what it is)")
+    if first["type"] == "extra_forbidden":
+        known = [name for inner in _models_in(field.annotation) for name in inner.model_fields]
+        return f"{option}: there is no such option{nearest(place[-1], known)}; there are {', '.join(known)}"
+    rules = list(dict.fromkeys(_rule(item) for item in items))
+    if not place[1:] and type(None) in union_members(field.annotation):
+        rules.append("null")
+    if any(item["type"] == "value_error" for item in items):
+        return f"{option}: {text}, got {shown(first['input'])}"
+    choices = [choice for item in items if item["type"] == "literal_error" for choice in _choices(item)]
+    hint = nearest(str(first["input"]).lower(), choices)
+    got = "nothing (null)" if first["input"] is None else shown(first["input"])
+    return f"{option}: must be {', or '.join(rules)}, got {got}{hint}"
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if _is_model(annotation):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in _models_in(inner)]
+
+
+def _choices(item: Any) -> list[str]:
+    return re.findall(r"'([^']*)'", item["ctx"]["expected"])
+
+
+_KINDS = {
+    "a whole number": ("int_parsing", "int_type", "int_from_float", "int_parsing_size"),
+    "a number": ("float_parsing", "float_type"),
+    "true or false": ("bool_parsing", "bool_type"),
+    "text": ("string_type",),
+    "a list": ("list_type",),
+    "a mapping": ("dict_type", "model_type"),
+}
+_RULES: dict[str, Callable[[Any], str]] = {
+    "greater_than": lambda context: f"greater than {context['gt']:g}",
+    "greater_than_equal": lambda context: f"at least {context['ge']:g}",
+    "less_than": lambda context: f"less than {context['lt']:g}",
+    "less_than_equal": lambda context: f"at most {context['le']:g}",
+    "literal_error": lambda context: context["expected"],
+}
+
+
+def _rule(item: Any) -> str:
+    """What the value must be."""
+    kind = item["type"]
+    if kind in _RULES:
+        return _RULES[kind](item["ctx"])
+    text = item["msg"].removeprefix("Input should be ")
+    return next((words for words, kinds in _KINDS.items() if kind in kinds), text[:1].lower() + text[1:])

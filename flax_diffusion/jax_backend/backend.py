@@ -1,0 +1,337 @@
+"""The JAX backend: devices, sharded state, the compiled step, Orbax checkpoints, sampling and export."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from flax_diffusion.core.backend import Batch, refuse
+from flax_diffusion.core.checkpoints import portable
+from flax_diffusion.core.checkpoints.folders import check_same_shapes
+from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.io.files import absolute, written_folder
+from flax_diffusion.core.io.torch_names import from_torch_layout
+from flax_diffusion.core.objectives import samplers
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.jax_backend import adapters
+from flax_diffusion.jax_backend.modules import load_pretrained
+from flax_diffusion.jax_backend.optimizers.optimizer import Params
+from flax_diffusion.jax_backend.processes import everywhere, from_first, to_host
+from flax_diffusion.jax_backend.program import Program
+from flax_diffusion.jax_backend.sampling import Sampler, to_uint8
+from flax_diffusion.jax_backend.sharding import make_mesh, put, put_batch, put_replicated, state_shardings
+from flax_diffusion.jax_backend.train_step import TrainState
+from flax_diffusion.schedulers import scheduler_from_config
+
+log = logging.getLogger(__name__)
+
+PYTORCH_ONLY = {
+    "enable_xformers_memory_efficient_attention": "use --gradient_checkpointing to save memory",
+    "allow_tf32": "set the environment variable JAX_DEFAULT_MATMUL_PRECISION=tensorfloat32",
+    "channels_last": "drop it, XLA chooses the layouts",
+    "torch_compile": "drop it, the step is always compiled",
+}
+"""Options of `python -m torch_backend.train`, and what to use here."""
+
+SLICE_BYTES = 2**22
+"""A save divides an array among the devices that hold copies of it, if the parts are as large: each is a dispatch."""
+
+
+class JaxBackend:
+    """Implements `core.backend.Backend` with Flax modules on a mesh of all devices.
+
+    Args:
+        config: The run's options.
+        spec: The pipeline.
+        devices: By default all of them.
+        dtype: Of the trained weights and, without mixed precision, of all computation; float64 needs jax_enable_x64.
+
+    Raises:
+        ConfigError: For an option that this backend does not have, or that does not fit the devices.
+    """
+
+    command = "python -m flax_diffusion.train"
+
+    def __init__(
+        self, config: TrainConfig, spec: PipelineSpec, devices: Sequence[Any] | None = None, dtype: Any = jnp.float32
+    ):
+        self.check_options(config)
+        if config.set_grads_to_none:
+            log.info("--set_grads_to_none: nothing to do, JAX keeps no gradients between steps")
+        self.config, self.spec = config, spec
+        self.mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, devices)
+        self.process_index, self.process_count = jax.process_index(), jax.process_count()
+        self.device_count = self.mesh.size
+        self.dtype = dtype
+        self.program = Program(config, spec, self.mesh, dtype)
+        self.modules = self.program.modules
+        # Scheduler options are checked here, before any weight is read.
+        if spec.scheduler:
+            self._sampler = Sampler(
+                self.modules, scheduler_from_config(samplers.sampler_config(spec.scheduler)), self.mesh
+            )
+        self._encode = jax.jit(self.modules.encode_images)
+        self._embed = jax.jit(self.modules.encode_text)
+        self._posterior = jax.jit(self.modules.posterior)
+        self._decode = jax.jit(functools.partial(to_uint8, self.modules))
+        self._checkpointer: ocp.AsyncCheckpointer | None = None
+        self.state: TrainState
+        self.frozen: Params
+
+    @staticmethod
+    def check_options(config: TrainConfig) -> None:
+        """Refuses options that only PyTorch has."""
+        refuse(config, PYTORCH_ONLY, "PyTorch")
+
+    def init_state(self) -> int:
+        """Loads or draws the weights straight onto their shards."""
+        loaded = {name: load_pretrained(part) for name, part in self.spec.components.items() if part.weights}
+        params = {}
+        for name in self.program.trained:
+            part = self.spec.components[name]
+            host = loaded[name] if name in loaded else self.modules.by_name[name].init_weights(self.config.seed)
+            host = adapters.draw(part, host, self.config.seed) if part.adapted else host
+            params[name] = put(_cast(host, self.dtype), state_shardings(host, self.mesh))
+        self.state = self.program.init_state(params)
+        self.frozen = {
+            name: self._place_frozen(name, host)
+            for name, host in loaded.items()
+            if not self.spec.components[name].train
+        }
+        return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    def _place_frozen(self, name: str, host: Params) -> Params:
+        """Weights that do not train, in the precision that they compute in."""
+        return put(_cast(host, self.modules.by_name[name].dtype), state_shardings(host, self.mesh))
+
+    def _all_params(self) -> Params:
+        """The weights that samples are drawn with; reads again what was let go of."""
+        frozen = dict(self.frozen)
+        for name, component in self.spec.components.items():
+            if name not in frozen and not component.train:
+                frozen[name] = self._place_frozen(name, load_pretrained(component))
+        return adapters.merge(frozen, self._exported())
+
+    def embed_prompts(self, prompts: list[str]) -> np.ndarray:
+        """Encodes prompts."""
+        tokenize = self.spec.tokenize
+        assert tokenize is not None
+        ids = put_replicated(np.stack([tokenize(prompt) for prompt in prompts]), self.mesh)
+        made = to_host(self._embed({"text_encoder": self.frozen["text_encoder"]}, ids))
+        return made.astype(np.promote_types(self.dtype, np.float32))
+
+    def posteriors(self, pixels: np.ndarray) -> np.ndarray:
+        """Encodes images to the moments of their latents."""
+        # A mesh may order devices, and with them the images, in another way than by process.
+        places = self.process_index * len(pixels) + np.arange(len(pixels), dtype=np.int32)
+        placed = put_batch({"pixels": pixels.astype(self.dtype), "places": places}, self.mesh, leading=0)
+        posterior = self._posterior({self.spec.vae_name: self.frozen[self.spec.vae_name]}, placed["pixels"])
+        mean, logvar, places = to_host((posterior.mean, posterior.logvar, placed["places"]))
+        made = np.stack([mean, logvar], axis=1)[np.argsort(places)]
+        return made.astype(np.promote_types(self.dtype, np.float32))
+
+    def let_go(self, name: str) -> None:
+        """Frees a frozen component's weights; samples read them again."""
+        del self.frozen[name]
+
+    def put(self, batch: Batch) -> dict[str, jax.Array]:
+        """Starts the copy of this process's examples to its devices; names of examples stay on the host."""
+        wanted = {key: value for key, value in batch.items() if key != "example_index"}
+        if self.dtype != jnp.float32:
+            wanted = {
+                key: value.astype(self.dtype) if value.dtype.kind == "f" else value for key, value in wanted.items()
+            }
+        return put_batch(wanted, self.mesh)
+
+    def train_step(self, batch: dict[str, jax.Array], learning_rate: float, ema_decay: float) -> dict[str, jax.Array]:
+        """Dispatches the compiled step."""
+        real = np.promote_types(self.dtype, np.float32).type
+        rates = put_replicated({"learning_rate": real(learning_rate), "ema_decay": real(ema_decay)}, self.mesh)
+        with jax.transfer_guard("disallow"):
+            self.state, metrics = self.program.step(self.state, self.frozen, batch, rates)
+        return metrics
+
+    def set_step(self, step: int) -> None:
+        """Counts on from another step."""
+        now = self.state.step
+        self.state = self.state.replace(step=put(np.asarray(step, now.dtype), now.sharding))
+
+    def read(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Waits for a step's numbers."""
+        return {key: float(value) for key, value in jax.device_get(metrics).items()}
+
+    def save(self, folder: Path, metadata: dict[str, Any]) -> None:
+        """Copies the state to the host and writes it in the background."""
+        if self._checkpointer is None:
+            self._checkpointer = ocp.AsyncCheckpointer(_checkpoint_handler())
+        self._checkpointer.save(
+            absolute(folder),
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(self.state), metadata=ocp.args.JsonSave(metadata)),
+        )
+
+    def state_bytes(self) -> int:
+        """Counts weights, moments and averages, whole."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
+
+    def wait(self) -> None:
+        """Waits until the last save is complete."""
+        if self._checkpointer is not None:
+            self._checkpointer.wait_until_finished()
+
+    def everywhere(self, holds: bool) -> bool:
+        """Asks all processes."""
+        return everywhere(holds)
+
+    def from_first(self, value: int) -> int:
+        """Tells all processes."""
+        return from_first(value)
+
+    def stops(self, wanted: bool, step: int) -> bool:
+        """Asks JAX, which where there are several processes hears the signal itself."""
+        return wanted if self.process_count == 1 else multihost_utils.reached_preemption_sync_point(step)
+
+    def check(self, folder: Path) -> None:
+        """Compares a checkpoint of either backend with the state, whatever mesh wrote it."""
+        if portable.is_portable(folder):
+            leaves = jax.tree_util.tree_flatten_with_path(self.state)[0]
+            own = ((_keys(path), np.broadcast_to(np.float32(0), leaf.shape)) for path, leaf in leaves)
+            want = {name: array.shape for name, array in portable.from_tree(own).items()}
+            check_same_shapes(portable.shapes(folder), want, folder)
+        else:
+            with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
+                _check_same_tree(checkpointer, folder, self.state)
+
+    def restore(self, folder: Path) -> dict[str, Any]:
+        """Loads a checkpoint of either backend onto the shards of this mesh."""
+        self.check(folder)
+        if portable.is_portable(folder):
+            arrays, metadata = portable.read(folder)
+            self._load(arrays, metadata["step"])
+            return metadata
+        target = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state
+        )
+        state = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
+        with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
+            restored = checkpointer.restore(
+                absolute(folder), args=ocp.args.Composite(state=state, metadata=ocp.args.JsonRestore())
+            )
+        self.state = restored["state"]
+        return restored["metadata"]
+
+    def state_arrays(self) -> portable.Arrays:
+        """The whole state as plain arrays on the host, by portable name."""
+        leaves = jax.tree_util.tree_flatten_with_path(to_host(self.state))[0]
+        return portable.from_tree((_keys(path), leaf) for path, leaf in leaves)
+
+    def _load(self, arrays: portable.Arrays, step: int) -> None:
+        """Takes over a state by portable name: the inverse of `state_arrays`."""
+
+        def take(path: Any, leaf: jax.Array) -> jax.Array:
+            named = portable.portable_name(_keys(path))
+            value = np.asarray(step) if named is None else arrays[named[0]]
+            if named is not None and named[1]:
+                value = from_torch_layout(named[1], value, leaf.ndim)
+            return put(np.array(value, leaf.dtype, order="C"), leaf.sharding)
+
+        self.state = jax.tree_util.tree_map_with_path(take, self.state)
+
+    def sample(
+        self,
+        *,
+        prompts: list[str],
+        num_images: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        batch_size: int = 64,
+    ) -> np.ndarray:
+        """Draws images with the moving average, or with the weights themselves where there is none."""
+        return self._sampler(
+            self._all_params(),
+            prompts=prompts,
+            num_images=num_images,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            batch_size=batch_size,
+        )
+
+    def trained_arrays(self) -> portable.Arrays:
+        """What trains, averaged if there is an average, by component and PyTorch name."""
+        leaves = jax.tree_util.tree_flatten_with_path(to_host(self._exported()))[0]
+        named = portable.from_tree((("params", *_keys(path)), leaf) for path, leaf in leaves)
+        return {name.removeprefix("params/"): array for name, array in named.items()}
+
+    def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+        """Encodes images to scaled latents."""
+        params = self._all_params()
+        return to_host(self._encode(params, *put_replicated((pixels, noise), self.mesh)))
+
+    def decode(self, latents: np.ndarray) -> np.ndarray:
+        """Decodes scaled latents to pictures."""
+        params = self._all_params()
+        return to_host(self._decode(params, put_replicated(latents, self.mesh)))
+
+    def export(self, folder: Path, *, only_trained: bool = False) -> None:
+        """Writes the components' float32 weights."""
+        trained = self._exported()
+        for name, component in self.spec.components.items():
+            if only_trained and not component.train:
+                continue
+            params = to_host(trained[name]) if name in trained else load_pretrained(component)
+            if self.process_index == 0:
+                with written_folder(folder / name) as local:
+                    self.modules.by_name[name].save_pretrained(local, params)
+
+    def _exported(self) -> Params:
+        return self.state.params if self.state.ema is None else self.state.ema
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(jax.tree_util.keystr(path, simple=True, separator="/").split("/"))
+
+
+def _cast(params: Params, dtype: Any) -> Params:
+    return jax.tree.map(lambda leaf: np.asarray(leaf, dtype), params)
+
+
+def _checkpoint_handler() -> ocp.CompositeCheckpointHandler:
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=SLICE_BYTES)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    return ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(type_handler_registry=registry), metadata=ocp.JsonCheckpointHandler()
+    )
+
+
+def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) -> None:
+    """Compares names and shapes before anything is read. (In other types, values are converted.)
+
+    Raises:
+        CheckpointError: Naming the first differences.
+    """
+    try:
+        items = checkpointer.metadata(absolute(folder)).item_metadata
+    except (FileNotFoundError, KeyError, ValueError) as error:
+        raise CheckpointError(f"{folder}: not a complete checkpoint ({error}); resume from another") from error
+    saved = items["state"] if items is not None and "state" in items else None
+    if saved is None:
+        raise CheckpointError(
+            f"{folder}: not a complete checkpoint (its `state` is missing or has no _METADATA); resume from another"
+        )
+    check_same_shapes(_shapes(saved), _shapes(target), folder)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda leaf: hasattr(leaf, "shape"))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}

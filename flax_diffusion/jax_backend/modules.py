@@ -1,0 +1,194 @@
+"""The Flax modules of a pipeline, and the few functions that training and sampling compose them with.
+
+Shapes: B images, C channels, H W pixels, h w of what is denoised (pixels or latents), L tokens, D text features.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from flax_diffusion.core.errors import unknown
+from flax_diffusion.core.objectives import samplers
+from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.weight_files import in_memory
+from flax_diffusion.core.typed import Checkpointing
+from flax_diffusion.jax_backend.adapters import interceptor
+from flax_diffusion.jax_backend.optimizers.optimizer import Params
+from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, FlaxUNet2DModel
+from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
+from flax_diffusion.models.weights import from_tensors, to_torch, torch_shapes
+from flax_diffusion.schedulers import FlaxDDPMScheduler
+
+COMPUTE_DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+
+_CLASSES: dict[str, Any] = {
+    "UNet2DModel": FlaxUNet2DModel,
+    "UNet2DConditionModel": FlaxUNet2DConditionModel,
+    "AutoencoderKL": FlaxAutoencoderKL,
+    "CLIPTextModel": FlaxCLIPTextModel,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Modules:
+    """A pipeline's modules by component name, and the noise scheduler that trains it. Static under jit.
+
+    Attributes:
+        spec: The pipeline.
+        by_name: Its modules.
+        scheduler: Of the noise.
+        mesh: Devices over which batches are split, which attention has to know to choose its kernel; None: any.
+    """
+
+    spec: PipelineSpec
+    by_name: dict[str, Any]
+    scheduler: FlaxDDPMScheduler
+    mesh: Mesh | None = None
+
+    def encode_images(self, params: Params, pixels: jax.Array, noise: jax.Array | None) -> jax.Array:
+        """Pixels (B,C,H,W) in -1..1 to scaled latents (B,C,h,w); pixels themselves where there is no VAE.
+
+        Args:
+            params: Weights of all components.
+            pixels: The images.
+            noise: Standard normal (B,C,h,w) that samples the posterior.
+        """
+        if self.spec.vae is None:
+            return pixels
+        assert noise is not None
+        return self.sample_latents(self.posterior(params, pixels), noise)
+
+    def sample_latents(self, posterior: FlaxDiagonalGaussianDistribution, noise: jax.Array) -> jax.Array:
+        """Scaled latents (B,C,h,w), in float32 at least."""
+        assert self.spec.vae is not None
+        latents = posterior.sample_with(noise) * self.spec.vae["scaling_factor"]
+        return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
+
+    def posterior(self, params: Params, pixels: jax.Array) -> FlaxDiagonalGaussianDistribution:
+        """The distribution of the latents of images, not scaled."""
+        return self._apply(self.spec.vae_name, params, pixels, method="encode").latent_dist
+
+    def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
+        """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
+        if self.spec.vae is None:
+            return latents
+        return self.decode(params, latents / self.spec.vae["scaling_factor"])
+
+    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+        """Latents that are not scaled to images."""
+        return self._apply(self.spec.vae_name, params, latents, method="decode").sample
+
+    def encode_text(self, params: Params, input_ids: jax.Array, dropout: jax.Array | None = None) -> jax.Array:
+        """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""
+        return self._call("text_encoder", params, dropout, input_ids)[0]
+
+    def predict(
+        self,
+        params: Params,
+        sample: jax.Array,
+        timesteps: jax.Array,
+        context: jax.Array | None,
+        dropout: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the UNet says of noisy samples (B,C,h,w) at timesteps (B,)."""
+        inputs = (sample, timesteps) if context is None else (sample, timesteps, context)
+        return self._call("unet", params, dropout, *inputs)[0]
+
+    def _call(self, name: str, params: Params, dropout: jax.Array | None, *inputs: jax.Array) -> Any:
+        """Calls a model, with its adapters; what does not train has no dropout."""
+        component = self.spec.components[name]
+        train = dropout is not None and component.trains
+        rngs = {"dropout": dropout} if train else None
+        with nn.intercept_methods(interceptor(component, train=train)) if component.adapted else nullcontext():
+            return self._apply(name, params, *inputs, train=train, rngs=rngs)
+
+    def _apply(self, name: str, params: Params, *inputs: jax.Array, **options: Any) -> Any:
+        mesh: AbstractContextManager[Any] = nullcontext()
+        if self.mesh is not None:
+            mesh = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        with mesh:
+            return self.by_name[name].apply({"params": params[name]}, *inputs, **options)
+
+    def add_noise(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+        """√ᾱ·clean + √(1−ᾱ)·noise."""
+        return self.scheduler.add_noise(self.scheduler.create_state(), clean, noise, timesteps)
+
+    def target(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
+        """What the UNet should say: the noise, the velocity, or the clean sample."""
+        kind = self.spec.prediction_type
+        if kind == "epsilon":
+            return noise
+        if kind == "sample":
+            return clean
+        if kind == "v_prediction":
+            return self.scheduler.get_velocity(self.scheduler.create_state(), clean, noise, timesteps)
+        raise unknown("prediction_type", kind, PREDICTION_TYPES)
+
+
+def build_modules(
+    spec: PipelineSpec,
+    dtype: Any = jnp.float32,
+    *,
+    gradient_checkpointing: Checkpointing = False,
+    mesh: Mesh | None = None,
+) -> Modules:
+    """Makes the modules of a pipeline; no weights yet.
+
+    Args:
+        spec: What to build.
+        dtype: Compute precision. A VAE whose config says `force_upcast` (SDXL's) computes in float32 at least.
+        gradient_checkpointing: What the backward pass computes again, of all that gradients pass through.
+        mesh: Devices over which batches are split.
+
+    Raises:
+        ConfigError: For a config field that the Flax modules do not support.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+
+    def make(component: Component) -> Any:
+        options: dict[str, Any] = {"dtype": wide if component.config.get("force_upcast") else dtype}
+        if component.trains or component is spec.components.get("unet"):
+            options["gradient_checkpointing"] = gradient_checkpointing
+        return _CLASSES[component.kind].from_config(component.config, **options)
+
+    schedule: dict[str, Any] = {}
+    if spec.scheduler:
+        kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
+        kept.add("rescale_betas_zero_snr")
+        values = samplers.noise_config(spec.scheduler)
+        schedule = {key: values[key] for key in kept & set(values)} | {"prediction_type": spec.prediction_type}
+    scheduler = FlaxDDPMScheduler.from_config(schedule, wide)
+    by_name = {name: make(component) for name, component in spec.components.items()}
+    return Modules(spec=spec, by_name=by_name, scheduler=scheduler, mesh=mesh)
+
+
+def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shapes of every model's parameters by PyTorch name; no weight is read."""
+    return {name: torch_shapes(model.params_shape()) for name, model in build_modules(spec).by_name.items()}
+
+
+def load_pretrained(component: Component) -> Params:
+    """The float32 weights of a component, as NumPy arrays on the host: its files', with what is laid over them.
+
+    Raises:
+        WeightsError: If they do not fit.
+    """
+    model, overlay = _CLASSES[component.kind], component.overlay
+    source = f"{component.weights}/{component.subfolder or ''}"
+    params: Params = {}
+    if component.weights is not None:
+        _, params = model.from_pretrained(
+            component.weights, subfolder=component.subfolder, revision=component.revision, variant=component.variant
+        )
+    if overlay is None:
+        return params
+    merged = overlay.apply(dict(to_torch(params)), source)
+    return from_tensors(in_memory(merged), model.from_config(component.config).params_shape(), source)

@@ -1,0 +1,100 @@
+"""AdamW, gradient clipping, the moving average and fp16 loss scaling, as PyTorch computes them.
+
+Learning rate and EMA decay are arguments of the step (see `core.rates`), so no schedule is compiled in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from flax_diffusion.core.backend import MIN_LOSS_SCALE
+from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.jax_backend.optimizers.eight_bit import scale_by_8bit_adam
+from flax_diffusion.jax_backend.optimizers.offload import from_host
+
+Params = Any
+"""A tree of arrays."""
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm by `torch.nn.utils.clip_grad_norm_`, and so by Diffusers' scripts."""
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """AdamW up to the learning rate: the update is `m̂ / (√v̂ + ε) + decay · weight`.
+
+    Its `update` takes `finite`: where that is given and False, the state stays as it was.
+
+    Args:
+        config: Gives β1, β2, ε and the decoupled weight decay, which falls on every parameter as in PyTorch; and
+            whether moments take 8 bits or are at the host.
+
+    Reference: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, algorithm 2; `torch.optim.AdamW`.
+    """
+    scale = scale_by_8bit_adam if config.use_8bit_adam else optax.scale_by_adam
+    adam = _skipping(scale(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon))
+    return optax.chain(
+        from_host(adam) if config.offload_optimizer else adam, optax.add_decayed_weights(config.adam_weight_decay)
+    )
+
+
+def where_finite(finite: jax.Array | None, after: Any, before: Any) -> Any:
+    """A tree after a step, or as it was before one of which the gradients are not finite; None does not ask."""
+    return after if finite is None else jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
+
+
+def _skipping(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    def update(updates: Any, state: Any, params: Any = None, *, finite: jax.Array | None = None, **_: Any) -> Any:
+        updates, new = inner.update(updates, state, params)
+        return updates, where_finite(finite, new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Array]:
+    """Scales gradients to a global norm of at most `max_norm`.
+
+    Returns:
+        The gradients times min(1, max_norm / (norm + 1e-6)), and the norm before.
+
+    Reference: `torch.nn.utils.clip_grad_norm_`; optax's own differs in the last digits.
+    """
+    norm = optax.tree.norm(grads)
+    factor = jnp.minimum(1.0, max_norm / (norm + CLIP_EPSILON))
+    return jax.tree.map(lambda g: g * factor.astype(g.dtype), grads), norm
+
+
+def update_ema(ema: Params, params: Params, decay: jax.Array) -> Params:
+    """One step of the moving average: ema − (1 − decay) · (ema − params)."""
+    return jax.tree.map(lambda e, p: e - (1.0 - decay).astype(e.dtype) * (e - p), ema, params)
+
+
+class LossScale(struct.PyTreeNode):
+    """Dynamic loss scale of fp16 training, with the constants of `torch.amp.GradScaler`.
+
+    Reference: Micikevicius et al., https://arxiv.org/abs/1710.03740, section 3.2.
+    """
+
+    scale: jax.Array
+    good_steps: jax.Array
+
+    GROWTH_INTERVAL: ClassVar[int] = 2000
+    GROWTH: ClassVar[float] = 2.0
+    BACKOFF: ClassVar[float] = 0.5
+
+    @classmethod
+    def create(cls) -> LossScale:
+        """The scale that a run starts with: 65536."""
+        return cls(scale=jnp.float32(65536.0), good_steps=jnp.int32(0))
+
+    def update(self, finite: jax.Array) -> LossScale:
+        """Halves the scale, down to 1, after a step whose gradients overflowed; doubles it after 2000 good ones."""
+        good = jnp.where(finite, self.good_steps + 1, 0)
+        grow = good == self.GROWTH_INTERVAL
+        factor = jnp.where(finite, jnp.where(grow, self.GROWTH, 1.0), self.BACKOFF)
+        scale = jnp.maximum(self.scale * factor, MIN_LOSS_SCALE)
+        return LossScale(scale=scale, good_steps=jnp.where(grow, 0, good))

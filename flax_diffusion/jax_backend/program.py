@@ -1,0 +1,150 @@
+"""The program of a run: its modules, its optimizer and its compiled step, known by shapes and shardings alone.
+
+Training gives it weights; a plan compiles it for chips that are not there.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.run.rates import rate_factors
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.jax_backend import adapters
+from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules
+from flax_diffusion.jax_backend.optimizers.offload import on_host
+from flax_diffusion.jax_backend.optimizers.optimizer import Params, make_optimizer
+from flax_diffusion.jax_backend.sharding import batch_sharding, replicated, state_shardings
+from flax_diffusion.jax_backend.train_step import TrainState, create_state, train_step
+
+COMPILER_OPTIONS = {
+    # Of batches under 8 a chip, XLA makes larger ones by cutting pictures into strips before each convolution: by its
+    # own estimate a residual block of SD 1.5 at batch 4 then takes 2.9 times as long.
+    "tpu": {
+        "xla_tpu_run_space_to_batch": False,
+        "xla_tpu_run_space_to_batch_on_new_platforms": False,
+        # Else products whose result is divided over devices are cut into one for each device, with an exchange after
+        # each: at the sizes of Stable Diffusion a feed-forward layer takes 12% longer, and twice as long to compile.
+        "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
+    }
+}
+"""For the step, by platform."""
+
+OFFLOADING = {
+    # To hide how long a copy takes, the scheduler fills what memory there is with moments that wait. Turned off, it
+    # leaves all copies back to the host to the step's end; this makes it save memory instead.
+    "tpu": {"xla_tpu_scheduler_percent_shared_memory_limit": 1}
+}
+"""The same where moments are in the host's memory."""
+
+
+class Program:
+    """What a config and a pipeline make on a mesh.
+
+    Args:
+        config: The run's options.
+        spec: The pipeline.
+        mesh: Devices, which may be those of a topology that is only described.
+        dtype: Of the trained weights and, without mixed precision, of all computation.
+    """
+
+    def __init__(self, config: TrainConfig, spec: PipelineSpec, mesh: Mesh, dtype: Any = jnp.float32):
+        self.spec, self.mesh, self.dtype = spec, mesh, dtype
+        compute = dtype if config.mixed_precision == "no" else COMPUTE_DTYPES[config.mixed_precision]
+        self.modules = build_modules(spec, compute, gradient_checkpointing=config.gradient_checkpointing, mesh=mesh)
+        self.optimizer = make_optimizer(config)
+        self.create_state = functools.partial(
+            create_state, optimizer=self.optimizer, use_ema=config.use_ema, fp16=config.mixed_precision == "fp16"
+        )
+        self._step = functools.partial(
+            train_step,
+            modules=self.modules,
+            optimizer=self.optimizer,
+            max_grad_norm=config.max_grad_norm,
+            rate_factors=rate_factors(config),
+            seed=config.seed,
+            unroll=mesh.devices.flat[0].platform == "cpu",
+            skip_nonfinite=config.skip_nonfinite > 0,
+        )
+        self._offload = config.offload_optimizer
+
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """Shapes, dtypes and shardings of the train state."""
+        params = {name: self._shapes(self._trained(name), self.dtype) for name in self.trained}
+        state = self.placed(jax.eval_shape(self.create_state, params))
+        return state.replace(opt_state=on_host(state.opt_state)) if self._offload else state
+
+    @property
+    def trained(self) -> list[str]:
+        """Components of which something trains."""
+        return [name for name, part in self.spec.components.items() if part.trains]
+
+    @property
+    def frozen(self) -> Params:
+        """Shapes, dtypes and shardings of the weights that do not train, in the precision that they compute in."""
+        own = {name: self.modules.by_name[name] for name, part in self.spec.components.items() if not part.train}
+        return self.placed({name: self._shapes(model.params_shape(), model.dtype) for name, model in own.items()})
+
+    def batch(self, example: Mapping[str, np.ndarray], accumulation: int, batch_size: int) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of a step's batch of examples like one; names of examples are no part of it."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            key: jax.ShapeDtypeStruct((accumulation, batch_size, *value.shape), value.dtype, sharding=sharding)
+            for key, value in example.items()
+            if key != "example_index"
+        }
+
+    @property
+    def rates(self) -> dict[str, Any]:
+        """Shapes, dtypes and shardings of the scalars of a step."""
+        real = jnp.promote_types(self.dtype, jnp.float32)
+        scalar = jax.ShapeDtypeStruct((), real, sharding=replicated(self.mesh))
+        return {"learning_rate": scalar, "ema_decay": scalar}
+
+    @functools.cached_property
+    def step(self) -> Any:
+        """The jitted step of (state, frozen, batch, rates); the state is donated."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(
+            self._step,
+            donate_argnums=0,
+            out_shardings=(shardings, replicated(self.mesh)),
+            compiler_options=self._compiler_options(self.mesh.devices.flat[0].platform),
+        )
+
+    def _compiler_options(self, platform: str) -> dict[str, Any]:
+        return COMPILER_OPTIONS.get(platform, {}) | (OFFLOADING.get(platform, {}) if self._offload else {})
+
+    def init_state(self, params: Params) -> TrainState:
+        """The state before the first step, on its shards. The weights are donated: they never stand beside it."""
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
+        return jax.jit(self.create_state, donate_argnums=0, out_shardings=shardings)(params)
+
+    def placed(self, tree: Any) -> Any:
+        """A tree of shapes with the sharding of each by its path."""
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            tree,
+            state_shardings(tree, self.mesh),
+        )
+
+    def _trained(self, name: str) -> Params:
+        """Arrays or shapes of what trains of a component."""
+        component, shapes = self.spec.components[name], self.modules.by_name[name].params_shape()
+        if not component.adapted:
+            return shapes
+        return adapters.draw(
+            component, jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes), 0
+        )
+
+    @staticmethod
+    def _shapes(tree: Any, dtype: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)

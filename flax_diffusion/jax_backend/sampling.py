@@ -1,0 +1,168 @@
+"""Images from noise: one compiled denoising step, run by a plain loop.
+
+All noise comes from the host, keyed by (seed, image, step), so a picture depends on neither batch size nor
+devices nor backend.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_diffusion.core.randomness.streams import sampling_noise
+from flax_diffusion.core.spec.pipeline import check_prompts
+from flax_diffusion.jax_backend.modules import Modules
+from flax_diffusion.jax_backend.optimizers.optimizer import Params
+from flax_diffusion.jax_backend.processes import to_host
+from flax_diffusion.jax_backend.sharding import batch_sharding, put, put_replicated
+from flax_diffusion.schedulers import FlaxDDPMScheduler
+
+
+class Sampler:
+    """Draws images from a pipeline's modules with any of the schedulers.
+
+    Args:
+        modules: The pipeline.
+        scheduler: A `flax_diffusion.schedulers` scheduler.
+        mesh: Devices to spread a batch over.
+    """
+
+    def __init__(self, modules: Modules, scheduler: Any, mesh: Mesh):
+        self.modules, self.scheduler, self.mesh = modules, scheduler, mesh
+        algorithm = str(scheduler.config.get("algorithm_type", ""))
+        self.stochastic = isinstance(scheduler, FlaxDDPMScheduler) or algorithm.startswith("sde")
+        self._denoise = jax.jit(self._denoise_step, static_argnames="guided", donate_argnames=("state", "sample"))
+        self._encode = jax.jit(modules.encode_text)
+        self._finish = jax.jit(functools.partial(to_uint8, modules))
+
+    def __call__(self, params: Params, **options: Any) -> np.ndarray:
+        """Draws all pictures; arguments and errors as of `batches`.
+
+        Returns:
+            uint8 (images, H, W, C), prompt by prompt.
+        """
+        return np.concatenate([*self.batches(params, **options)])
+
+    def batches(
+        self,
+        params: Params,
+        *,
+        prompts: list[str],
+        num_images: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        negative_prompt: str = "",
+        batch_size: int = 64,
+    ) -> Iterator[np.ndarray]:
+        """Draws `num_images` for each prompt, or in all where the pipeline takes no prompts.
+
+        Args:
+            params: Weights of all components.
+            prompts: Texts; empty for an unconditional pipeline.
+            num_images: Images a prompt.
+            num_inference_steps: Denoising steps.
+            guidance_scale: w of classifier-free guidance; 1 or less turns it off.
+            seed: Of all noise.
+            negative_prompt: Text to guide away from.
+            batch_size: Images at a time; changes speed and memory, not the pictures.
+
+        Yields:
+            uint8 (images, H, W, C), prompt by prompt, a batch at a time.
+
+        Raises:
+            ConfigError: If prompts and pipeline do not go together.
+
+        Reference: Ho and Salimans, https://arxiv.org/abs/2207.12598, in Diffusers' scale: ε_∅ + w·(ε_c − ε_∅).
+        """
+        check_prompts(self.modules.spec, prompts)
+        tokenize = self.modules.spec.tokenize
+        guided = tokenize is not None and guidance_scale > 1
+        count = num_images * max(1, len(prompts))
+        devices = self.mesh.size
+        batch_size = -(-min(batch_size, count) // devices) * devices
+        ids = None
+        if tokenize is not None:
+            ids = np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])
+        for first in range(0, count, batch_size):
+            # The last batch is filled up, so that every batch has the one compiled shape.
+            indices = np.arange(first, first + batch_size)
+            context = None
+            if ids is not None:
+                rows = ids[np.minimum(indices // num_images, len(prompts) - 1)]
+                rows = np.concatenate([np.broadcast_to(ids[-1], rows.shape), rows]) if guided else rows
+                context = self._encode(params, self._put(rows))
+            images = self._draw(params, context, indices, num_inference_steps, guidance_scale, seed, guided)
+            yield to_host(images)[: count - first]
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return put(array, batch_sharding(self.mesh, leading=0))
+
+    def _draw(
+        self,
+        params: Params,
+        context: jax.Array | None,
+        indices: np.ndarray,
+        num_inference_steps: int,
+        guidance_scale: float,
+        seed: int,
+        guided: bool,
+    ) -> jax.Array:
+        shape = self.modules.spec.sample_shape
+        state = self.scheduler.create_state()
+        state = self.scheduler.set_timesteps(state, num_inference_steps, shape=(len(indices), *shape))
+        timesteps = np.asarray(state.timesteps)
+        state = put_replicated(jax.device_get(state), self.mesh)
+        scale = put_replicated(np.float32(guidance_scale), self.mesh)
+        noises = self._noises(seed, indices, shape, len(timesteps))
+        sample = next(noises) * np.asarray(state.init_noise_sigma)
+        sample = self._put(sample.astype(np.float32))
+        for timestep, noise in zip(timesteps, noises, strict=True):
+            step = put_replicated(timestep, self.mesh)
+            state, sample = self._denoise(
+                params, state, sample, step, context, None if noise is None else self._put(noise), scale, guided=guided
+            )
+        return self._finish(params, sample)
+
+    def _noises(self, seed: int, indices: np.ndarray, shape: tuple[int, ...], steps: int) -> Iterator[np.ndarray | Any]:
+        """The starting noise, then one a step: None where the scheduler is deterministic."""
+        yield sampling_noise(seed, indices, 0, shape)
+        for step in range(steps):
+            yield sampling_noise(seed, indices, step + 1, shape) if self.stochastic else None
+
+    def _denoise_step(
+        self,
+        params: Params,
+        state: Any,
+        sample: jax.Array,
+        timestep: jax.Array,
+        context: jax.Array | None,
+        noise: jax.Array | None,
+        guidance_scale: jax.Array,
+        *,
+        guided: bool,
+    ) -> tuple[Any, jax.Array]:
+        model_input = self.scheduler.scale_model_input(state, sample, timestep)
+        if guided:
+            model_input = jnp.concatenate([model_input, model_input])
+        steps = jnp.broadcast_to(timestep, (model_input.shape[0],))
+        predicted = self.modules.predict(params, model_input, steps, context).astype(sample.dtype)
+        if guided:
+            without, with_prompt = jnp.split(predicted, 2)
+            predicted = without + guidance_scale * (with_prompt - without)
+        options = {} if noise is None else {"variance_noise": noise}
+        output = self.scheduler.step(state, predicted, timestep, sample, **options)
+        return output.state, output.prev_sample
+
+
+def to_uint8(modules: Modules, params: Params, latents: jax.Array) -> jax.Array:
+    """Denoised samples to pictures: BCHW in -1..1 to BHWC in 0..255, rounded as Diffusers does."""
+    images = modules.decode_latents(params, latents).astype(jnp.float32)
+    images = jnp.clip(images / 2 + 0.5, 0, 1)
+    return jnp.round(images * 255).astype(jnp.uint8).transpose(0, 2, 3, 1)

@@ -1,0 +1,231 @@
+"""The train step: one pure function of (state, frozen weights, batch, rates), for every task.
+
+Shapes: A accumulation, B images of a micro-batch over all devices, C channels, H W pixels, h w of what is denoised
+(pixels or latents), L tokens, D text features. Tensors are BCHW at this level, as in the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from flax_diffusion.jax_backend.adapters import merge
+from flax_diffusion.jax_backend.modules import Modules
+from flax_diffusion.jax_backend.optimizers.optimizer import (
+    LossScale,
+    Params,
+    clip_by_global_norm,
+    update_ema,
+    where_finite,
+)
+from flax_diffusion.jax_backend.sharding import gathered, scattered
+from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(struct.PyTreeNode):
+    """All that a run must keep to go on: what a checkpoint holds."""
+
+    step: jax.Array  # int32, optimizer steps taken
+    params: Params  # {"unet": …, …} trained weights, float32
+    opt_state: optax.OptState
+    ema: Params | None  # moving average of params
+    loss_scale: LossScale | None  # under fp16
+
+
+def create_state(params: Params, optimizer: optax.GradientTransformation, *, use_ema: bool, fp16: bool) -> TrainState:
+    """The state before the first step; the moving average starts as the weights."""
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if use_ema else None,
+        loss_scale=LossScale.create() if fp16 else None,
+    )
+
+
+def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
+    """The weighted denoising loss of a micro-batch.
+
+    Args:
+        modules: The pipeline's modules and noise scheduler.
+        params: Weights of every module, trained and frozen.
+        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), timesteps (B,),
+            loss_weights (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation (B,C,h,w),
+            input_ids (B,L) or text_embeddings (B,L,D).
+        dropout: Key of the dropout masks.
+
+    Returns:
+        Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
+
+    Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; `Modules.target` for the other targets.
+    """
+    if "moments" in batch:
+        posterior = FlaxDiagonalGaussianDistribution(batch["moments"][:, 0], batch["moments"][:, 1])
+        clean = modules.sample_latents(posterior, batch["latent_noise"])
+    else:
+        clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    added = noise + batch["perturbation"] if "perturbation" in batch else noise
+    noisy = modules.add_noise(clean, added, timesteps)
+    context = batch.get("text_embeddings")
+    context = modules.encode_text(params, batch["input_ids"], dropout) if "input_ids" in batch else context
+    predicted = modules.predict(params, noisy, timesteps, context, dropout)
+    target = modules.target(clean, noise, timesteps)
+    wide = jnp.promote_types(predicted.dtype, jnp.float32)
+    error = jnp.square(predicted.astype(wide) - target.astype(wide)).mean(axis=(1, 2, 3))
+    return jnp.mean(error * batch["loss_weights"])
+
+
+def autoencoder_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
+    """The autoencoder's loss of a micro-batch: reconstruction, and the posterior's divergence from a normal one.
+
+    Args:
+        modules: With the autoencoder alone.
+        params: Its weights.
+        batch: pixel_values (B,C,H,W), latent_noise (B,c,h,w), loss_weights (B,).
+        dropout: Not used; the autoencoder has none.
+
+    Returns:
+        Σ_i w_i · (mean of the errors of image i + kl_scale · KL_i) / B, in float32 at least.
+
+    Reference: Kingma and Welling, https://arxiv.org/abs/1312.6114, equation 10; the scales of Diffusers'
+    train_autoencoderkl.
+    """
+    loss = modules.spec.autoencoder_loss
+    assert loss is not None
+    pixels = batch["pixel_values"]
+    posterior = modules.posterior(params, pixels)
+    made = modules.decode(params, posterior.sample_with(batch["latent_noise"]))
+    wide = jnp.promote_types(made.dtype, jnp.float32)
+    error = made.astype(wide) - pixels.astype(wide)
+    error = {"l1": jnp.abs, "l2": jnp.square}[loss.rec_loss](error).mean(axis=(1, 2, 3))
+    return jnp.mean((error + loss.kl_scale * posterior.kl().astype(wide)) * batch["loss_weights"])
+
+
+def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...], *, unroll: bool) -> Any:
+    """Adds up a function of each micro-batch, along the leading axis of `inputs`.
+
+    Args:
+        function: Gives a tree of arrays.
+        inputs: Its arguments, with a leading axis.
+        unroll: Lay the micro-batches out one after the other. A loop is smaller and as fast on an accelerator, but on
+            a CPU XLA compiles its body (and that of an unrolled `lax.scan`) to code that is 15 times slower.
+    """
+
+    def take(index: int) -> Any:
+        return function(*jax.tree.map(lambda leaf: leaf[index], inputs))
+
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    if unroll:
+        return functools.reduce(
+            lambda total, index: jax.tree.map(jnp.add, total, take(index)), range(1, count), take(0)
+        )
+
+    def body(total: Any, one: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*one)), None
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(take, 0))
+    return jax.lax.scan(body, zeros, inputs)[0]
+
+
+def compute_copies(modules: Modules, params: Params) -> Params:
+    """Matrices in the precision that their modules compute in, made once a step.
+
+    Where weights are divided over devices, it is these that are gathered, once, at half the bytes under bf16. Norms and
+    biases stay as they are: sums in float32 take them.
+    """
+
+    def of_module(name: str, tree: Params) -> Params:
+        dtype = modules.by_name[name].dtype
+
+        def copy(path: Any, leaf: jax.Array) -> jax.Array:
+            matrix = path[-1].key in ("kernel", "embedding")
+            return leaf.astype(dtype) if matrix else leaf
+
+        return jax.tree_util.tree_map_with_path(copy, tree)
+
+    return gathered({name: of_module(name, tree) for name, tree in params.items()}, modules.mesh)
+
+
+def _widened(grad: jax.Array, weight: jax.Array) -> jax.Array:
+    """A gradient in the precision of its weight; in memory it keeps its own, at half the bytes under bf16."""
+    return grad if grad.dtype == weight.dtype else jax.lax.optimization_barrier(grad).astype(weight.dtype)
+
+
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    batch: Batch,
+    rates: dict[str, jax.Array],
+    *,
+    modules: Modules,
+    optimizer: optax.GradientTransformationExtraArgs,
+    max_grad_norm: float,
+    rate_factors: Mapping[str, float],
+    seed: int,
+    unroll: bool,
+    skip_nonfinite: bool = False,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Takes one optimizer step.
+
+    Args:
+        state: Donated by the caller.
+        frozen: Weights that do not train.
+        batch: As `diffusion_loss`, with a leading axis A.
+        rates: learning_rate and ema_decay, scalars.
+        modules: Static; the pipeline.
+        optimizer: Static; of `make_optimizer`, gives the update before the learning rate.
+        max_grad_norm: Static; global norm to clip to.
+        rate_factors: Static; by which the learning rate of some components is multiplied.
+        seed: Static; of dropout.
+        unroll: Static; see `sum_over_micro_batches`.
+        skip_nonfinite: Static; where the loss or the gradient is not finite, only the step is counted.
+
+    Returns:
+        The new state and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
+    """
+    count = batch["loss_weights"].shape[0]
+    loss_of = diffusion_loss if modules.spec.autoencoder_loss is None else autoencoder_loss
+    scale = state.loss_scale.scale if state.loss_scale else 1.0
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
+
+    def scaled_loss(params: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loss = loss_of(modules, merge(frozen, params), micro, key)
+        return loss * scale, loss
+
+    copies, frozen = compute_copies(modules, state.params), gathered(frozen, modules.mesh)
+
+    def micro_step(micro: Batch, key: jax.Array) -> tuple[jax.Array, Params]:
+        (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(copies, micro, key)
+        grads = scattered(grads, modules.mesh)
+        return loss, jax.tree.map(_widened, grads, state.params)
+
+    loss, grads = sum_over_micro_batches(micro_step, (batch, keys), unroll=unroll or count == 1)
+    loss = loss / count
+    grads = jax.tree.map(lambda g: g / (count * scale), grads)
+
+    clipped, norm = clip_by_global_norm(grads, max_grad_norm)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    asked = finite if state.loss_scale or skip_nonfinite else None
+    updates, opt_state = optimizer.update(clipped, state.opt_state, state.params, finite=asked)
+    params = {}
+    changes: Any = updates
+    for name, weights in state.params.items():
+        rate = rates["learning_rate"] * rate_factors.get(name, 1.0)
+        params[name] = jax.tree.map(lambda p, u, rate=rate: p - rate.astype(p.dtype) * u, weights, changes[name])
+    ema = None if state.ema is None else update_ema(state.ema, params, rates["ema_decay"])
+    params, ema = where_finite(asked, (params, ema), (state.params, state.ema))
+    new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
+    metrics = {"loss": loss, "grad_norm": norm}
+    if state.loss_scale:
+        new = new.replace(loss_scale=state.loss_scale.update(finite))
+        metrics["loss_scale"] = scale
+    return new, metrics

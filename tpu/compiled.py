@@ -1,0 +1,238 @@
+"""What the TPU's compiler says of a run's step: memory, time, costs; or that it does not fit."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_diffusion.core.config.options import CaptionedConfig, DiffusionConfig, TrainConfig
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.tasks.dreambooth import DreamBoothConfig
+from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
+from tpu import hlo, kernels
+from tpu.topologies import Slice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a step costs one device. Bytes and FLOPs are the compiler's, unless they say otherwise.
+
+    Attributes:
+        slice: The chips.
+        mesh: Sizes of its axes.
+        images: A device and step.
+        state: Bytes of each kind of array that is there before the step, as shapes and shardings say, unpadded.
+        arguments: Bytes of all of them, padded.
+        temporaries: Bytes of gradients, activations and what else comes and goes.
+        code: Bytes of the program.
+        peak: Bytes at most: arguments, outputs that are not written over them, temporaries and code.
+        host: Bytes that stay in the host's memory.
+        flops: A step.
+        accessed: Bytes read and written, a step.
+        compile_seconds: That it took here to trace and compile the step.
+        operations: All that is scheduled.
+    """
+
+    slice: Slice
+    mesh: Mapping[str, int]
+    images: float
+    state: Mapping[str, int]
+    arguments: int
+    temporaries: int
+    code: int
+    peak: int
+    host: int
+    flops: float
+    accessed: float
+    compile_seconds: float
+    operations: list[hlo.Operation] = field(repr=False)
+
+    @property
+    def seconds(self) -> float:
+        """Of a step, without exchanges."""
+        return sum(map(self.seconds_of, self.operations))
+
+    def seconds_of(self, operation: hlo.Operation) -> float:
+        """Of an operation: the compiler's estimated cycles at the chip's clock, or what `tpu.kernels` says."""
+        if operation.kernel is None:
+            return operation.cycles / self.slice.chip.clock
+        one = kernels.seconds(operation.kernel, self.slice.chip)
+        return operation.count * (one or 0.0)
+
+    @property
+    def kernel_seconds(self) -> float:
+        """Of those, in kernels that are counted by their FLOPs and bytes."""
+        return sum(self.seconds_of(operation) for operation in self.operations if operation.kernel)
+
+    @property
+    def uncounted(self) -> list[str]:
+        """Names of kernels that say nothing of their cost, so that their time is not known."""
+        chip = self.slice.chip
+        found = {one.kernel for one in self.operations if one.kernel and kernels.seconds(one.kernel, chip) is None}
+        return sorted({kernel.name for kernel in found})
+
+    @property
+    def capacity(self) -> float:
+        """Bytes of memory that a device has."""
+        return self.slice.chip.hbm_bytes
+
+    @property
+    def utilization(self) -> float:
+        """FLOPs of the step over those that the device could do in its time (MFU)."""
+        return self.flops / self.seconds / self.slice.chip.flops
+
+    @property
+    def exchanged(self) -> int:
+        """Bytes that exchanges result in on a device in a step: of an all-reduce, those of what is reduced."""
+        return sum(operation.bytes_exchanged for operation in self.operations)
+
+
+def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) -> Plan:
+    """Compiles a config's step for a slice.
+
+    Args:
+        config: Of the run. Nothing is read of its data, and of its weights the configs only.
+        where: The slice.
+        text_to: File for the compiled program's text.
+
+    Raises:
+        UserError: For a config that cannot be run there.
+        DoesNotFit: If the compiler refuses it for its memory.
+    """
+    import jax
+
+    from flax_diffusion.core.data.batches import Precomputed
+    from flax_diffusion.core.run import assembly
+    from flax_diffusion.jax_backend.program import Program
+    from flax_diffusion.jax_backend.sharding import make_mesh
+
+    source = _described_source(config)
+    spec = assembly.make_spec(config, source)
+    mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, where.devices)
+    program = Program(config, spec, mesh)
+    schedule = make_schedule(config, len(source), mesh.size)
+    frozen, made = program.frozen, Precomputed()
+    if isinstance(config, CaptionedConfig) and config.pre_compute_text_embeddings:
+        assert spec.tokenize is not None
+        assert spec.text_encoder is not None
+        shape = (len(spec.tokenize("")), spec.text_encoder["hidden_size"])
+        made = replace(made, embeddings=dict.fromkeys(("", str(source[0].caption)), np.zeros(shape, np.float32)))
+        del frozen["text_encoder"]
+    if isinstance(config, DiffusionConfig) and config.cache_latents:
+        made = replace(made, moments={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
+        del frozen[spec.vae_name]
+    example = assembly.make_example_fn(config, spec, made)(source, 0, 0, 0)
+    pairs = 2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1
+    batch = program.batch(example, schedule.accumulation, schedule.batch_size * pairs)
+    started = time.monotonic()
+    try:
+        compiled = program.step.lower(program.state, frozen, batch, program.rates).compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise refusal(error, config, mesh.size) from error
+    compile_seconds, text = time.monotonic() - started, compiled.as_text()
+    if text_to is not None:
+        text_to.write_text(text)
+    memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    state = program.state
+    kinds = {
+        "parameters": state.params,
+        "optimizer": state.opt_state,
+        "moving average": state.ema,
+        "frozen weights": frozen,
+        "batch": batch,
+    }
+    return Plan(
+        slice=where,
+        mesh=dict(mesh.shape),
+        images=schedule.step_examples * pairs / mesh.size,
+        state={kind: bytes_a_device(tree) for kind, tree in kinds.items()},
+        arguments=memory.argument_size_in_bytes,
+        temporaries=memory.temp_size_in_bytes,
+        code=memory.generated_code_size_in_bytes,
+        peak=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes,
+        host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
+        flops=costs["flops"],
+        accessed=costs["bytes accessed"],
+        compile_seconds=compile_seconds,
+        operations=hlo.operations(text),
+    )
+
+
+def _described_source(config: TrainConfig) -> Any:
+    """One picture with a caption; the real data only where a tokenizer is trained on its captions."""
+    from flax_diffusion.core.data.sources.source import ArraySource
+    from flax_diffusion.core.run import assembly
+
+    if isinstance(config, TextToImageConfig) and config.pretrained_model_name_or_path is None:
+        return assembly.open_run_source(config)
+    images = np.zeros((1, config.resolution, config.resolution, 3), np.uint8)
+    return ArraySource(images, ["a photo"], "described")
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Of described arrays that lie in the memory of devices, on one of them."""
+    import jax
+
+    return sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if leaf.sharding.memory_kind != "pinned_host"
+    )
+
+
+class DoesNotFit(ConfigError):
+    """The compiler's refusal of a program that needs more memory than a device has.
+
+    Attributes:
+        needed: GiB.
+        available: GiB.
+    """
+
+    def __init__(self, needed: float, available: float, fixes: Sequence[str]):
+        self.needed, self.available = needed, available
+        super().__init__(
+            f"does not fit: the step needs {needed:.2f} GiB of a device's {available:.2f}, "
+            f"{needed - available:.2f} too many. What helps: {', '.join(fixes)}"
+        )
+
+
+_NEEDED = (
+    re.compile(r"Used (?P<needed>[\d.]+)(?P<unit>[KMGT]) of (?P<available>[\d.]+)G hbm"),
+    re.compile(r"\((?P<needed>[\d.]+)(?P<unit>[KMGT])\) exceeds available HBM \((?P<available>[\d.]+)G\)"),
+)
+
+
+_GIB = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
+
+
+def refusal(error: Exception, config: TrainConfig, devices: int) -> Exception:
+    """What a compiler's error says of memory, with what would make the program smaller; any other as it is.
+
+    Args:
+        error: Of the compiler.
+        config: Of the run.
+        devices: Of the slice.
+    """
+    found = next(filter(None, (pattern.search(str(error)) for pattern in _NEEDED)), None)
+    if found is None:
+        return error
+    fixes = {
+        "--mixed_precision bf16": config.mixed_precision == "no",
+        "--gradient_checkpointing": config.gradient_checkpointing is not True,
+        f"--fsdp_parallelism {devices}": config.fsdp_parallelism < devices,
+        "a lower --train_batch_size, with --gradient_accumulation_steps": True,
+        "a slice of more chips or of larger ones": True,
+    }
+    needed = float(found["needed"]) * _GIB[found["unit"]]
+    return DoesNotFit(needed, float(found["available"]), [fix for fix, helps in fixes.items() if helps])
