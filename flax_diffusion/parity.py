@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -137,7 +137,8 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         rate = make_rate(config, schedule)
         with tempfile.TemporaryDirectory() as folder:
             made = precompute(config, spec, source, ours, Path(folder))
-            with assembly.make_loader(config, spec, source, schedule, num_steps=steps, made=made) as loader:
+            options: dict[str, Any] = {"num_steps": steps, "made": made, "dtype": dtype}
+            with assembly.make_loader(config, spec, source, schedule, **options) as loader:
                 for done, batch in enumerate(loader):
                     leave_out = NO_GRADIENT if dtype == "float32" else None
                     yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done), leave_out)

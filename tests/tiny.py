@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+from flax_diffusion.core.objectives import noise_schedule
+from flax_diffusion.core.objectives.ddpm import ddpm
+
 UNET = {
     "in_channels": 1,
     "out_channels": 1,
@@ -62,6 +65,9 @@ TEXT_RUN = RUN | {
     "validation_prompts": ["a handwritten seven", "a handwritten two"],
     "validation_guidance_scale": 2.0,
 }
+
+OBJECTIVE = ddpm(noise_schedule.alphas_cumprod(noise_schedule.betas()), "epsilon")
+"""Of DDPM, over 1,000 timesteps."""
 
 
 def stable_diffusion(

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from flax_diffusion.core.checkpoints import portable
-from flax_diffusion.core.errors import ConfigError, WeightsError, nearest, unknown
-from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
+from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.randomness import initial_weights
 from flax_diffusion.core.spec import weight_files
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
@@ -38,11 +37,10 @@ _CLASSES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Modules:
-    """A pipeline's modules by component name, and the noise table that trains it."""
+    """A pipeline's modules by component name."""
 
     spec: PipelineSpec
     by_name: dict[str, Any]
-    alphas_cumprod: Tensor  # ᾱ, (T,)
 
     @property
     def vae(self) -> Any:
@@ -88,23 +86,6 @@ class Modules:
             return unet(sample, timesteps).sample
         return unet(sample, timesteps, context.to(unet.dtype)).sample
 
-    def add_noise(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """√ᾱ·clean + √(1−ᾱ)·noise."""
-        bar = self.alphas_cumprod[timesteps][:, None, None, None]
-        return bar.sqrt() * clean + (1 - bar).sqrt() * noise
-
-    def target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet should say: the noise, the velocity, or the clean sample."""
-        kind = self.spec.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "sample":
-            return clean
-        if kind == "v_prediction":
-            bar = self.alphas_cumprod[timesteps][:, None, None, None]
-            return bar.sqrt() * noise - (1 - bar).sqrt() * clean
-        raise unknown("prediction_type", kind, PREDICTION_TYPES)
-
 
 _MALFORMED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, NameError, RuntimeError)
 """What PyTorch's classes raise for configs with values of other types or sizes than they have."""
@@ -137,8 +118,7 @@ def build_modules(
         by_name[name] = module.train(component.trains).requires_grad_(component.train)
         if component.adapted:
             adapters.add(component, module, seed, trained_dtype)
-    table = torch.from_numpy(spec.alphas_cumprod).to(device=device, dtype=trained_dtype)
-    return Modules(spec=spec, by_name=by_name, alphas_cumprod=table)
+    return Modules(spec=spec, by_name=by_name)
 
 
 class Float64Timesteps(nn.Module):

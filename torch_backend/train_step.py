@@ -43,26 +43,32 @@ def diffusion_loss(modules: Modules, batch: Batch) -> Tensor:
     """The weighted denoising loss, Σ_i w_i · mean((prediction_i − target_i)²) / B.
 
     Args:
-        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), timesteps (B,),
-            loss_weights (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation (B,C,h,w),
-            input_ids (B,L) or text_embeddings (B,L,D).
+        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), the objective's
+            `Mixture`, each field (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation
+            (B,C,h,w), input_ids (B,L) or text_embeddings (B,L,D).
 
-    Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; the twin of the JAX side's.
+    Reference: `core.objectives.objective`, for input, target and weight; the twin of the JAX side's.
     """
     if "moments" in batch:
         mean, logvar = batch["moments"].unbind(dim=1)
         clean = modules.sample_latents(mean, (0.5 * logvar).exp(), batch["latent_noise"])
     else:
         clean = modules.encode_images(batch["pixel_values"], batch.get("latent_noise"))
-    noise, timesteps = batch["noise"], batch["timesteps"]
+    noise = batch["noise"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
-    noisy = modules.add_noise(clean, added, timesteps)
+    noisy = _mixed(batch, "input", clean, added)
     context = modules.encode_text(batch["input_ids"]) if "input_ids" in batch else batch.get("text_embeddings")
-    predicted = modules.predict(noisy, timesteps, context)
-    target = modules.target(clean, noise, timesteps)
+    predicted = modules.predict(noisy, batch["timesteps"], context)
+    target = _mixed(batch, "target", clean, noise)
     wide = torch.promote_types(predicted.dtype, torch.float32)
     error = (predicted.to(wide) - target.to(wide)).square().mean(dim=(1, 2, 3))
     return (error * batch["loss_weights"]).mean()
+
+
+def _mixed(batch: Batch, what: str, clean: Tensor, noise: Tensor) -> Tensor:
+    """The model's input or target, (B,C,h,w): what_clean · clean + what_noise · noise."""
+    of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
+    return of_clean * clean + of_noise * noise
 
 
 def autoencoder_loss(modules: Modules, batch: Batch) -> Tensor:

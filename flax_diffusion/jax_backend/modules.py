@@ -14,9 +14,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from flax_diffusion.core.errors import unknown
-from flax_diffusion.core.objectives import samplers
-from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from flax_diffusion.core.spec.weight_files import in_memory
 from flax_diffusion.core.typed import Checkpointing
@@ -25,7 +22,6 @@ from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, FlaxUNet2DModel
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.models.weights import from_tensors, to_torch, torch_shapes
-from flax_diffusion.schedulers import FlaxDDPMScheduler
 
 COMPUTE_DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 
@@ -39,18 +35,16 @@ _CLASSES: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Modules:
-    """A pipeline's modules by component name, and the noise scheduler that trains it. Static under jit.
+    """A pipeline's modules by component name. Static under jit.
 
     Attributes:
         spec: The pipeline.
         by_name: Its modules.
-        scheduler: Of the noise.
         mesh: Devices over which batches are split, which attention has to know to choose its kernel; None: any.
     """
 
     spec: PipelineSpec
     by_name: dict[str, Any]
-    scheduler: FlaxDDPMScheduler
     mesh: Mesh | None = None
 
     def encode_images(self, params: Params, pixels: jax.Array, noise: jax.Array | None) -> jax.Array:
@@ -117,21 +111,6 @@ class Modules:
         with mesh:
             return self.by_name[name].apply({"params": params[name]}, *inputs, **options)
 
-    def add_noise(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
-        """√ᾱ·clean + √(1−ᾱ)·noise."""
-        return self.scheduler.add_noise(self.scheduler.create_state(), clean, noise, timesteps)
-
-    def target(self, clean: jax.Array, noise: jax.Array, timesteps: jax.Array) -> jax.Array:
-        """What the UNet should say: the noise, the velocity, or the clean sample."""
-        kind = self.spec.prediction_type
-        if kind == "epsilon":
-            return noise
-        if kind == "sample":
-            return clean
-        if kind == "v_prediction":
-            return self.scheduler.get_velocity(self.scheduler.create_state(), clean, noise, timesteps)
-        raise unknown("prediction_type", kind, PREDICTION_TYPES)
-
 
 def build_modules(
     spec: PipelineSpec,
@@ -159,15 +138,8 @@ def build_modules(
             options["gradient_checkpointing"] = gradient_checkpointing
         return _CLASSES[component.kind].from_config(component.config, **options)
 
-    schedule: dict[str, Any] = {}
-    if spec.scheduler:
-        kept = {"num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"}
-        kept.add("rescale_betas_zero_snr")
-        values = samplers.noise_config(spec.scheduler)
-        schedule = {key: values[key] for key in kept & set(values)} | {"prediction_type": spec.prediction_type}
-    scheduler = FlaxDDPMScheduler.from_config(schedule, wide)
     by_name = {name: make(component) for name, component in spec.components.items()}
-    return Modules(spec=spec, by_name=by_name, scheduler=scheduler, mesh=mesh)
+    return Modules(spec=spec, by_name=by_name, mesh=mesh)
 
 
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -57,31 +57,37 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
     Args:
         modules: The pipeline's modules and noise scheduler.
         params: Weights of every module, trained and frozen.
-        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), timesteps (B,),
-            loss_weights (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation (B,C,h,w),
-            input_ids (B,L) or text_embeddings (B,L,D).
+        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), the objective's
+            `Mixture`, each field (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation
+            (B,C,h,w), input_ids (B,L) or text_embeddings (B,L,D).
         dropout: Key of the dropout masks.
 
     Returns:
         Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
 
-    Reference: Ho et al., https://arxiv.org/abs/2006.11239, equation 14; `Modules.target` for the other targets.
+    Reference: `core.objectives.objective`, for input, target and weight.
     """
     if "moments" in batch:
         posterior = FlaxDiagonalGaussianDistribution(batch["moments"][:, 0], batch["moments"][:, 1])
         clean = modules.sample_latents(posterior, batch["latent_noise"])
     else:
         clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
-    noise, timesteps = batch["noise"], batch["timesteps"]
+    noise = batch["noise"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
-    noisy = modules.add_noise(clean, added, timesteps)
+    noisy = _mixed(batch, "input", clean, added)
     context = batch.get("text_embeddings")
     context = modules.encode_text(params, batch["input_ids"], dropout) if "input_ids" in batch else context
-    predicted = modules.predict(params, noisy, timesteps, context, dropout)
-    target = modules.target(clean, noise, timesteps)
+    predicted = modules.predict(params, noisy, batch["timesteps"], context, dropout)
+    target = _mixed(batch, "target", clean, noise)
     wide = jnp.promote_types(predicted.dtype, jnp.float32)
     error = jnp.square(predicted.astype(wide) - target.astype(wide)).mean(axis=(1, 2, 3))
     return jnp.mean(error * batch["loss_weights"])
+
+
+def _mixed(batch: Batch, what: str, clean: jax.Array, noise: jax.Array) -> jax.Array:
+    """The model's input or target, (B,C,h,w): what_clean · clean + what_noise · noise."""
+    of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
+    return of_clean * clean + of_noise * noise
 
 
 def autoencoder_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:

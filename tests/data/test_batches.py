@@ -1,10 +1,12 @@
 """What one example holds."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import OBJECTIVE
 
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.data.captions import Tokenize, train_tokenizer
@@ -12,10 +14,12 @@ from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.sources.folders import FolderSource
 from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import DataError
+from flax_diffusion.core.objectives.ddpm import ddpm
 from flax_diffusion.core.objectives.noising import NoiseSpec
+from flax_diffusion.core.objectives.objective import Mixture
 
 TRANSFORM = ImageTransform(resolution=8, channels=1, random_flip=True)
-NOISE = NoiseSpec(shape=(1, 8, 8))
+NOISE = NoiseSpec(objective=OBJECTIVE, shape=(1, 8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +42,8 @@ def test_unconditional(digits):
     assert {key: (value.shape, value.dtype.name) for key, value in example.items()} == {
         "pixel_values": ((1, 8, 8), "float32"),
         "timesteps": ((), "int32"),
+        **dict.fromkeys(Mixture._fields[1:], ((), "float32")),
         "noise": ((1, 8, 8), "float32"),
-        "loss_weights": ((), "float32"),
         "example_index": ((), "int64"),
     }
     assert example["example_index"] == 5
@@ -47,7 +51,7 @@ def test_unconditional(digits):
 
 
 def test_with_captions_and_latents(digits, tokenize):
-    noise = NoiseSpec(shape=(4, 2, 2), latent_noise=True, input_perturbation=0.1)
+    noise = NoiseSpec(objective=OBJECTIVE, shape=(4, 2, 2), latent_noise=True, input_perturbation=0.1)
     make = pickle.loads(pickle.dumps(ExampleFn(transform=TRANSFORM, noise=noise, tokenize=tokenize)))  # noqa: S301
     example = make(digits, 0, 0, 0)
     assert example["latent_noise"].shape == example["perturbation"].shape == (4, 2, 2)
@@ -65,7 +69,7 @@ def test_everything_depends_on_seed_epoch_and_index(digits):
 
 def test_weight_of_the_timestep(digits):
     table = np.arange(1000, dtype=np.float32) / 7
-    make = ExampleFn(transform=TRANSFORM, noise=NOISE, loss_weights=table)
+    make = ExampleFn(transform=TRANSFORM, noise=replace(NOISE, objective=ddpm(np.full(1000, 0.5), "sample", table)))
     for index in range(20):
         example = make(digits, 0, 0, index)
         assert example["loss_weights"] == table[example["timesteps"]]
@@ -97,11 +101,7 @@ def test_no_caption(tmp_path, tokenize, caption):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"loss_weights": np.ones(999, np.float32)}, r"loss_weights has shape \(999,\); it must be \(1000,\)"),
-        ({"proportion_empty_prompts": 1.5}, r"proportion_empty_prompts is 1.5"),
-    ],
+    ("options", "message"), [({"proportion_empty_prompts": 1.5}, r"proportion_empty_prompts is 1.5")]
 )
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):

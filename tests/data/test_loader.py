@@ -9,6 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import OBJECTIVE
 
 from flax_diffusion.core.data import bad
 from flax_diffusion.core.data import loader as loader_module
@@ -18,8 +19,10 @@ from flax_diffusion.core.data.loader import Loader, example_at
 from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
+from flax_diffusion.core.objectives.objective import Mixture
 
-MAKE = ExampleFn(transform=ImageTransform(resolution=8, channels=1, random_flip=True), noise=NoiseSpec(shape=(1, 2, 2)))
+NOISE = NoiseSpec(objective=OBJECTIVE, shape=(1, 2, 2))
+MAKE = ExampleFn(transform=ImageTransform(resolution=8, channels=1, random_flip=True), noise=NOISE)
 
 
 def digits(count=None):
@@ -90,8 +93,8 @@ def test_shapes_and_types():
     assert {key: (value.shape, value.dtype.name) for key, value in batch.items()} == {
         "pixel_values": ((2, 3, 1, 8, 8), "float32"),
         "timesteps": ((2, 3), "int32"),
+        **dict.fromkeys(Mixture._fields[1:], ((2, 3), "float32")),
         "noise": ((2, 3, 1, 2, 2), "float32"),
-        "loss_weights": ((2, 3), "float32"),
         "example_index": ((2, 3), "int64"),
     }
 
@@ -236,7 +239,7 @@ def test_too_many_in_all(tmp_path, count):
 
 def test_workers_give_the_same_batches():
     # Pixels of 512 KiB a micro-batch go through shared memory, the rest through a pipe.
-    make = ExampleFn(transform=ImageTransform(resolution=128, channels=1), noise=NoiseSpec(shape=(1, 2, 2)))
+    make = ExampleFn(transform=ImageTransform(resolution=128, channels=1), noise=NOISE)
     options = {"batch_size": 8, "accumulation": 2, "start_example": 11}
     expected = batches(digits(50), 5, make, **options)
     got = batches(digits(50), 5, make, num_workers=2, **options)

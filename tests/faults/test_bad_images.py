@@ -8,6 +8,7 @@ from io import BytesIO
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, PngImagePlugin
+from tiny import OBJECTIVE
 
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.data.images.decoding import FORMATS, check_header, decode
@@ -18,7 +19,7 @@ from flax_diffusion.core.data.sources.source import Record
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
 
-MAKE = ExampleFn(transform=ImageTransform(resolution=8), noise=NoiseSpec(shape=(1, 2, 2)))
+MAKE = ExampleFn(transform=ImageTransform(resolution=8), noise=NoiseSpec(objective=OBJECTIVE, shape=(1, 2, 2)))
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 48, 3), dtype=np.uint8))
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from tiny import ONE_BLOCK, RUN, UNET
+from tiny import OBJECTIVE, ONE_BLOCK, RUN, UNET
 
 from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.tasks import pipelines
@@ -67,8 +67,7 @@ def test_an_overflow_skips_the_step():
     batch = backend.put({
         "pixel_values": rng.standard_normal((1, 2, 1, 8, 8), dtype=np.float32),
         "noise": rng.standard_normal((1, 2, 1, 8, 8), dtype=np.float32),
-        "timesteps": np.array([[10, 500]], np.int32),
-        "loss_weights": np.ones((1, 2), np.float32),
+        **{name: values[None, [10, 500]] for name, values in OBJECTIVE.tables._asdict().items()},
     })  # fmt: skip
     huge = LossScale(scale=jax.device_put(jnp.float32(3e38), backend.state.step.sharding),
                      good_steps=backend.state.loss_scale.good_steps)  # fmt: skip

@@ -3,14 +3,11 @@
 import inspect
 import json
 import logging
-from types import SimpleNamespace
-from typing import Any
 
 import diffusers
 import jax
 import numpy as np
 import pytest
-import torch
 from tiny import pictures, stable_diffusion
 
 import flax_diffusion.generate
@@ -21,9 +18,9 @@ from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.objectives import noise_schedule, samplers
+from flax_diffusion.core.objectives.ddpm import ddpm
 from flax_diffusion.core.run import rates
 from flax_diffusion.core.spec.pipeline import AutoencoderLoss
-from flax_diffusion.jax_backend.modules import Modules as JaxModules
 from flax_diffusion.models.remat import checkpointed
 from flax_diffusion.schedulers import (
     FlaxDDPMScheduler,
@@ -34,7 +31,6 @@ from flax_diffusion.schedulers import (
     scheduler_from_config,
     sigmas,
 )
-from torch_backend.modules import Modules as TorchModules
 from torch_backend.sampling import scheduler_from_config as torch_scheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # in Diffusers' classes
@@ -188,9 +184,6 @@ def stepped(scheduler):
 def test_no_function_takes_an_unknown_value_for_the_last_one():
     one = np.ones((1, 1, 1, 1), np.float32)
     noise_predicted = {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}
-    spec: Any = SimpleNamespace(prediction_type="x")
-    ours = JaxModules(spec=spec, by_name={}, scheduler=FlaxDDPMScheduler())
-    theirs = TorchModules(spec=spec, by_name={}, alphas_cumprod=torch.ones(1))
     levels = np.array([2.0, 1.0, 0.5])
     config = TrainConfig().model_copy(update={"lr_scheduler": "x"})
     from PIL import Image
@@ -208,8 +201,7 @@ def test_no_function_takes_an_unknown_value_for_the_last_one():
         lambda: rates.learning_rate_schedule(config, 10, 1.0)(600),
         lambda: AutoencoderLoss(rec_loss="x", kl_scale=0.0),  # pyright: ignore
         lambda: checkpointed(object, "x"),  # pyright: ignore
-        lambda: ours.target(one, one, 0),  # pyright: ignore
-        lambda: theirs.target(torch.ones(1), torch.ones(1), torch.zeros(1)),
+        lambda: ddpm(np.ones(1), "x"),
         lambda: stepped(changed(FlaxDDPMScheduler(), variance_type="x")),
         lambda: stepped(changed(FlaxEulerDiscreteScheduler(), prediction_type="x")),
         lambda: stepped(changed(FlaxDPMSolverMultistepScheduler(), prediction_type="x")),

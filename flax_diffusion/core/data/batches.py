@@ -46,12 +46,8 @@ class ExampleFn:
     tokenize: Tokenize | None = None  # None: unconditional
     made: Precomputed = field(default=Precomputed(), repr=False)
     proportion_empty_prompts: float = 0.0
-    loss_weights: np.ndarray | None = field(default=None, repr=False)  # float32 (num_train_timesteps,); None: ones
 
     def __post_init__(self) -> None:
-        steps = self.noise.num_train_timesteps
-        if self.loss_weights is not None and self.loss_weights.shape != (steps,):
-            raise ValueError(f"loss_weights has shape {self.loss_weights.shape}; it must be ({steps},)")
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must be in [0, 1]")
 
@@ -66,10 +62,9 @@ class ExampleFn:
 
         Returns:
             `pixel_values` float32 (channels, resolution, resolution) in [-1, 1] or, where they were made before,
-            `moments` float32 (2, c, h, w) of the autoencoder's posterior; what `NoiseSpec.draw` gives;
-            `input_ids` int32 (model_max_length,) or, where they were made before, `text_embeddings` (L, D), unless
-            unconditional; `loss_weights` float32 ();
-            `example_index` int64 ().
+            `moments` float32 (2, c, h, w) of the autoencoder's posterior; what `NoiseSpec.draw` gives, with
+            `loss_weights` times the record's own weight; `input_ids` int32 (model_max_length,) or, where they were
+            made before, `text_embeddings` (L, D), unless unconditional; `example_index` int64 ().
 
         Raises:
             DataError: the picture cannot be decoded, or there is no caption.
@@ -91,8 +86,7 @@ class ExampleFn:
             example["text_embeddings"] = embeddings[self._caption(record, rng)]
         elif self.tokenize is not None:
             example["input_ids"] = self.tokenize(self._caption(record, rng))
-        weight = 1.0 if self.loss_weights is None else self.loss_weights[example["timesteps"]]
-        example["loss_weights"] = np.asarray(weight * record.weight, np.float32)
+        example["loss_weights"] = np.asarray(example["loss_weights"] * record.weight, np.float32)
         example["example_index"] = np.asarray(index, np.int64)
         return example
 

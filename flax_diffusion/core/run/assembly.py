@@ -6,6 +6,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import DTypeLike
+
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.options import DatasetConfig, DiffusionConfig, TextConfig, TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
@@ -147,11 +150,12 @@ def make_loader(
     process_index: int = 0,
     process_count: int = 1,
     start_example: int = 0,
+    dtype: DTypeLike = np.float32,
 ) -> Loader:
-    """The batches of one process of a run."""
+    """The batches of one process of a run; the objective's numbers are of `dtype`."""
     return Loader(
         source,
-        make_example_fn(config, spec, made),
+        make_example_fn(config, spec, made, dtype),
         seed=config.seed,
         batch_size=schedule.batch_size // process_count,
         accumulation=schedule.accumulation,
@@ -177,12 +181,14 @@ def make_transform(config: TrainConfig, spec: PipelineSpec) -> ImageTransform:
     )
 
 
-def make_example_fn(config: TrainConfig, spec: PipelineSpec, made: Precomputed | None = None) -> ExampleFn:
-    """What makes one training example of this run."""
+def make_example_fn(
+    config: TrainConfig, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
+) -> ExampleFn:
+    """What makes one training example of this run; the objective's numbers are of `dtype`."""
     diffusion = config if isinstance(config, DiffusionConfig) else None
     noise = NoiseSpec(
         shape=spec.sample_shape,
-        num_train_timesteps=len(spec.alphas_cumprod) if diffusion else None,
+        objective=pipelines.objective(diffusion, spec, dtype) if diffusion else None,
         noise_offset=diffusion.noise_offset if diffusion else 0.0,
         input_perturbation=diffusion.input_perturbation if diffusion else 0.0,
         latent_noise=spec.vae is not None,
@@ -193,7 +199,6 @@ def make_example_fn(config: TrainConfig, spec: PipelineSpec, made: Precomputed |
         tokenize=spec.tokenize,
         made=made or Precomputed(),
         proportion_empty_prompts=config.proportion_empty_prompts if isinstance(config, TextToImageConfig) else 0.0,
-        loss_weights=pipelines.loss_weights(diffusion, spec) if diffusion else None,
     )
 
 

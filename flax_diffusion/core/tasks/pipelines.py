@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from flax_diffusion.core.config.options import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
 from flax_diffusion.core.errors import ConfigError, WeightsError, naming, nearest_multiples
@@ -16,6 +17,8 @@ from flax_diffusion.core.families import kinds
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import local_copy
 from flax_diffusion.core.objectives import noise_schedule, samplers
+from flax_diffusion.core.objectives.ddpm import ddpm
+from flax_diffusion.core.objectives.objective import Objective
 from flax_diffusion.core.spec.adapters import Lora, NewTokens
 from flax_diffusion.core.spec.new_words import add_word
 from flax_diffusion.core.spec.pipeline import AutoencoderLoss, Component, PipelineSpec, check_variant, read_component
@@ -172,13 +175,14 @@ def check_new_word(spec: PipelineSpec, prompts: Iterable[str]) -> None:
             )
 
 
-def loss_weights(config: DiffusionConfig, spec: PipelineSpec) -> np.ndarray:
-    """The loss weight of each timestep, float32 of shape (num_train_timesteps,)."""
+def objective(config: DiffusionConfig, spec: PipelineSpec, dtype: DTypeLike = np.float32) -> Objective:
+    """What the denoiser of a pipeline learns; its numbers are of `dtype`."""
+    weights = None
     if config.snr_gamma is not None:
-        return noise_schedule.min_snr_weights(spec.alphas_cumprod, config.snr_gamma, spec.prediction_type)
-    if spec.prediction_type == "sample" and spec.text_encoder is None:
-        return noise_schedule.sample_weights(spec.alphas_cumprod)
-    return np.ones(len(spec.alphas_cumprod), np.float32)
+        weights = noise_schedule.min_snr_weights(spec.alphas_cumprod, config.snr_gamma, spec.prediction_type)
+    elif spec.prediction_type == "sample" and spec.text_encoder is None:
+        weights = noise_schedule.sample_weights(spec.alphas_cumprod)
+    return ddpm(spec.alphas_cumprod, spec.prediction_type, weights, dtype)
 
 
 def _autoencoder_part(config: TrainConfig) -> str | None:
