@@ -19,6 +19,7 @@ MODULES = {
     "PNDMScheduler": "scheduling_pndm",
     "EulerDiscreteScheduler": "scheduling_euler_discrete",
     "DPMSolverMultistepScheduler": "scheduling_dpmsolver_multistep",
+    "FlowMatchEulerDiscreteScheduler": "scheduling_flow_match_euler_discrete",
 }
 SHAPE = (2, 3, 4, 4)
 
@@ -95,26 +96,31 @@ def drawn(steps: int, dtype: Any) -> tuple[np.ndarray, np.ndarray]:
     return first.astype(dtype), rng.standard_normal((steps, *SHAPE)).astype(dtype)
 
 
-def torch_trajectory(scheduler: Any, steps: int, wide: bool, doubled: bool = False, **step_args: Any) -> np.ndarray:
+def torch_trajectory(
+    scheduler: Any, steps: int | None, wide: bool, doubled: bool = False, schedule: Any = None, **step_args: Any
+) -> np.ndarray:
     """Every sample along a trajectory of the PyTorch scheduler, (evaluations, …)."""
     with exact_roots():
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(steps, **schedule or {})
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     first, noise = drawn(len(scheduler.timesteps), np.float64 if wide else np.float32)
     path: list[np.ndarray] = []
     with patched(scheduler, lambda: torch.from_numpy(noise[len(path)]), wide):
-        sample = torch.from_numpy(first) * scheduler.init_noise_sigma
+        sample = torch.from_numpy(first) * getattr(scheduler, "init_noise_sigma", 1)
+        scaled = getattr(scheduler, "scale_model_input", lambda sample, t: sample)
         for t in scheduler.timesteps:
-            output = toy_model(scheduler.scale_model_input(sample, t), t.to(sample.dtype), doubled)
+            output = toy_model(scaled(sample, t), t.to(sample.dtype), doubled)
             sample = scheduler.step(output, t, sample, **step_args).prev_sample
             path.append(sample.numpy())
     return np.stack(path)
 
 
-def flax_trajectory(scheduler: Any, steps: int, doubled: bool = False, scan: bool = False, **step: Any) -> np.ndarray:
+def flax_trajectory(
+    scheduler: Any, steps: int | None, doubled: bool = False, scan: bool = False, schedule: Any = None, **step: Any
+) -> np.ndarray:
     """The same of a Flax scheduler, op by op, or as one jitted `lax.scan` with everything traced."""
-    state = scheduler.set_timesteps(scheduler.create_state(), steps, SHAPE)
+    state = scheduler.set_timesteps(scheduler.create_state(), steps, SHAPE, **schedule or {})
     first, noise = drawn(len(state.timesteps), scheduler.dtype)
 
     def body(carry: tuple, inputs: tuple) -> tuple:

@@ -16,6 +16,10 @@ from flax_diffusion.schedulers.ddim import DDIMSchedulerState, FlaxDDIMScheduler
 from flax_diffusion.schedulers.ddpm import DDPMSchedulerState, FlaxDDPMScheduler
 from flax_diffusion.schedulers.dpm_solver import DPMSolverMultistepSchedulerState, FlaxDPMSolverMultistepScheduler
 from flax_diffusion.schedulers.euler import EulerDiscreteSchedulerState, FlaxEulerDiscreteScheduler
+from flax_diffusion.schedulers.flow_match import (
+    FlaxFlowMatchEulerDiscreteScheduler,
+    FlowMatchEulerDiscreteSchedulerState,
+)
 from flax_diffusion.schedulers.pndm import FlaxPNDMScheduler, PNDMSchedulerState
 
 SCHEDULERS: dict[str, type[FlaxScheduler]] = {
@@ -73,9 +77,11 @@ __all__ = [
     "FlaxDDPMScheduler",
     "FlaxDPMSolverMultistepScheduler",
     "FlaxEulerDiscreteScheduler",
+    "FlaxFlowMatchEulerDiscreteScheduler",
     "FlaxPNDMScheduler",
     "FlaxScheduler",
     "FlaxSchedulerOutput",
+    "FlowMatchEulerDiscreteSchedulerState",
     "PNDMSchedulerState",
     "SchedulerConfig",
     "read_config",

@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.objectives import noise_schedule
 from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
-from flax_diffusion.schedulers.config import FlaxSchedulerConfig, read_config
+from flax_diffusion.schedulers.config import BetaScheduleConfig, FlaxSchedulerConfig, read_config
 
 State = TypeVar("State")
 
@@ -34,7 +34,7 @@ class CommonSchedulerState(struct.PyTreeNode):
     alphas_cumprod: Array
 
     @classmethod
-    def create(cls, scheduler: FlaxSchedulerConfig) -> CommonSchedulerState:
+    def create(cls, scheduler: BetaScheduleConfig) -> CommonSchedulerState:
         """Return the tables of a scheduler, float32 values in the scheduler's dtype."""
         betas = noise_schedule.betas_from_config(scheduler.config)
         tables = (np.float32(1) - betas, betas, scheduler.numpy_alphas_cumprod())
@@ -58,7 +58,7 @@ class FlaxScheduler(FlaxSchedulerConfig, ABC):
     """What can be done with every scheduler; the subclasses document their own arguments."""
 
     @abstractmethod
-    def create_state(self, common: CommonSchedulerState | None = None) -> Any:
+    def create_state(self) -> Any:
         """Return the state before `set_timesteps`; each scheduler has its own class."""
 
     @abstractmethod
@@ -116,7 +116,15 @@ class FlaxScheduler(FlaxSchedulerConfig, ABC):
         return scheduler, scheduler.create_state()
 
 
-class VariancePreservingScheduler(FlaxScheduler):
+class BetaScheduler(BetaScheduleConfig, FlaxScheduler):
+    """A scheduler of models that were trained by betas."""
+
+    @abstractmethod
+    def create_state(self, common: CommonSchedulerState | None = None) -> Any:
+        """Return the state before `set_timesteps`; `common` is a noise schedule to share."""
+
+
+class VariancePreservingScheduler(BetaScheduler):
     """A scheduler whose samples are x_t = √ᾱ_t·x0 + √(1 − ᾱ_t)·ε at the model's own timesteps."""
 
     def scale_model_input(self, state: Any, sample: Array, timestep: ArrayLike | None = None) -> Array:

@@ -52,27 +52,17 @@ class SchedulerConfig(Mapping[str, Any]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlaxSchedulerConfig:
-    """What every scheduler class shares: the fields of its noise schedule and the reading and writing of configs.
+    """What every scheduler class shares: the reading, checking and writing of configs.
 
     Args:
         num_train_timesteps: T, the number of timesteps the model was trained with.
-        beta_start: first β.
-        beta_end: last β.
-        trained_betas: the T values of β themselves, in place of a named schedule.
-        steps_offset: added to the timesteps of "leading" spacing.
         dtype: float32 or float64, the precision of the tables. Samples in half precision are computed in float32.
     """
 
     num_train_timesteps: Size = 1000
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    trained_betas: Sequence[float] | None = None
-    steps_offset: int = 0
     dtype: Any = jnp.float32
 
     torch_class_name: ClassVar[str]
-    # Schedulers that divide by ᾱ keep it above 0 at zero terminal SNR.
-    smallest_alpha_cumprod: ClassVar[float] = 0.0
     # Values that Diffusers replaces, when another class's configuration is converted.
     replaced_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
@@ -83,8 +73,6 @@ class FlaxSchedulerConfig:
         return self
 
     def __post_init__(self) -> None:
-        if self.trained_betas is not None:
-            object.__setattr__(self, "trained_betas", tuple(np.asarray(self.trained_betas, float).tolist()))
         check_values(type(self), {name: getattr(self, name) for name in self.field_names()})
         if self.dtype not in (jnp.float32, jnp.float64):
             raise ConfigError(
@@ -94,7 +82,6 @@ class FlaxSchedulerConfig:
         if self.dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
             raise ConfigError("dtype is float64 but JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or use float32")
         self._check_combination()
-        self.numpy_alphas_cumprod()  # an impossible noise schedule is an error here, not at the first use
 
     def _check_combination(self) -> None:
         """Raise ConfigError where two fields contradict each other."""
@@ -110,13 +97,6 @@ class FlaxSchedulerConfig:
         values = {name: getattr(self, name) for name in self.field_names()}
         not_given = [name for name in values if name not in getattr(self, "_given")]  # noqa: B009
         return SchedulerConfig({"_class_name": self.torch_class_name, **values, "_use_default_values": not_given})
-
-    def numpy_alphas_cumprod(self) -> noise_schedule.Table:
-        """Return ᾱ, float32 (T,), straight from the configuration."""
-        bar = noise_schedule.alphas_cumprod_from_config(self.config)
-        if self.config.get("rescale_betas_zero_snr", False):
-            bar[-1] = self.smallest_alpha_cumprod
-        return bar
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> Self:
@@ -163,6 +143,39 @@ class FlaxSchedulerConfig:
         folder.mkdir(parents=True, exist_ok=True)
         values = {key: value for key, value in self.config.items() if key != "_use_default_values"}
         (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BetaScheduleConfig(FlaxSchedulerConfig):
+    """What the schedulers of models that were trained by betas share.
+
+    Args:
+        beta_start: first β.
+        beta_end: last β.
+        trained_betas: the T values of β themselves, in place of a named schedule.
+        steps_offset: added to the timesteps of "leading" spacing.
+    """
+
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    trained_betas: Sequence[float] | None = None
+    steps_offset: int = 0
+
+    # Schedulers that divide by ᾱ keep it above 0 at zero terminal SNR.
+    smallest_alpha_cumprod: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        if self.trained_betas is not None:
+            object.__setattr__(self, "trained_betas", tuple(np.asarray(self.trained_betas, float).tolist()))
+        super().__post_init__()
+        self.numpy_alphas_cumprod()  # an impossible noise schedule is an error here, not at the first use
+
+    def numpy_alphas_cumprod(self) -> noise_schedule.Table:
+        """Return ᾱ, float32 (T,), straight from the configuration."""
+        bar = noise_schedule.alphas_cumprod_from_config(self.config)
+        if self.config.get("rescale_betas_zero_snr", False):
+            bar[-1] = self.smallest_alpha_cumprod
+        return bar
 
 
 def read_config(

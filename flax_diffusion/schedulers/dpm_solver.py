@@ -20,8 +20,8 @@ from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES, timesteps_with_signal
 from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
+    BetaScheduler,
     CommonSchedulerState,
-    FlaxScheduler,
     FlaxSchedulerOutput,
     check_inference_steps,
     check_shape,
@@ -81,7 +81,7 @@ class DPMSolverMultistepSchedulerState(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlaxDPMSolverMultistepScheduler(FlaxScheduler):
+class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     """Fast multistep ODE and SDE solvers; the fields are the keys of PyTorch's `DPMSolverMultistepScheduler`.
 
     Args:

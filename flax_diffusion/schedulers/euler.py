@@ -16,8 +16,8 @@ from flax_diffusion.core.errors import unknown
 from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES, linspace
 from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
+    BetaScheduler,
     CommonSchedulerState,
-    FlaxScheduler,
     FlaxSchedulerOutput,
     check_inference_steps,
     expand,
@@ -54,7 +54,7 @@ class EulerDiscreteSchedulerState(struct.PyTreeNode):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FlaxEulerDiscreteScheduler(FlaxScheduler):
+class FlaxEulerDiscreteScheduler(BetaScheduler):
     """Euler sampling in noise levels; the fields are the keys of PyTorch's `EulerDiscreteScheduler`.
 
     Samples are x0 + σ·ε; `scale_model_input` brings them to the variance the model was trained with.
