@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         FlaxDDPMScheduler,
         FlaxDPMSolverMultistepScheduler,
         FlaxEulerDiscreteScheduler,
+        FlaxFlowMatchEulerDiscreteScheduler,
         FlaxPNDMScheduler,
     )
 
@@ -35,6 +36,7 @@ __all__ = [
     "FlaxDDPMScheduler",
     "FlaxDPMSolverMultistepScheduler",
     "FlaxEulerDiscreteScheduler",
+    "FlaxFlowMatchEulerDiscreteScheduler",
     "FlaxPNDMScheduler",
     "FlaxUNet2DConditionModel",
     "FlaxUNet2DModel",

@@ -123,7 +123,7 @@ TABLE: dict[str, list[Row]] = {
         Row("squaredcos_cap_v2", "spec", scratch, tasks=("text_to_image",)),
         Row("squaredcos_cap_v2", "refused", tasks=TUNED),
     ],
-    "prediction_type": [Row("v_prediction", BOTH)],
+    "prediction_type": [Row("v_prediction", ("spec", "batch"))],
     # Data
     "dataset_name": [Row("digits", "batch", {"train_data_dir": None})],
     "dataset_config_name": [Row("cats", "asked", {"dataset_name": "me/pets", "train_data_dir": None})],
