@@ -148,6 +148,7 @@ def test_minimal_checkpointing_repeats_no_product(tmp_path):
 
 
 @pytest.mark.acceptance
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # PyTorch's own compiler calls it
 def test_compiling_changes_no_number(tmp_path):
     folders = [
         train("unconditional", **RUN, torch_compile=compiled, output_dir=str(tmp_path / str(compiled)))
