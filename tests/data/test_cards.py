@@ -82,6 +82,7 @@ def test_files_in_a_folder(tmp_path):
         ("- {config_name: a}\n- {config_name: b}", None, "has the configurations a, b; choose one by"),
         ("- {config_name: cats}", "cat", r"name cat: .*README\.md has the configurations cats; did you mean"),
         ("- {config_name: a, data_files: [{split: test, path: x}]}", None, "name a has no split train; it has test"),
+        ("- {config_name: a, data_files: 'train**'}", None, r"a names train\*\*, which is no glob pattern"),
         ("- {config_name: a, data_files: birds/*}", None, r"names birds/\*, and no file of the folder is one"),
         ("- {config_name: a, data_files: [{split: train}]}", None, "data_files must be paths, or a list of mappings"),
         ("- a", None, "`configs` must be a list of mappings, each with a config_name"),

@@ -102,7 +102,12 @@ def _patterns(data_files: Any, where: str) -> dict[str, list[str]]:
 
 
 def _matching(files: Iterable[str], patterns: Sequence[str], where: str) -> list[str]:
-    matches = [re.compile(glob_translate(pattern.removeprefix("./"))).match for pattern in patterns]
+    try:
+        matches = [re.compile(glob_translate(pattern.removeprefix("./"))).match for pattern in patterns]
+    except ValueError as error:
+        raise DataError(
+            f"{where} names {', '.join(patterns)}, which is no glob pattern ({error}); repair it"
+        ) from error
     found = [name for name in files if any(match(name) for match in matches)]
     if not found:
         raise DataError(f"{where} names {', '.join(patterns)}, and no file of the folder is one; restore the files")
