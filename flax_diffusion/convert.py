@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from flax_diffusion.core.checkpoints import folders
 from flax_diffusion.core.checkpoints.portable import Arrays
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
 from flax_diffusion.core.io.files import as_path, local_copy
@@ -26,7 +27,6 @@ from flax_diffusion.core.spec import adapters, pipeline, single_file
 from flax_diffusion.core.spec.merging import checkpoint_arrays, read_lora, with_adapters
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from flax_diffusion.core.spec.weight_files import in_memory
-from flax_diffusion.core.tasks import command_line
 
 log = logging.getLogger(__name__)
 
@@ -95,13 +95,13 @@ def _convert(options: ConvertOptions) -> Path:
     checkpoint = _checkpoint(options.checkpoint)
     base = open_model(options.model, shapes, options.revision, options.variant)
     if options.format in ("peft", "kohya"):
-        found, strength = read_lora(options.lora[0], shapes(base))
+        found, strength = read_lora(options.lora[0], shapes(base), base.family.lora_prefixes)
         scale = strength * options.lora_scale
         scaled = {
             name: {layer: replace(own, alpha=own.alpha * scale) for layer, own in layers.items()}
             for name, layers in found.items()
         }
-        adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format)
+        adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format, base.family.lora_prefixes)
         return out
     spec = with_adapters(base, shapes, options.lora, options.lora_scale, options.embeddings)
     if checkpoint is not None and not checkpoint.is_dir():
@@ -225,7 +225,8 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
             with written_folder(out / name) as local:
                 model.save_pretrained(local, tree)
             continue
-        file = "flax_model.msgpack" if spec.components[name].kind.startswith("CLIP") else "diffusion_flax_model.msgpack"
+        library = spec.components[name].model.library
+        file = "flax_model.msgpack" if library == "transformers" else "diffusion_flax_model.msgpack"
         with replacing(out / name / file) as partial:
             partial.write_bytes(msgpack_serialize(tree))
         write_json(out / name / "config.json", model.saved_config(tree))

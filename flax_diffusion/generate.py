@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import command
 from flax_diffusion.core.objectives import samplers
-from flax_diffusion.core.tasks import command_line
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:

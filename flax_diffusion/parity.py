@@ -20,12 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from flax_diffusion.core.backend import Backend, Batch
 from flax_diffusion.core.checkpoints.portable import Arrays
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.files import write_json
 from flax_diffusion.core.run import launch
 from flax_diffusion.core.run.schedule import make_rate, make_schedule
-from flax_diffusion.core.tasks import command_line
+from flax_diffusion.core.tasks.task import task_of
 
 BOUNDS = {"float64": {"loss": 1e-10, "state": 1e-9}, "float32": {"loss": 1e-4, "state": 1e-4}}
 """Largest relative differences for a verdict of equal, over a run of 50 steps."""
@@ -115,8 +116,9 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
     from torch_backend.backend import TorchBackend
 
     with jax.enable_x64(dtype == "float64"):
-        source = assembly.open_run_source(config)
-        spec = assembly.make_spec(config, source)
+        task = task_of(config)
+        source = task.open_source()
+        spec = task.make_spec(source)
         for name, component in spec.components.items():
             if component.trains and component.config.get("dropout"):
                 raise ConfigError(
@@ -132,13 +134,13 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         backends: tuple[Backend, Backend] = (ours, theirs)
         for backend in backends:
             backend.init_state()
-        schedule = make_schedule(config, assembly.count_examples(config, source), 1)
-        source = assembly.complete_source(config, source, ours)
+        schedule = make_schedule(config, task.count_examples(source), 1)
+        source = task.complete_source(source, ours)
         rate = make_rate(config, schedule)
         with tempfile.TemporaryDirectory() as folder:
-            made = precompute(config, spec, source, ours, Path(folder))
+            made = precompute(task, spec, source, ours, Path(folder))
             options: dict[str, Any] = {"num_steps": steps, "made": made, "dtype": dtype}
-            with assembly.make_loader(config, spec, source, schedule, **options) as loader:
+            with assembly.make_loader(task, spec, source, schedule, **options) as loader:
                 for done, batch in enumerate(loader):
                     leave_out = NO_GRADIENT if dtype == "float32" else None
                     yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done), leave_out)

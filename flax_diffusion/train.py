@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.io.files import user_cache
 from flax_diffusion.core.run import launch
-from flax_diffusion.core.tasks import command_line
 
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:

@@ -90,7 +90,8 @@ class TorchBackend:
         loss = Loss(self.modules)
         options.apply(config, self.modules)
         trained = [(name, p) for name, p in loss.named_parameters() if p.requires_grad]
-        optimizer = options.make_optimizer(config, trained)
+        factors = {name: part.rate_factor for name, part in self.spec.components.items()}
+        optimizer = options.make_optimizer(config, trained, factors)
         self.loss: Any
         self.optimizer: Any
         self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
@@ -299,7 +300,7 @@ class TorchBackend:
         tokenize = self.spec.tokenize
         assert tokenize is not None
         ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts])).long().to(self.device)
-        made = self.modules.encode_text(ids)
+        made = self.modules.condition({"input_ids": ids})
         return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
 
     @torch.no_grad()
@@ -310,7 +311,7 @@ class TorchBackend:
         made = self.accelerator.gather(torch.stack([posterior.mean, posterior.logvar], dim=1))
         return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
 
-    def let_go(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Moves a frozen component to the host; it comes back for samples."""
         self.modules.by_name[name].to("cpu")
         self._gone.add(name)

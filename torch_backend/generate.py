@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import command
 from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.run import launch
-from flax_diffusion.core.tasks import command_line
 from torch_backend.train import PACKAGES
 
 

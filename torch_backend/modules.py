@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel  # pyright: ignore[reportPrivateImportUsage]  (made at run time)
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
@@ -23,16 +21,10 @@ from flax_diffusion.core.randomness import initial_weights
 from flax_diffusion.core.spec import weight_files
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from torch_backend import adapters
+from torch_backend.families.family import FAMILIES, Family, class_of
 from torch_backend.names import file_name
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-_CLASSES: dict[str, Any] = {
-    "UNet2DModel": UNet2DModel,
-    "UNet2DConditionModel": UNet2DConditionModel,
-    "AutoencoderKL": AutoencoderKL,
-    "CLIPTextModel": CLIPTextModel,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +37,7 @@ class Modules:
     @property
     def vae(self) -> Any:
         """The autoencoder."""
-        return self.by_name.get(self.spec.vae_name)
+        return self.by_name[self.spec.vae_name]
 
     def encode_images(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
         """Pixels (B,C,H,W) in -1..1 to scaled latents (B,C,h,w); pixels themselves where there is no VAE."""
@@ -74,17 +66,18 @@ class Modules:
         """Latents that are not scaled to images."""
         return self.vae.decode(latents.to(self.vae.dtype)).sample
 
-    def encode_text(self, input_ids: Tensor) -> Tensor:
-        """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""
-        return self.by_name["text_encoder"](input_ids)[0]
+    @property
+    def family(self) -> Family:
+        """What the pipeline's family computes."""
+        return FAMILIES[self.spec.family.name]
 
-    def predict(self, sample: Tensor, timesteps: Tensor, context: Tensor | None) -> Tensor:
-        """What the UNet says of noisy samples (B,C,h,w) at timesteps (B,)."""
-        unet = self.by_name["unet"]
-        sample = sample.to(unet.dtype)
-        if context is None:
-            return unet(sample, timesteps).sample
-        return unet(sample, timesteps, context.to(unet.dtype)).sample
+    def condition(self, batch: Mapping[str, Tensor]) -> Any:
+        """Return what the denoiser is told beside sample and time; see `Family.condition`."""
+        return self.family.condition(self, batch)
+
+    def predict(self, sample: Tensor, timesteps: Tensor, condition: Any = None) -> Tensor:
+        """Return the denoiser's prediction for noisy samples (B, C, h, w) at timesteps (B,)."""
+        return self.family.predict(self, sample, timesteps, condition)
 
 
 _MALFORMED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, NameError, RuntimeError)
@@ -207,17 +200,18 @@ def make(component: Component) -> Any:
     Raises:
         ConfigError: For a key that the class does not know, or values that do not go together.
     """
-    kind = _CLASSES[component.kind]
-    if kind is CLIPTextModel:
-        known = set(CLIPTextConfig().to_dict()) | {"dropout", "torch_dtype"}  # the latter two in files of old releases
+    kind, of_transformers = class_of(component.kind), component.model.library == "transformers"
+    if of_transformers:
+        # The latter two stand in files of old releases.
+        known = set(kind.config_class().to_dict()) | {"dropout", "torch_dtype"}
     else:
         known = set(kind._get_init_keys(kind)) - {"self"}  # as Diffusers reads its own configs
     for key in component.config:
         if key not in known:
             raise ConfigError(f"{component.kind} knows no config key '{key}'{nearest(key, known)}")
     try:
-        if kind is CLIPTextModel:
-            return CLIPTextModel(CLIPTextConfig(**component.config))
+        if of_transformers:
+            return kind(kind.config_class(**component.config))
         return kind(**component.config)
     except _MALFORMED as error:
         raise ConfigError(
@@ -227,7 +221,7 @@ def make(component: Component) -> Any:
 
 def _draw(component: Component, seed: int) -> Any:
     module = make(component)
-    config = module.config.to_dict() if component.kind == "CLIPTextModel" else dict(module.config)
+    config = module.config.to_dict() if component.model.library == "transformers" else dict(module.config)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             file = file_name(component.kind, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from flax_diffusion.core.backend import refuse
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import as_path, is_local
-from flax_diffusion.core.run.rates import rate_factors
 from torch_backend.modules import Modules
 
 JAX_ONLY = {
@@ -81,15 +81,15 @@ def apply(config: TrainConfig, modules: Modules) -> None:
     """Sets up the trained models, before Accelerate wraps them."""
     for name, component in modules.spec.components.items():
         module = modules.by_name[name]
-        if config.enable_xformers_memory_efficient_attention and name == "unet":
+        if config.enable_xformers_memory_efficient_attention and component.role is Role.DENOISER:
             module.enable_xformers_memory_efficient_attention()
-        if config.channels_last and name != "text_encoder":
+        if config.channels_last and component.role is not Role.TEXT_ENCODER:
             module.to(memory_format=torch.channels_last)
-        if config.gradient_checkpointing and (component.trains or name == "unet"):
+        if config.gradient_checkpointing and (component.trains or component.role is Role.DENOISER):
             how: dict[str, Any] = {"use_reentrant": False}
             if config.gradient_checkpointing == "minimal":
                 how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, KEPT)
-            if name == "text_encoder":
+            if component.model.library == "transformers":
                 module.activation_checkpointing_enable(how)
             else:
                 module.enable_gradient_checkpointing(functools.partial(checkpoint, **how))
@@ -97,17 +97,19 @@ def apply(config: TrainConfig, modules: Modules) -> None:
             module.compile()
 
 
-def make_optimizer(config: TrainConfig, parameters: Iterable[tuple[str, Tensor]]) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: TrainConfig, parameters: Iterable[tuple[str, Tensor]], rate_factors: Mapping[str, float]
+) -> torch.optim.Optimizer:
     """AdamW, with 8-bit moments where asked for; the learning rate is set at every step.
 
     Args:
         config: The run's options.
         parameters: By name, which begins with that of the component.
+        rate_factors: Of the learning rate of each component.
     """
-    factors = rate_factors(config)
     groups: dict[float, list[Tensor]] = {}
     for name, parameter in parameters:
-        groups.setdefault(factors.get(name.partition(".")[0], 1.0), []).append(parameter)
+        groups.setdefault(rate_factors[name.partition(".")[0]], []).append(parameter)
     kind: Any = torch.optim.AdamW
     if config.use_8bit_adam:
         import bitsandbytes

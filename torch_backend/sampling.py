@@ -97,30 +97,31 @@ class Sampler:
             ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])).long()
         for first in range(0, count, batch_size):
             indices = np.arange(first, min(first + batch_size, count))
-            context = None
+            condition = None
             if ids is not None:
                 rows = ids[indices // num_images]
                 rows = torch.cat([ids[-1:].expand(len(rows), -1), rows]) if guided else rows
-                context = self.modules.encode_text(rows.to(self.device))
-            yield self._draw(context, indices, num_inference_steps, guidance_scale if guided else None, seed)
+                condition = self.modules.condition({"input_ids": rows.to(self.device)})
+            yield self._draw(condition, indices, num_inference_steps, guidance_scale if guided else None, seed)
 
     def _draw(
-        self, context: Tensor | None, indices: np.ndarray, steps: int, guidance_scale: float | None, seed: int
+        self, condition: Any, indices: np.ndarray, steps: int, guidance_scale: float | None, seed: int
     ) -> np.ndarray:
         shape = self.modules.spec.sample_shape
         scheduler = self.scheduler
         scheduler.set_timesteps(steps, device=self.device)
+        scales = hasattr(scheduler, "scale_model_input")
         drawn = 0
 
         def noise() -> Tensor:
             return torch.from_numpy(sampling_noise(seed, indices, drawn, shape)).to(self.device)
 
-        sample = noise() * scheduler.init_noise_sigma
+        sample = noise() * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching's class has none
         for timestep in scheduler.timesteps:
             drawn += 1
-            model_input = scheduler.scale_model_input(sample, timestep)
+            model_input = scheduler.scale_model_input(sample, timestep) if scales else sample
             model_input = model_input if guidance_scale is None else torch.cat([model_input, model_input])
-            predicted = self.modules.predict(model_input, timestep.expand(len(model_input)), context).to(sample.dtype)
+            predicted = self.modules.predict(model_input, timestep.expand(len(model_input)), condition).to(sample.dtype)
             if guidance_scale is not None:
                 without, with_prompt = predicted.chunk(2)
                 predicted = without + guidance_scale * (with_prompt - without)

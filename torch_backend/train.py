@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.run import launch
-from flax_diffusion.core.tasks import command_line
 
 PACKAGES = ("torch", "diffusers", "accelerate")
 

@@ -33,19 +33,19 @@ class Loss(nn.Module):
         self._no_split_modules = sorted(present & FSDP_UNITS)  # where Accelerate looks for them
 
     def forward(self, batch: Batch) -> Tensor:
-        """Computes the loss in float32 at least; arguments as of the two functions below."""
+        """Computes the loss in float32 at least; arguments as of the family's `loss`, or `denoising_loss`."""
         modules = self._modules_of[0]
-        loss_of = diffusion_loss if modules.spec.autoencoder_loss is None else autoencoder_loss
+        loss_of = modules.family.loss or denoising_loss
         return loss_of(modules, batch)
 
 
-def diffusion_loss(modules: Modules, batch: Batch) -> Tensor:
+def denoising_loss(modules: Modules, batch: Batch) -> Tensor:
     """The weighted denoising loss, Σ_i w_i · mean((prediction_i − target_i)²) / B.
 
     Args:
         batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), the objective's
             `Mixture`, each field (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation
-            (B,C,h,w), input_ids (B,L) or text_embeddings (B,L,D).
+            (B,C,h,w), and what its family conditions on.
 
     Reference: `core.objectives.objective`, for input, target and weight; the twin of the JAX side's.
     """
@@ -57,8 +57,7 @@ def diffusion_loss(modules: Modules, batch: Batch) -> Tensor:
     noise = batch["noise"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = _mixed(batch, "input", clean, added)
-    context = modules.encode_text(batch["input_ids"]) if "input_ids" in batch else batch.get("text_embeddings")
-    predicted = modules.predict(noisy, batch["timesteps"], context)
+    predicted = modules.predict(noisy, batch["timesteps"], modules.condition(batch))
     target = _mixed(batch, "target", clean, noise)
     wide = torch.promote_types(predicted.dtype, torch.float32)
     error = (predicted.to(wide) - target.to(wide)).square().mean(dim=(1, 2, 3))
@@ -69,26 +68,6 @@ def _mixed(batch: Batch, what: str, clean: Tensor, noise: Tensor) -> Tensor:
     """The model's input or target, (B,C,h,w): what_clean · clean + what_noise · noise."""
     of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
     return of_clean * clean + of_noise * noise
-
-
-def autoencoder_loss(modules: Modules, batch: Batch) -> Tensor:
-    """The autoencoder's loss, Σ_i w_i · (mean of the errors of image i + kl_scale · KL_i) / B.
-
-    Args:
-        modules: With the autoencoder alone.
-        batch: pixel_values (B,C,H,W), latent_noise (B,c,h,w), loss_weights (B,).
-
-    Reference: Kingma and Welling, https://arxiv.org/abs/1312.6114, equation 10; the twin of the JAX side's.
-    """
-    loss = modules.spec.autoencoder_loss
-    assert loss is not None
-    pixels = batch["pixel_values"]
-    posterior = modules.posterior(pixels)
-    made = modules.decode(posterior.mean + posterior.std * batch["latent_noise"])
-    wide = torch.promote_types(made.dtype, torch.float32)
-    error = made.to(wide) - pixels.to(wide)
-    error = {"l1": torch.abs, "l2": torch.square}[loss.rec_loss](error).mean(dim=(1, 2, 3))
-    return ((error + loss.kl_scale * posterior.kl().to(wide)) * batch["loss_weights"]).mean()
 
 
 @torch.no_grad()

@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core.config.options import CaptionedConfig, DiffusionConfig, TrainConfig
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.run.schedule import make_schedule
-from flax_diffusion.core.tasks.dreambooth import DreamBoothConfig
-from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
+from flax_diffusion.core.tasks.task import Task, task_of
 from tpu import hlo, kernels
 from tpu.topologies import Slice
 
@@ -109,27 +108,29 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
     import jax
 
     from flax_diffusion.core.data.batches import Precomputed
-    from flax_diffusion.core.run import assembly
+    from flax_diffusion.core.families.family import Role
     from flax_diffusion.jax_backend.program import Program
     from flax_diffusion.jax_backend.sharding import make_mesh
 
-    source = _described_source(config)
-    spec = assembly.make_spec(config, source)
+    task = task_of(config)
+    source = _described_source(task)
+    spec = task.make_spec(source)
     mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, where.devices)
     program = Program(config, spec, mesh)
     schedule = make_schedule(config, len(source), mesh.size)
     frozen, made = program.frozen, Precomputed()
-    if isinstance(config, CaptionedConfig) and config.pre_compute_text_embeddings:
+    if task.embeds_prompts:
         assert spec.tokenize is not None
         assert spec.text_encoder is not None
         shape = (len(spec.tokenize("")), spec.text_encoder["hidden_size"])
         made = replace(made, embeddings=dict.fromkeys(("", str(source[0].caption)), np.zeros(shape, np.float32)))
-        del frozen["text_encoder"]
-    if isinstance(config, DiffusionConfig) and config.cache_latents:
+        for name in spec.names_of(Role.TEXT_ENCODER):
+            del frozen[name]
+    if task.caches_latents:
         made = replace(made, moments={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
         del frozen[spec.vae_name]
-    example = assembly.make_example_fn(config, spec, made)(source, 0, 0, 0)
-    pairs = 2 if isinstance(config, DreamBoothConfig) and config.with_prior_preservation else 1
+    example = task.make_example_fn(spec, made)(source, 0, 0, 0)
+    pairs = task.rows_per_example
     batch = program.batch(example, schedule.accumulation, schedule.batch_size * pairs)
     started = time.monotonic()
     try:
@@ -169,14 +170,13 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
     )
 
 
-def _described_source(config: TrainConfig) -> Any:
+def _described_source(task: Task[TrainConfig]) -> Any:
     """One picture with a caption; the real data only where a tokenizer is trained on its captions."""
     from flax_diffusion.core.data.sources.source import ArraySource
-    from flax_diffusion.core.run import assembly
 
-    if isinstance(config, TextToImageConfig) and config.pretrained_model_name_or_path is None:
-        return assembly.open_run_source(config)
-    images = np.zeros((1, config.resolution, config.resolution, 3), np.uint8)
+    if task.makes_tokenizer:
+        return task.open_source()
+    images = np.zeros((1, task.config.resolution, task.config.resolution, 3), np.uint8)
     return ArraySource(images, ["a photo"], "described")
 
 

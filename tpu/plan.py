@@ -12,31 +12,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.tasks import command_line
-from flax_diffusion.core.tasks.dreambooth import DreamBoothConfig
-from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
+from flax_diffusion.core.tasks.task import Task
 from tpu import topologies
 from tpu.chips import GIB
 from tpu.compiled import Plan, make_plan
 
 
-def without_data(kind: type[TrainConfig], values: dict[str, Any]) -> dict[str, Any]:
-    """Adds options that name data, where they are not given: a plan reads none, except captions for a tokenizer.
+def without_data(task: type[Task[Any]], values: dict[str, Any]) -> dict[str, Any]:
+    """Return options with those that name data, where they are not given: a plan reads no data.
 
     Args:
-        kind: The config class.
+        task: Class of the task.
         values: Options given, by field.
     """
-    if kind is TextToImageConfig and not values.get("pretrained_model_name_or_path"):
-        return values
-    named = {"train_data_dir": "."} if not values.get("dataset_name") else {}
-    if kind is DreamBoothConfig and not values.get("concepts"):
-        named |= {"instance_data_dir": ".", "instance_prompt": "a photo of it"}
-        if str(values.get("with_prior_preservation", False)).lower() not in ("false", "no", "off", "0"):
-            named |= {"class_data_dir": ".", "class_prompt": "a photo"}
-    return {name: value for name, value in named.items() if name in kind.model_fields} | values
+    return task.stand_ins(values) | values
 
 
 def report(plan: Plan, top: int = 10) -> str:

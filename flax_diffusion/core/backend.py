@@ -135,8 +135,8 @@ class Backend(Protocol):
         """
         ...
 
-    def let_go(self, name: str) -> None:
-        """Frees a frozen component's memory: only samples need it from now on. `vae` is the autoencoder's, always."""
+    def release(self, name: str) -> None:
+        """Free a frozen component's memory: only samples need it from now on."""
         ...
 
     def trained_arrays(self) -> Arrays:

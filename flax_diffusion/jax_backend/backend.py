@@ -19,6 +19,7 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import check_same_shapes
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import absolute, written_folder
 from flax_diffusion.core.io.torch_names import from_torch_layout
 from flax_diffusion.core.objectives import samplers
@@ -81,7 +82,7 @@ class JaxBackend:
                 self.modules, scheduler_from_config(samplers.sampler_config(spec.scheduler)), self.mesh
             )
         self._encode = jax.jit(self.modules.encode_images)
-        self._embed = jax.jit(self.modules.encode_text)
+        self._condition = jax.jit(self.modules.condition)
         self._posterior = jax.jit(self.modules.posterior)
         self._decode = jax.jit(functools.partial(to_uint8, self.modules))
         self._checkpointer: ocp.AsyncCheckpointer | None = None
@@ -127,7 +128,8 @@ class JaxBackend:
         tokenize = self.spec.tokenize
         assert tokenize is not None
         ids = put_replicated(np.stack([tokenize(prompt) for prompt in prompts]), self.mesh)
-        made = to_host(self._embed({"text_encoder": self.frozen["text_encoder"]}, ids))
+        encoders = {name: self.frozen[name] for name in self.spec.names_of(Role.TEXT_ENCODER)}
+        made = to_host(self._condition(encoders, {"input_ids": ids}))
         return made.astype(np.promote_types(self.dtype, np.float32))
 
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:
@@ -140,7 +142,7 @@ class JaxBackend:
         made = np.stack([mean, logvar], axis=1)[np.argsort(places)]
         return made.astype(np.promote_types(self.dtype, np.float32))
 
-    def let_go(self, name: str) -> None:
+    def release(self, name: str) -> None:
         """Frees a frozen component's weights; samples read them again."""
         del self.frozen[name]
 

@@ -5,6 +5,7 @@ Shapes: B images, C channels, H W pixels, h w of what is denoised (pixels or lat
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,23 +15,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
+from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from flax_diffusion.core.spec.weight_files import in_memory
 from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.jax_backend.adapters import interceptor
+from flax_diffusion.jax_backend.families.family import FAMILIES, Family, class_of
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
-from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel, FlaxUNet2DModel
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.models.weights import from_tensors, to_torch, torch_shapes
 
 COMPUTE_DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
-
-_CLASSES: dict[str, Any] = {
-    "UNet2DModel": FlaxUNet2DModel,
-    "UNet2DConditionModel": FlaxUNet2DConditionModel,
-    "AutoencoderKL": FlaxAutoencoderKL,
-    "CLIPTextModel": FlaxCLIPTextModel,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,24 +75,38 @@ class Modules:
         """Latents that are not scaled to images."""
         return self._apply(self.spec.vae_name, params, latents, method="decode").sample
 
-    def encode_text(self, params: Params, input_ids: jax.Array, dropout: jax.Array | None = None) -> jax.Array:
-        """Token ids (B,L) to the last hidden states (B,L,D), which the UNet attends to."""
-        return self._call("text_encoder", params, dropout, input_ids)[0]
+    @property
+    def family(self) -> Family:
+        """What the pipeline's family computes."""
+        return FAMILIES[self.spec.family.name]
+
+    def condition(self, params: Params, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None) -> Any:
+        """Return what the denoiser is told beside sample and time; see `Family.condition`."""
+        return self.family.condition(self, params, batch, dropout)
 
     def predict(
         self,
         params: Params,
         sample: jax.Array,
         timesteps: jax.Array,
-        context: jax.Array | None,
+        condition: Any = None,
         dropout: jax.Array | None = None,
     ) -> jax.Array:
-        """What the UNet says of noisy samples (B,C,h,w) at timesteps (B,)."""
-        inputs = (sample, timesteps) if context is None else (sample, timesteps, context)
-        return self._call("unet", params, dropout, *inputs)[0]
+        """Return the denoiser's prediction for noisy samples (B, C, h, w) at timesteps (B,)."""
+        return self.family.predict(self, params, sample, timesteps, condition, dropout)
 
-    def _call(self, name: str, params: Params, dropout: jax.Array | None, *inputs: jax.Array) -> Any:
-        """Calls a model, with its adapters; what does not train has no dropout."""
+    def call(self, name: str, params: Params, dropout: jax.Array | None, *inputs: jax.Array) -> Any:
+        """Call a model, with its adapters; what does not train has no dropout.
+
+        Args:
+            name: The component.
+            params: Weights of all components.
+            dropout: Key of the dropout masks; None in evaluation.
+            inputs: Of the model.
+
+        Returns:
+            The model's outputs.
+        """
         component = self.spec.components[name]
         train = dropout is not None and component.trains
         rngs = {"dropout": dropout} if train else None
@@ -134,9 +143,9 @@ def build_modules(
 
     def make(component: Component) -> Any:
         options: dict[str, Any] = {"dtype": wide if component.config.get("force_upcast") else dtype}
-        if component.trains or component is spec.components.get("unet"):
+        if component.trains or component.role is Role.DENOISER:
             options["gradient_checkpointing"] = gradient_checkpointing
-        return _CLASSES[component.kind].from_config(component.config, **options)
+        return class_of(component.kind).from_config(component.config, **options)
 
     by_name = {name: make(component) for name, component in spec.components.items()}
     return Modules(spec=spec, by_name=by_name, mesh=mesh)
@@ -153,7 +162,7 @@ def load_pretrained(component: Component) -> Params:
     Raises:
         WeightsError: If they do not fit.
     """
-    model, overlay = _CLASSES[component.kind], component.overlay
+    model, overlay = class_of(component.kind), component.overlay
     source = f"{component.weights}/{component.subfolder or ''}"
     params: Params = {}
     if component.weights is not None:

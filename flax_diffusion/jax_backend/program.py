@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_diffusion.core.config.options import TrainConfig
-from flax_diffusion.core.run.rates import rate_factors
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.jax_backend import adapters
 from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules
@@ -68,7 +67,7 @@ class Program:
             modules=self.modules,
             optimizer=self.optimizer,
             max_grad_norm=config.max_grad_norm,
-            rate_factors=rate_factors(config),
+            rate_factors={name: part.rate_factor for name, part in spec.components.items()},
             seed=config.seed,
             unroll=mesh.devices.flat[0].platform == "cpu",
             skip_nonfinite=config.skip_nonfinite > 0,

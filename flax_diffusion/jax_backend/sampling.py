@@ -38,7 +38,7 @@ class Sampler:
         algorithm = str(scheduler.config.get("algorithm_type", ""))
         self.stochastic = isinstance(scheduler, FlaxDDPMScheduler) or algorithm.startswith("sde")
         self._denoise = jax.jit(self._denoise_step, static_argnames="guided", donate_argnames=("state", "sample"))
-        self._encode = jax.jit(modules.encode_text)
+        self._condition = jax.jit(modules.condition)
         self._finish = jax.jit(functools.partial(to_uint8, modules))
 
     def __call__(self, params: Params, **options: Any) -> np.ndarray:
@@ -93,12 +93,12 @@ class Sampler:
         for first in range(0, count, batch_size):
             # The last batch is filled up, so that every batch has the one compiled shape.
             indices = np.arange(first, first + batch_size)
-            context = None
+            condition = None
             if ids is not None:
                 rows = ids[np.minimum(indices // num_images, len(prompts) - 1)]
                 rows = np.concatenate([np.broadcast_to(ids[-1], rows.shape), rows]) if guided else rows
-                context = self._encode(params, self._put(rows))
-            images = self._draw(params, context, indices, num_inference_steps, guidance_scale, seed, guided)
+                condition = self._condition(params, {"input_ids": self._put(rows)})
+            images = self._draw(params, condition, indices, num_inference_steps, guidance_scale, seed, guided)
             yield to_host(images)[: count - first]
 
     def _put(self, array: np.ndarray) -> jax.Array:
@@ -107,7 +107,7 @@ class Sampler:
     def _draw(
         self,
         params: Params,
-        context: jax.Array | None,
+        condition: Any,
         indices: np.ndarray,
         num_inference_steps: int,
         guidance_scale: float,
@@ -125,9 +125,8 @@ class Sampler:
         sample = self._put(sample.astype(np.float32))
         for timestep, noise in zip(timesteps, noises, strict=True):
             step = put_replicated(timestep, self.mesh)
-            state, sample = self._denoise(
-                params, state, sample, step, context, None if noise is None else self._put(noise), scale, guided=guided
-            )
+            placed = None if noise is None else self._put(noise)
+            state, sample = self._denoise(params, state, sample, step, condition, placed, scale, guided=guided)
         return self._finish(params, sample)
 
     def _noises(self, seed: int, indices: np.ndarray, shape: tuple[int, ...], steps: int) -> Iterator[np.ndarray | Any]:
@@ -142,7 +141,7 @@ class Sampler:
         state: Any,
         sample: jax.Array,
         timestep: jax.Array,
-        context: jax.Array | None,
+        condition: Any,
         noise: jax.Array | None,
         guidance_scale: jax.Array,
         *,
@@ -152,7 +151,7 @@ class Sampler:
         if guided:
             model_input = jnp.concatenate([model_input, model_input])
         steps = jnp.broadcast_to(timestep, (model_input.shape[0],))
-        predicted = self.modules.predict(params, model_input, steps, context).astype(sample.dtype)
+        predicted = self.modules.predict(params, model_input, steps, condition).astype(sample.dtype)
         if guided:
             without, with_prompt = jnp.split(predicted, 2)
             predicted = without + guidance_scale * (with_prompt - without)

@@ -51,7 +51,7 @@ def create_state(params: Params, optimizer: optax.GradientTransformation, *, use
     )
 
 
-def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
+def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
     """The weighted denoising loss of a micro-batch.
 
     Args:
@@ -59,7 +59,7 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
         params: Weights of every module, trained and frozen.
         batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), the objective's
             `Mixture`, each field (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation
-            (B,C,h,w), input_ids (B,L) or text_embeddings (B,L,D).
+            (B,C,h,w), and what its family conditions on.
         dropout: Key of the dropout masks.
 
     Returns:
@@ -75,9 +75,8 @@ def diffusion_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
     noise = batch["noise"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = _mixed(batch, "input", clean, added)
-    context = batch.get("text_embeddings")
-    context = modules.encode_text(params, batch["input_ids"], dropout) if "input_ids" in batch else context
-    predicted = modules.predict(params, noisy, batch["timesteps"], context, dropout)
+    condition = modules.condition(params, batch, dropout)
+    predicted = modules.predict(params, noisy, batch["timesteps"], condition, dropout)
     target = _mixed(batch, "target", clean, noise)
     wide = jnp.promote_types(predicted.dtype, jnp.float32)
     error = jnp.square(predicted.astype(wide) - target.astype(wide)).mean(axis=(1, 2, 3))
@@ -88,32 +87,6 @@ def _mixed(batch: Batch, what: str, clean: jax.Array, noise: jax.Array) -> jax.A
     """The model's input or target, (B,C,h,w): what_clean · clean + what_noise · noise."""
     of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
     return of_clean * clean + of_noise * noise
-
-
-def autoencoder_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
-    """The autoencoder's loss of a micro-batch: reconstruction, and the posterior's divergence from a normal one.
-
-    Args:
-        modules: With the autoencoder alone.
-        params: Its weights.
-        batch: pixel_values (B,C,H,W), latent_noise (B,c,h,w), loss_weights (B,).
-        dropout: Not used; the autoencoder has none.
-
-    Returns:
-        Σ_i w_i · (mean of the errors of image i + kl_scale · KL_i) / B, in float32 at least.
-
-    Reference: Kingma and Welling, https://arxiv.org/abs/1312.6114, equation 10; the scales of Diffusers'
-    train_autoencoderkl.
-    """
-    loss = modules.spec.autoencoder_loss
-    assert loss is not None
-    pixels = batch["pixel_values"]
-    posterior = modules.posterior(params, pixels)
-    made = modules.decode(params, posterior.sample_with(batch["latent_noise"]))
-    wide = jnp.promote_types(made.dtype, jnp.float32)
-    error = made.astype(wide) - pixels.astype(wide)
-    error = {"l1": jnp.abs, "l2": jnp.square}[loss.rec_loss](error).mean(axis=(1, 2, 3))
-    return jnp.mean((error + loss.kl_scale * posterior.kl().astype(wide)) * batch["loss_weights"])
 
 
 def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...], *, unroll: bool) -> Any:
@@ -185,7 +158,7 @@ def train_step(
     Args:
         state: Donated by the caller.
         frozen: Weights that do not train.
-        batch: As `diffusion_loss`, with a leading axis A.
+        batch: As `denoising_loss`, with a leading axis A.
         rates: learning_rate and ema_decay, scalars.
         modules: Static; the pipeline.
         optimizer: Static; of `make_optimizer`, gives the update before the learning rate.
@@ -199,7 +172,7 @@ def train_step(
         The new state and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
     """
     count = batch["loss_weights"].shape[0]
-    loss_of = diffusion_loss if modules.spec.autoencoder_loss is None else autoencoder_loss
+    loss_of = modules.family.loss or denoising_loss
     scale = state.loss_scale.scale if state.loss_scale else 1.0
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.families.kinds import FLAX_ONLY_KEYS
+from flax_diffusion.core.families.folders import FLAX_ONLY_KEYS
 from flax_diffusion.core.typed import Checkpointing, Count, Size
 from flax_diffusion.models.blocks import (
     DOWN_BLOCKS,

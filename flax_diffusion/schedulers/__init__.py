@@ -15,6 +15,7 @@ from flax_diffusion.schedulers.config import SchedulerConfig, read_config
 from flax_diffusion.schedulers.ddim import DDIMSchedulerState, FlaxDDIMScheduler
 from flax_diffusion.schedulers.ddpm import DDPMSchedulerState, FlaxDDPMScheduler
 from flax_diffusion.schedulers.dpm_solver import DPMSolverMultistepSchedulerState, FlaxDPMSolverMultistepScheduler
+from flax_diffusion.schedulers.edm_euler import EDMEulerSchedulerState, FlaxEDMEulerScheduler
 from flax_diffusion.schedulers.euler import EulerDiscreteSchedulerState, FlaxEulerDiscreteScheduler
 from flax_diffusion.schedulers.flow_match import (
     FlaxFlowMatchEulerDiscreteScheduler,
@@ -28,6 +29,8 @@ SCHEDULERS: dict[str, type[FlaxScheduler]] = {
     "pndm": FlaxPNDMScheduler,
     "euler": FlaxEulerDiscreteScheduler,
     "dpm++": FlaxDPMSolverMultistepScheduler,
+    "flow_match": FlaxFlowMatchEulerDiscreteScheduler,
+    "edm": FlaxEDMEulerScheduler,
 }
 
 
@@ -38,8 +41,9 @@ def scheduler_from_config(
 
     Args:
         config: the mapping, or the folder or file that holds `scheduler_config.json`.
-        kind: "ddpm", "ddim", "pndm", "euler" or "dpm++"; None for the class in `_class_name`. "dpm++" on a cosine
-            schedule starts at λ = −5.1 unless the configuration says otherwise, as Diffusers' documentation advises.
+        kind: "ddpm", "ddim", "pndm", "euler", "dpm++", "flow_match" or "edm"; None for the class in `_class_name`.
+            "dpm++" on a cosine schedule starts at λ = −5.1 unless the configuration says otherwise, as Diffusers'
+            documentation advises.
         dtype: precision of the tables.
 
     Returns:
@@ -72,10 +76,12 @@ __all__ = [
     "DDIMSchedulerState",
     "DDPMSchedulerState",
     "DPMSolverMultistepSchedulerState",
+    "EDMEulerSchedulerState",
     "EulerDiscreteSchedulerState",
     "FlaxDDIMScheduler",
     "FlaxDDPMScheduler",
     "FlaxDPMSolverMultistepScheduler",
+    "FlaxEDMEulerScheduler",
     "FlaxEulerDiscreteScheduler",
     "FlaxFlowMatchEulerDiscreteScheduler",
     "FlaxPNDMScheduler",

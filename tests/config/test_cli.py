@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.tasks import command_line
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 
 RECIPES = Path(__file__).parents[2] / "configs"

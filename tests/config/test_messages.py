@@ -13,8 +13,8 @@ from faults.trials import BACKENDS, FOLDERS
 from tiny import ONE_BLOCK, RUN, UNET
 
 from flax_diffusion.core import errors
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError
-from flax_diffusion.core.tasks import command_line
 from flax_diffusion.train import train
 
 
@@ -75,7 +75,7 @@ def test_pytorch_that_is_not_installed(tmp_path, module):
     """The command says how to install it."""
     blocker = f"import sys; sys.modules['torch'] = None; sys.argv = {['x', *_words(module, tmp_path)]!r}; "
     run = (
-        f"from torch_backend.{module} import main; from flax_diffusion.core.tasks.command_line import main_guard; "
+        f"from torch_backend.{module} import main; from flax_diffusion.core.cli.command_line import main_guard; "
         "main_guard(main)"
     )
     ended = subprocess.run([sys.executable, "-c", blocker + run], capture_output=True, text=True, cwd=tmp_path)

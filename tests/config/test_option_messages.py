@@ -7,13 +7,14 @@ import os
 import pytest
 from tiny import VAE, pictures, stable_diffusion
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import ConfigError, UserError
 from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.rates import learning_rate_schedule
 from flax_diffusion.core.run.schedule import make_schedule
-from flax_diffusion.core.tasks import command_line
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.train import train
 
 TASKS = {
@@ -219,11 +220,11 @@ SHORT = "a dog"
 
 def warned(caplog, config, device_count=1):
     """What is said before a run of a config, and of its captions."""
-    source = assembly.open_run_source(config)
-    spec = assembly.make_spec(config, source)
+    source = task_of(config).open_source()
+    spec = task_of(config).make_spec(source)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assembly.say_what_is_in_vain(config, spec, make_schedule(config, len(source), device_count))
+        assembly.say_what_is_in_vain(task_of(config), spec, make_schedule(config, len(source), device_count))
     return [record.getMessage() for record in caplog.records]
 
 
@@ -248,8 +249,8 @@ def test_captions_that_are_cut_off_are_counted(caplog, model, tmp_path):
     (folder / "metadata.jsonl").unlink()
     words = ["--pretrained_model_name_or_path", str(model), "--train_data_dir", str(folder), "--resolution", "16"]
     config = command_line.parse_train(["text_to_image", *words], "train")[1]
-    source = assembly.open_run_source(config)
-    tokenize = assembly.make_spec(config, source).tokenize
+    source = task_of(config).open_source()
+    tokenize = task_of(config).make_spec(source).tokenize
     with caplog.at_level(logging.WARNING):
         check_source(source, skip_bad_images=False, tokenize=tokenize)
     (said,) = [record.getMessage() for record in caplog.records]
@@ -349,7 +350,7 @@ def test_what_is_wrong_with_a_path_names_the_option(model, tmp_path, monkeypatch
         [task, *start, data, str(folder), *_OWN.get(task, []), "--resolution", "16", *rest], "train"
     )[1]
     with pytest.raises(UserError, match=says):
-        assembly.make_spec(config, assembly.open_run_source(config))
+        task_of(config).make_spec(task_of(config).open_source())
 
 
 _OWN = {

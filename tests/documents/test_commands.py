@@ -13,8 +13,8 @@ from conftest import QUICK
 from tiny import pictures, stable_diffusion
 
 from flax_diffusion.convert import convert
+from flax_diffusion.core.cli.command_line import parse_train
 from flax_diffusion.core.data.sources.folders import image_files
-from flax_diffusion.core.tasks.command_line import parse_train
 
 TEXT = (Path(__file__).parent / "dreambooth.sh").read_text()
 COMMANDS = [block for block in re.split(r"\n\n+", TEXT) if not block.startswith("#")]

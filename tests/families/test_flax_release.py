@@ -18,8 +18,8 @@ import flax_diffusion.train
 import torch_backend.generate
 import torch_backend.train
 from flax_diffusion.convert import convert
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.spec.pipeline import open_pipeline
-from flax_diffusion.core.tasks import command_line
 from flax_diffusion.jax_backend import modules as jax_modules
 from flax_diffusion.models import FlaxUNet2DConditionModel
 from flax_diffusion.parity import compare, verdict

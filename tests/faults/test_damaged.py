@@ -14,9 +14,9 @@ from tiny import ONE_BLOCK, RUN, TEXT_RUN, UNET, pictures
 
 from flax_diffusion.core.checkpoints import folders, portable
 from flax_diffusion.core.errors import CheckpointError, UserError
-from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.saving import Saver
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend
 
@@ -111,7 +111,7 @@ def test_a_run_goes_on_from_the_one_before(saved, tmp_path, caplog):
 
 def test_a_checkpoint_that_was_sealed_without_its_state(saved, tmp_path):
     config = UnconditionalConfig(**SAVED, output_dir=str(tmp_path))
-    backend = JaxBackend(config, assembly.make_spec(config, assembly.open_run_source(config)))
+    backend = JaxBackend(config, task_of(config).make_spec(task_of(config).open_source()))
     backend.state = backend.program.state  # shapes alone will do
     missing = "its `state` is missing or has no _METADATA"
     kinds = [
@@ -168,7 +168,7 @@ def test_saved_on_eight_devices(tmp_path, count, figure):
         return backend
 
     options = SAVED | {"global_batch_size": 8, "output_dir": str(tmp_path), "max_train_steps": 2}
-    fit("unconditional", UnconditionalConfig(**options, fsdp_parallelism=8), make(EIGHT))
+    fit(task_of(UnconditionalConfig(**options, fsdp_parallelism=8)), make(EIGHT))
     more = options | {"max_train_steps": 5, "resume_from_checkpoint": "latest"}
     expected = made[0].state_arrays()
     restored = make(EIGHT[:count])(config := UnconditionalConfig(**more), made[0].spec)
@@ -176,7 +176,7 @@ def test_saved_on_eight_devices(tmp_path, count, figure):
     restored.restore(tmp_path / "checkpoint-2")
     for name, array in restored.state_arrays().items():
         np.testing.assert_array_equal(array, expected[name], err_msg=name)
-    fit("unconditional", config, make(EIGHT[:count]))
+    fit(task_of(config), make(EIGHT[:count]))
     assert folders.committed(tmp_path)[-1].name == "checkpoint-5"
     figure(11, f"saved on 8 devices, restored on {count}: bitwise the same, and the run went on")
 
@@ -212,7 +212,7 @@ def test_saves_hardly_stall_training(tmp_path, backend, figure):
     options = SAVED | {"output_dir": str(tmp_path), "unet": UNET | {"block_out_channels": [512, 512]}}
     config = UnconditionalConfig(**options)
     owner = JaxBackend if backend == "flax_diffusion" else import_module("torch_backend.backend").TorchBackend
-    own = owner(config, assembly.make_spec(config, assembly.open_run_source(config)))
+    own = owner(config, task_of(config).make_spec(task_of(config).open_source()))
     own.init_state()
     metadata = {"step": 0}
     saver, times = Saver(own, tmp_path, None), []

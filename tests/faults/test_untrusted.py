@@ -15,11 +15,11 @@ from safetensors.numpy import save
 from tiny import ONE_BLOCK, UNET
 
 from flax_diffusion import FlaxDDPMScheduler, FlaxUNet2DModel
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.errors import ConfigError, DataError, UserError, WeightsError
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.spec.pipeline import Component, open_pipeline
-from flax_diffusion.core.tasks import command_line
 from torch_backend.modules import make
 
 MAX_SECONDS, MAX_MEGABYTES = 1.0, 200

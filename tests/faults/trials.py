@@ -56,7 +56,7 @@ def _train(backend, folder, happens, options):
     recipe.write_text(json.dumps({"task": "unconditional"} | options | {"output_dir": str(folder)}))
     from importlib import import_module
 
-    from flax_diffusion.core.tasks.command_line import main_guard
+    from flax_diffusion.core.cli.command_line import main_guard
 
     sys.argv = ["train", "--config", str(recipe)]
     main_guard(import_module(f"{backend}.train").main)

@@ -15,6 +15,7 @@ from tiny import RUN
 
 from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.sharding import make_mesh
@@ -43,8 +44,8 @@ def _a_gpu():
 
 def opened(**options):
     config = UnconditionalConfig(**OPTIONS | options)
-    source = assembly.open_run_source(config)
-    return config, source, assembly.make_spec(config, source)
+    source = task_of(config).open_source()
+    return config, source, task_of(config).make_spec(source)
 
 
 def made(backend, **options):
@@ -62,7 +63,7 @@ def made(backend, **options):
 def batches(**options):
     config, source, spec = opened(**options)
     schedule = make_schedule(config, len(source), 1)
-    with assembly.make_loader(config, spec, source, schedule, num_steps=STEPS) as loader:
+    with assembly.make_loader(task_of(config), spec, source, schedule, num_steps=STEPS) as loader:
         return list(loader)
 
 

@@ -8,7 +8,7 @@ import torch
 from tiny import OBJECTIVE, ONE_BLOCK, RUN, UNET
 
 from flax_diffusion.core.errors import NonFiniteError
-from flax_diffusion.core.tasks import pipelines
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend import train_step
 from flax_diffusion.jax_backend.backend import JaxBackend
@@ -61,7 +61,7 @@ def test_gradients_that_always_overflow_end_the_run(tmp_path, monkeypatch, skip)
 
 def test_an_overflow_skips_the_step():
     config = UnconditionalConfig(**RUN | {"mixed_precision": "fp16", "use_ema": True})
-    backend = JaxBackend(config, pipelines.unconditional(config), jax.devices()[:1])
+    backend = JaxBackend(config, task_of(config).make_spec([]), jax.devices()[:1])
     backend.init_state()
     rng = np.random.default_rng(0)
     batch = backend.put({

@@ -11,8 +11,8 @@ from run.test_resume import STEPS, assert_same, run
 from tiny import RUN
 
 from flax_diffusion.core.errors import CheckpointError
-from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.loop import fit
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.optimizers import eight_bit, offload
@@ -77,7 +77,7 @@ def test_moments_on_the_host(tmp_path, options):
             made.append(JaxBackend(config, spec, jax.devices()[:1]))
             return made[-1]
 
-        fit("unconditional", config, make)
+        fit(task_of(config), make)
         states.append(made[-1].state)
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(states[1].opt_state) if leaf.ndim}
     assert kinds == {"pinned_host"}
@@ -132,8 +132,8 @@ def test_a_few_moments_at_a_time(monkeypatch, adam):
 def test_where_a_state_lives():
     """Of a program that is only described: moments on the host, 8-bit codes in place of large ones."""
     config = UnconditionalConfig(**RUN | {"unet": WIDE["unet"]}, offload_optimizer=True, use_8bit_adam=True)
-    source = assembly.open_run_source(config)
-    state = Program(config, assembly.make_spec(config, source), make_mesh(1, 1, jax.devices()[:1])).state
+    source = task_of(config).open_source()
+    state = Program(config, task_of(config).make_spec(source), make_mesh(1, 1, jax.devices()[:1])).state
     adam = state.opt_state[0]
     moments = jax.tree.leaves((adam.mu, adam.nu))
     assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}

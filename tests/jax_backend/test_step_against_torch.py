@@ -11,9 +11,8 @@ from tiny import RUN, TEXT_RUN, UNET, pictures, stable_diffusion
 
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources.opening import open_source
-from flax_diffusion.core.run.assembly import make_example_fn, make_spec
 from flax_diffusion.core.run.rates import ema_decay, learning_rate_schedule
-from flax_diffusion.core.tasks import pipelines
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend
@@ -29,7 +28,7 @@ def run_ours(config, spec, source):
     start = {name: np.array(value) for name, value in to_torch(backend.state.params["unet"])}
     rate = learning_rate_schedule(config, STEPS, config.learning_rate)
     loader = Loader(
-        source, make_example_fn(config, spec), seed=config.seed, batch_size=config.train_batch_size,
+        source, task_of(config).make_example_fn(spec), seed=config.seed, batch_size=config.train_batch_size,
         accumulation=config.gradient_accumulation_steps, num_steps=STEPS,
     )  # fmt: skip
     batches, metrics = [], []
@@ -119,7 +118,7 @@ CASES = {
 def test_unconditional(case):
     options = RUN | {"learning_rate": 1e-4, "train_batch_size": 4} | CASES[case]
     config = UnconditionalConfig(**options)
-    spec = pipelines.unconditional(config)
+    spec = task_of(config).make_spec([])
     source = open_source(dataset_name="digits", caption_column=None)
     start, metrics, final, ema, batches = run_ours(config, spec, source)
     unet = UNet2DModel(**{"sample_size": 8} | UNET)
@@ -137,7 +136,7 @@ def test_fine_tuning_stable_diffusion(tmp_path):
     }  # fmt: skip
     config = TextToImageConfig(**options)
     source = open_source(train_data_dir=config.train_data_dir, caption_column="text")
-    spec = make_spec(config, source)
+    spec = task_of(config).make_spec(source)
     _, metrics, final, ema, batches = run_ours(config, spec, source)
 
     pipe = StableDiffusionPipeline.from_pretrained(base)

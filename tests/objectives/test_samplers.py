@@ -120,7 +120,12 @@ def test_training_on_another_scheduler(tmp_path, backend, scheduler, caplog):
     ("given", "says"),
     [
         ({"prediction_type": "velocity"}, "prediction_type 'velocity' is unknown; use one of epsilon, v_prediction"),
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "not among those that train by betas"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "not among those whose models train here, which are DDPM"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True},
+            "use_dynamic_shifting needs a shift for each size",
+        ),
+        ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "of an EDMEulerScheduler 'v_pred"),
         ({"_class_name": "EulerDiscretScheduler"}, r"did you mean 'EulerDiscreteScheduler'\?"),
         ({"_class_name": None}, "has no _class_name"),
         ({"predict_epsilon": False}, "put prediction_type sample in its place"),

@@ -16,6 +16,7 @@ import torch
 from recorder import Idle
 
 from flax_diffusion.core.checkpoints import portable
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import ONCE
 from flax_diffusion.core.data import loader
 from flax_diffusion.core.errors import UserError
@@ -23,7 +24,7 @@ from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.spec.adapters import NEW_ROWS
-from flax_diffusion.core.tasks import command_line
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
 from torch_backend import options as torch_options
 from torch_backend.backend import TorchBackend
@@ -199,8 +200,8 @@ class Observer:
 
     def opened(self, task, options):
         config = self.config(task, {"output_dir": "out"} | options)
-        source = assembly.open_run_source(config)
-        return config, source, assembly.make_spec(config, source)
+        source = task_of(config).open_source()
+        return config, source, task_of(config).make_spec(source)
 
     def mesh(self, task, options):
         """How four devices are arranged."""
@@ -211,7 +212,7 @@ class Observer:
         """The program of the JAX step, and what its state is made of."""
         config, source, spec = self.opened(task, options)
         program = JaxBackend(config, spec, DEVICES[:1]).program
-        example = assembly.make_example_fn(config, spec)(source, 0, 0, 0)
+        example = task_of(config).make_example_fn(spec)(source, 0, 0, 0)
         batch = program.batch(example, 1, 1)
         traced = program.step.trace(program.state, program.frozen, batch, program.rates)
         kept = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.sharding.memory_kind), program.state)
@@ -245,7 +246,7 @@ class Observer:
         (backend, config, source, spec), _ = self._built(task, options)
         schedule = make_schedule(config, len(source), 1)
         seen = []
-        with assembly.make_loader(config, spec, source, schedule, num_steps=3) as batches:
+        with assembly.make_loader(task_of(config), spec, source, schedule, num_steps=3) as batches:
             for step, batch in enumerate(batches):
                 if step == 2:
                     batch["loss_weights"] = batch["loss_weights"] * np.float32(np.nan)
@@ -282,4 +283,4 @@ def files(folder):
 def described(spec):
     """A pipeline, as text."""
     parts = {name: repr(part) for name, part in spec.components.items()}
-    return spec.kind, parts, spec.scheduler, digest(spec.alphas_cumprod), repr(spec.autoencoder_loss)
+    return spec.kind, parts, spec.scheduler, repr(spec.autoencoder_loss)

@@ -13,7 +13,7 @@ import world as folders
 from observing import MODELS, Observer
 from tiny import CONDITION_UNET, TEXT_ENCODER, VAE
 
-from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.core.tasks.task import TASKS
 
 SHARED = {
     "resolution": 16, "train_batch_size": 2, "num_train_epochs": 2, "max_train_steps": None, "lr_warmup_steps": 0,

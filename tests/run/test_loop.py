@@ -17,7 +17,8 @@ from flax_diffusion.core.run import output_folder
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.preemption import Preempted, Preemption
 from flax_diffusion.core.run.rates import ema_decay
-from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
+from flax_diffusion.core.tasks.task import task_of
+from flax_diffusion.core.tasks.unconditional import UnconditionalConfig, UnconditionalTask
 
 
 class Recorder(Idle):
@@ -75,7 +76,7 @@ def run(folder, nan_at=(), preemption=None, **options):
         return made[-1]
 
     config = UnconditionalConfig(**RUN | {"output_dir": str(folder), "report_to": "none"} | options)
-    fit("unconditional", config, make, preemption)
+    fit(task_of(config), make, preemption)
     return made[-1]
 
 
@@ -240,7 +241,7 @@ def test_another_run_in_the_folder(tmp_path):
     assert not (tmp_path / "replaced-run").exists()
 
 
-@pytest.mark.parametrize("fails", ["open_run_source", "make_spec", "complete_source", "init_state", "first save"])
+@pytest.mark.parametrize("fails", ["open_source", "make_spec", "complete_source", "init_state", "first save"])
 def test_an_overwritten_run_stays_until_the_new_one_has_a_checkpoint(tmp_path, monkeypatch, fails):
     run(tmp_path, max_train_steps=2)
     before = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -254,7 +255,7 @@ def test_an_overwritten_run_stays_until_the_new_one_has_a_checkpoint(tmp_path, m
         elif fails == "init_state":
             patch.setattr(Recorder, "init_state", fail)
         else:
-            patch.setattr(f"flax_diffusion.core.run.assembly.{fails}", fail)
+            patch.setattr(UnconditionalTask, fails, fail)
         with pytest.raises(DataError, match="bad input"):
             run(tmp_path, max_train_steps=3, overwrite_output_dir=True)
     kept = tmp_path / "replaced-run" if fails == "first save" else tmp_path
@@ -469,7 +470,7 @@ def test_the_checkpoint_is_checked_before_anything_is_drawn(tmp_path, monkeypatc
     def drawn(*args):
         raise AssertionError("pictures were drawn first")
 
-    monkeypatch.setattr("flax_diffusion.core.run.assembly.complete_source", drawn)
+    monkeypatch.setattr(UnconditionalTask, "complete_source", drawn)
     with pytest.raises(CheckpointError, match="seed 0, this run has 1"):
         run(tmp_path, seed=1, resume_from_checkpoint="latest")
     monkeypatch.setattr(Recorder, "check", refuse)

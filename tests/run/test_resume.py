@@ -12,6 +12,7 @@ from tiny import ONE_BLOCK, RUN, VAE
 
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.run.loop import fit
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend
 from torch_backend.backend import TorchBackend
@@ -40,7 +41,7 @@ def run(backend, folder, until=None, **options):
             made.stops = lambda wanted, step: step == until
         return made
 
-    fit("unconditional", UnconditionalConfig(output_dir=str(folder), **CONFIG | options), make)
+    fit(task_of(UnconditionalConfig(output_dir=str(folder), **CONFIG | options)), make)
     return portable.read(folder / f"checkpoint-{until or (CONFIG | options)['max_train_steps']}")
 
 
@@ -160,7 +161,7 @@ def test_what_would_be_saved_is_right_at_every_moment(backend, tmp_path, what):
         made.append(BACKENDS[backend](config, spec))
         return made[-1]
 
-    fit("unconditional", config, make)
+    fit(task_of(config), make)
     own = made[0]
     expected = own.state_arrays()
     averages = [name for name in expected if name.startswith("ema/")]
@@ -187,6 +188,6 @@ def test_repeating_a_step_draws_its_dropout(backend, tmp_path, caplog):
     for step in (4, 5):
         caplog.clear()
         config = CONFIG | options | {"resume_from_checkpoint": f"checkpoint-{step}", "repeat_step": 6}
-        fit("unconditional", UnconditionalConfig(output_dir=str(tmp_path), **config), BACKENDS[backend])
+        fit(task_of(UnconditionalConfig(output_dir=str(tmp_path), **config)), BACKENDS[backend])
         said.append(re.search(r"loss ([\d.e-]+)", caplog.text)[1])
     assert said[0] == said[1]

@@ -10,7 +10,7 @@ import pytest
 from tiny import VAE, pictures, stable_diffusion
 
 from flax_diffusion.convert import convert
-from flax_diffusion.core.config.targets import UNET_TARGETS
+from flax_diffusion.core.cli.command_line import build
 from flax_diffusion.core.errors import CheckpointError, ConfigError, UserError, WeightsError
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.run import assembly
@@ -18,8 +18,8 @@ from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE, Lora, lora_layers
 from flax_diffusion.core.spec.pipeline import open_pipeline
-from flax_diffusion.core.tasks.command_line import build
-from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.core.tasks.task import TASKS, task_of
+from flax_diffusion.core.tasks.text import UNET_TARGETS
 from flax_diffusion.core.tasks.textual_inversion import TEMPLATES
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.modules import build_modules, load_pretrained
@@ -88,8 +88,8 @@ def ours(folder, prompt):
 def test_lora_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, backend):
     from diffusers import StableDiffusionPipeline
 
-    config = TASKS["dreambooth"](**lora(shared, folder, checkpointing_steps=2))
-    out = fit("dreambooth", config, backend)
+    config = TASKS["dreambooth"].config_class(**lora(shared, folder, checkpointing_steps=2))
+    out = fit(task_of(config), backend)
     assert not (out / "unet").exists()  # the model has not changed
     assert (out / "checkpoint-2" / LORA_FILE).is_file()
     pipe = StableDiffusionPipeline.from_pretrained(model)
@@ -125,7 +125,7 @@ def test_lora_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, bac
 @BACKENDS
 def test_lora_resumed_as_another(shared, folder, model, tmp_path, backend, changes, says):
     values = lora(shared, folder, max_train_steps=1)
-    fit("dreambooth", TASKS["dreambooth"](**values), backend)
+    fit(task_of(TASKS["dreambooth"].config_class(**values)), backend)
     if where := changes.get("pretrained_model_name_or_path"):
         moved = shutil.copytree(model, tmp_path / "moved")
         changes = {"pretrained_model_name_or_path": str(moved)}
@@ -134,19 +134,27 @@ def test_lora_resumed_as_another(shared, folder, model, tmp_path, backend, chang
             arrays = {name: tensor.array() * 2 for name, tensor in model_files.read_safetensors(file).items()}
             model_files.write_safetensors(file, arrays)
     again = values | {"max_train_steps": 2, "resume_from_checkpoint": "latest"} | changes
-    config = build(TASKS["dreambooth"], again, "test")
+    config = build(TASKS["dreambooth"].config_class, again, "test")
     if says is None:
-        fit("dreambooth", config, backend)
+        fit(task_of(config), backend)
         return
     with pytest.raises(CheckpointError, match=says):
-        fit("dreambooth", config, backend)
+        fit(task_of(config), backend)
 
 
 def test_textual_inversion_resumed_from_another_word(shared, folder):
-    fit("textual_inversion", TASKS["textual_inversion"](**inversion(shared, folder, max_train_steps=1)), JaxBackend)
+    fit(
+        "textual_inversion",
+        TASKS["textual_inversion"].config_class(**inversion(shared, folder, max_train_steps=1)),
+        JaxBackend,
+    )
     again = {"max_train_steps": 2, "resume_from_checkpoint": "latest", "placeholder_token": "<dog-doll>"}
     with pytest.raises(CheckpointError, match=r"new_tokens text_encoder tokens .*<dog-toy>.*this run has .*<dog-doll>"):
-        fit("textual_inversion", TASKS["textual_inversion"](**inversion(shared, folder, **again)), JaxBackend)
+        fit(
+            "textual_inversion",
+            TASKS["textual_inversion"].config_class(**inversion(shared, folder, **again)),
+            JaxBackend,
+        )
 
 
 def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):
@@ -158,7 +166,11 @@ def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):
             return made[-1]
 
         values = lora(shared, folder, lora_dropout=0.3, use_ema=True, max_train_steps=4)
-        fit("dreambooth", TASKS["dreambooth"](**values | {"output_dir": str(tmp_path / where)} | options), make)
+        fit(
+            "dreambooth",
+            TASKS["dreambooth"].config_class(**values | {"output_dir": str(tmp_path / where)} | options),
+            make,
+        )
         return made[-1].state_arrays()
 
     whole = run("whole")
@@ -173,7 +185,7 @@ def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):
 def test_textual_inversion_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, backend):
     from diffusers import StableDiffusionPipeline
 
-    out = fit("textual_inversion", TASKS["textual_inversion"](**inversion(shared, folder)), backend)
+    out = fit(task_of(TASKS["textual_inversion"].config_class(**inversion(shared, folder))), backend)
     (rows,) = (tensor.array() for tensor in model_files.read_safetensors(out / "learned_embeds.safetensors").values())
     merged = convert(model, tmp_path / "merged", embeddings=[str(out)])
 
@@ -202,17 +214,17 @@ def test_textual_inversion_in_plain_diffusers_and_merged(shared, folder, model, 
     ],
 )
 def test_prompts_of_a_new_word(shared, folder, options, expected):
-    source = assembly.open_run_source(TASKS["textual_inversion"](**inversion(shared, folder, **options)))
+    source = task_of(TASKS["textual_inversion"].config_class(**inversion(shared, folder, **options))).open_source()
     assert {caption for index in range(len(source)) for caption in source[index].caption} == expected
 
 
 def test_text_encoder_has_a_rate_of_its_own(shared, folder):
     """Adam's first update is the rate, in every weight that has a gradient."""
-    config = TASKS["dreambooth"](**lora(shared, folder, text_encoder_learning_rate=1e-3))
-    source = assembly.open_run_source(config)
-    spec = assembly.make_spec(config, source)
+    config = TASKS["dreambooth"].config_class(**lora(shared, folder, text_encoder_learning_rate=1e-3))
+    source = task_of(config).open_source()
+    spec = task_of(config).make_spec(source)
     schedule = make_schedule(config, len(source), 1)
-    with assembly.make_loader(config, spec, source, schedule, num_steps=1) as loader:
+    with assembly.make_loader(task_of(config), spec, source, schedule, num_steps=1) as loader:
         (batch,) = loader
     made = TorchBackend(config, spec)  # that JAX does the same is for the parity tests
     made.init_state()
@@ -231,8 +243,8 @@ def test_the_models_do_not_choose_the_version_of_peft(shared, folder, monkeypatc
 
     for library in ("diffusers.loaders", "transformers.integrations"):
         monkeypatch.setattr(f"{library}.peft.check_peft_version", refuse)
-    config = TASKS["dreambooth"](**lora(shared, folder))
-    made = TorchBackend(config, assembly.make_spec(config, assembly.open_run_source(config)))
+    config = TASKS["dreambooth"].config_class(**lora(shared, folder))
+    made = TorchBackend(config, task_of(config).make_spec(task_of(config).open_source()))
     assert made.init_state() == sum(array.size for array in made.trained_arrays().values())
     trained = {(name.partition("/")[0], name.rpartition(".lora_")[2]) for name in made.trained_arrays()}
     halves = ("A.weight", "B.weight")
@@ -244,16 +256,16 @@ def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backe
     import torch
     from diffusers import AutoencoderKL
 
-    config = TASKS["autoencoder"](
+    config = TASKS["autoencoder"].config_class(
         train_data_dir=str(folder), vae=VAE, resolution=16, train_batch_size=2, max_train_steps=4, rec_loss="l1",
         kl_scale=1e-4, lr_warmup_steps=0, learning_rate=1e-3, report_to="none", eval_batch_size=3,
         output_dir=str(tmp_path / "run"), use_ema=True,
     )  # fmt: skip
-    out = fit("autoencoder", config, backend)
+    out = fit(task_of(config), backend)
     assert (out / "samples/00000004.png").is_file()
     vae = AutoencoderKL.from_pretrained(out / "vae")
-    source = assembly.open_run_source(config)
-    make = assembly.make_example_fn(config, assembly.make_spec(config, source))
+    source = task_of(config).open_source()
+    make = assembly.make_example_fn(config, task_of(config).make_spec(source))
     examples = [make(source, 0, 0, index) for index in range(3)]
     pixels, noise = (torch.from_numpy(np.stack([e[key] for e in examples])) for key in ("pixel_values", "latent_noise"))
     with torch.no_grad():
@@ -329,7 +341,7 @@ def test_rank_4_is_under_2_percent_of_stable_diffusion(request, capsys):
 @BACKENDS
 def test_lora_that_does_not_fit(shared, folder, options, says, backend):
     with pytest.raises(ConfigError, match=says):
-        fit("dreambooth", build(TASKS["dreambooth"], lora(shared, folder, **options), "test"), backend)
+        fit(task_of(build(TASKS["dreambooth"].config_class, lora(shared, folder, **options), "test")), backend)
 
 
 @pytest.mark.parametrize(

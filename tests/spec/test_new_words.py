@@ -10,10 +10,9 @@ from tiny import pictures, stable_diffusion
 from flax_diffusion.convert import convert
 from flax_diffusion.core.data.captions import Tokenize, load_tokenizer
 from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
-from flax_diffusion.core.run import assembly
 from flax_diffusion.core.spec.new_words import read_words
 from flax_diffusion.core.spec.pipeline import open_pipeline
-from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.core.tasks.task import TASKS, task_of
 from flax_diffusion.jax_backend.modules import build_modules, load_pretrained
 from torch_backend import modules as torch_modules
 
@@ -70,13 +69,13 @@ def test_further_training_reads_all_vectors(model, tmp_path):
     made = convert(model, tmp_path / "made", embeddings=[str(file)])
     data = pictures(tmp_path / "data")
     values = {"resolution": 16, "train_data_dir": str(data), "output_dir": str(tmp_path / "run")}
-    config = TASKS["text_to_image"](pretrained_model_name_or_path=str(made), **values)
-    spec = assembly.make_spec(config, assembly.open_run_source(config))
+    config = TASKS["text_to_image"].config_class(pretrained_model_name_or_path=str(made), **values)
+    spec = task_of(config).make_spec(task_of(config).open_source())
     first = len(load_tokenizer(model / "tokenizer"))
     assert [token for token in spec.tokenize("a <dog>").tolist() if token >= first] == [first, first + 1, first + 2]
     again = {"placeholder_token": "<cat>", "initializer_token": "dog", "num_vectors": 2}
-    config = TASKS["textual_inversion"](pretrained_model_name_or_path=str(made), **values, **again)
-    spec = assembly.make_spec(config, assembly.open_run_source(config))
+    config = TASKS["textual_inversion"].config_class(pretrained_model_name_or_path=str(made), **values, **again)
+    spec = task_of(config).make_spec(task_of(config).open_source())
     new = [token - first for token in spec.tokenize("a <dog> and a <Cat>").tolist() if token >= first]
     assert new == [0, 1, 2, 3, 4]
 
@@ -94,11 +93,11 @@ def test_capitals(model, tmp_path, caplog):
 
 
 def test_a_placeholder_with_capitals_is_learnt_in_small_letters(model, tmp_path):
-    config = TASKS["textual_inversion"](
+    config = TASKS["textual_inversion"].config_class(
         pretrained_model_name_or_path=str(model), train_data_dir=str(pictures(tmp_path)), resolution=16,
         placeholder_token="<Dog>", initializer_token="dog", num_vectors=2, validation_prompts=["a <DOG>"],
     )  # fmt: skip
-    new = assembly.make_spec(config, assembly.open_run_source(config)).text_encoder.new_tokens
+    new = task_of(config).make_spec(task_of(config).open_source()).text_encoder.new_tokens
     assert (new.placeholder, new.tokens) == ("<dog>", ("<dog>", "<dog>_1"))
 
 
@@ -156,12 +155,12 @@ def test_the_same_word_is_refused_in_training(model, tmp_path, caplog):
     file = saved(tmp_path / "old.safetensors", QoldP=rows(2))
     made = convert(model, tmp_path / "made", embeddings=[str(file)])
     for word in ("dog", "<Old>", "<old>_1", "<old>_7"):
-        config = TASKS["textual_inversion"](
+        config = TASKS["textual_inversion"].config_class(
             pretrained_model_name_or_path=str(made), train_data_dir=str(pictures(tmp_path / "data")), resolution=16,
             placeholder_token=word, initializer_token="dog",
         )  # fmt: skip
         with pytest.raises(ConfigError, match=f"--placeholder_token {word.lower()}: is in the tokenizer's vocabulary"):
-            assembly.make_spec(config, assembly.open_run_source(config))
+            task_of(config).make_spec(task_of(config).open_source())
         said = f"--placeholder_token {word}: the tokenizer reads small letters; the word is <old>"
         assert (said in caplog.text) == (word == "<Old>")
 

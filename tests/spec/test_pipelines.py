@@ -20,13 +20,13 @@ import torch_backend.generate
 import torch_backend.train
 from flax_diffusion import models
 from flax_diffusion.core.checkpoints.folders import require_whole
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.spec import pipeline
 from flax_diffusion.core.spec.adapters import LoraLayer, Overlay
 from flax_diffusion.core.spec.pipeline import open_pipeline
-from flax_diffusion.core.tasks import command_line, pipelines
-from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.core.tasks.task import TASKS, task_of
 from torch_backend import modules as torch_modules
 
 BACKENDS = {"jax": flax_diffusion, "torch": torch_backend}
@@ -93,26 +93,26 @@ def test_another_pipeline_for_a_text_task(own_model, folder, tmp_path, kind):
     """It is what its index says, whatever its UNet looks like."""
     rewrite(own_model / "model_index.json", _class_name=kind)
     with pytest.raises(WeightsError, match=KINDS[kind]):
-        pipelines.text_to_image(TASKS["text_to_image"](**text_run(own_model, folder, tmp_path)), [], None)
+        task_of(TASKS["text_to_image"].config_class(**text_run(own_model, folder, tmp_path))).make_spec([])
 
 
 def test_a_lone_model_for_a_pipeline(model, folder, tmp_path):
-    config = TASKS["text_to_image"](**text_run(model / "unet", folder, tmp_path))
+    config = TASKS["text_to_image"].config_class(**text_run(model / "unet", folder, tmp_path))
     with pytest.raises(WeightsError, match="is a UNet2DConditionModel by itself, not a pipeline: use a Stable Diff"):
-        pipelines.text_to_image(config, [], None)
+        task_of(config).make_spec([])
     with pytest.raises(WeightsError, match="is a CLIPTextModel by itself, not a pipeline: use one of DDPMPipeline"):
         open_pipeline(str(model / "text_encoder"))
 
 
 def test_a_text_pipeline_for_the_unconditional_task(model, folder, tmp_path):
-    config = TASKS["unconditional"](**text_run(model, folder, tmp_path))
+    config = TASKS["unconditional"].config_class(**text_run(model, folder, tmp_path))
     with pytest.raises(WeightsError, match="is a StableDiffusionPipeline: use one of DDPMPipeline, DDIMPipeline"):
-        pipelines.unconditional(config)
+        task_of(config).make_spec([])
 
 
 def test_a_pipeline_of_the_same_parts_is_taken(own_model, folder, tmp_path):
     rewrite(own_model / "model_index.json", _class_name="StableDiffusionImg2ImgPipeline")
-    pipelines.text_to_image(TASKS["text_to_image"](**text_run(own_model, folder, tmp_path)), [], None)
+    task_of(TASKS["text_to_image"].config_class(**text_run(own_model, folder, tmp_path))).make_spec([])
     assert open_pipeline(str(own_model)).kind == "StableDiffusionPipeline"
 
 
@@ -151,9 +151,9 @@ def test_a_variant_that_only_some_parts_have(model, half, folder, tmp_path, back
 def test_a_variant_that_no_part_has(model, folder, tmp_path):
     with pytest.raises(WeightsError, match=r"--variant fp61: no weights of .* have it: drop it, or check the name"):
         open_pipeline(str(model), variant="fp61")
-    config = TASKS["text_to_image"](**text_run(model, folder, tmp_path, variant="fp61"))
+    config = TASKS["text_to_image"].config_class(**text_run(model, folder, tmp_path, variant="fp61"))
     with pytest.raises(WeightsError, match="--variant fp61: no weights of"):
-        pipelines.text_to_image(config, [], None)
+        task_of(config).make_spec([])
 
 
 def test_names_of_files_on_the_hub(monkeypatch, tmp_path):
@@ -300,7 +300,7 @@ def test_where_an_autoencoder_comes_from(own_model, folder, tmp_path):
     """A pipeline's `vae`, the `vqvae` of one on latents, or an autoencoder by itself."""
 
     def opened(source):
-        return pipelines.autoencoder(TASKS["autoencoder"](**text_run(source, folder, tmp_path / "run")))
+        return task_of(TASKS["autoencoder"].config_class(**text_run(source, folder, tmp_path / "run"))).make_spec([])
 
     assert opened(own_model).components["vae"].subfolder == "vae"
     assert opened(own_model / "vae").components["vae"].subfolder is None

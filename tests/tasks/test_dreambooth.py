@@ -17,6 +17,7 @@ from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.tasks import class_images
 from flax_diffusion.core.tasks.dreambooth import DreamBoothConfig
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.train import main, train
 from torch_backend.backend import TorchBackend
@@ -99,7 +100,7 @@ def test_the_class_is_drawn_with_its_own_steps_and_guidance(options, model, tmp_
     asked = {"num_inference_steps": 3, "guidance_scale": 2.0}
     changes = {"num_class_images": 2} | {f"class_{name}": value for name, value in asked.items()}
     config = DreamBoothConfig(**options | changes)
-    made = backend(config, assembly.make_spec(config, assembly.open_run_source(config)))
+    made = backend(config, task_of(config).make_spec(task_of(config).open_source()))
     made.init_state()
     class_images.draw_missing(config, made)
     drawn = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "class").iterdir())])
@@ -111,12 +112,12 @@ def test_the_class_is_drawn_with_its_own_steps_and_guidance(options, model, tmp_
 
 def test_pairs_make_the_mean_of_one_plus_lambda_times_the_mean_of_the_other(options):
     config = DreamBoothConfig(**options)
-    instances = assembly.open_run_source(config)
-    assert assembly.count_examples(config, instances) == 5  # the longer side
-    source = assembly.complete_source(config, instances, Painter())
-    spec = assembly.make_spec(config, source)
+    instances = task_of(config).open_source()
+    assert task_of(config).count_examples(instances) == 5  # the longer side
+    source = task_of(config).complete_source(instances, Painter())
+    spec = task_of(config).make_spec(source)
     schedule = make_schedule(config, 5, 1)
-    with assembly.make_loader(config, spec, source, schedule, num_steps=5) as loader:
+    with assembly.make_loader(task_of(config), spec, source, schedule, num_steps=5) as loader:
         batches = list(loader)
     weights = np.concatenate([batch["loss_weights"].ravel() for batch in batches])
     np.testing.assert_array_equal(weights, np.tile([2.0, 1.0], 10))
@@ -154,13 +155,13 @@ def test_folders_that_overlap(options, tmp_path, what):
     given = {k: v for k, v in options.items() if not k.startswith(("instance", "class"))}
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=says):
-        assembly.open_run_source(DreamBoothConfig(**given, concepts=placed))
+        task_of(DreamBoothConfig(**given, concepts=placed)).open_source()
     assert sorted(tmp_path.rglob("*")) == before
     shared = [DOG, CAT | {"class_data_dir": "dogs", "class_prompt": DOG["class_prompt"]}]  # two things of one class
     placed = [
         {key: str(tmp_path / value) if "dir" in key else value for key, value in concept.items()} for concept in shared
     ]
-    assert assembly.open_run_source(DreamBoothConfig(**given, concepts=placed))
+    assert task_of(DreamBoothConfig(**given, concepts=placed)).open_source()
 
 
 def test_several_concepts(options, tmp_path):
@@ -170,7 +171,7 @@ def test_several_concepts(options, tmp_path):
         {"instance_data_dir": str(tmp_path / "cat"), "instance_prompt": "a photo of ktn cat", "repeats": 3},
     ]
     given = {k: v for k, v in options.items() if not k.startswith(("instance", "class")) and "prior" not in k}
-    source = assembly.open_run_source(DreamBoothConfig(**given, concepts=concepts))
+    source = task_of(DreamBoothConfig(**given, concepts=concepts)).open_source()
     prompts = [source[index].caption for index in range(len(source))]
     assert prompts == ["a photo of sks dog"] * 3 + ["a photo of ktn cat"] * 6
     assert source[3].name == source[5].name != source[4].name
@@ -245,7 +246,7 @@ def test_a_pipeline_that_was_trained_on_pixels_needs_no_vae(options, tmp_path):
     index.write_text(json.dumps(json.loads(index.read_text()) | {"vae": [None, None]}))
     unet.write_text(json.dumps(json.loads(unet.read_text()) | {"in_channels": 3, "out_channels": 3}))
     config = DreamBoothConfig(**options | {"pretrained_model_name_or_path": str(pixels)})
-    spec = assembly.make_spec(config, assembly.open_run_source(config))
+    spec = task_of(config).make_spec(task_of(config).open_source())
     assert spec.vae is None
     assert spec.sample_shape == (3, 16, 16)
 

@@ -9,7 +9,7 @@ import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
-from flax_diffusion.core.tasks.command_line import main_guard
+from flax_diffusion.core.cli.command_line import main_guard
 from torch_backend.train import main
 
 

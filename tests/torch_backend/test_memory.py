@@ -15,7 +15,7 @@ from tiny import RUN, losses, pictures, stable_diffusion
 
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.errors import CheckpointError, ConfigError
-from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.core.tasks.task import TASKS
 from flax_diffusion.parity import NO_GRADIENT
 from torch_backend import distribution
 from torch_backend.train import train
@@ -128,7 +128,7 @@ class Configured:
 )
 def test_configurations_that_do_not_go_together(monkeypatch, accelerator, options, says):
     monkeypatch.setattr(distribution, "Accelerator", lambda **_: accelerator)
-    config = TASKS["unconditional"](**RUN | {"use_ema": False} | options, output_dir="unused")
+    config = TASKS["unconditional"].config_class(**RUN | {"use_ema": False} | options, output_dir="unused")
     with pytest.raises(ConfigError, match=says):
         distribution.make_accelerator(config)
 
@@ -153,7 +153,7 @@ def test_adapters_are_not_divided(monkeypatch, tmp_path, kind):
 def test_values_that_accelerate_does_not_know(monkeypatch, variables, says):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    config = TASKS["unconditional"](**RUN, output_dir="unused")
+    config = TASKS["unconditional"].config_class(**RUN, output_dir="unused")
     where = "Accelerate's configuration does not work here: "
     with pytest.raises(ConfigError, match=f"^{where}{says}; correct it in the file that accelerate launch reads, or"):
         distribution.make_accelerator(config)
@@ -164,7 +164,7 @@ def test_deepspeed_takes_the_batch_of_the_run(monkeypatch, options, micro):
     accelerator = Configured(DistributedType.DEEPSPEED)
     monkeypatch.setattr(distribution, "Accelerator", lambda **_: accelerator)
     values = RUN | {"use_ema": False, "train_batch_size": 8, "gradient_accumulation_steps": 4} | options
-    distribution.make_accelerator(TASKS["unconditional"](**values, output_dir="unused"))
+    distribution.make_accelerator(TASKS["unconditional"].config_class(**values, output_dir="unused"))
     assert accelerator.values["train_micro_batch_size_per_gpu"] == micro
     assert accelerator.values["gradient_accumulation_steps"] == 4
 
@@ -175,7 +175,7 @@ def test_accelerate_configured_for_a_package_that_is_missing(request, tmp_path):
     recipe.write_text(json.dumps(RUN | {"task": "unconditional", "output_dir": str(tmp_path / "run")}))
     code = (
         "import sys; sys.modules['deepspeed'] = None;"
-        "from flax_diffusion.core.tasks.command_line import main_guard; "
+        "from flax_diffusion.core.cli.command_line import main_guard; "
         "from torch_backend.train import main; main_guard(main)"
     )
     command = [sys.executable, "-c", code, "--config", str(recipe)]

@@ -11,17 +11,17 @@ import torch
 from tiny import RUN, TEXT_RUN, VAE, pictures, stable_diffusion
 
 from flax_diffusion import generate as jax_generate
+from flax_diffusion.core.cli.command_line import merge
 from flax_diffusion.core.errors import CheckpointError, ConfigError
+from flax_diffusion.core.families.family import FAMILIES
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.spec.pipeline import _KNOWN
-from flax_diffusion.core.tasks.command_line import merge
-from flax_diffusion.core.tasks.registry import TASKS
-from flax_diffusion.jax_backend import modules as jax_modules
+from flax_diffusion.core.tasks.task import TASKS, task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
+from flax_diffusion.jax_backend.families.family import FAMILIES as jax_families
 from flax_diffusion.parity import NO_GRADIENT, compare, difference, main, verdict
 from torch_backend import generate as torch_generate
-from torch_backend import modules as torch_modules
 from torch_backend.backend import TorchBackend
+from torch_backend.families.family import FAMILIES as torch_families
 
 STEPS = 6
 QUIET = {"report_to": "none", "validation_epochs": None, "save_model_epochs": None}
@@ -198,7 +198,9 @@ def test_mistakes(tmp_path):
 
 
 def test_both_backends_have_every_model_that_a_pipeline_may_hold():
-    assert set(jax_modules._CLASSES) == set(torch_modules._CLASSES) == set(_KNOWN)
+    assert set(jax_families) == set(torch_families) == set(FAMILIES)
+    for name, family in FAMILIES.items():
+        assert set(jax_families[name].classes) == set(torch_families[name].classes) == set(family.models)
 
 
 class Kept:
@@ -218,7 +220,7 @@ class Kept:
 def run(kind, folder, **options):
     kept = Kept(kind)
     with jax.enable_x64(True):
-        fit("unconditional", make_config("unconditional", output_dir=str(folder), **options), kept)
+        fit(task_of(make_config("unconditional", output_dir=str(folder), **options)), kept)
         return kept.last.state_arrays()
 
 

@@ -11,9 +11,10 @@ import yaml
 from tiny import RUN, TEXT_RUN, losses, pictures, stable_diffusion
 from torch.utils.flop_counter import FlopCounterMode
 
+from flax_diffusion.core.cli.command_line import merge
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.tasks.command_line import merge
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.train import train as train_with_jax
 from torch_backend.backend import TorchBackend
@@ -33,7 +34,7 @@ def run(folder, **options):
         made.append(TorchBackend(config, spec))
         return made[-1]
 
-    fit("unconditional", UnconditionalConfig(output_dir=str(folder), **CONFIG | options), make)
+    fit(task_of(UnconditionalConfig(output_dir=str(folder), **CONFIG | options)), make)
     return made[-1].state_arrays()
 
 

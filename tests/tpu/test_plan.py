@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from tiny import ONE_BLOCK, RUN, UNET
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.tasks import command_line
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from tpu import compiled, hlo, kernels, plan, sweep, topologies
 from tpu.chips import CHIPS, GIB

@@ -1,28 +1,51 @@
-"""The typed configuration of a run, one frozen class a task.
+"""Options that every task has; a task's own stand beside it.
 
-Fields are named as the flags of the Diffusers training scripts, so that their commands keep working, and a YAML
-file holds the same names. `tasks.command_line` fills these classes from file and flags; the rules that join fields
-stand in the class that has the fields, in its `_check…`.
+Options are named as the flags of the Diffusers training scripts, so that their commands keep working, and a YAML
+file holds the same names. `cli.command_line` fills these classes from file and flags; the rules that join options
+stand in the class that has them, in its `_check…`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from enum import Enum
+from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from flax_diffusion.core.config.targets import TEXT_ENCODER_TARGETS, UNET_TARGETS
 from flax_diffusion.core.errors import SECRET
-from flax_diffusion.core.typed import BetaSchedule, Checkpointing, PredictionType
+from flax_diffusion.core.typed import Checkpointing
 
 LrScheduler = Literal[
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "piecewise_constant"
 ]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
+CONFIG_FILE = "config.yaml"
+"""Where a run's folder keeps its options."""
 
 ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "repeat_step")
 """What is said for one start of a run: a run's own config.yaml, which makes it again, leaves these out."""
+
+
+class Reads(Enum):
+    """Marks an option that names what a run reads, which may be a folder or a file of this machine."""
+
+    MODEL = "a model, or a part of one"
+    DATA = "data, or their name"
+    DATA_FOLDER = "a folder of data, there or not"
+
+
+def named_inputs(options: BaseModel) -> Iterator[tuple[str, Reads, str]]:
+    """List the options that name what a run reads: each one's name, mark and text, also inside lists of mappings."""
+    for name, field in type(options).model_fields.items():
+        value = getattr(options, name)
+        marks = [mark for mark in field.metadata if isinstance(mark, Reads)]
+        if marks and isinstance(value, str):
+            yield name, marks[0], value
+        for inner in value if isinstance(value, list) else ():
+            if isinstance(inner, BaseModel):
+                yield from named_inputs(inner)
 
 
 def also(*names: str) -> AliasChoices:
@@ -31,12 +54,12 @@ def also(*names: str) -> AliasChoices:
 
 
 class TrainConfig(BaseModel):
-    """What every task shares; the tasks below change defaults and add what only they need."""
+    """What every task shares; a task changes defaults and adds what only it needs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     # Model
-    pretrained_model_name_or_path: str | None = Field(
+    pretrained_model_name_or_path: Annotated[str | None, Reads.MODEL] = Field(
         None, description="Folder or Hub id of a Diffusers pipeline to start from. None: from scratch."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of that Hub id.")
@@ -174,152 +197,4 @@ class TrainConfig(BaseModel):
             raise ValueError("--repeat_step computes with the weights of a checkpoint: add --resume_from_checkpoint")
         if self.scale_lr and self.global_batch_size:
             raise ValueError("--scale_lr multiplies by the batch a device: drop it or --global_batch_size")
-        return self
-
-
-class DiffusionConfig(TrainConfig):
-    """Of the tasks that train a denoiser."""
-
-    unet: dict[str, Any] | str | None = Field(
-        None,
-        validation_alias=also("unet", "model_config_name_or_path"),
-        description="From scratch: the UNet's Diffusers config, as a mapping, or the folder or .json file of one.",
-    )
-    vae: str | None = Field(None, description="Folder or Hub id of an AutoencoderKL. None: train on pixels.")
-    noise_scheduler: dict[str, Any] | None = Field(
-        None, description="Diffusers scheduler config. None: the pretrained pipeline's, or DDPM with ddpm_* below."
-    )
-    ddpm_num_steps: int = Field(1000, ge=1, description="Training timesteps, when the scheduler is ours to choose.")
-    ddpm_beta_schedule: BetaSchedule = Field(
-        "linear", description="Beta schedule, when the scheduler is ours to choose."
-    )
-    prediction_type: PredictionType | None = Field(
-        None, description="What the UNet predicts. None: what the scheduler's config says."
-    )
-    snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weights; 5 is the paper's choice.")
-    noise_offset: float = Field(0.0, ge=0, description="Strength of the offset added to each channel's noise.")
-    input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input; 0.1 is usual.")
-    cache_latents: bool = Field(
-        False, description="Encode each picture once, before training; the autoencoder then leaves the step."
-    )
-    validation_num_inference_steps: int = Field(
-        50,
-        ge=1,
-        validation_alias=also("validation_num_inference_steps", "ddpm_num_inference_steps"),
-        description="Denoising steps of those samples.",
-    )
-
-    @model_validator(mode="after")
-    def _check_diffusion(self) -> DiffusionConfig:
-        if self.pretrained_model_name_or_path and self.unet is not None:
-            raise ValueError("--unet is for training from scratch: drop it or --pretrained_model_name_or_path")
-        for name in ("ddpm_num_steps", "ddpm_beta_schedule"):
-            value = getattr(self, name)
-            owner = "noise_scheduler" if self.noise_scheduler is not None else "pretrained_model_name_or_path"
-            if getattr(self, owner) is not None and value != type(self).model_fields[name].default:
-                raise ValueError(
-                    f"--{name} {value} is for a scheduler that we choose, and --{owner} brings its own: drop --{name}, "
-                    "or give the whole scheduler by --noise_scheduler"
-                )
-        if self.cache_latents and not (self.center_crop or self.resize_mode == "stretch"):
-            raise ValueError(
-                "--cache_latents encodes each picture once, and crops at random would differ from epoch to epoch: add "
-                "--center_crop, or --resize_mode stretch"
-            )
-        return self
-
-
-class DatasetConfig(TrainConfig):
-    """Of the tasks that train on a dataset."""
-
-    dataset_name: str | None = Field(None, description="Hub dataset id, or the built-in `digits`.")
-    dataset_config_name: str | None = Field(None, description="Configuration of that dataset.")
-    train_data_dir: str | None = Field(
-        None, description="Folder of images (metadata.jsonl/.csv, .txt captions or none) or of .parquet files."
-    )
-    image_column: str = Field("image", description="Column that holds the images.")
-    max_train_samples: int | None = Field(None, ge=1, description="Use only the first so many examples.")
-    cache_dir: str | None = Field(None, description="Where Hub downloads are kept.")
-
-    @model_validator(mode="after")
-    def _check_data(self) -> DatasetConfig:
-        if not self.dataset_name and not self.train_data_dir:
-            raise ValueError("no data: give --dataset_name (a Hub id or `digits`) or --train_data_dir (a folder)")
-        if self.dataset_name and self.dataset_name != "imagefolder" and self.train_data_dir:
-            raise ValueError("--dataset_name and --train_data_dir exclude each other: drop one")
-        return self
-
-
-class TextConfig(DiffusionConfig):
-    """Of the tasks whose images follow a text."""
-
-    vae: str | None = Field(
-        "pretrained", description="`pretrained`: the pipeline's own; else a folder or Hub id. None: train on pixels."
-    )
-    tokenizer_name: str | None = Field(
-        None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
-    )
-    resolution: int = Field(512, ge=1, description="Height and width of the training images, in pixels.")
-    validation_prompts: list[str] = Field(
-        [],
-        validation_alias=also("validation_prompts", "validation_prompt"),
-        description="Prompts to sample during training.",
-    )
-    validation_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of those samples.")
-    eval_batch_size: int = Field(
-        4,
-        ge=1,
-        validation_alias=also("eval_batch_size", "num_validation_images"),
-        description="Images in the grid (a prompt).",
-    )
-
-
-class CaptionedConfig(TextConfig):
-    """Of the tasks whose prompts are known before training, and whose text encoder may train."""
-
-    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
-    pre_compute_text_embeddings: bool = Field(
-        False, description="Encode each prompt once and let go of the text encoder; it must not train."
-    )
-
-    @model_validator(mode="after")
-    def _check_embeddings(self) -> CaptionedConfig:
-        if self.pre_compute_text_embeddings and self.train_text_encoder:
-            raise ValueError(
-                "--pre_compute_text_embeddings encodes each prompt once, and --train_text_encoder changes what comes "
-                "of it: drop one"
-            )
-        return self
-
-
-class LoraConfig(CaptionedConfig):
-    """Of the tasks that can train LoRA instead of the whole model."""
-
-    text_encoder_learning_rate: float | None = Field(
-        None,
-        gt=0,
-        validation_alias=also("text_encoder_learning_rate", "text_encoder_lr"),
-        description="Peak rate of the text encoder. None: as the UNet's.",
-    )
-    lora_rank: int | None = Field(
-        None, ge=1, validation_alias=also("lora_rank", "rank"), description="Train LoRA of this rank, not the model."
-    )
-    lora_alpha: float | None = Field(None, gt=0, description="Its scale is alpha / rank. None: the rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of a LoRA's inputs that are dropped.")
-    lora_target_modules: list[str] = Field(list(UNET_TARGETS), description="Layers of the UNet to adapt.")
-    lora_text_encoder_target_modules: list[str] = Field(
-        list(TEXT_ENCODER_TARGETS), description="Layers of the text encoder to adapt, with --train_text_encoder."
-    )
-    lora_format: Literal["peft", "kohya"] = Field("peft", description="Names in pytorch_lora_weights.safetensors.")
-
-    @model_validator(mode="after")
-    def _check_lora(self) -> LoraConfig:
-        if self.lora_rank is None:
-            for name in ("alpha", "dropout", "target_modules", "text_encoder_target_modules", "format"):
-                if getattr(self, f"lora_{name}") != type(self).model_fields[f"lora_{name}"].default:
-                    raise ValueError(f"--lora_{name} goes with --lora_rank: add it, 4 is usual, or drop the former")
-        elif self.pretrained_model_name_or_path is None:
-            raise ValueError("--lora_rank adapts a model: give --pretrained_model_name_or_path")
-        if self.text_encoder_learning_rate is not None and not self.train_text_encoder:
-            raise ValueError("--text_encoder_learning_rate goes with --train_text_encoder: add it, or drop the former")
         return self

@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.errors import ConfigError, nearest_multiples
 from flax_diffusion.core.io.files import as_path, replacing
 from flax_diffusion.core.spec.merging import Shapes, with_adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec, check_prompts
-from flax_diffusion.core.tasks import command_line
 
 log = logging.getLogger(__name__)
 

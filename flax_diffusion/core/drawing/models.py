@@ -6,15 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from flax_diffusion.core.checkpoints import folders
-from flax_diffusion.core.config.options import DiffusionConfig, TextConfig, TrainConfig
+from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig
 from flax_diffusion.core.errors import CheckpointError, WeightsError
 from flax_diffusion.core.io.files import as_path
-from flax_diffusion.core.run.output_folder import CONFIG
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
 from flax_diffusion.core.spec.merging import Shapes, with_adapters, with_checkpoint, with_learnt_word
 from flax_diffusion.core.spec.pipeline import PipelineSpec, open_pipeline
-from flax_diffusion.core.tasks import command_line, pipelines
-from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.core.tasks.task import TASKS, task_of
 
 
 def open_model(source: str, shapes: Shapes, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
@@ -35,7 +34,7 @@ def open_model(source: str, shapes: Shapes, revision: str | None = None, variant
         return open_pipeline(source, revision, variant)
     if _is_checkpoint(folder):
         return _open_run(folder.parent, folder, shapes)
-    if (folder / CONFIG).is_file():
+    if (folder / CONFIG_FILE).is_file():
         return _open_run(folder, None, shapes)
     for file, option in ((LORA_FILE, "--lora"), (EMBEDDINGS_FILE, "--embeddings")):
         if (folder / file).is_file():
@@ -53,12 +52,12 @@ def _is_checkpoint(folder: Path) -> bool:
 
 def _open_run(run: Path, checkpoint: Path | None, shapes: Shapes) -> PipelineSpec:
     """The pipeline that a run trains, with what it has trained: in a checkpoint, or at its end."""
-    if not (run / CONFIG).is_file():
+    if not (run / CONFIG_FILE).is_file():
         raise WeightsError(
-            f"{checkpoint}: is a checkpoint without its run, whose {CONFIG} names the model: give that model by "
+            f"{checkpoint}: is a checkpoint without its run, whose {CONFIG_FILE} names the model: give that model by "
             "`convert --model MODEL --checkpoint`"
         )
-    trained = _trained_spec(run, _read_config(run))
+    trained = task_of(_read_config(run)).reopen_spec(run)
     if checkpoint is not None:
         spec = with_checkpoint(trained, checkpoint)
     else:
@@ -79,24 +78,9 @@ def _with_what_the_run_left(run: Path, trained: PipelineSpec, shapes: Shapes) ->
 
 
 def _read_config(run: Path) -> TrainConfig:
-    file = run / CONFIG
+    file = run / CONFIG_FILE
     values = command_line.read_yaml(file)
     task = str(values.pop("task", None))
     if task not in TASKS:
         raise WeightsError(f"{file}: names the task {task}, must be one of {', '.join(TASKS)}")
     return command_line.merge(task, values, {}, str(file))
-
-
-def _trained_spec(run: Path, config: TrainConfig) -> PipelineSpec:
-    if not isinstance(config, DiffusionConfig):
-        raise WeightsError(f"{run}: trained an autoencoder, which draws nothing by itself: it is the --vae of a run")
-    made = run / "tokenizer"
-    needs_made = isinstance(config, TextConfig) and not (config.pretrained_model_name_or_path or config.tokenizer_name)
-    if needs_made and not made.is_dir():
-        raise WeightsError(f"{run}: has no folder tokenizer, without which nobody knows its words: bring it back")
-    try:
-        if isinstance(config, TextConfig):
-            return pipelines.text_to_image(config, (), made)
-        return pipelines.unconditional(config)
-    except WeightsError as error:
-        raise WeightsError(f"{run / CONFIG} names what is not there any more: {error}") from error

@@ -6,15 +6,18 @@ velocity.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
+from pydantic import BaseModel, Field
 
-from flax_diffusion.core.errors import unknown
-from flax_diffusion.core.objectives.objective import Mixture
+from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.objectives import noise_schedule, samplers
+from flax_diffusion.core.objectives.objective import OBJECTIVES, Mixture, Objective
+from flax_diffusion.core.typed import BetaSchedule, PredictionType
 
 Table = NDArray[Any]
 
@@ -26,8 +29,21 @@ _TARGETS: dict[str, Callable[[Table, Table], tuple[Table, Table]]] = {
 """target_clean and target_noise of √ᾱ and √(1−ᾱ), by prediction type."""
 
 
+class DdpmOptions(BaseModel):
+    """Options of this objective."""
+
+    ddpm_num_steps: int = Field(1000, ge=1, description="Training timesteps, when the scheduler is ours to choose.")
+    ddpm_beta_schedule: BetaSchedule = Field(
+        "linear", description="Beta schedule, when the scheduler is ours to choose."
+    )
+    prediction_type: PredictionType | None = Field(
+        None, description="What the denoiser predicts. None: what the scheduler's config says."
+    )
+    snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weights; 5 is the paper's choice.")
+
+
 @dataclass(frozen=True)
-class Ddpm:
+class Ddpm(Objective):
     """An objective whose time is one of T timesteps, each as likely as the others.
 
     Attributes:
@@ -35,6 +51,56 @@ class Ddpm:
     """
 
     tables: Mixture = field(repr=False)
+
+    name: ClassVar[str] = "ddpm"
+    options: ClassVar[type[BaseModel]] = DdpmOptions
+    schedulers: ClassVar[tuple[str, ...]] = samplers.WITH_BETAS
+
+    @classmethod
+    def scheduler(cls, options: DdpmOptions) -> dict[str, Any]:
+        """Return the config of a DDPMScheduler."""
+        return {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": options.ddpm_num_steps,
+            "beta_schedule": options.ddpm_beta_schedule,
+        }
+
+    @classmethod
+    def changed(cls, scheduler: Mapping[str, Any], options: DdpmOptions) -> dict[str, Any]:
+        """Return the config with the prediction type that is asked for."""
+        return dict(scheduler) | ({"prediction_type": options.prediction_type} if options.prediction_type else {})
+
+    @classmethod
+    def prediction(cls, scheduler: Mapping[str, Any]) -> str:
+        """Return epsilon, v_prediction or sample."""
+        return samplers.prediction_type(scheduler)
+
+    @classmethod
+    def from_scheduler(
+        cls,
+        scheduler: Mapping[str, Any],
+        options: DdpmOptions,
+        dtype: DTypeLike = np.float32,
+        *,
+        conditional: bool = False,
+    ) -> Ddpm:
+        """Make the objective of the scheduler's betas.
+
+        Without a condition, the clean sample weighs ᾱ/(1 − ᾱ), as in Diffusers' unconditional script.
+        """
+        bar = noise_schedule.alphas_cumprod_from_config(samplers.noise_config(scheduler))
+        predicted = cls.prediction(scheduler)
+        if predicted == "epsilon" and bar[-1] == 0:
+            raise ConfigError(
+                "rescale_betas_zero_snr with prediction_type epsilon: at the last timestep there is only noise to "
+                "predict noise from; use v_prediction"
+            )
+        weights = None
+        if options.snr_gamma is not None:
+            weights = noise_schedule.min_snr_weights(bar, options.snr_gamma, predicted)
+        elif predicted == "sample" and not conditional:
+            weights = noise_schedule.sample_weights(bar)
+        return ddpm(bar, predicted, weights, dtype)
 
     def draw(self, rng: np.random.Generator) -> Mixture:
         """Draw one example's mixture."""
@@ -45,6 +111,9 @@ class Ddpm:
         return Mixture(*(table[timestep, ...] for table in self.tables))
 
 
+OBJECTIVES.register(Ddpm.name, Ddpm)
+
+
 def ddpm(
     alphas_cumprod: Table, prediction_type: str, loss_weights: Table | None = None, dtype: DTypeLike = np.float32
 ) -> Ddpm:
@@ -53,12 +122,12 @@ def ddpm(
     Args:
         alphas_cumprod: ᾱ, (T,).
         prediction_type: epsilon, v_prediction or sample.
-        loss_weights: of every timestep, (T,); None for ones.
-        dtype: in which the numbers are computed and kept.
+        loss_weights: Of every timestep, (T,); None for ones.
+        dtype: In which the numbers are computed and kept.
 
     Raises:
-        ConfigError: an unknown prediction type.
-        ValueError: weights for another number of timesteps.
+        ConfigError: An unknown prediction type.
+        ValueError: Weights for another number of timesteps.
     """
     if prediction_type not in _TARGETS:
         raise unknown("prediction_type", prediction_type, _TARGETS)

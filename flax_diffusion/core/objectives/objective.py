@@ -6,13 +6,22 @@ numbers, and a train step knows no objective:
     input  = input_clean · x + input_noise · (ε + perturbation)
     target = target_clean · x + target_noise · ε
     loss   = loss_weights · mean (prediction − target)²
+
+A new objective is one module of this package that registers an `Objective` in `OBJECTIVES`.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
+from numpy.typing import DTypeLike
+from pydantic import BaseModel
+
+from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.registry import Registry
 
 
 class Mixture(NamedTuple):
@@ -34,14 +43,106 @@ class Mixture(NamedTuple):
     target_noise: np.ndarray
     loss_weights: np.ndarray
 
+    def clean(self, given: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        """Return the x that an input and a prediction of its target imply, of any shape."""
+        share = self.input_clean * self.target_noise - self.input_noise * self.target_clean
+        return (self.target_noise * given - self.input_noise * predicted) / share
 
-class Objective(Protocol):
+
+class Objective(ABC):
     """Draws the mixtures of examples. Picklable, since loader processes draw too."""
 
+    name: ClassVar[str]
+    """The value of --objective."""
+    options: ClassVar[type[BaseModel]]
+    """The options that go with this objective alone; those of a run have it as a base class."""
+    schedulers: ClassVar[tuple[str, ...]]
+    """PyTorch's classes of schedulers whose models are trained so; the first is the one that a new model gets."""
+
+    @classmethod
+    @abstractmethod
+    def scheduler(cls, options: Any) -> dict[str, Any]:
+        """Return the scheduler config of a new model.
+
+        Args:
+            options: Of the run, which have those of the objective.
+        """
+
+    @classmethod
+    @abstractmethod
+    def changed(cls, scheduler: Mapping[str, Any], options: Any) -> dict[str, Any]:
+        """Return a scheduler config with what the options set over it."""
+
+    @classmethod
+    @abstractmethod
+    def prediction(cls, scheduler: Mapping[str, Any]) -> str:
+        """Return what the model predicts, by the name that Diffusers has for it.
+
+        Raises:
+            ConfigError: If the scheduler config says what is not known.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_scheduler(
+        cls, scheduler: Mapping[str, Any], options: Any, dtype: DTypeLike = np.float32, *, conditional: bool = False
+    ) -> Self:
+        """Make the objective of a run.
+
+        Args:
+            scheduler: Config of the model's scheduler.
+            options: Of the run, which have those of the objective.
+            dtype: In which the numbers are computed and kept.
+            conditional: Whether pictures follow a condition, such as a prompt.
+
+        Raises:
+            ConfigError: For values that do not go together.
+        """
+
+    @abstractmethod
     def draw(self, rng: np.random.Generator) -> Mixture:
         """Draw one example's mixture.
 
         Args:
-            rng: gives the example's time, and nothing else is drawn from it.
+            rng: Gives the example's time, and nothing else is drawn from it.
         """
-        ...
+
+
+OBJECTIVES: Registry[type[Objective]] = Registry("objective", ["flax_diffusion.core.objectives"], "flax_diffusion.core")
+"""All objectives by name."""
+
+
+def objective_of(scheduler: Mapping[str, Any]) -> type[Objective]:
+    """Return the objective that the models of a scheduler config are trained by.
+
+    Raises:
+        ConfigError: For a config without a class, or with one that is not known.
+    """
+    name = scheduler.get("_class_name")
+    if name is None:
+        raise ConfigError("the scheduler config has no _class_name; add one, such as DDPMScheduler")
+    found = str(name).removeprefix("Flax")
+    known = [name for objective in OBJECTIVES.values() for name in objective.schedulers]
+    if found not in known:
+        raise ConfigError(
+            f"scheduler {found}: is not among those whose models train here, which are {', '.join(known)}"
+            f"{nearest(found, known)}"
+        )
+    return next(objective for objective in OBJECTIVES.values() if found in objective.schedulers)
+
+
+def check_options(chosen: type[Objective], options: BaseModel) -> None:
+    """Refuse options of other objectives.
+
+    Raises:
+        ConfigError: Naming the first that is not at its default.
+    """
+    own = chosen.options.model_fields.keys()
+    fields = type(options).model_fields
+    for other in OBJECTIVES.values():
+        for name in other.options.model_fields:
+            if name not in own and name in fields and getattr(options, name) != fields[name].default:
+                raise ConfigError(
+                    f"--{name} goes with --objective {other.name}, and this model is trained by {chosen.name}: drop "
+                    "one of them"
+                )

@@ -1,6 +1,6 @@
 """Which schedulers a model may have been trained with, and which of those here draw images in their place.
 
-Training needs a scheduler's betas and prediction type only. Drawing needs a class that both backends have.
+Training needs a scheduler's betas and prediction type, or its shift. Drawing needs a class that both backends have.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from flax_diffusion.core.errors import ConfigError, nearest, unknown
+from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
+from flax_diffusion.core.objectives.objective import objective_of
 from flax_diffusion.core.typed import check_values
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,12 @@ SAMPLERS = {
     "pndm": "PNDMScheduler",
     "euler": "EulerDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
+    "flow_match": "FlowMatchEulerDiscreteScheduler",
+    "edm": "EDMEulerScheduler",
 }
 """Diffusers' names of the schedulers that draw images here, by the names of `--scheduler`."""
+
+_OWN_BETAS = ("ddpm", "ddim", "pndm", "euler", "dpm++")
 
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
 _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,6 +51,9 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UniPCMultistepScheduler": ("dpm++", {}),
 }
 """Diffusers' other schedulers with betas: the nearest that is here, and where the default betas are not DDPM's."""
+
+WITH_BETAS = (*(SAMPLERS[name] for name in _OWN_BETAS), *_OTHERS)
+"""All schedulers whose models are trained by betas."""
 
 _SHARED = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
@@ -76,19 +84,10 @@ def class_name(config: Mapping[str, Any]) -> str:
     """Return the class of a scheduler config by its PyTorch name.
 
     Raises:
-        ConfigError: For a config without one, or a class that has no betas.
+        ConfigError: For a config without one, or with a class that is not known here.
     """
-    name = config.get("_class_name")
-    if name is None:
-        raise ConfigError(f"the scheduler config has no _class_name; add one, such as {SAMPLERS['ddpm']}")
-    found = str(name).removeprefix("Flax")
-    known = [*SAMPLERS.values(), *_OTHERS]
-    if found not in known:
-        raise ConfigError(
-            f"scheduler {found}: is not among those that train by betas, which are {', '.join(known)}"
-            f"{nearest(found, known)}"
-        )
-    return found
+    objective_of(config)
+    return str(config["_class_name"]).removeprefix("Flax")
 
 
 def prediction_type(config: Mapping[str, Any]) -> str:
@@ -128,10 +127,19 @@ def sampler_config(config: Mapping[str, Any], chosen: str | None = None) -> dict
         chosen: Name of the sampler that the user asks for instead, which makes saying so needless.
 
     Raises:
-        ConfigError: As `class_name`, and for values that no scheduler knows.
+        ConfigError: As `class_name`, for values that no scheduler knows, and for a sampler of other models.
     """
     name = class_name(config)
     check_values(_Choices, config, "scheduler config")
+    if chosen is not None:
+        _check_chosen(chosen, config)
+    if config.get("use_dynamic_shifting"):
+        raise ConfigError(
+            "scheduler config: use_dynamic_shifting needs a shift for each size of pictures, which is not known here: "
+            "set it to false, and shift to one number"
+        )
+    if config.get("stochastic_sampling"):
+        raise ConfigError("scheduler config: stochastic_sampling draws noise of its own in each step: set it to false")
     if name in _OTHERS:
         stand_in = SAMPLERS[_OTHERS[name][0]]
     elif name == SAMPLERS["pndm"] and prediction_type(config) == "sample":
@@ -142,6 +150,16 @@ def sampler_config(config: Mapping[str, Any], chosen: str | None = None) -> dict
         log.warning("%s does not draw images here: they are drawn with %s on the same betas", name, stand_in)
     values = noise_config(config)
     return {"_class_name": stand_in} | {key: values[key] for key in _SHARED if key in values}
+
+
+def _check_chosen(chosen: str, config: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a sampler whose models are trained by another objective than this one."""
+    own = objective_of(config)
+    known = [name for name, kind in SAMPLERS.items() if kind in own.schedulers]
+    if chosen in SAMPLERS and chosen not in known:
+        raise ConfigError(
+            f"--scheduler {chosen}: this model was trained by {own.name}, which is drawn from with {' or '.join(known)}"
+        )
 
 
 def with_signal(config: Mapping[str, Any]) -> dict[str, Any]:

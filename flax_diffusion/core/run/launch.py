@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError, is_out_of_memory
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.run.preemption import INTERRUPTED, Preempted, Preemption
-from flax_diffusion.core.tasks import command_line
+from flax_diffusion.core.tasks.task import Task, task_of
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def train(load_backend: LoadBackend, task: str, config: str | Path | None, optio
     """
     values = command_line.merge(task, command_line.read_yaml(config) if config else {}, options, str(config))
     preemption = Preemption()
-    output_dir = _run(load_backend, task, values, preemption)
+    output_dir = _run(load_backend, task_of(values), preemption)
     if preemption.interrupted:
         raise KeyboardInterrupt
     return output_dir
@@ -62,9 +63,9 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
     logging.getLogger("flax_diffusion").setLevel(logging.INFO)
     for chatty in ("absl", "asyncio"):  # of Orbax's threads: what fails in them is this program's to say
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
-    task, config = command_line.parse_train(sys.argv[1:] if argv is None else argv, prog)
+    _, config = command_line.parse_train(sys.argv[1:] if argv is None else argv, prog)
     preemption = Preemption()
-    _run(load_backend, task, config, preemption)
+    _run(load_backend, task_of(config), preemption)
     status = INTERRUPTED if preemption.interrupted else 0
     if preemption.wanted and preemption.alone:  # all is saved; Python would wait for threads that may wait for a disk
         logging.shutdown()
@@ -75,14 +76,15 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
         raise SystemExit(status)
 
 
-def _run(load_backend: LoadBackend, task: str, config: TrainConfig, preemption: Preemption) -> Path:
+def _run(load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preemption) -> Path:
     from flax_diffusion.core.run.loop import fit
 
+    config = task.config
     with preemption:  # before frameworks of several hosts, which then hear the signal themselves
         try:
             backend = load_backend()
             backend.check_options(config)
-            return fit(task, config, backend, preemption)
+            return fit(task, backend, preemption)
         except Preempted:
             log.info("ended by %s before the first step; nothing had to be saved", preemption.told)
             return as_path(config.output_dir)

@@ -21,7 +21,8 @@ import yaml
 
 from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend
 from flax_diffusion.core.checkpoints import folders
-from flax_diffusion.core.config.options import DiffusionConfig, LoraConfig, TextConfig, TrainConfig
+from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.errors import NonFiniteError
@@ -35,7 +36,7 @@ from flax_diffusion.core.run.schedule import make_rate
 from flax_diffusion.core.run.start import Start, open_inputs, prepare
 from flax_diffusion.core.spec import pipeline
 from flax_diffusion.core.spec.pipeline import PipelineSpec
-from flax_diffusion.core.tasks import command_line, reconstruction
+from flax_diffusion.core.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +45,14 @@ READ_LAG = 2
 
 
 def fit(
-    task: str,
-    config: TrainConfig,
+    task: Task[TrainConfig],
     make_backend: Callable[[TrainConfig, PipelineSpec], Backend],
     preemption: Preemption | None = None,
 ) -> Path:
     """Trains, and leaves a Diffusers pipeline in `config.output_dir`.
 
     Args:
-        task: Name of the task, kept in the run's config file.
-        config: The run's options.
+        task: With the run's options.
         make_backend: Builds the backend for a config and a pipeline; checks options it does not have.
         preemption: Tells when to end early; None for never.
 
@@ -64,21 +63,21 @@ def fit(
         UserError: For input that cannot be used, before any long work where that can be known.
         Preempted: If the run is to end before it has begun.
     """
-    preemption = preemption or Preemption()
+    config, preemption = task.config, preemption or Preemption()
     output_dir = as_path(config.output_dir)
-    source, spec = preemption.aside(lambda: open_inputs(config))
+    source, spec = preemption.aside(lambda: open_inputs(task))
     backend = make_backend(config, spec)
     preemption.alone = backend.process_count == 1
     scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
-    start = preemption.aside(lambda: prepare(task, config, spec, source, backend, scratch))
+    start = preemption.aside(lambda: prepare(task, spec, source, backend, scratch))
     if config.repeat_step is None:
         output_folder.prepare(output_dir, config, start.resume_from, backend)
-    run = _Run(config, spec, backend, preemption, output_dir, start)
+    run = _Run(task, spec, backend, preemption, output_dir, start)
     try:
         if run.main:
             log.info(
                 "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
-                task, spec.kind, start.schedule.num_examples, start.parameters, backend.device_count,
+                task.name, spec.kind, start.schedule.num_examples, start.parameters, backend.device_count,
                 start.schedule.step_examples, start.step + 1, max(start.step, start.schedule.total_steps),
             )  # fmt: skip
         if config.repeat_step is None:
@@ -96,14 +95,15 @@ class _Run:
 
     def __init__(
         self,
-        config: TrainConfig,
+        task: Task[TrainConfig],
         spec: PipelineSpec,
         backend: Backend,
         preemption: Preemption,
         output_dir: Path,
         start: Start,
     ):
-        self.config, self.spec, self.backend, self.preemption = config, spec, backend, preemption
+        config = task.config
+        self.task, self.config, self.spec, self.backend, self.preemption = task, config, spec, backend, preemption
         self.output_dir, self.start = output_dir, start
         self.schedule, self.source = start.schedule, start.source
         self.main = backend.process_index == 0
@@ -121,9 +121,7 @@ class _Run:
             total_steps=start.schedule.total_steps,
             main=self.main and trains,
         )
-        self.preview = None  # what an autoencoder's progress is seen by
-        if spec.autoencoder_loss is not None:
-            self.preview = reconstruction.Preview(self.source, assembly.make_example_fn(config, spec), config)
+        self.preview = task.make_preview(spec, self.source)
 
     def close(self) -> None:
         """Lets a save end, and closes what is open."""
@@ -153,12 +151,12 @@ class _Run:
 
     def _write_config(self) -> None:
         """Keeps the options that make this run again, and says which of them are not those that it was begun with."""
-        file = self.output_dir / output_folder.CONFIG
+        file = self.output_dir / CONFIG_FILE
         if self.start.resume_from is not None and file.exists():
             changed = lineage.changes(command_line.read_yaml(file), self.config)
             if changed:
                 log.info("goes on with other options than %s says: %s", file, "; ".join(changed))
-        values = {"task": self.start.identity["task"]} | lineage.recipe_values(self.config)
+        values = {"task": self.task.name} | lineage.recipe_values(self.config)
         write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def _newest(self) -> str:
@@ -184,7 +182,7 @@ class _Run:
     def _loader(self, done: int, num_steps: int) -> Loader:
         """The batches after some steps."""
         return assembly.make_loader(
-            self.config,
+            self.task,
             self.spec,
             self.source,
             self.schedule,
@@ -259,7 +257,7 @@ class _Run:
 
     def _command(self) -> str:
         """What starts this run again."""
-        return f"{self.backend.command} --config {shlex.quote(str(self.output_dir / output_folder.CONFIG))}"
+        return f"{self.backend.command} --config {shlex.quote(str(self.output_dir / CONFIG_FILE))}"
 
     def _seen(self, step: int) -> int:
         """Examples that the run has used up to a step, also across a resume with another batch size."""
@@ -316,48 +314,25 @@ class _Run:
             "examples_seen": self._seen(self.taken),
             "nonfinite_steps": self.nonfinite_steps,
         }
-        beside = functools.partial(self._export_trained, only_trained=True) if self.config.checkpoint_models else None
+        beside = self._export_trained if self.config.checkpoint_models else None
         self.saver.start(self.taken, metadata, beside)
         self.last_saved = self.taken
 
     def _sample(self, step: int) -> None:
-        config = self.config
-        text = isinstance(config, TextConfig)
-        if text and not config.validation_prompts:
+        if self.preview is None:
             return
         self._drain()
-        if self.preview is not None:
-            compared = functools.partial(reconstruction.compare, self.backend, self.preview)
-            self.tracker.grid(step, self.preemption.aside(compared), 8)
-            return
-        assert isinstance(config, DiffusionConfig)
-        draw = functools.partial(
-            self.backend.sample,
-            prompts=config.validation_prompts if text else [],
-            num_images=config.eval_batch_size,
-            num_inference_steps=config.validation_num_inference_steps,
-            guidance_scale=config.validation_guidance_scale if text else 1.0,
-            seed=config.seed,
-        )
-        self.tracker.grid(step, self.preemption.aside(draw), config.eval_batch_size if text else None)
+        draw = functools.partial(self.preview.draw, self.backend)
+        self.tracker.grid(step, self.preemption.aside(draw), self.preview.columns)
 
     def _export(self) -> None:
         """Writes what the run is for: a pipeline, an autoencoder, or adapters."""
         self._drain()
-        self._export_trained(self.output_dir)
-        if self.preview is None and self.main and not self.spec.adapted:
-            pipeline.write_index(self.spec, self.output_dir)
+        self.task.export(self.backend, self.spec, self.source, self.output_dir)
 
-    def _export_trained(self, folder: Path, *, only_trained: bool = False) -> None:
-        if not self.spec.adapted:
-            self.backend.export(folder, only_trained=only_trained)
-            if self.preview is not None:
-                reconstruction.write_scaling_factor(self.backend, self.preview, self.spec, folder)
-            return
-        arrays = self.backend.trained_arrays()
-        if self.main:
-            form = self.config.lora_format if isinstance(self.config, LoraConfig) else "peft"
-            pipeline.write_adapters(self.spec, arrays, folder, form)
+    def _export_trained(self, folder: Path) -> None:
+        """Writes what trains."""
+        self.task.export_trained(self.backend, self.spec, self.source, folder, only_trained=True)
 
 
 def _is_finite(metrics: dict[str, float]) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.checkpoints import folders
-from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.config.options import CONFIG_FILE, Reads, TrainConfig, named_inputs
 from flax_diffusion.core.errors import CheckpointError, ConfigError
+from flax_diffusion.core.families.family import subfolders
 from flax_diffusion.core.io.files import as_path, is_local, lies_in, move, remove_tree, unused
 from flax_diffusion.core.io.tracking import EVENT_FILES
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
@@ -18,17 +18,12 @@ from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
-CONFIG = "config.yaml"
 REPLACED = "replaced-run"
 """Where a run that is to be overwritten waits until the new one has saved a checkpoint."""
 
 _NOTHING, _FAILED = -1, -2  # instead of a step
 
 _RESULTS = ("model_index.json", LORA_FILE, EMBEDDINGS_FILE)
-_FOLDERS = ("samples", "unet", "vae", "vqvae", "text_encoder", "tokenizer", "scheduler")
-_FOLDERS_OF_DATA = ("train_data_dir", "instance_data_dir", "class_data_dir")
-_DATA = ("dataset_name", *_FOLDERS_OF_DATA)
-_INPUTS = (*_DATA, "pretrained_model_name_or_path", "vae", "unet", "text_encoder", "tokenizer_name")
 
 
 def check(output_dir: Path, config: TrainConfig) -> None:
@@ -66,26 +61,19 @@ def check_apart(output_dir: Path, config: TrainConfig) -> None:
     Raises:
         ConfigError: Naming the two folders of which one lies in the other.
     """
-    for option, name in named_inputs(config):
+    for option, kind, name in named_inputs(config):
+        if kind is not Reads.DATA_FOLDER and not as_path(name).exists():  # an id of the Hub
+            continue
         if lies_in(name, str(output_dir)):
             raise ConfigError(
                 f"--{option} {name}: lies in --output_dir {output_dir}, where the run writes and deletes; name another "
                 "--output_dir"
             )
-        if option in _DATA and lies_in(str(output_dir), name):
+        if kind is not Reads.MODEL and lies_in(str(output_dir), name):
             raise ConfigError(
                 f"--output_dir {output_dir}: lies in --{option} {name}, so that the run's samples would become data; "
                 "name a folder outside it"
             )
-
-
-def named_inputs(config: TrainConfig) -> Iterator[tuple[str, str]]:
-    """Option and path of every file or folder that a config reads; ids of the Hub are none."""
-    for holder in (config, *getattr(config, "concepts", ())):
-        for option in _INPUTS:
-            value = getattr(holder, option, None)
-            if isinstance(value, str) and (option in _FOLDERS_OF_DATA or as_path(value).exists()):
-                yield option, value
 
 
 def checkpoint_to_resume(output_dir: Path, request: str | None, backend: Backend) -> Path | None:
@@ -153,7 +141,7 @@ def _replace(output_dir: Path, config: TrainConfig) -> None:
     aside = output_dir / REPLACED  # it may hold part of this run, whose move was cut off, or a run that came before
     saved = (folders.committed, folders.damaged, folders.abandoned)
     left = [folder for of_kind in saved for folder in of_kind(output_dir)]
-    left += [output_dir / name for name in (CONFIG, *_RESULTS, *_FOLDERS)]
+    left += [output_dir / name for name in (CONFIG_FILE, *_RESULTS, "samples", *sorted(subfolders()))]
     for path in left:
         if path.exists():
             move(path, unused(aside / path.name))

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from flax_diffusion.core.backend import Backend
-from flax_diffusion.core.config.options import CaptionedConfig, DiffusionConfig, TrainConfig
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.images.decoding import decode
@@ -24,10 +24,10 @@ from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.data.table import write_table
 from flax_diffusion.core.errors import DataError, NonFiniteError
+from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.randomness.streams import Stream
-from flax_diffusion.core.run import assembly
 from flax_diffusion.core.spec.pipeline import PipelineSpec
-from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
+from flax_diffusion.core.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
@@ -35,11 +35,13 @@ PROMPTS_AT_A_TIME = 64
 _NOT_FINITE = "the latents of {} are not finite: check the picture, or the autoencoder's precision"
 
 
-def precompute(config: TrainConfig, spec: PipelineSpec, source: Source, backend: Backend, folder: Path) -> Precomputed:
-    """Computes what the config asks for, and lets go of the models that made it.
+def precompute(
+    task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend, folder: Path
+) -> Precomputed:
+    """Compute what the options ask for, and free the models that made it.
 
     Args:
-        config: Of the run.
+        task: With the run's options.
         spec: Its pipeline.
         source: All examples of it.
         backend: With its models loaded.
@@ -48,18 +50,19 @@ def precompute(config: TrainConfig, spec: PipelineSpec, source: Source, backend:
     Raises:
         DataError: For a picture that cannot be read; where such pictures are skipped, for too many of them.
     """
-    made = Precomputed()
+    config, made = task.config, Precomputed()
     bad = BadExamples(len(source)) if config.skip_bad_images else None
-    if isinstance(config, CaptionedConfig) and config.pre_compute_text_embeddings:
-        prompts = _prompts(config, source, bad)
+    if task.embeds_prompts:
+        prompts = _prompts(task, source, bad)
         path = folder / f"embeddings-{backend.process_index}.npy"
         made = replace(made, embeddings=write_table(path, len(prompts), _embedded(prompts, backend)))
-        backend.let_go("text_encoder")
-    if isinstance(config, DiffusionConfig) and config.cache_latents:
+        for name in spec.names_of(Role.TEXT_ENCODER):
+            backend.release(name)
+    if task.caches_latents:
         named = {record.name: index for index, record in _records(source, bad)}
-        batches = _encoded(config, source, named, assembly.make_transform(config, spec), backend, bad)
+        batches = _encoded(config, source, named, task.make_transform(spec), backend, bad)
         made = replace(made, moments=write_table(folder / f"moments-{backend.process_index}.npy", len(named), batches))
-        backend.let_go(spec.vae_name)
+        backend.release(spec.vae_name)
     return made
 
 
@@ -74,11 +77,11 @@ def _records(source: Source, bad: BadExamples | None) -> Iterator[tuple[int, Rec
             bad.add(example_name(source, index), str(error))
 
 
-def _prompts(config: CaptionedConfig, source: Source, bad: BadExamples | None) -> list[str]:
+def _prompts(task: Task[TrainConfig], source: Source, bad: BadExamples | None) -> list[str]:
     captions = (record.caption for _, record in _records(source, bad))
     listed = ([caption] if isinstance(caption, str) else caption or [] for caption in captions)
     prompts = dict.fromkeys(prompt for several in listed for prompt in several)
-    if isinstance(config, TextToImageConfig) and config.proportion_empty_prompts:
+    if task.embeds_empty_prompt:
         prompts[""] = None
     return list(prompts)
 
@@ -91,7 +94,7 @@ def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str],
 
 
 def _encoded(
-    config: DiffusionConfig,
+    config: TrainConfig,
     source: Source,
     named: Mapping[str, int],
     transform: ImageTransform,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import get_args
 
-from flax_diffusion.core.config.options import LoraConfig, LrScheduler, TrainConfig
+from flax_diffusion.core.config.options import LrScheduler, TrainConfig
 from flax_diffusion.core.errors import ConfigError, unknown
 
 POLYNOMIAL_END = 1e-7
@@ -63,12 +63,6 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int, peak: float) -
         return ((peak - POLYNOMIAL_END) * left**config.lr_power + POLYNOMIAL_END) / peak
 
     return lambda step: peak * factor(step)
-
-
-def rate_factors(config: TrainConfig) -> dict[str, float]:
-    """By which the learning rate of a component is multiplied, where it has one of its own."""
-    own = config.text_encoder_learning_rate if isinstance(config, LoraConfig) else None
-    return {} if own is None else {"text_encoder": own / config.learning_rate}
 
 
 def _piecewise(rules: str) -> Callable[[int], float]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.checkpoints import portable
-from flax_diffusion.core.config.options import DatasetConfig, TrainConfig
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.sources.source import Source
@@ -19,6 +19,7 @@ from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.precompute import precompute
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -36,26 +37,24 @@ class Start:
     nonfinite_steps: int = 0
 
 
-def open_inputs(config: TrainConfig) -> tuple[Source, PipelineSpec]:
+def open_inputs(task: Task[TrainConfig]) -> tuple[Source, PipelineSpec]:
     """Opens the data and reads the configs of the models; no weight is read.
 
     Raises:
         UserError: For input that cannot be used.
     """
+    config = task.config
     check_count(config.dataloader_num_workers)
     output_folder.check(as_path(config.output_dir), config)
-    source = assembly.open_run_source(config)
-    return source, assembly.make_spec(config, source)
+    source = task.open_source()
+    return source, task.make_spec(source)
 
 
-def prepare(
-    task: str, config: TrainConfig, spec: PipelineSpec, source: Source, backend: Backend, scratch: Path
-) -> Start:
+def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend, scratch: Path) -> Start:
     """Checks the checkpoint to go on from, loads the weights, and has the models make what training needs of them.
 
     Args:
-        task: Name of the task.
-        config: The run's options.
+        task: With the run's options.
         spec: Its pipeline.
         source: Its examples, but for those that models draw.
         backend: Of this process.
@@ -64,13 +63,14 @@ def prepare(
     Raises:
         UserError: For input that cannot be used, before any long work where that can be known.
     """
+    config = task.config
     output_dir = as_path(config.output_dir)
     shared_folder(output_dir, backend, "--output_dir")
     main = backend.process_index == 0
-    skips, tokenize = config.skip_bad_images, spec.tokenize if isinstance(config, DatasetConfig) else None
+    skips, tokenize = config.skip_bad_images, spec.tokenize if task.checks_captions else None
     check_source(source, skip_bad_images=skips, everywhere=backend.everywhere, main=main, tokenize=tokenize)
-    num_examples = assembly.count_examples(config, source)
-    identity = lineage.identity(task, config, spec, source, num_examples)
+    num_examples = task.count_examples(source)
+    identity = lineage.identity(task.name, config, spec, source, num_examples)
     resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
     step = seen = nonfinite = 0
     if resume_from is not None:
@@ -83,12 +83,12 @@ def prepare(
     schedule = make_schedule(config, num_examples, backend.device_count, step, seen)
     make_rate(config, schedule)  # which reads --lr_step_rules
     if main:
-        assembly.say_what_is_in_vain(config, spec, schedule)
+        assembly.say_what_is_in_vain(task, spec, schedule)
     parameters = backend.init_state()
     if resume_from is not None:
         backend.check(resume_from)
-    source = assembly.complete_source(config, source, backend)
-    made = precompute(config, spec, source, backend, scratch)
+    source = task.complete_source(source, backend)
+    made = precompute(task, spec, source, backend, scratch)
     if resume_from is not None:
         backend.restore(resume_from)
     return Start(source, made, schedule, parameters, identity, resume_from, step, seen, nonfinite)

@@ -157,23 +157,23 @@ def trained_layers(lora: Lora, arrays: Mapping[str, np.ndarray]) -> dict[str, Lo
     }
 
 
-KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
-
-
-def save_lora(path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: str = "peft") -> None:
-    """Writes LoRA weights that Diffusers' `load_lora_weights` reads.
+def save_lora(
+    path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: str, prefixes: Mapping[str, str]
+) -> None:
+    """Write LoRA weights that Diffusers' `load_lora_weights` reads.
 
     Args:
         path: The safetensors file.
-        models: Component ("unet", "text_encoder") to its layers by name.
+        models: Component to its layers by name.
         form: "peft" (`unet.….lora_A.weight`) or "kohya" (`lora_unet_….lora_down.weight`, with alpha).
+        prefixes: Of kohya's names, by component.
     """
     arrays: Arrays = {}
     metadata: dict[str, Any] = {}
     for model, layers in models.items():
         for name, layer in layers.items():
             if form == "kohya":
-                flat = f"{KOHYA[model]}_{name.replace('.', '_')}"
+                flat = f"{prefixes[model]}_{name.replace('.', '_')}"
                 arrays[f"{flat}.lora_down.weight"], arrays[f"{flat}.lora_up.weight"] = layer.down, layer.up
                 arrays[f"{flat}.alpha"] = np.asarray(layer.alpha, np.float32)
             else:

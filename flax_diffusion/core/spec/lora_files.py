@@ -18,7 +18,7 @@ import numpy as np
 from flax_diffusion.core.errors import WeightsError, shown
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.untrusted import parse_json
-from flax_diffusion.core.spec.adapters import KOHYA, LORA_FILE, LoraLayer
+from flax_diffusion.core.spec.adapters import LORA_FILE, LoraLayer
 
 log = logging.getLogger(__name__)
 
@@ -69,12 +69,13 @@ _DEFAULTS: dict[str, Any] = {"bias": "none", "peft_type": "LORA"}
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights: the model's weights stay
 
 
-def read_lora_layers(path: Path, layers: Layers) -> dict[str, dict[str, LoraLayer]]:
+def read_lora_layers(path: Path, layers: Layers, prefixes: Mapping[str, str]) -> dict[str, dict[str, LoraLayer]]:
     """Reads what a LoRA file adds to a model.
 
     Args:
         path: The safetensors file, or the folder that holds it.
         layers: Of the model.
+        prefixes: Of kohya's names, by component.
 
     Returns:
         Component to, by the name of each adapted layer, its two matrices and its alpha.
@@ -88,7 +89,7 @@ def read_lora_layers(path: Path, layers: Layers) -> dict[str, dict[str, LoraLaye
     if not any(key.endswith(tuple(_DOWN)) for key in stored):
         raise WeightsError(f"{path} holds no LoRA weights: name the file that does")
     settings = _settings(path)
-    names = _Names(layers)
+    names = _Names(layers, prefixes)
     found: dict[str, dict[str, LoraLayer]] = {}
     strangers, problems = [], []
     used = set()
@@ -176,18 +177,19 @@ class _Names:
 
     Args:
         layers: Of the model.
+        prefixes: Of kohya's names, by component.
     """
 
-    def __init__(self, layers: Layers):
+    def __init__(self, layers: Layers, prefixes: Mapping[str, str]):
         self.known = {
             model: {name.removesuffix(".weight") for name in own if name.endswith(".weight")}
             for model, own in layers.items()
         }
         self.flat: dict[str, tuple[str, str]] = {}
-        for model in KOHYA.keys() & self.known.keys():
+        for model in prefixes.keys() & self.known.keys():
             for name in self.known[model]:
                 for spelling in {name, name.removeprefix("text_model.")}:
-                    self.flat[f"{KOHYA[model]}_{spelling.replace('.', '_')}"] = (model, name)
+                    self.flat[f"{prefixes[model]}_{spelling.replace('.', '_')}"] = (model, name)
 
     def find(self, raw: str) -> tuple[str, str | None]:
         """The component and the name of a layer; None where the model has none such."""

@@ -13,6 +13,7 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import require_whole
 from flax_diffusion.core.checkpoints.portable import Arrays
 from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.adapters import NEW_ROWS, LoraLayer, Overlay, trained_layers
 from flax_diffusion.core.spec.lora_files import Layers, read_lora_layers
@@ -43,7 +44,7 @@ def with_adapters(
     """
     known = shapes(spec) if lora else {}
     for item in lora:
-        layers, strength = read_lora(item, known)
+        layers, strength = read_lora(item, known, spec.family.lora_prefixes)
         spec = _with_lora(spec, layers, strength * lora_scale)
     for item in embeddings:
         path, word = _path_and_rest(item)
@@ -51,12 +52,13 @@ def with_adapters(
     return spec
 
 
-def read_lora(item: str, known: Layers) -> tuple[dict[str, dict[str, LoraLayer]], float]:
+def read_lora(item: str, known: Layers, prefixes: Mapping[str, str]) -> tuple[dict[str, dict[str, LoraLayer]], float]:
     """Reads a LoRA that is named as PATH or PATH:STRENGTH.
 
     Args:
         item: Names it.
         known: Layers of the model.
+        prefixes: Of kohya's names, by component.
 
     Returns:
         Its layers by component and name, and its strength.
@@ -65,7 +67,7 @@ def read_lora(item: str, known: Layers) -> tuple[dict[str, dict[str, LoraLayer]]
         UserError: If it is not there, or does not fit.
     """
     path, strength = _path_and_strength(item)
-    return read_lora_layers(path, known), strength
+    return read_lora_layers(path, known, prefixes), strength
 
 
 def _path_and_rest(item: str) -> tuple[Path, str | None]:
@@ -120,11 +122,12 @@ def _with_words(spec: PipelineSpec, path: Path, word: str | None) -> PipelineSpe
 def _with_rows(spec: PipelineSpec, words: Overlay) -> PipelineSpec:
     """Puts the rows of new words behind those of the table, or of the words before them."""
     assert words.rows is not None
-    overlay = spec.components["text_encoder"].overlay or Overlay()
+    (name,) = spec.names_of(Role.TEXT_ENCODER)
+    overlay = spec.components[name].overlay or Overlay()
     rows, first = words.rows, words.first
     if overlay.rows is not None:
         rows, first = np.concatenate([overlay.rows, rows]), overlay.first
-    return _overlaid(spec, "text_encoder", replace(overlay, rows=rows, first=first), vocab_size=first + len(rows))
+    return _overlaid(spec, name, replace(overlay, rows=rows, first=first), vocab_size=first + len(rows))
 
 
 def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
@@ -133,7 +136,8 @@ def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
     Raises:
         WeightsError: If they are of another word, or of another number of tokens.
     """
-    new = spec.components["text_encoder"].new_tokens
+    assert spec.text_encoder is not None
+    new = spec.text_encoder.new_tokens
     assert new is not None
     words = read_words(run)
     counts = {word: len(rows) for word, rows in words.items()}

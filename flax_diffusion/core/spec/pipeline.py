@@ -6,22 +6,22 @@ Both backends build their modules from the same `PipelineSpec`. It is read and c
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import FiniteFloat
 
 from flax_diffusion.core.errors import ConfigError, WeightsError
-from flax_diffusion.core.families import kinds
+from flax_diffusion.core.families import folders
+from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, Role, family_of, model_class
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import write_json, written_folder
-from flax_diffusion.core.objectives import noise_schedule, samplers
+from flax_diffusion.core.objectives.objective import Objective, objective_of
 from flax_diffusion.core.spec import adapters, weight_files
 from flax_diffusion.core.spec.adapters import Lora, NewTokens, Overlay
-from flax_diffusion.core.typed import Count, Size, check_values
+from flax_diffusion.core.typed import check_values
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -30,49 +30,6 @@ if TYPE_CHECKING:
 
 
 log = logging.getLogger(__name__)
-
-
-class _UNet2D:
-    sample_size: Size | list[Size] | None = None
-    in_channels: Size = 3
-    out_channels: Size = 3
-    block_out_channels: Sequence[Size] = (224, 448, 672, 896)
-    down_block_types: Sequence[str] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
-    layers_per_block: Count | list[Count] = 2
-
-
-class _UNet2DCondition(_UNet2D):
-    in_channels: Size = 4
-    out_channels: Size = 4
-    block_out_channels: Sequence[Size] = (320, 640, 1280, 1280)
-    down_block_types: Sequence[str] = (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
-    up_block_types: Sequence[str] = ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
-    cross_attention_dim: Size | list[Size] = 1280
-    addition_embed_type: str | None = None
-
-
-class _AutoencoderKL:
-    in_channels: Size = 3
-    latent_channels: Size = 4
-    block_out_channels: Sequence[Size] = (64,)
-    layers_per_block: Count = 1
-    scaling_factor: FiniteFloat = 0.18215
-
-
-class _CLIPText:
-    hidden_size: Size = 512
-    num_hidden_layers: Count = 12
-    max_position_embeddings: Size = 77
-    hidden_act: str = "quick_gelu"
-
-
-_KNOWN: dict[str, type] = {
-    "UNet2DModel": _UNet2D,
-    "UNet2DConditionModel": _UNet2DCondition,
-    "AutoencoderKL": _AutoencoderKL,
-    "CLIPTextModel": _CLIPText,
-}
-"""The keys of configs that are read before there are models, with the defaults of Diffusers and Transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +46,20 @@ class Component:
     lora: Lora | None = None  # these beside it
     new_tokens: NewTokens | None = None  # their rows behind its embedding table
     overlay: Overlay | None = None  # what differs from the weights
+    rate_factor: float = 1.0  # of the learning rate
 
     def __post_init__(self) -> None:
-        check_values(_KNOWN[self.kind], self.config, f"config of a {self.kind}")
+        check_values(self.model.schema, self.config, f"config of a {self.kind}")
+
+    @property
+    def model(self) -> ModelClass:
+        """Its class."""
+        return model_class(self.kind)
+
+    @property
+    def role(self) -> Role:
+        """What it does in the pipeline."""
+        return self.model.role
 
     @property
     def adapted(self) -> bool:
@@ -104,7 +72,7 @@ class Component:
         return self.train or self.adapted
 
     def __getitem__(self, key: str) -> Any:
-        return self.config.get(key, getattr(_KNOWN[self.kind], key, None))
+        return self.config.get(key, getattr(self.model.schema, key, None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +94,13 @@ class PipelineSpec:
     components: dict[str, Component]
     scheduler: dict[str, Any]
     resolution: int
-    alphas_cumprod: np.ndarray = field(repr=False)
     size: tuple[int, int] | None = None  # height and width of what is drawn; None: both are the resolution
     tokenizer: CLIPTokenizer | None = None
     autoencoder_loss: AutoencoderLoss | None = None  # None: a denoiser is trained
 
     def __post_init__(self) -> None:
         if self.scheduler:
-            samplers.prediction_type(self.scheduler)
+            self.objective.prediction(self.scheduler)
 
     @property
     def tokenize(self) -> Tokenize | None:
@@ -150,34 +117,56 @@ class PipelineSpec:
         return any(component.adapted for component in self.components.values())
 
     @property
-    def unet(self) -> Component:
-        """The denoiser."""
-        return self.components["unet"]
+    def family(self) -> Family:
+        """The family that the pipeline is of."""
+        return family_of(self.kind)
+
+    def names_of(self, role: Role) -> list[str]:
+        """Names of the components that have a role."""
+        return [name for name, part in self.components.items() if part.role is role]
+
+    def _part(self, role: Role) -> Component | None:
+        return next((self.components[name] for name in self.names_of(role)), None)
+
+    @property
+    def denoiser(self) -> Component:
+        """The model that is trained to denoise."""
+        return self.components[self.denoiser_name]
+
+    @property
+    def denoiser_name(self) -> str:
+        """The denoiser's component name."""
+        return self.names_of(Role.DENOISER)[0]
 
     @property
     def vae(self) -> Component | None:
         """The autoencoder, or None in pixel space."""
-        return self.components.get(self.vae_name)
+        return self._part(Role.AUTOENCODER)
 
     @property
     def vae_name(self) -> str:
         """The autoencoder's component name: `vae` in Stable Diffusion, `vqvae` in LDMPipeline."""
-        return "vqvae" if "vqvae" in self.components else "vae"
+        return self.names_of(Role.AUTOENCODER)[0]
 
     @property
     def text_encoder(self) -> Component | None:
         """The text encoder, or None when there are no captions."""
-        return self.components.get("text_encoder")
+        return self._part(Role.TEXT_ENCODER)
+
+    @property
+    def objective(self) -> type[Objective]:
+        """What the denoiser was or will be trained by."""
+        return objective_of(self.scheduler)
 
     @property
     def prediction_type(self) -> str:
-        """What the UNet predicts: epsilon, v_prediction or sample."""
-        return samplers.prediction_type(self.scheduler)
+        """What the denoiser predicts: epsilon, v_prediction, sample, flow_matching or edm."""
+        return self.objective.prediction(self.scheduler)
 
     @property
     def image_channels(self) -> Literal[1, 3]:
         """Channels of the images that the pipeline makes."""
-        return (self.vae or self.unet)["in_channels"]
+        return (self.vae or self.denoiser)["in_channels"]
 
     @property
     def vae_factor(self) -> int:
@@ -188,12 +177,12 @@ class PipelineSpec:
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape (channels, height, width) of what is denoised."""
         height, width = (side // self.vae_factor for side in self.size or (self.resolution, self.resolution))
-        return (self.vae["latent_channels"] if self.vae else self.unet["in_channels"], height, width)
+        return (self.vae["latent_channels"] if self.vae else self.denoiser["in_channels"], height, width)
 
     @property
     def size_factor(self) -> int:
         """What height and width of a picture are multiples of: the VAE halves them, and then the UNet."""
-        return self.vae_factor * 2 ** (len(self.unet["down_block_types"]) - 1)
+        return self.vae_factor * 2 ** (len(self.denoiser["down_block_types"]) - 1)
 
 
 def open_pipeline(source: str, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
@@ -209,36 +198,25 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     """
     from flax_diffusion.core.data import captions as text
 
-    index = kinds.check_kind(source, revision, kinds.PARTS)
+    index = folders.check_kind(source, revision, [family for family in FAMILIES.values() if family.draws])
     if not index:
         raise WeightsError(f"{source} has no model_index.json: name a folder that holds a pipeline")
     kind = index["_class_name"]
     components = {}
-    for name, model in kinds.PARTS[kind].items():
-        if kinds.has_part(index, name):
+    for name, model in family_of(kind).pipelines[kind].parts.items():
+        if folders.has_part(index, name):
             folder = model_files.resolve(source, name, revision, allow_patterns=["*.json"])
-            components[name] = read_component(folder, model, source, name, revision, variant)
+            components[name] = read_component(folder, model.name, source, name, revision, variant)
     scheduler = model_files.read_json(model_files.resolve(source, "scheduler", revision) / "scheduler_config.json")
     tokenizer = (
         text.load_tokenizer(model_files.resolve(source, "tokenizer", revision)) if "tokenizer" in index else None
     )
-    if "unet" not in components or not isinstance(size := components["unet"]["sample_size"], int):
+    denoiser = next((part for part in components.values() if part.role is Role.DENOISER), None)
+    if denoiser is None or not isinstance(size := denoiser["sample_size"], int):
         raise WeightsError(f"{source}: has no UNet whose config says its sample_size as one number")
     check_variant(components.values(), variant)
-    unet = components["unet"]
-    if kind in kinds.TEXT_KINDS and unet["in_channels"] != unet["out_channels"]:
-        raise WeightsError(
-            f"{source}: its UNet has in_channels {unet['in_channels']} and out_channels {unet['out_channels']}; "
-            "inpainting models are not drawn from yet: use one that has both equal"
-        )
-    spec = PipelineSpec(
-        kind=kind,
-        components=components,
-        scheduler=scheduler,
-        resolution=1,
-        alphas_cumprod=noise_schedule.alphas_cumprod_from_config(samplers.noise_config(scheduler)),
-        tokenizer=tokenizer,
-    )
+    spec = PipelineSpec(kind=kind, components=components, scheduler=scheduler, resolution=1, tokenizer=tokenizer)
+    spec.family.check_drawing(spec)
     return replace(spec, resolution=size * spec.vae_factor)
 
 
@@ -286,7 +264,7 @@ def read_component(
         raise WeightsError(f"{place}: holds a {found}, must hold the {kind} that this task needs")
     return Component(
         kind=kind,
-        config=kinds.model_config(values),
+        config=folders.model_config(values),
         weights=source,
         subfolder=subfolder,
         revision=revision,
@@ -304,17 +282,13 @@ def check_prompts(spec: PipelineSpec, prompts: list[str]) -> None:
 
 def write_index(spec: PipelineSpec, folder: Path) -> None:
     """Writes what a pipeline folder holds beside its models: model_index.json, scheduler and tokenizer."""
-    library = {"CLIPTextModel": "transformers"}
     index: dict[str, Any] = {"_class_name": spec.kind}
-    for name, component in spec.components.items():
-        index[name] = [library.get(component.kind, "diffusers"), component.kind]
+    index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
     if spec.tokenizer is not None:
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-        index |= {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
-        index.setdefault("vae", [None, None])
-        index["requires_safety_checker"] = False
         save_tokenizer(spec, folder)
+    index = index | {name: value for name, value in spec.family.pipelines[spec.kind].index.items() if name not in index}
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)
@@ -345,4 +319,4 @@ def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder
         if component.new_tokens is not None:
             adapters.save_embeddings(folder / adapters.EMBEDDINGS_FILE, component.new_tokens, own[adapters.NEW_ROWS])
     if loras:
-        adapters.save_lora(folder / adapters.LORA_FILE, loras, form)
+        adapters.save_lora(folder / adapters.LORA_FILE, loras, form, spec.family.lora_prefixes)

@@ -1,38 +1,23 @@
 """Single-file checkpoints: a whole pipeline under the names of the original Stable Diffusion code.
 
 Such a file holds weights only; configs and tokenizer are those of a pipeline folder of the same architecture.
-
-Reference: the modules of https://github.com/CompVis/stable-diffusion and https://github.com/Stability-AI/stablediffusion.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from flax_diffusion.core.checkpoints.portable import Arrays
 from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.families.family import FAMILIES, Role, SingleFileLayout
 from flax_diffusion.core.io import model_files
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 SINGLE_FILE = "model.safetensors"
-_PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
-
-Substitutions = tuple[tuple[str, str], ...]
-_RESNET: Substitutions = (
-    ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("time_emb_proj", "emb_layers.1"), ("norm2", "out_layers.0"),
-    ("conv2", "out_layers.3"), ("conv_shortcut", "skip_connection"),
-)  # fmt: skip
-_VAE_ATTENTION: Substitutions = (
-    ("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"),
-)  # fmt: skip
-_OPEN_CLIP_LAYER: Substitutions = (
-    ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"), ("self_attn.out_proj", "attn.out_proj"), ("mlp.fc1", "mlp.c_fc"),
-    ("mlp.fc2", "mlp.c_proj"),
-)  # fmt: skip
 _QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)")
 
 
@@ -56,19 +41,24 @@ def read_single_file(path: Path, spec: PipelineSpec, names: Mapping[str, list[st
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: is not safetensors; what is pickled can run code: convert it to safetensors first")
     stored = model_files.read_safetensors(path)
-    if not any(key.startswith(tuple(_PREFIXES.values())) for key in stored):
+    layouts = [family.single_file for family in FAMILIES.values() if family.single_file is not None]
+    starts = tuple(prefix for layout in layouts for prefix in layout.prefixes.values())
+    if not any(key.startswith(starts) for key in stored):
         raise WeightsError(f"{path} is no single-file checkpoint of Stable Diffusion: no name starts as one of its")
-    if any(key.startswith("conditioner.embedders.") for key in stored):
-        raise WeightsError(f"{path} is a checkpoint of SDXL: only those of Stable Diffusion 1.x and 2.x are read yet")
-    open_clip = any(key.startswith("cond_stage_model.model.") for key in stored)
+    for start, what in ((start, what) for layout in layouts for start, what in layout.refused.items()):
+        if any(key.startswith(start) for key in stored):
+            raise WeightsError(f"{path} is {what}")
+    layout = _layout(spec)
+    open_clip = any(key.startswith(layout.open_clip) for key in stored)
     found: dict[str, Arrays] = {}
-    for component, renamed in _renamers(spec, open_clip=open_clip).items():
-        if component != "unet" and not any(key.startswith(_PREFIXES[component]) for key in stored):
+    for component, renamed in layout.renamers(spec, open_clip).items():
+        prefix, role = layout.prefixes[component], spec.components[component].role
+        if role is not Role.DENOISER and not any(key.startswith(prefix) for key in stored):
             continue
         found[component] = {}
         for name in names[component]:
-            qkv = _QKV.fullmatch(name) if component == "text_encoder" and open_clip else None
-            key = _PREFIXES[component] + renamed(f"{qkv[1]}.in_proj_{qkv[3]}" if qkv else name)
+            qkv = _QKV.fullmatch(name) if role is Role.TEXT_ENCODER and open_clip else None
+            key = prefix + renamed(f"{qkv[1]}.in_proj_{qkv[3]}" if qkv else name)
             if key not in stored:  # Transformers 5 leaves a level out
                 key = key.replace("transformer.text_model.", "transformer.", 1)
             if key in stored:
@@ -90,12 +80,14 @@ def write_single_file(path: Path, spec: PipelineSpec, weights: Mapping[str, Arra
     """
     open_clip = spec.text_encoder is not None and spec.text_encoder["hidden_act"] == "gelu"
     out: Arrays = {}
-    for component, renamed in _renamers(spec, open_clip=open_clip).items():
-        joined = component == "text_encoder" and open_clip
+    layout = _layout(spec)
+    for component, renamed in layout.renamers(spec, open_clip).items():
+        role = spec.components[component].role
+        joined = role is Role.TEXT_ENCODER and open_clip
         for name, array in _join_qkv(weights[component]) if joined else weights[component].items():
-            if component == "vae" and ".attentions." in name and array.ndim == 2:
+            if role is Role.AUTOENCODER and ".attentions." in name and array.ndim == 2:
                 array = array[:, :, None, None]
-            out[_PREFIXES[component] + renamed(name)] = array
+            out[layout.prefixes[component] + renamed(name)] = array
     model_files.write_safetensors(path, out)
 
 
@@ -110,99 +102,8 @@ def _join_qkv(weights: Arrays) -> Iterator[tuple[str, np.ndarray]]:
             yield f"{qkv[1]}.in_proj_{qkv[3]}", np.concatenate(parts)
 
 
-def _renamers(spec: PipelineSpec, *, open_clip: bool) -> dict[str, Callable[[str], str]]:
-    """Component to a function from PyTorch's names to the original ones, less the prefix."""
-    if spec.kind != "StableDiffusionPipeline" or spec.vae is None:
+def _layout(spec: PipelineSpec) -> SingleFileLayout:
+    layout = spec.family.single_file
+    if layout is None or spec.vae is None:
         raise ConfigError(f"single files hold a Stable Diffusion pipeline with an autoencoder, this is a {spec.kind}")
-    return {
-        "unet": _unet_names(spec.unet),
-        "vae": _vae_names(spec.vae),
-        "text_encoder": _open_clip_name if open_clip else "transformer.{}".format,
-    }
-
-
-def _substitute(name: str, pairs: Substitutions) -> str:
-    """Renames the module that a dotted name starts with."""
-    for theirs, original in pairs:
-        if name.startswith(f"{theirs}."):
-            return original + name[len(theirs) :]
-    return name
-
-
-def _by_module(modules: Mapping[str, tuple[str, Substitutions]]) -> Callable[[str], str]:
-    """Renames by the longest module that a name starts with, and what is inside by its substitutions."""
-
-    def renamed(name: str) -> str:
-        parts = name.split(".")
-        for end in range(len(parts) - 1, 0, -1):
-            found = modules.get(".".join(parts[:end]))
-            if found is not None:
-                return f"{found[0]}.{_substitute('.'.join(parts[end:]), found[1])}"
-        return name
-
-    return renamed
-
-
-def _unet_names(unet: Component) -> Callable[[str], str]:
-    """The original UNet numbers its blocks through: the first convolution, then resnets and resamplers in turn."""
-    layers, levels = unet["layers_per_block"], len(unet["down_block_types"])
-    if not isinstance(layers, int):
-        raise ConfigError(f"single files hold UNets with one layers_per_block, this one has {layers}")
-    modules: dict[str, tuple[str, Substitutions]] = {
-        "conv_in": ("input_blocks.0.0", ()),
-        "time_embedding.linear_1": ("time_embed.0", ()),
-        "time_embedding.linear_2": ("time_embed.2", ()),
-        "conv_norm_out": ("out.0", ()),
-        "conv_out": ("out.2", ()),
-        "mid_block.resnets.0": ("middle_block.0", _RESNET),
-        "mid_block.attentions.0": ("middle_block.1", ()),
-        "mid_block.resnets.1": ("middle_block.2", _RESNET),
-    }
-    for level in range(levels):
-        down, up = 1 + level * (layers + 1), level * (layers + 1)
-        for layer in range(layers):
-            modules[f"down_blocks.{level}.resnets.{layer}"] = (f"input_blocks.{down + layer}.0", _RESNET)
-            modules[f"down_blocks.{level}.attentions.{layer}"] = (f"input_blocks.{down + layer}.1", ())
-        modules[f"down_blocks.{level}.downsamplers.0.conv"] = (f"input_blocks.{down + layers}.0.op", ())
-        for layer in range(layers + 1):
-            modules[f"up_blocks.{level}.resnets.{layer}"] = (f"output_blocks.{up + layer}.0", _RESNET)
-            modules[f"up_blocks.{level}.attentions.{layer}"] = (f"output_blocks.{up + layer}.1", ())
-        place = 2 if "CrossAttn" in unet["up_block_types"][level] else 1
-        modules[f"up_blocks.{level}.upsamplers.0.conv"] = (f"output_blocks.{up + layers}.{place}.conv", ())
-    return _by_module(modules)
-
-
-def _vae_names(vae: Component) -> Callable[[str], str]:
-    """The original decoder counts its levels from the finest."""
-    layers, levels = vae["layers_per_block"], len(vae["block_out_channels"])
-    shortcut: Substitutions = (("conv_shortcut", "nin_shortcut"),)
-    modules: dict[str, tuple[str, Substitutions]] = {}
-    for side in ("encoder", "decoder"):
-        modules[f"{side}.conv_norm_out"] = (f"{side}.norm_out", ())
-        modules[f"{side}.mid_block.attentions.0"] = (f"{side}.mid.attn_1", _VAE_ATTENTION)
-        for layer in range(2):
-            modules[f"{side}.mid_block.resnets.{layer}"] = (f"{side}.mid.block_{layer + 1}", shortcut)
-        for level in range(levels):
-            ours = f"{side}.{'down' if side == 'encoder' else 'up'}_blocks.{level}"
-            theirs = f"encoder.down.{level}" if side == "encoder" else f"decoder.up.{levels - 1 - level}"
-            for layer in range(layers + 1):
-                modules[f"{ours}.resnets.{layer}"] = (f"{theirs}.block.{layer}", shortcut)
-            modules[f"{ours}.downsamplers.0.conv"] = (f"{theirs}.downsample.conv", ())
-            modules[f"{ours}.upsamplers.0.conv"] = (f"{theirs}.upsample.conv", ())
-    return _by_module(modules)
-
-
-def _open_clip_name(name: str) -> str:
-    """OpenCLIP's name of a text encoder's parameter; `in_proj` stands for queries, keys and values."""
-    name = name.removeprefix("text_model.")
-    fixed = {
-        "embeddings.token_embedding.weight": "token_embedding.weight",
-        "embeddings.position_embedding.weight": "positional_embedding",
-    }
-    if name in fixed:
-        return f"model.{fixed[name]}"
-    layer = re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", name)
-    if layer is None:
-        return f"model.{_substitute(name, (('final_layer_norm', 'ln_final'),))}"
-    inside = _substitute(layer[2], _OPEN_CLIP_LAYER).replace("self_attn.in_proj", "attn.in_proj")
-    return f"model.transformer.resblocks.{layer[1]}.{inside}"
+    return layout

@@ -1,24 +1,46 @@
-"""Images to latents and back: `train autoencoder`."""
+"""Images to latents and back: `train autoencoder`.
+
+Progress is seen by pictures beside their reconstructions; at the end the scale of the latents is measured.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
-from flax_diffusion.core.config.options import DatasetConfig
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config.defaults import with_defaults
+from flax_diffusion.core.config.options import Reads
+from flax_diffusion.core.data.batches import ExampleFn
+from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.families import folders
+from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
+from flax_diffusion.core.io import model_files
+from flax_diffusion.core.io.files import write_json
+from flax_diffusion.core.spec.pipeline import AutoencoderLoss, PipelineSpec, check_variant
+from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.parts import check_channels, check_resolution, from_scratch, pretrained, sized
+from flax_diffusion.core.tasks.task import TASKS, Preview, Task
 
 
+@with_defaults(output_dir="autoencoder-model")
 class AutoencoderConfig(DatasetConfig):
     """Images to latents and back: `train autoencoder`. The result is the --vae of the other tasks."""
 
-    vae: dict[str, Any] | str | None = Field(
+    vae: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
         None, description="From scratch: the AutoencoderKL config, as a mapping or the folder or .json file of one."
     )
     rec_loss: Literal["l1", "l2"] = Field("l2", description="Reconstruction: absolute or squared error.")
     kl_scale: float = Field(1e-6, ge=0, description="Weight of the posterior's divergence from a normal one.")
     eval_batch_size: int = Field(16, ge=1, description="Pictures in the grid, each beside its reconstruction.")
-    output_dir: str = Field("autoencoder-model", description="Folder of the run.")
 
     @model_validator(mode="after")
     def _check_autoencoder(self) -> AutoencoderConfig:
@@ -28,3 +50,133 @@ class AutoencoderConfig(DatasetConfig):
                 "pipeline whose vae to go on with"
             )
         return self
+
+
+class AutoencoderTask(Task[AutoencoderConfig]):
+    """Trains an AutoencoderKL."""
+
+    name = "autoencoder"
+    config_class = AutoencoderConfig
+
+    @classmethod
+    def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options that name data, for a plan, which reads none."""
+        return stand_in(given)
+
+    def open_source(self) -> Source:
+        """Open the dataset."""
+        return open_dataset(self.config)
+
+    def make_spec(self, source: Source) -> PipelineSpec:
+        """Read the config of the autoencoder."""
+        config = self.config
+        if config.pretrained_model_name_or_path:
+            vae = pretrained(config, _subfolder(config), AUTOENCODER_KL, train=True)
+        else:
+            assert config.vae is not None
+            vae = from_scratch(config.vae, "--vae", AUTOENCODER_KL)
+        check_variant([vae], config.variant)
+        vae = sized(vae, config.resolution)
+        spec = PipelineSpec(
+            kind="AutoencoderKL",
+            components={"vae": vae},
+            scheduler={},
+            resolution=config.resolution,
+            autoencoder_loss=AutoencoderLoss(rec_loss=config.rec_loss, kl_scale=config.kl_scale),
+        )
+        check_resolution(config.resolution, spec.vae_factor)
+        check_channels(spec)
+        return spec
+
+    def reopen_spec(self, run: Path) -> PipelineSpec:
+        """Refuse: an autoencoder draws nothing."""
+        raise WeightsError(f"{run}: trained an autoencoder, which draws nothing by itself: it is the --vae of a run")
+
+    def _pictures(self, spec: PipelineSpec, source: Source) -> _Pictures:
+        return _Pictures(source, self.make_example_fn(spec), self.config)
+
+    def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
+        """Show pictures beside their reconstructions."""
+        return Preview(partial(_compare, pictures=self._pictures(spec, source)), columns=8)
+
+    def export_trained(
+        self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
+    ) -> None:
+        """Write the autoencoder, with the scale of its latents."""
+        super().export_trained(backend, spec, source, folder, only_trained=only_trained)
+        _write_scaling_factor(backend, self._pictures(spec, source), spec, folder)
+
+    def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
+        """Write the autoencoder, by itself."""
+        self.export_trained(backend, spec, source, folder)
+
+
+TASKS.register(AutoencoderTask.name, AutoencoderTask)
+
+
+def _subfolder(config: AutoencoderConfig) -> str | None:
+    """The subfolder of a pipeline's autoencoder; None for an autoencoder by itself."""
+    source = str(config.pretrained_model_name_or_path)
+    index = folders.read_index(source, config.revision)
+    if not index:
+        alone = model_files.resolve(source, None, config.revision, allow_patterns=["config.json"]) / "config.json"
+        return None if alone.is_file() else "vae"
+    for name in ("vae", "vqvae"):
+        if folders.has_part(index, name):
+            return name
+    raise WeightsError(f"{source} is a {index['_class_name']} without an autoencoder: name a pipeline that has a vae")
+
+
+SCALED_BY = 256
+"""Pictures that the scale of the latents is measured on, where there are so many."""
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """The first pictures of the dataset, in batches of `eval_batch_size`, read when they are looked at."""
+
+    source: Source
+    make_example: ExampleFn
+    config: AutoencoderConfig
+
+    def batches(self, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Whole batches of at most `most` pictures in all, but at least one batch.
+
+        Yields:
+            Pixels (N, C, H, W) in -1..1, and noise (N, c, h, w) that samples the posterior.
+        """
+        size = min(self.config.eval_batch_size, len(self.source))
+        loader = Loader(
+            self.source,
+            self.make_example,
+            seed=self.config.seed,
+            batch_size=size,
+            num_steps=max(1, min(most, len(self.source)) // size),
+            shuffle=False,
+            skip_bad_images=self.config.skip_bad_images,
+        )
+        with loader:
+            for batch in loader:
+                yield batch["pixel_values"][0], batch["latent_noise"][0]
+
+
+def _compare(backend: Backend, pictures: _Pictures) -> np.ndarray:
+    """Pictures and their reconstructions in turn, uint8 (2N, H, W, C)."""
+    pixels, noise = next(pictures.batches(pictures.config.eval_batch_size))
+    made = backend.decode(backend.encode(pixels, noise))
+    given = np.round((pixels / 2 + 0.5) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
+    return np.stack([given, made], axis=1).reshape(-1, *given.shape[1:])
+
+
+def _write_scaling_factor(backend: Backend, pictures: _Pictures, spec: PipelineSpec, folder: Path) -> None:
+    """Writes into vae/config.json what brings the latents to unit variance, unless the autoencoder's config says it.
+
+    Reference: Rombach et al., https://arxiv.org/abs/2112.10752, section D.1.
+    """
+    vae = spec.components["vae"]
+    if "scaling_factor" in vae.config or vae.weights is not None:
+        return
+    deviation = np.concatenate([backend.encode(*batch) for batch in pictures.batches(SCALED_BY)]).std()
+    if backend.process_index == 0:
+        path = folder / "vae" / "config.json"
+        write_json(path, model_files.read_json(path) | {"scaling_factor": float(vae["scaling_factor"] / deviation)})

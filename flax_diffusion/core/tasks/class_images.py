@@ -9,6 +9,7 @@ import itertools
 import logging
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -18,7 +19,9 @@ from flax_diffusion.core.data.sources.folders import FolderSource, image_files
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import as_path, is_local, lies_in
 from flax_diffusion.core.io.tracking import save_picture, to_pillow
-from flax_diffusion.core.tasks.dreambooth import Concept, DreamBoothConfig
+
+if TYPE_CHECKING:
+    from flax_diffusion.core.tasks.dreambooth import Concept, DreamBoothConfig
 
 log = logging.getLogger(__name__)
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flax_diffusion.core.config.options import LoraConfig
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config.defaults import with_defaults
+from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.combined import PairedSource, PromptedSource, open_uncaptioned
+from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import lies_in
+from flax_diffusion.core.tasks import class_images
+from flax_diffusion.core.tasks.task import TASKS
+from flax_diffusion.core.tasks.text import LoraConfig, LoraTask
 
 
 class Concept(BaseModel):
@@ -18,20 +25,25 @@ class Concept(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    instance_data_dir: str  # folder of pictures of the new thing
+    instance_data_dir: Annotated[str, Reads.DATA_FOLDER]  # folder of pictures of the new thing
     instance_prompt: str  # "a photo of sks dog"
-    class_data_dir: str | None = None  # folder of pictures of its class; what is missing is drawn
+    class_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = None  # of its class; what is missing is drawn
     class_prompt: str | None = None  # "a photo of dog"
     repeats: Annotated[int, Field(ge=1)] = 1  # times each picture stands in an epoch
 
 
+@with_defaults(num_train_epochs=1, validation_steps=100, checkpoint_models=True, output_dir="dreambooth-model")
 class DreamBoothConfig(LoraConfig):
     """A new thing from a handful of its pictures: `train dreambooth`."""
 
-    instance_data_dir: str | None = Field(None, description="Folder of pictures of the new thing.")
+    instance_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
+        None, description="Folder of pictures of the new thing."
+    )
     instance_prompt: str | None = Field(None, description="Prompt that names it, such as 'a photo of sks dog'.")
     with_prior_preservation: bool = Field(False, description="Keep what its class looks like, by pictures of it.")
-    class_data_dir: str | None = Field(None, description="Folder of pictures of the class; filled up as needed.")
+    class_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
+        None, description="Folder of pictures of the class; filled up as needed."
+    )
     class_prompt: str | None = Field(None, description="Prompt that names the class, such as 'a photo of dog'.")
     num_class_images: int = Field(100, ge=1, description="Pictures of each class; the model draws those missing.")
     prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the class pictures' loss.")
@@ -44,13 +56,7 @@ class DreamBoothConfig(LoraConfig):
     train_batch_size: int = Field(
         4, ge=1, description="Images of the new thing a device in one forward pass; as many of the class go with them."
     )
-    num_train_epochs: int = Field(1, ge=1, description="Passes over the data.")
     learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate; 5e-4 where LoRA trains.")
-    validation_steps: int | None = Field(100, ge=1, description="Sample every so many steps.")
-    checkpoint_models: bool = Field(
-        True, description="Each checkpoint also holds the trained models, in Diffusers' format."
-    )
-    output_dir: str = Field("dreambooth-model", description="Folder of the run.")
 
     @model_validator(mode="before")
     @classmethod
@@ -107,7 +113,61 @@ class DreamBoothConfig(LoraConfig):
         return self
 
 
-def open_instances(config: DreamBoothConfig) -> PromptedSource:
+class DreamBoothTask(LoraTask[DreamBoothConfig]):
+    """Trains Stable Diffusion on pictures of new things, and on pictures of their classes if asked to."""
+
+    name = "dreambooth"
+    config_class = DreamBoothConfig
+
+    def __init__(self, config: DreamBoothConfig):
+        super().__init__(config)
+        self.rows_per_example = 2 if config.with_prior_preservation else 1
+
+    @classmethod
+    def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options that name data, for a plan, which reads none."""
+        if given.get("concepts"):
+            return {}
+        named = {"instance_data_dir": ".", "instance_prompt": "a photo of it"}
+        if str(given.get("with_prior_preservation", False)).lower() not in ("false", "no", "off", "0"):
+            named |= {"class_data_dir": ".", "class_prompt": "a photo"}
+        return named
+
+    def open_source(self) -> Source:
+        """Open the pictures of the new things; those of the classes may still have to be drawn."""
+        source = _open_instances(self.config)
+        if self.config.with_prior_preservation:
+            class_images.check(self.config)
+        return source
+
+    def count_examples(self, source: Source) -> int:
+        """Return the examples per epoch: of pairs, those of the longer side."""
+        if not self.config.with_prior_preservation:
+            return len(source)
+        repeats = sum(concept.repeats for concept in self.config.all_concepts)
+        return max(len(source), self.config.num_class_images * repeats)
+
+    def complete_source(self, source: Source, backend: Backend) -> Source:
+        """Draw the pictures of the classes that are missing, and pair them with the others."""
+        if not self.config.with_prior_preservation:
+            return source
+        class_images.draw_missing(self.config, backend)
+        return _open_pairs(self.config, cast(PromptedSource, source))
+
+    @property
+    def prompts(self) -> dict[str, list[str]]:
+        """The prompts among the options, by the option that has them."""
+        concepts, inside = self.config.all_concepts, "concepts." if self.config.concepts else ""
+        return {
+            f"{inside}instance_prompt": [concept.instance_prompt for concept in concepts],
+            f"{inside}class_prompt": [concept.class_prompt for concept in concepts if concept.class_prompt],
+        } | super().prompts
+
+
+TASKS.register(DreamBoothTask.name, DreamBoothTask)
+
+
+def _open_instances(config: DreamBoothConfig) -> PromptedSource:
     """The pictures of the new things.
 
     Raises:
@@ -138,7 +198,7 @@ def _options(config: DreamBoothConfig, whose: str) -> list[str]:
     return [f"--concepts.{number}.{whose}_data_dir" for number in range(len(config.concepts))]
 
 
-def open_pairs(config: DreamBoothConfig, instances: PromptedSource) -> PairedSource:
+def _open_pairs(config: DreamBoothConfig, instances: PromptedSource) -> PairedSource:
     """The same with the pictures of their classes, of which each folder must hold enough by now."""
     concepts, most = config.all_concepts, config.num_class_images
     classes = PromptedSource(

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any
 
+import numpy as np
+from numpy.typing import DTypeLike
 from pydantic import Field, model_validator
 
-from flax_diffusion.core.config.options import DatasetConfig, Interpolation, LoraConfig
+from flax_diffusion.core.config.defaults import with_defaults
+from flax_diffusion.core.config.options import Reads
+from flax_diffusion.core.data.batches import ExampleFn, Precomputed
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.families.stable_diffusion import CLIP_TEXT, UNET_2D_CONDITION
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.parts import from_scratch
+from flax_diffusion.core.tasks.task import TASKS
+from flax_diffusion.core.tasks.text import LoraConfig, LoraTask
 
 
+@with_defaults(image_interpolation_mode="lanczos", output_dir="sd-model-finetuned")
 class TextToImageConfig(LoraConfig, DatasetConfig):
     """Images from captions: `train text_to_image`. Fine-tunes Stable Diffusion 1.x and 2.x, or starts from scratch."""
 
-    text_encoder: dict[str, Any] | str | None = Field(
+    text_encoder: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
         None, description="From scratch: the CLIP text config, as a mapping or the folder or .json file that holds it."
     )
     caption_column: str = Field("text", description="Column that holds the captions.")
     proportion_empty_prompts: float = Field(
         0.0, ge=0, le=1, description="Share of captions replaced by the empty one, which guidance needs."
     )
-    image_interpolation_mode: Interpolation = Field("lanczos", description="Filter that resizes.")
-    output_dir: str = Field("sd-model-finetuned", description="Folder of the run.")
 
     @model_validator(mode="after")
     def _check_text(self) -> TextToImageConfig:
@@ -37,3 +49,45 @@ class TextToImageConfig(LoraConfig, DatasetConfig):
         if not scratch and self.text_encoder is not None:
             raise ValueError("--text_encoder is for training from scratch: drop it or --pretrained_model_name_or_path")
         return self
+
+
+class TextToImageTask(LoraTask[TextToImageConfig]):
+    """Trains Stable Diffusion on pictures with captions."""
+
+    name = "text_to_image"
+    config_class = TextToImageConfig
+    checks_captions = True
+
+    def __init__(self, config: TextToImageConfig):
+        super().__init__(config)
+        self.embeds_empty_prompt = config.proportion_empty_prompts > 0
+        self.makes_tokenizer = not (config.pretrained_model_name_or_path or config.tokenizer_name)
+
+    @classmethod
+    def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options that name data, for a plan, which reads none but captions that make a tokenizer."""
+        return stand_in(given) if given.get("pretrained_model_name_or_path") else {}
+
+    def open_source(self) -> Source:
+        """Open the dataset."""
+        return open_dataset(self.config, self.config.caption_column)
+
+    def read_models(self) -> tuple[Component, Component]:
+        """Read the configs of text encoder and UNet, of a pipeline or of the options."""
+        config = self.config
+        if config.pretrained_model_name_or_path:
+            return super().read_models()
+        assert config.text_encoder is not None
+        assert config.unet is not None
+        encoder = from_scratch(config.text_encoder, "--text_encoder", CLIP_TEXT)
+        return encoder, from_scratch(config.unet, "--unet", UNET_2D_CONDITION)
+
+    def make_example_fn(
+        self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
+    ) -> ExampleFn:
+        """Return what makes an example; a share of the captions is left out."""
+        share = self.config.proportion_empty_prompts
+        return replace(super().make_example_fn(spec, made, dtype), proportion_empty_prompts=share)
+
+
+TASKS.register(TextToImageTask.name, TextToImageTask)

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
-from flax_diffusion.core.config.options import Interpolation, TextConfig
+from flax_diffusion.core.config.defaults import with_defaults
+from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.combined import PromptedSource, open_uncaptioned
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.spec.adapters import NewTokens
+from flax_diffusion.core.spec.new_words import add_word
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.tasks.task import TASKS
+from flax_diffusion.core.tasks.text import TextConfig, TextTask
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+log = logging.getLogger(__name__)
 
 
+@with_defaults(
+    resize_mode="stretch",
+    random_flip=True,
+    image_interpolation_mode="bicubic",
+    max_train_steps=5000,
+    output_dir="text-inversion-model",
+)
 class TextualInversionConfig(TextConfig):
     """A new word for a thing or a style, and nothing else: `train textual_inversion`."""
 
-    train_data_dir: str | None = Field(None, description="Folder of pictures of the new thing.")
+    train_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
+        None, description="Folder of pictures of the new thing."
+    )
     placeholder_token: str | None = Field(None, description="The new word, such as <cat-toy>; in small letters.")
     initializer_token: str | None = Field(None, description="Known word of one token to start from, such as toy.")
     num_vectors: int = Field(1, ge=1, description="Tokens that the new word stands for.")
@@ -22,14 +48,7 @@ class TextualInversionConfig(TextConfig):
         [], description="Prompts in place of those of learnable_property, each with {} for the new word."
     )
     repeats: int = Field(100, ge=1, description="Times each picture stands in an epoch.")
-    resize_mode: Literal["crop", "stretch"] = Field(
-        "stretch", description="crop: scale the short side, then crop. stretch: scale both sides to the resolution."
-    )
-    random_flip: bool = Field(True, description="Mirror each image left to right with probability one half.")
-    image_interpolation_mode: Interpolation = Field("bicubic", description="Filter that resizes.")
-    max_train_steps: int | None = Field(5000, ge=1, description="Optimizer steps. Overrides num_train_epochs.")
     checkpoint_models: bool = Field(True, description="Each checkpoint also holds learned_embeds.safetensors.")
-    output_dir: str = Field("text-inversion-model", description="Folder of the run.")
 
     @model_validator(mode="after")
     def _check_word(self) -> TextualInversionConfig:
@@ -58,17 +77,77 @@ TEMPLATES = {
 """What textual inversion's pictures are called, by `learnable_property`."""
 
 
-def open_templated(config: TextualInversionConfig) -> PromptedSource:
-    """Textual inversion's pictures, each with all prompts that its word may stand in.
+class TextualInversionTask(TextTask[TextualInversionConfig]):
+    """Trains the rows of a new word in the embedding table, and nothing else."""
 
-    Raises:
-        DataError: If the folder is missing or holds none.
-    """
-    source = open_uncaptioned("--train_data_dir", config.train_data_dir)
-    return PromptedSource([source], [templated_prompts(config)], [config.repeats])
+    name = "textual_inversion"
+    config_class = TextualInversionConfig
+
+    @classmethod
+    def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options that name data, for a plan, which reads none."""
+        return {"train_data_dir": "."}
+
+    def open_source(self) -> Source:
+        """Open the pictures, each with all prompts that the word may stand in.
+
+        Raises:
+            DataError: If the folder is missing or holds none.
+        """
+        source = open_uncaptioned("--train_data_dir", self.config.train_data_dir)
+        return PromptedSource([source], [self.templated_prompts], [self.config.repeats])
+
+    @property
+    def templated_prompts(self) -> list[str]:
+        """All prompts that the new word stands in."""
+        templates = self.config.prompt_templates or TEMPLATES[self.config.learnable_property]
+        return [template.replace("{}", str(self.config.placeholder_token)) for template in templates]
+
+    @property
+    def prompts(self) -> dict[str, list[str]]:
+        """The prompts among the options, by the option that has them."""
+        return {"prompt_templates": self.templated_prompts} | super().prompts
+
+    def make_spec(self, source: Source) -> PipelineSpec:
+        """Read the configs of the pipeline to train, whose prompts hold all of the new word."""
+        spec = super().make_spec(source)
+        _check_new_word(spec, [*self.templated_prompts, *self.config.validation_prompts])
+        return spec
+
+    def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
+        """Return text encoder and UNet, of which the new word's rows train."""
+        return replace(encoder, new_tokens=self._add_tokens(tokenizer)), replace(unet, train=False)
+
+    def _add_tokens(self, tokenizer: CLIPTokenizer) -> NewTokens:
+        """Adds the tokens to the tokenizer: the new word, then the word with a number."""
+        # In small letters, as the tokenizer reads prompts: of a word with capitals Diffusers finds one vector only.
+        word, start = str(self.config.placeholder_token).lower(), str(self.config.initializer_token)
+        if word != self.config.placeholder_token:
+            given = self.config.placeholder_token
+            log.info("--placeholder_token %s: the tokenizer reads small letters; the word is %s", given, word)
+        initializer = tokenizer.encode(start, add_special_tokens=False)
+        if len(initializer) != 1:
+            raise ConfigError(
+                f"--initializer_token {start}: is {len(initializer)} tokens of this tokenizer, must be one; a shorter, "
+                "more common word usually is"
+            )
+        first, tokens = add_word(tokenizer, word, self.config.num_vectors, "--placeholder_token", "choose another word")
+        return NewTokens(placeholder=word, tokens=tokens, first=first, initializer=int(initializer[0]))
 
 
-def templated_prompts(config: TextualInversionConfig) -> list[str]:
-    """All prompts that the new word stands in."""
-    templates = config.prompt_templates or TEMPLATES[config.learnable_property]
-    return [template.replace("{}", str(config.placeholder_token)) for template in templates]
+TASKS.register(TextualInversionTask.name, TextualInversionTask)
+
+
+def _check_new_word(spec: PipelineSpec, prompts: Iterable[str]) -> None:
+    """Raise ConfigError unless all tokens of the word fit into every prompt."""
+    assert spec.text_encoder is not None
+    assert spec.text_encoder.new_tokens is not None
+    assert spec.tokenize is not None
+    new, tokenize = spec.text_encoder.new_tokens, spec.tokenize
+    ids = range(new.first, new.first + len(new.tokens))
+    for prompt in prompts:
+        if not np.isin(ids, tokenize(prompt)).all():
+            raise ConfigError(
+                f"prompt '{prompt}': is cut off before the end of {new.placeholder}, at the {len(tokenize(prompt))} "
+                "tokens that the text encoder takes: shorten it (--prompt_templates), or lower --num_vectors"
+            )

@@ -2,28 +2,81 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
-from flax_diffusion.core.config.options import DatasetConfig, DiffusionConfig, LrScheduler, also
+from flax_diffusion.core.config.defaults import with_defaults
+from flax_diffusion.core.config.options import CONFIG_FILE
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.families.ddpm import DDPM, UNET_2D
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
+from flax_diffusion.core.tasks.task import TASKS
+
+TUTORIAL_UNET: dict[str, Any] = {
+    "layers_per_block": 2,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": ["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4,
+}
+"""The UNet of Diffusers' unconditional tutorial and script, used when none is named."""
 
 
+@with_defaults(
+    lr_scheduler="cosine",
+    adam_beta1=0.95,
+    adam_weight_decay=1e-6,
+    ema_warmup=True,
+    validation_epochs=10,
+    validation_num_inference_steps=1000,
+    save_model_epochs=10,
+)
 class UnconditionalConfig(DiffusionConfig, DatasetConfig):
     """Images from noise alone: `train unconditional`."""
 
-    lr_scheduler: LrScheduler = Field("cosine", description="Shape of the rate over the run.")
-    adam_beta1: float = Field(0.95, ge=0, lt=1, description="AdamW's decay of the first moment.")
-    adam_weight_decay: float = Field(1e-6, ge=0, description="AdamW's decoupled weight decay.")
-    ema_warmup: bool = Field(True, description="Decay 1-(1+n/inv_gamma)^-power instead of (1+n)/(10+n).")
-    validation_epochs: int | None = Field(
-        10,
-        ge=1,
-        validation_alias=also("validation_epochs", "save_images_epochs"),
-        description="Sample a grid every so many epochs, and at the end. None: only at the end.",
-    )
-    validation_num_inference_steps: int = Field(
-        1000,
-        ge=1,
-        validation_alias=also("validation_num_inference_steps", "ddpm_num_inference_steps"),
-        description="Denoising steps of those samples.",
-    )
-    save_model_epochs: int | None = Field(10, ge=1, description="Write the pipeline every so many epochs.")
+
+class UnconditionalTask(DiffusionTask[UnconditionalConfig]):
+    """Trains a UNet2DModel, in pixel or latent space."""
+
+    name = "unconditional"
+    config_class = UnconditionalConfig
+
+    @classmethod
+    def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options that name data, for a plan, which reads none."""
+        return stand_in(given)
+
+    def open_source(self) -> Source:
+        """Open the dataset."""
+        return open_dataset(self.config)
+
+    def make_spec(self, source: Source) -> PipelineSpec:
+        """Read the configs of the pipeline to train."""
+        return self.checked(self.read_pipeline())
+
+    def reopen_spec(self, run: Path) -> PipelineSpec:
+        """Return the pipeline that a run trains."""
+        try:
+            return self.read_pipeline()
+        except WeightsError as error:
+            raise WeightsError(f"{run / CONFIG_FILE} names what is not there any more: {error}") from error
+
+    def read_pipeline(self) -> PipelineSpec:
+        """Read the configs of the pipeline."""
+        config = self.config
+        if config.pretrained_model_name_or_path:
+            check_pipeline(config, [DDPM])
+            unet = pretrained(config, "unet", UNET_2D, train=True)
+        else:
+            unet = from_scratch(TUTORIAL_UNET if config.unet is None else config.unet, "--unet", UNET_2D)
+        components = {"unet": unet}
+        if config.vae:
+            components["vqvae"] = frozen_vae(config.vae)
+        return self.pipeline("LDMPipeline" if config.vae else "DDPMPipeline", components)
+
+
+TASKS.register(UnconditionalTask.name, UnconditionalTask)

@@ -17,12 +17,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from flax_diffusion.core.config.options import TrainConfig
-from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
-from flax_diffusion.core.io.files import as_path
-from flax_diffusion.core.io.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
-from flax_diffusion.core.tasks.registry import TASKS
-from flax_diffusion.core.tasks.spellings import (
+from flax_diffusion.core.cli.spellings import (
     Given,
     fields_by_spelling,
     in_file,
@@ -31,9 +26,14 @@ from flax_diffusion.core.tasks.spellings import (
     union_members,
     unknown_option,
 )
+from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
+from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.io.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
+from flax_diffusion.core.tasks.task import TASKS, Task
 
-Complete = Callable[[type[TrainConfig], dict[str, Any]], dict[str, Any]]
-"""Field to value, with what is added to them, by the config class and the values given."""
+Complete = Callable[[type[Task[Any]], dict[str, Any]], dict[str, Any]]
+"""Field to value, with what is added to them, by the class of the task and the values given."""
 
 
 def _parse_flag(text: str, annotation: Any) -> Any:
@@ -211,7 +211,7 @@ def parse_train(argv: Sequence[str], prog: str, complete: Complete | None = None
     Args:
         argv: The words.
         prog: Name of the program, for help.
-        complete: Adds what the user need not give, by the config class and the options given.
+        complete: Adds what the user need not give, by the class of the task and the options given.
 
     Returns:
         The task's name and its config.
@@ -229,7 +229,7 @@ def parse_train(argv: Sequence[str], prog: str, complete: Complete | None = None
     if leading.task and from_file.get("task", leading.task) != leading.task:
         raise ConfigError(f"task {leading.task} on the command line, {from_file['task']} in {leading.config}: drop one")
 
-    parser = Parser(prog=prog, description=_DESCRIPTION, usage=f"{prog} TASK [--config FILE.yaml] [flags]")
+    parser = Parser(prog=prog, description=_description(), usage=f"{prog} TASK [--config FILE.yaml] [flags]")
     parser.add_argument("task", nargs="?", metavar="TASK", help="one of: " + ", ".join(TASKS))
     parser.add_argument("--config", metavar="FILE.yaml", help="Recipe; flags override it.")
     if task is None and not {"-h", "--help"} & set(argv):
@@ -254,7 +254,7 @@ def _task_config(task: str) -> type[TrainConfig]:
     """
     if task not in TASKS:
         raise ConfigError(f"unknown task '{task}'{nearest(task, TASKS)}; the tasks are {', '.join(TASKS)}")
-    return TASKS[task]
+    return TASKS[task].config_class
 
 
 def _leading_words(argv: Sequence[str]) -> list[str]:
@@ -310,7 +310,7 @@ def merge(
     values |= {fields.get(key, key): value for key, value in flags.items()}
     given |= {fields.get(key, key): ((spelt or {}).get(key, key), "command line") for key in flags}
     if complete is not None:
-        values = complete(model, values)
+        values = complete(TASKS[task], values)
     origin = f"{file_name} and command line" if from_file and flags else file_name if from_file else "command line"
     return build(model, {first_spelling(model, key): value for key, value in values.items()}, origin, given)
 
@@ -332,10 +332,6 @@ def main_guard(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
-_DESCRIPTION = """Train a diffusion model.
-
-  {tasks}
-
-`TASK --help` lists a task's own options and defaults.""".format(
-    tasks="\n  ".join(f"{name:16} {str(kind.__doc__).splitlines()[0]}" for name, kind in TASKS.items())
-)
+def _description() -> str:
+    tasks = "\n".join(f"  {name:16} {str(task.config_class.__doc__).splitlines()[0]}" for name, task in TASKS.items())
+    return f"Train a diffusion model.\n\n{tasks}\n\n`TASK --help` lists a task's own options and defaults."

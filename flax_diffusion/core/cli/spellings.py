@@ -12,7 +12,7 @@ from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from flax_diffusion.core.errors import ConfigError, nearest, shown
-from flax_diffusion.core.tasks.registry import TASKS
+from flax_diffusion.core.tasks.task import TASKS
 
 Given = Mapping[str, tuple[str, str]]
 """By field: the name that the user gave it by, and where: the file's name, or "command line"."""
@@ -85,12 +85,14 @@ def unknown_option(name: str, model: type[BaseModel] | None, known: Iterable[str
     positive = word.removeprefix("no_")
     dashes = name[: len(name) - len(word)]
     start = f"{origin}: unknown option '{name}'"
-    task = next((task for task, kind in TASKS.items() if kind is model), None)
-    owners = [other for other, kind in TASKS.items() if {word, positive} & fields_by_spelling(kind).keys()]
+    task = next((name for name, task in TASKS.items() if task.config_class is model), None)
+    owners = [name for name, other in TASKS.items() if {word, positive} & fields_by_spelling(other.config_class).keys()]
     if task is None or not owners:
         return ConfigError(start + (nearest(name, known) or "; --help lists those there are"))
     of_others = f"{start}: {_and(owners)} {'has' if len(owners) == 1 else 'have'} it, {task} has not"
-    here = next((folder for folder in _FOLDERS if word in _FOLDERS and folder in TASKS[task].model_fields), None)
+    here = next(
+        (folder for folder in _FOLDERS if word in _FOLDERS and folder in TASKS[task].config_class.model_fields), None
+    )
     return ConfigError(f"{of_others}; {'drop it' if here is None else f'give {dashes}{here}'}")
 
 

@@ -1,4 +1,4 @@
-"""Which pipelines are known here, what they are made of, and what a folder says that it is."""
+"""What the folder of a pipeline or of a model says that it is."""
 
 from __future__ import annotations
 
@@ -6,27 +6,8 @@ from collections.abc import Collection
 from typing import Any
 
 from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.families.family import FAMILIES, Family
 from flax_diffusion.core.io import model_files
-
-PARTS: dict[str, dict[str, str]] = {
-    "DDPMPipeline": {"unet": "UNet2DModel"},
-    "DDIMPipeline": {"unet": "UNet2DModel"},
-    "PNDMPipeline": {"unet": "UNet2DModel"},
-    "LDMPipeline": {"unet": "UNet2DModel", "vqvae": "AutoencoderKL"},
-    "StableDiffusionPipeline": {
-        "text_encoder": "CLIPTextModel",
-        "unet": "UNet2DConditionModel",
-        "vae": "AutoencoderKL",
-    },
-}
-"""Model classes of the pipelines that are known here, by component."""
-
-_SAME_PARTS: dict[str, str] = {
-    "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
-    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
-}
-TEXT_KINDS = ("StableDiffusionPipeline",)
-UNCONDITIONAL_KINDS = ("DDPMPipeline", "DDIMPipeline", "PNDMPipeline", "LDMPipeline")
 
 FLAX_ONLY_KEYS = frozenset({"split_head_dim", "use_memory_efficient_attention"})
 """Config keys of the Flax releases' UNets: how they computed attention, with one result whatever the value."""
@@ -53,7 +34,8 @@ def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
         return {}
     index = model_files.read_json(folder / "model_index.json")
     kind = str(index.get("_class_name")).removeprefix("Flax")
-    return index | {"_class_name": _SAME_PARTS.get(kind, kind)}
+    same = {other: own for family in FAMILIES.values() for other, own in family.same_parts.items()}
+    return index | {"_class_name": same.get(kind, kind)}
 
 
 def has_part(index: dict[str, Any], name: str) -> bool:
@@ -61,13 +43,13 @@ def has_part(index: dict[str, Any], name: str) -> bool:
     return index.get(name) not in (None, [None, None])
 
 
-def check_kind(source: str, revision: str | None, kinds: Collection[str]) -> dict[str, Any]:
+def check_kind(source: str, revision: str | None, families: Collection[Family]) -> dict[str, Any]:
     """Refuses what is no pipeline of the right kind. A folder of parts without an index is taken at its word.
 
     Args:
         source: Folder or Hub id.
         revision: Branch, tag or commit of a Hub id.
-        kinds: The right ones.
+        families: Those that have the right ones.
 
     Returns:
         The index; empty where the folder has none.
@@ -76,8 +58,8 @@ def check_kind(source: str, revision: str | None, kinds: Collection[str]) -> dic
         WeightsError: If it is of another kind, or a model by itself.
     """
     index = read_index(source, revision)
-    if index and index["_class_name"] not in kinds:
-        raise WeightsError(f"{source} is a {index['_class_name']}: {_fix(kinds)}")
+    if index and not any(index["_class_name"] in family.pipelines for family in families):
+        raise WeightsError(f"{source} is a {index['_class_name']}: {_fix(families)}")
     if not index:
         lone = (
             model_files.resolve(source, None, revision, allow_patterns=["model_index.json", "config.json"])
@@ -86,10 +68,11 @@ def check_kind(source: str, revision: str | None, kinds: Collection[str]) -> dic
         if lone.is_file():
             values = model_files.read_json(lone)
             found = values.get("_class_name") or " ".join(map(str, values.get("architectures") or ["model"]))
-            raise WeightsError(f"{source} is a {found} by itself, not a pipeline: {_fix(kinds)}")
+            raise WeightsError(f"{source} is a {found} by itself, not a pipeline: {_fix(families)}")
     return index
 
 
-def _fix(kinds: Collection[str]) -> str:
-    wanted = "a Stable Diffusion 1.x or 2.x pipeline (SDXL is not trained or drawn yet)"
-    return f"use {wanted if set(kinds) == set(TEXT_KINDS) else 'one of ' + ', '.join(kinds)}"
+def _fix(families: Collection[Family]) -> str:
+    titles = [family.title for family in families if len(families) == 1 and family.title]
+    kinds = [kind for family in families for kind in family.pipelines]
+    return f"use {titles[0] if titles else 'one of ' + ', '.join(kinds)}"

@@ -1,0 +1,36 @@
+"""Pictures from noise alone, by a UNet2DModel: in pixels, or in the latents of an autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
+from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, PipelineClass, Role
+from flax_diffusion.core.typed import Count, Size
+
+
+class _UNet2D:
+    sample_size: Size | list[Size] | None = None
+    in_channels: Size = 3
+    out_channels: Size = 3
+    block_out_channels: Sequence[Size] = (224, 448, 672, 896)
+    down_block_types: Sequence[str] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
+    layers_per_block: Count | list[Count] = 2
+
+
+UNET_2D = ModelClass(name="UNet2DModel", role=Role.DENOISER, schema=_UNet2D)
+
+_PIXELS = {"unet": UNET_2D}
+
+DDPM = FAMILIES.register(
+    "ddpm",
+    Family(
+        name="ddpm",
+        pipelines={
+            "DDPMPipeline": PipelineClass(parts=_PIXELS, scheduler={"clip_sample": True}),
+            "DDIMPipeline": PipelineClass(parts=_PIXELS),
+            "PNDMPipeline": PipelineClass(parts=_PIXELS),
+            "LDMPipeline": PipelineClass(parts=_PIXELS | {"vqvae": AUTOENCODER_KL}),
+        },
+    ),
+)

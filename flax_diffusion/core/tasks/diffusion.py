@@ -1,0 +1,208 @@
+"""What all tasks that train a denoiser share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+from pydantic import Field, model_validator
+
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config.options import Reads, TrainConfig, also
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.families.family import family_of
+from flax_diffusion.core.io import model_files
+from flax_diffusion.core.objectives.ddpm import DdpmOptions
+from flax_diffusion.core.objectives.edm import EdmOptions
+from flax_diffusion.core.objectives.flow_matching import FlowMatchingOptions
+from flax_diffusion.core.objectives.noising import NoiseSpec
+from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, check_options, objective_of
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, check_variant
+from flax_diffusion.core.tasks.parts import check_channels, check_resolution, sized
+from flax_diffusion.core.tasks.task import Preview, Task
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+
+class DiffusionConfig(DdpmOptions, FlowMatchingOptions, EdmOptions, TrainConfig):
+    """Options of tasks that train a denoiser."""
+
+    unet: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
+        None,
+        validation_alias=also("unet", "model_config_name_or_path"),
+        description="From scratch: the UNet's Diffusers config, as a mapping, or the folder or .json file of one.",
+    )
+    vae: Annotated[str | None, Reads.MODEL] = Field(
+        None, description="Folder or Hub id of an AutoencoderKL. None: train on pixels."
+    )
+    noise_scheduler: dict[str, Any] | None = Field(
+        None, description="Diffusers scheduler config. None: the pretrained pipeline's, or DDPM with ddpm_* below."
+    )
+    objective: str | None = Field(
+        None,
+        description="What is learnt: ddpm (epsilon, v_prediction or sample), flow_matching or edm. None: what the "
+        "scheduler's config says.",
+    )
+    noise_offset: float = Field(0.0, ge=0, description="Strength of the offset added to each channel's noise.")
+    input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input; 0.1 is usual.")
+    cache_latents: bool = Field(
+        False, description="Encode each picture once, before training; the autoencoder then leaves the step."
+    )
+    validation_num_inference_steps: int = Field(
+        50,
+        ge=1,
+        validation_alias=also("validation_num_inference_steps", "ddpm_num_inference_steps"),
+        description="Denoising steps of those samples.",
+    )
+
+    @model_validator(mode="after")
+    def _check_diffusion(self) -> DiffusionConfig:
+        if self.pretrained_model_name_or_path and self.unet is not None:
+            raise ValueError("--unet is for training from scratch: drop it or --pretrained_model_name_or_path")
+        for name in ("ddpm_num_steps", "ddpm_beta_schedule"):
+            value = getattr(self, name)
+            owner = "noise_scheduler" if self.noise_scheduler is not None else "pretrained_model_name_or_path"
+            if getattr(self, owner) is not None and value != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"--{name} {value} is for a scheduler that we choose, and --{owner} brings its own: drop --{name}, "
+                    "or give the whole scheduler by --noise_scheduler"
+                )
+        if self.cache_latents and not (self.center_crop or self.resize_mode == "stretch"):
+            raise ValueError(
+                "--cache_latents encodes each picture once, and crops at random would differ from epoch to epoch: add "
+                "--center_crop, or --resize_mode stretch"
+            )
+        return self
+
+
+D = TypeVar("D", bound=DiffusionConfig, covariant=True)
+
+
+class DiffusionTask(Task[D]):
+    """Trains a denoiser."""
+
+    def __init__(self, config: D):
+        super().__init__(config)
+        self.caches_latents = config.cache_latents
+
+    def checked(self, spec: PipelineSpec) -> PipelineSpec:
+        """Return a pipeline that can be trained with the options that say what is made before."""
+        if self.config.cache_latents and spec.vae is None:
+            raise ConfigError(
+                "--cache_latents: the model trains on pixels, there is no autoencoder; drop it, or give a --vae"
+            )
+        return spec
+
+    def objective(self, spec: PipelineSpec, dtype: DTypeLike = np.float32) -> Objective:
+        """Return what the denoiser learns; its numbers are of `dtype`."""
+        conditional = spec.text_encoder is not None
+        return spec.objective.from_scheduler(spec.scheduler, self.config, dtype, conditional=conditional)
+
+    def noise(self, spec: PipelineSpec, dtype: DTypeLike) -> NoiseSpec:
+        """Return what is drawn for each example; the objective's numbers are of `dtype`."""
+        return NoiseSpec(
+            shape=spec.sample_shape,
+            objective=self.objective(spec, dtype),
+            noise_offset=self.config.noise_offset,
+            input_perturbation=self.config.input_perturbation,
+            latent_noise=spec.vae is not None,
+        )
+
+    def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
+        """Draw pictures from noise."""
+        return self._samples([], 1.0, None)
+
+    def _samples(self, prompts: list[str], guidance_scale: float, columns: int | None) -> Preview:
+        config = self.config
+
+        def draw(backend: Backend) -> np.ndarray:
+            return backend.sample(
+                prompts=prompts,
+                num_images=config.eval_batch_size,
+                num_inference_steps=config.validation_num_inference_steps,
+                guidance_scale=guidance_scale,
+                seed=config.seed,
+            )
+
+        return Preview(draw, columns)
+
+    def pipeline(
+        self, kind: str, components: dict[str, Component], tokenizer: CLIPTokenizer | None = None
+    ) -> PipelineSpec:
+        """Put a pipeline together and check that its parts can be trained with one another.
+
+        Args:
+            kind: Class of the pipeline.
+            components: Its models.
+            tokenizer: Of its prompts, if there are any.
+
+        Raises:
+            ConfigError: If they cannot.
+        """
+        config = self.config
+        scheduler = self._scheduler(kind)
+        check_variant(components.values(), config.variant)
+        spec = PipelineSpec(
+            kind=kind, components=components, scheduler=scheduler, resolution=config.resolution, tokenizer=tokenizer
+        )
+        if spec.denoiser.train:
+            denoiser = sized(spec.denoiser, config.resolution // spec.vae_factor)
+            spec = replace(spec, components=components | {spec.denoiser_name: denoiser})
+        denoiser, vae = spec.denoiser, spec.vae
+        check_resolution(config.resolution, spec.size_factor)
+        if denoiser["in_channels"] != denoiser["out_channels"]:
+            raise ConfigError(
+                f"UNet with in_channels {denoiser['in_channels']} and out_channels {denoiser['out_channels']}: "
+                "inpainting and learned-variance models cannot be trained yet; use a UNet that has both equal"
+            )
+        if vae and vae["latent_channels"] != denoiser["in_channels"]:
+            raise ConfigError(
+                f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {denoiser['in_channels']}: use "
+                "a pair made for each other"
+            )
+        check_channels(spec)
+        spec.family.check(spec)
+        self.objective(spec)  # which looks at its options
+        return spec
+
+    def _scheduler(self, kind: str) -> dict[str, Any]:
+        """The config of the scheduler: of the options, of the model, or of the objective where it is ours to choose."""
+        config = self.config
+        if config.objective is not None and config.objective not in OBJECTIVES:
+            raise unknown("--objective", config.objective, OBJECTIVES)
+        asked = OBJECTIVES[config.objective] if config.objective else None
+        if config.noise_scheduler is not None:
+            # A mapping without a class is one of the objective's own.
+            default = (asked or OBJECTIVES[DEFAULT_OBJECTIVE]).schedulers[0]
+            values = {"_class_name": default} | config.noise_scheduler
+        elif config.pretrained_model_name_or_path:
+            folder = model_files.resolve(config.pretrained_model_name_or_path, "scheduler", config.revision)
+            values = model_files.read_json(folder / "scheduler_config.json")
+        else:
+            values = self._new_scheduler(asked or OBJECTIVES[DEFAULT_OBJECTIVE], kind)
+        objective = objective_of(values)
+        if asked not in (None, objective):
+            if config.noise_scheduler is not None:
+                raise ConfigError(
+                    f"--objective {config.objective} with a --noise_scheduler of {values['_class_name']}, whose models "
+                    f"are trained by {objective.name}: drop one of them"
+                )
+            objective, values = asked, self._new_scheduler(asked, kind)
+        check_options(objective, config)
+        return objective.changed(values, config)
+
+    def _new_scheduler(self, objective: type[Objective], kind: str) -> dict[str, Any]:
+        values = objective.scheduler(self.config)
+        if objective.name == DEFAULT_OBJECTIVE:
+            # Latents have no bounds to clip to, and Diffusers' StableDiffusionPipeline turns clipping off and the
+            # offset on in whatever it opens: written so, both sample alike.
+            values |= {"clip_sample": False, "steps_offset": 0}
+            values |= family_of(kind).pipelines[kind].scheduler
+        return values
+
+
+DEFAULT_OBJECTIVE = "ddpm"

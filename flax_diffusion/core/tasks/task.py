@@ -1,0 +1,189 @@
+"""What a run is for: its options, its examples, what of which model trains, how progress is seen, what is left."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.data.batches import ExampleFn, Precomputed
+from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.families.family import GROUP
+from flax_diffusion.core.objectives.noising import NoiseSpec
+from flax_diffusion.core.registry import Registry
+from flax_diffusion.core.spec import pipeline
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+
+C = TypeVar("C", bound=TrainConfig, covariant=True)
+
+
+class Preview(NamedTuple):
+    """How a run's progress is seen.
+
+    Attributes:
+        draw: Makes pictures, uint8 (N, H, W, C), with the averaged weights if there are any.
+        columns: Pictures in a row of the grid; None for a square grid.
+    """
+
+    draw: Callable[[Backend], np.ndarray]
+    columns: int | None
+
+
+class Task(ABC, Generic[C]):
+    """A task with the options of one run.
+
+    Args:
+        config: The options.
+    """
+
+    name: ClassVar[str]
+    """By which a user asks for it."""
+    config_class: ClassVar[type[TrainConfig]]
+    """The class of its options."""
+
+    checks_captions: ClassVar[bool] = False
+    """Whether captions come from data, so that they are looked at before the start."""
+    rows_per_example: int = 1
+    """Pictures that an example consists of."""
+    embeds_prompts: bool = False
+    """Whether prompts are encoded once, before training."""
+    embeds_empty_prompt: bool = False
+    """Whether the empty prompt is among these, whatever the captions."""
+    caches_latents: bool = False
+    """Whether pictures are encoded once, before training."""
+    makes_tokenizer: bool = False
+    """Whether the captions make the tokenizer."""
+
+    def __init__(self, config: C):
+        self.config = config
+
+    @classmethod
+    def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options that name data, for a plan, which reads none.
+
+        Args:
+            given: Options that are given.
+        """
+        return {}
+
+    @abstractmethod
+    def open_source(self) -> Source:
+        """Open the examples that there are.
+
+        Raises:
+            UserError: If they cannot be used.
+        """
+
+    def count_examples(self, source: Source) -> int:
+        """Return the examples per epoch, those that `complete_source` adds among them."""
+        return len(source)
+
+    def complete_source(self, source: Source, backend: Backend) -> Source:
+        """Return the examples with those that the models themselves draw.
+
+        Args:
+            source: The examples of `open_source`.
+            backend: With the weights that the run starts from.
+        """
+        return source
+
+    @abstractmethod
+    def make_spec(self, source: Source) -> PipelineSpec:
+        """Read the configs of the pipeline to train; the captions make a tokenizer where there is none.
+
+        Raises:
+            UserError: For models that cannot be trained so.
+        """
+
+    @abstractmethod
+    def reopen_spec(self, run: Path) -> PipelineSpec:
+        """Return the pipeline that a run trains, to draw from it.
+
+        Args:
+            run: Folder of the run.
+
+        Raises:
+            UserError: If it draws nothing, or something is missing.
+        """
+
+    def make_transform(self, spec: PipelineSpec) -> ImageTransform:
+        """Return what happens to the pictures."""
+        config = self.config
+        return ImageTransform(
+            resolution=config.resolution,
+            resize_mode=config.resize_mode,
+            center_crop=config.center_crop,
+            random_flip=config.random_flip,
+            interpolation=config.image_interpolation_mode,
+            channels=spec.image_channels,
+        )
+
+    def noise(self, spec: PipelineSpec, dtype: DTypeLike) -> NoiseSpec:
+        """Return what is drawn for each example; the objective's numbers are of `dtype`."""
+        return NoiseSpec(shape=spec.sample_shape, latent_noise=spec.vae is not None)
+
+    def make_example_fn(
+        self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
+    ) -> ExampleFn:
+        """Return what makes an example.
+
+        Args:
+            spec: The pipeline.
+            made: What was computed before training.
+            dtype: Of the objective's numbers.
+        """
+        return ExampleFn(
+            transform=self.make_transform(spec),
+            noise=self.noise(spec, dtype),
+            tokenize=spec.tokenize,
+            made=made or Precomputed(),
+        )
+
+    @property
+    def prompts(self) -> dict[str, list[str]]:
+        """The prompts among the options, by the option that has them."""
+        return {}
+
+    @abstractmethod
+    def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
+        """Return how progress is seen; None for not at all."""
+
+    def export_trained(
+        self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
+    ) -> None:
+        """Write the models, with the averaged weights if there are any.
+
+        Args:
+            backend: Has the weights.
+            spec: The pipeline.
+            source: All examples of the run.
+            folder: To write to.
+            only_trained: Leave out models that do not train.
+        """
+        backend.export(folder, only_trained=only_trained)
+
+    def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
+        """Write what the run is for: here, a pipeline that Diffusers loads."""
+        self.export_trained(backend, spec, source, folder)
+        if backend.process_index == 0:
+            pipeline.write_index(spec, folder)
+
+
+_MODULES = ("unconditional", "text_to_image", "dreambooth", "textual_inversion", "autoencoder")
+
+TASKS: Registry[type[Task[TrainConfig]]] = Registry(
+    "task", [f"flax_diffusion.core.tasks.{name}" for name in _MODULES], GROUP
+)
+"""All tasks by name."""
+
+
+def task_of(config: TrainConfig) -> Task[TrainConfig]:
+    """Return the task that a run's options are of."""
+    return next(task(config) for task in TASKS.values() if task.config_class is type(config))

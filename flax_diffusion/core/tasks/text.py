@@ -1,0 +1,254 @@
+"""What all tasks whose images follow a text share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.config.defaults import with_defaults
+from flax_diffusion.core.config.options import CONFIG_FILE, Reads, also
+from flax_diffusion.core.data import captions
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import DataError, WeightsError, naming
+from flax_diffusion.core.families import folders
+from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
+from flax_diffusion.core.families.stable_diffusion import CLIP_TEXT, STABLE_DIFFUSION, UNET_2D_CONDITION
+from flax_diffusion.core.io import model_files
+from flax_diffusion.core.io.files import as_path, local_copy
+from flax_diffusion.core.spec import pipeline
+from flax_diffusion.core.spec.adapters import Lora
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.parts import check_part, check_pipeline, frozen_vae, pretrained
+from flax_diffusion.core.tasks.task import Preview
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""The layers that LoRA adapts where none are named, as in Diffusers' scripts."""
+
+
+@with_defaults(resolution=512)
+class TextConfig(DiffusionConfig):
+    """Options of tasks whose images follow a text."""
+
+    vae: Annotated[str | None, Reads.MODEL] = Field(
+        "pretrained", description="`pretrained`: the pipeline's own; else a folder or Hub id. None: train on pixels."
+    )
+    tokenizer_name: Annotated[str | None, Reads.MODEL] = Field(
+        None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
+    )
+    validation_prompts: list[str] = Field(
+        [],
+        validation_alias=also("validation_prompts", "validation_prompt"),
+        description="Prompts to sample during training.",
+    )
+    validation_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of those samples.")
+    eval_batch_size: int = Field(
+        4,
+        ge=1,
+        validation_alias=also("eval_batch_size", "num_validation_images"),
+        description="Images in the grid (a prompt).",
+    )
+
+
+class CaptionedConfig(TextConfig):
+    """Options of tasks whose prompts are known before training, and whose text encoder may train."""
+
+    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
+    pre_compute_text_embeddings: bool = Field(
+        False, description="Encode each prompt once and free the text encoder; it must not train."
+    )
+
+    @model_validator(mode="after")
+    def _check_embeddings(self) -> CaptionedConfig:
+        if self.pre_compute_text_embeddings and self.train_text_encoder:
+            raise ValueError(
+                "--pre_compute_text_embeddings encodes each prompt once, and --train_text_encoder changes what comes "
+                "of it: drop one"
+            )
+        return self
+
+
+class LoraConfig(CaptionedConfig):
+    """Options of tasks that can train LoRA instead of the whole model."""
+
+    text_encoder_learning_rate: float | None = Field(
+        None,
+        gt=0,
+        validation_alias=also("text_encoder_learning_rate", "text_encoder_lr"),
+        description="Peak rate of the text encoder. None: as the UNet's.",
+    )
+    lora_rank: int | None = Field(
+        None, ge=1, validation_alias=also("lora_rank", "rank"), description="Train LoRA of this rank, not the model."
+    )
+    lora_alpha: float | None = Field(None, gt=0, description="Its scale is alpha / rank. None: the rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of a LoRA's inputs that are dropped.")
+    lora_target_modules: list[str] = Field(list(UNET_TARGETS), description="Layers of the UNet to adapt.")
+    lora_text_encoder_target_modules: list[str] = Field(
+        list(TEXT_ENCODER_TARGETS), description="Layers of the text encoder to adapt, with --train_text_encoder."
+    )
+    lora_format: Literal["peft", "kohya"] = Field("peft", description="Names in pytorch_lora_weights.safetensors.")
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> LoraConfig:
+        if self.lora_rank is None:
+            for name in ("alpha", "dropout", "target_modules", "text_encoder_target_modules", "format"):
+                if getattr(self, f"lora_{name}") != type(self).model_fields[f"lora_{name}"].default:
+                    raise ValueError(f"--lora_{name} goes with --lora_rank: add it, 4 is usual, or drop the former")
+        elif self.pretrained_model_name_or_path is None:
+            raise ValueError("--lora_rank adapts a model: give --pretrained_model_name_or_path")
+        if self.text_encoder_learning_rate is not None and not self.train_text_encoder:
+            raise ValueError("--text_encoder_learning_rate goes with --train_text_encoder: add it, or drop the former")
+        return self
+
+
+T = TypeVar("T", bound=TextConfig, covariant=True)
+L = TypeVar("L", bound=LoraConfig, covariant=True)
+
+
+class TextTask(DiffusionTask[T]):
+    """Trains Stable Diffusion 1.x or 2.x, or parts of it."""
+
+    lora_format: Literal["peft", "kohya"] = "peft"
+
+    def make_spec(self, source: Source) -> PipelineSpec:
+        """Read the configs of the pipeline to train; the captions make a tokenizer where there is none."""
+        config = self.config
+        made_before = as_path(config.output_dir) / "tokenizer" if config.resume_from_checkpoint else None
+        return self.checked(self.read_pipeline(captions_of(source), made_before))
+
+    def reopen_spec(self, run: Path) -> PipelineSpec:
+        """Return the pipeline that a run trains, with the tokenizer that it made, if it did."""
+        config, made = self.config, run / "tokenizer"
+        if not (config.pretrained_model_name_or_path or config.tokenizer_name) and not made.is_dir():
+            raise WeightsError(f"{run}: has no folder tokenizer, without which nobody knows its words: bring it back")
+        try:
+            return self.read_pipeline((), made)
+        except WeightsError as error:
+            raise WeightsError(f"{run / CONFIG_FILE} names what is not there any more: {error}") from error
+
+    def read_pipeline(self, texts: Iterable[str], made_before: Path | None) -> PipelineSpec:
+        """Read the configs of the pipeline, and its tokenizer.
+
+        Args:
+            texts: Every caption; read only when a tokenizer must be made.
+            made_before: Where a run that is resumed keeps the tokenizer that it made, if it did.
+        """
+        config = self.config
+        index = check_pipeline(config, [STABLE_DIFFUSION]) if config.pretrained_model_name_or_path else {}
+        encoder, unet = self.read_models()
+        tokenizer = self._tokenizer(encoder, texts, made_before)
+        if not config.pretrained_model_name_or_path:
+            ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+            encoder = replace(encoder, config=encoder.config | ids | {"vocab_size": len(tokenizer)})
+        encoder, unet = self.adapted(encoder, unet, tokenizer)
+        components = {"text_encoder": encoder, "unet": unet}
+        # A pipeline that was trained on pixels has no VAE.
+        if config.vae == "pretrained" and (not index or folders.has_part(index, "vae")):
+            components["vae"] = pretrained(config, "vae", AUTOENCODER_KL, train=False)
+        elif config.vae and config.vae != "pretrained":
+            components["vae"] = frozen_vae(config.vae)
+        return self.pipeline("StableDiffusionPipeline", components, tokenizer)
+
+    def read_models(self) -> tuple[Component, Component]:
+        """Read the configs of text encoder and UNet."""
+        encoder = pretrained(self.config, "text_encoder", CLIP_TEXT, train=False)
+        return encoder, pretrained(self.config, "unet", UNET_2D_CONDITION, train=True)
+
+    def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
+        """Return text encoder and UNet with what trains beside their weights, if anything does."""
+        return encoder, unet
+
+    def _tokenizer(self, encoder: Component, texts: Iterable[str], made_before: Path | None) -> CLIPTokenizer:
+        config, source = self.config, self.config.pretrained_model_name_or_path
+        if config.tokenizer_name:
+            check_part(config.tokenizer_name, "--tokenizer_name", "tokenizer")
+            with naming("--tokenizer_name"):
+                folder = model_files.resolve(config.tokenizer_name, allow_patterns=["*.json", "*.txt"])
+                return captions.load_tokenizer(folder)
+        if source:
+            return captions.load_tokenizer(model_files.resolve(source, "tokenizer", config.revision))
+        if made_before is not None and made_before.is_dir():
+            return captions.load_tokenizer(local_copy(made_before))
+        size = encoder.config.get("vocab_size", 4096)
+        return captions.train_tokenizer(texts, size, encoder["max_position_embeddings"])
+
+    @property
+    def prompts(self) -> dict[str, list[str]]:
+        """The prompts among the options, by the option that has them."""
+        return {"validation_prompts": self.config.validation_prompts}
+
+    def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
+        """Draw pictures of the validation prompts, a row for each."""
+        config = self.config
+        if not config.validation_prompts:
+            return None
+        return self._samples(config.validation_prompts, config.validation_guidance_scale, config.eval_batch_size)
+
+    def export_trained(
+        self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
+    ) -> None:
+        """Write the models, or the adapters where these train."""
+        if not spec.adapted:
+            super().export_trained(backend, spec, source, folder, only_trained=only_trained)
+            return
+        arrays = backend.trained_arrays()
+        if backend.process_index == 0:
+            pipeline.write_adapters(spec, arrays, folder, self.lora_format)
+
+    def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
+        """Write a pipeline that Diffusers loads, or the adapters."""
+        if spec.adapted:
+            self.export_trained(backend, spec, source, folder)
+        else:
+            super().export(backend, spec, source, folder)
+
+
+def captions_of(source: Source) -> Iterator[str]:
+    """Yield the captions that can be read; `check_source` and the loader see to the others, and name them."""
+    for index in range(len(source)):
+        try:
+            caption = source[index].caption
+        except DataError:
+            continue
+        yield from [caption] if isinstance(caption, str) else caption or []
+
+
+class LoraTask(TextTask[L]):
+    """Trains the whole UNet, or LoRA; the text encoder too if asked to."""
+
+    def __init__(self, config: L):
+        super().__init__(config)
+        self.lora_format = config.lora_format
+        self.embeds_prompts = config.pre_compute_text_embeddings
+
+    def read_models(self) -> tuple[Component, Component]:
+        """Read the configs of text encoder and UNet."""
+        encoder, unet = super().read_models()
+        return replace(encoder, train=self.config.train_text_encoder), unet
+
+    def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
+        """Return text encoder and UNet with LoRA beside their weights, if there is any, and their rates."""
+        config = self.config
+        if config.text_encoder_learning_rate is not None:
+            encoder = replace(encoder, rate_factor=config.text_encoder_learning_rate / config.learning_rate)
+        if config.lora_rank is None:
+            return encoder, unet
+        unet = replace(unet, train=False, lora=self._lora(config.lora_target_modules))
+        if config.train_text_encoder:
+            lora = self._lora(config.lora_text_encoder_target_modules)
+            encoder = replace(encoder, train=False, lora=lora)
+        return encoder, unet
+
+    def _lora(self, targets: list[str]) -> Lora:
+        rank = int(self.config.lora_rank or 0)
+        alpha = self.config.lora_alpha or float(rank)
+        return Lora(rank=rank, alpha=alpha, dropout=self.config.lora_dropout, targets=tuple(targets))

@@ -1,0 +1,50 @@
+"""Pictures from prompts: Stable Diffusion 1.x and 2.x."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
+from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel
+
+
+def condition(modules: Any, params: Params, batch: Batch, dropout: jax.Array | None = None) -> jax.Array:
+    """Return the text encoder's last hidden states (B, L, D), which the UNet attends to.
+
+    Args:
+        modules: The pipeline's modules.
+        params: Weights of all components.
+        batch: input_ids (B, L), or text_embeddings (B, L, D) that were made before.
+        dropout: Key of the dropout masks; None in evaluation.
+    """
+    if "input_ids" not in batch:
+        return batch["text_embeddings"]
+    return modules.call("text_encoder", params, dropout, batch["input_ids"])[0]
+
+
+def predict(
+    modules: Any,
+    params: Params,
+    sample: jax.Array,
+    timesteps: jax.Array,
+    condition: jax.Array,
+    dropout: jax.Array | None = None,
+) -> jax.Array:
+    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,) and hidden states (B, L, D)."""
+    return modules.call("unet", params, dropout, sample, timesteps, condition)[0]
+
+
+FAMILIES.register(
+    "stable_diffusion",
+    Family(
+        classes={
+            "CLIPTextModel": FlaxCLIPTextModel,
+            "UNet2DConditionModel": FlaxUNet2DConditionModel,
+            "AutoencoderKL": FlaxAutoencoderKL,
+        },
+        condition=condition,
+        predict=predict,
+    ),
+)
