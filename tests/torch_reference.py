@@ -20,6 +20,7 @@ MODULES = {
     "EulerDiscreteScheduler": "scheduling_euler_discrete",
     "DPMSolverMultistepScheduler": "scheduling_dpmsolver_multistep",
     "FlowMatchEulerDiscreteScheduler": "scheduling_flow_match_euler_discrete",
+    "EDMEulerScheduler": "scheduling_edm_euler",
 }
 SHAPE = (2, 3, 4, 4)
 

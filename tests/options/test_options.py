@@ -51,6 +51,7 @@ BACKENDS = ("jax", "torch", "torch_built", "jax_says")
 BOTH = ("jax", "torch")
 TEXT = ("text_to_image", "dreambooth", "textual_inversion")
 TUNED = ("dreambooth", "textual_inversion")
+FLOW = {"objective": "flow_matching"}
 EARLIER = {"max_train_steps": 4, "checkpointing_steps": 2}
 
 
@@ -124,6 +125,13 @@ TABLE: dict[str, list[Row]] = {
         Row("squaredcos_cap_v2", "refused", tasks=TUNED),
     ],
     "prediction_type": [Row("v_prediction", ("spec", "batch"))],
+    "objective": [Row("flow_matching", ("spec", "batch"))],
+    "weighting_scheme": [Row("logit_normal", "batch", FLOW)],
+    "logit_mean": [Row(1.0, "batch", FLOW | {"weighting_scheme": "logit_normal"})],
+    "logit_std": [Row(0.5, "batch", FLOW | {"weighting_scheme": "logit_normal"})],
+    "shift": [Row(3.0, ("spec", "batch"), FLOW)],
+    "edm_log_mean": [Row(-0.4, "batch", {"objective": "edm"})],
+    "edm_log_std": [Row(1.0, "batch", {"objective": "edm"})],
     # Data
     "dataset_name": [Row("digits", "batch", {"train_data_dir": None})],
     "dataset_config_name": [Row("cats", "asked", {"dataset_name": "me/pets", "train_data_dir": None})],
