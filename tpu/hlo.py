@@ -1,4 +1,4 @@
-"""What a compiled program does, read from its optimized HLO text: time by operation, bytes that chips exchange.
+"""Figures of a compiled program, read from its optimized HLO text: time by operation, bytes that chips exchange.
 
 The TPU compiler writes `estimated_cycles` into the `backend_config` of the operations that it schedules. The cycles of
 a fusion are those of everything fused in it; a loop's are those of its body, times its trips. A kernel written by hand
@@ -127,39 +127,45 @@ def _walk(
 
     An exchange that runs beside several fusions is written in each of them; `channels` collects those that were seen.
     """
-    for one in computations[name]:
-        cycles, exchanged, kernel = _CYCLES.search(one.rest), _bytes_exchanged(one), _kernel(one)
-        channel = _CHANNEL.search(one.rest)
+    for instruction in computations[name]:
+        cycles, exchanged, kernel = (
+            _CYCLES.search(instruction.rest),
+            _bytes_exchanged(instruction),
+            _kernel(instruction),
+        )
+        channel = _CHANNEL.search(instruction.rest)
         if exchanged and channel:
             exchanged = 0 if channel[1] in channels else exchanged
             channels.add(channel[1])
         if (cycles and scheduled) or exchanged or kernel:
-            op_name = _OP_NAME.search(one.rest)
+            op_name = _OP_NAME.search(instruction.rest)
             yield Operation(
-                name=one.name,
-                opcode=one.opcode,
+                name=instruction.name,
+                opcode=instruction.opcode,
                 module=module_path(op_name[1]) if op_name else "",
                 cycles=count * int(cycles[1]) if cycles and scheduled else 0,
                 count=count,
                 bytes_exchanged=count * exchanged,
                 kernel=kernel,
             )
-        trips = _TRIPS.search(one.rest)
+        trips = _TRIPS.search(instruction.rest)
         times = count * (int(trips[1]) if trips else 1)
-        called = _CALLED.findall(one.rest)
-        branches = _BRANCHES.search(one.rest)
+        called = _CALLED.findall(instruction.rest)
+        branches = _BRANCHES.search(instruction.rest)
         called += re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
         for inner in called:
             if inner in computations:
-                yield from _walk(computations, inner, times, channels, scheduled=scheduled and one.opcode != "fusion")
+                yield from _walk(
+                    computations, inner, times, channels, scheduled=scheduled and instruction.opcode != "fusion"
+                )
 
 
-def _kernel(one: _Instruction) -> Kernel | None:
-    if one.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in one.rest:
+def _kernel(instruction: _Instruction) -> Kernel | None:
+    if instruction.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in instruction.rest:
         return None
-    operands, estimate = _OPERANDS.search(one.rest), _ESTIMATE.search(one.rest)
+    operands, estimate = _OPERANDS.search(instruction.rest), _ESTIMATE.search(instruction.rest)
     return Kernel(
-        name=one.name.split(".")[0],
+        name=instruction.name.split(".")[0],
         shapes=tuple(
             tuple(int(size) for size in shape.split(",") if size)
             for _, shape in _ARRAY.findall(operands[1] if operands else "")
@@ -169,13 +175,13 @@ def _kernel(one: _Instruction) -> Kernel | None:
     )
 
 
-def _bytes_exchanged(one: _Instruction) -> int:
+def _bytes_exchanged(instruction: _Instruction) -> int:
     """Return the bytes of a collective's result; an asynchronous start, other than of all-reduce, holds them twice."""
     for kind in _COLLECTIVES:
-        if one.opcode == kind:
-            return array_bytes(one.type)
-        if one.opcode == f"{kind}-start":
-            return array_bytes(one.type) // (1 if kind == "all-reduce" else 2)
+        if instruction.opcode == kind:
+            return array_bytes(instruction.type)
+        if instruction.opcode == f"{kind}-start":
+            return array_bytes(instruction.type) // (1 if kind == "all-reduce" else 2)
     return 0
 
 

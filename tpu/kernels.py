@@ -13,7 +13,8 @@ MATMUL_EFFICIENCY, COPY_EFFICIENCY = 0.88, 0.80
 
 FLASH_EFFICIENCY, FLASH_STEP_CYCLES = 0.95, 700
 """Share of the matrix units' peak in attention, and extra cycles of each step of its grid, as the compiler lays it out
-on v5e."""
+on v5e.
+"""
 
 MATRIX_UNIT_ROWS = 16
 """Rows of bfloat16 that a matrix unit takes at a time."""

@@ -21,7 +21,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 LANES = 128
 MIN_BLOCK_QUERIES, MAX_BLOCK_SCORES, MAX_BLOCK_QUERIES = 512, 2**21, 4096
 """Upper limit of the queries in one step of the kernels' grid: as many as make MAX_BLOCK_SCORES scores, between the
-first number and the last."""
+first number and the last.
+"""
 MAX_UNROLLED_KEYS = 4096
 """Keys whose chunks are unrolled, one after the other: more would take longer to compile and gain little."""
 DEFAULT_VMEM_BYTES = 12 * 2**20

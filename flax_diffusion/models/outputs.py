@@ -24,7 +24,7 @@ class ModelOutput:
 class FlaxUNet2DOutput(ModelOutput):
     """Output of FlaxUNet2DModel.
 
-    Args:
+    Attributes:
         sample: Prediction, (B, out_channels, H, W), in the model's dtype.
     """
 
@@ -35,7 +35,7 @@ class FlaxUNet2DOutput(ModelOutput):
 class FlaxUNet2DConditionOutput(ModelOutput):
     """Output of FlaxUNet2DConditionModel.
 
-    Args:
+    Attributes:
         sample: Prediction, (B, out_channels, H, W), in the model's dtype.
     """
 
@@ -46,7 +46,7 @@ class FlaxUNet2DConditionOutput(ModelOutput):
 class FlaxDecoderOutput(ModelOutput):
     """Output of the autoencoder's decoder.
 
-    Args:
+    Attributes:
         sample: Images in [-1, 1], (B, out_channels, H, W).
     """
 
@@ -57,7 +57,7 @@ class FlaxDecoderOutput(ModelOutput):
 class FlaxDiagonalGaussianDistribution:
     """The autoencoder's posterior, a Gaussian with diagonal covariance.
 
-    Args:
+    Attributes:
         mean: Mean, (B, latent_channels, H, W), before the scaling factor.
         logvar: Log variance in the shape of `mean`, already clipped to [-30, 20].
 
@@ -98,7 +98,7 @@ class FlaxDiagonalGaussianDistribution:
 class FlaxAutoencoderKLOutput(ModelOutput):
     """Output of the autoencoder's encoder.
 
-    Args:
+    Attributes:
         latent_dist: The posterior over latents.
     """
 
@@ -109,7 +109,7 @@ class FlaxAutoencoderKLOutput(ModelOutput):
 class FlaxCLIPTextOutput(ModelOutput):
     """Output of FlaxCLIPTextModel.
 
-    Args:
+    Attributes:
         last_hidden_state: Last hidden state after the final layer norm, (B, L, hidden_size).
         pooler_output: The last hidden state at the end-of-text token, (B, hidden_size).
         hidden_states: Embeddings and every layer's output before the final layer norm, each (B, L, hidden_size); or
@@ -125,7 +125,7 @@ class FlaxCLIPTextOutput(ModelOutput):
 class FlaxCLIPTextModelOutput(ModelOutput):
     """Output of FlaxCLIPTextModelWithProjection.
 
-    Args:
+    Attributes:
         text_embeds: Projected pooled output, (B, projection_dim).
         last_hidden_state: Last hidden state after the final layer norm, (B, L, hidden_size).
         hidden_states: Embeddings and every layer's output before the final layer norm, each (B, L, hidden_size); or
