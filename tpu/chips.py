@@ -1,4 +1,4 @@
-"""What a TPU chip can do, by Google's published figures."""
+"""Memory and speed of TPU chips, from Google's published figures."""
 
 from __future__ import annotations
 
@@ -7,22 +7,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One chip.
+    """Figures of one chip.
 
-    Reference: the system architecture pages of https://cloud.google.com/tpu/docs. The clock is that at which the
-    chip's matrix units do the published FLOP/s: peak / (2 · units · side²).
+    Attributes:
+        name: Generation, such as v5e.
+        hbm_bytes: Bytes of memory.
+        flops: Peak of bfloat16 FLOP/s.
+        bandwidth: Bytes of memory read or written per second.
+        matrix_units: Number of matrix units.
+        matrix_side: Rows and columns of one.
+
+    Reference: the system architecture pages of https://cloud.google.com/tpu/docs.
     """
 
     name: str
     hbm_bytes: float
-    flops: float  # bfloat16, a second
-    bandwidth: float  # bytes of HBM a second
+    flops: float
+    bandwidth: float
     matrix_units: int
     matrix_side: int
 
     @property
     def clock(self) -> float:
-        """Cycles a second."""
+        """Cycles per second at which the matrix units reach the published FLOP/s: peak / (2 · units · side²)."""
         return self.flops / (2 * self.matrix_units * self.matrix_side**2)
 
 

@@ -1,8 +1,8 @@
-"""What a compiled program does, read from its optimized HLO text: time by operation, bytes that chips exchange.
+"""Figures of a compiled program, read from its optimized HLO text: time by operation, bytes that chips exchange.
 
-The TPU compiler writes `estimated_cycles` into the `backend_config` of the operations that it schedules. A fusion has
-those of all that is fused; a loop has those of its body, times its trips. A kernel written by hand has none, but the
-FLOPs and bytes that its author says.
+The TPU compiler writes `estimated_cycles` into the `backend_config` of the operations that it schedules. The cycles of
+a fusion are those of everything fused in it; a loop's are those of its body, times its trips. A kernel written by hand
+has no cycles, but the FLOPs and bytes that its author estimates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
+_DTYPE_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16}
 _ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+|f8\w+)\[([\d,]*)\]")
 _HEADER = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
@@ -32,10 +32,10 @@ class Kernel:
     """A kernel written by hand, such as one of Pallas.
 
     Attributes:
-        name: Its own.
-        shapes: Of its operands.
-        flops: Of one execution, as its author says; None where he says nothing.
-        bytes_accessed: The same.
+        name: The kernel's name.
+        shapes: Shapes of its operands.
+        flops: FLOPs of one execution, as its author estimates; None without an estimate.
+        bytes_accessed: Bytes read and written by one execution, likewise.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Operation:
 
     Attributes:
         name: Its name in the program.
-        opcode: fusion, copy, custom-call, all-reduce, …
+        opcode: Kind of operation: fusion, copy, custom-call, all-reduce, …
         module: Path of the layer that it came from, such as `transpose(unet)/down_blocks_0/attentions_0`.
-        cycles: That the compiler expects, of all its executions in one run of the program.
-        count: Executions.
-        bytes_exchanged: Of what exchanges between devices result in on one of them, of all executions.
-        kernel: What it runs if the compiler knows nothing of it.
+        cycles: Cycles that the compiler expects of all its executions in one run of the program.
+        count: Executions in one run of the program.
+        bytes_exchanged: Bytes that exchanges between devices leave on one device, summed over all executions.
+        kernel: The kernel that it runs, where that was written by hand.
     """
 
     name: str
@@ -76,10 +76,10 @@ class _Instruction:
 
 
 def operations(text: str) -> list[Operation]:
-    """All operations that a program schedules, in order.
+    """Return all operations that a program schedules, in order.
 
     Args:
-        text: Of `compiled.as_text()`.
+        text: Optimized HLO, from `compiled.as_text()`.
 
     Raises:
         ValueError: If it has no entry computation.
@@ -108,7 +108,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _split_type(text: str) -> tuple[str, str]:
-    """A type, which may be a tuple with parentheses in its layouts, and what follows it."""
+    """Split a type, which may be a tuple with parentheses in its layouts, from what follows it."""
     if not text.startswith("("):
         kind, _, rest = text.partition(" ")
         return kind, rest
@@ -123,43 +123,49 @@ def _split_type(text: str) -> tuple[str, str]:
 def _walk(
     computations: dict[str, list[_Instruction]], name: str, count: int, channels: set[str], *, scheduled: bool
 ) -> Iterator[Operation]:
-    """Operations of a computation; inside a fusion only what is exchanged, since its cycles are those of the fusion.
+    """Yield the operations of a computation; inside a fusion, whose cycles include theirs, only the exchanges.
 
-    An exchange that goes on beside several fusions stands in each of them; `channels` are those that were seen.
+    An exchange that runs beside several fusions is written in each of them; `channels` collects those that were seen.
     """
-    for one in computations[name]:
-        cycles, exchanged, kernel = _CYCLES.search(one.rest), _bytes_exchanged(one), _kernel(one)
-        channel = _CHANNEL.search(one.rest)
+    for instruction in computations[name]:
+        cycles, exchanged, kernel = (
+            _CYCLES.search(instruction.rest),
+            _bytes_exchanged(instruction),
+            _kernel(instruction),
+        )
+        channel = _CHANNEL.search(instruction.rest)
         if exchanged and channel:
             exchanged = 0 if channel[1] in channels else exchanged
             channels.add(channel[1])
         if (cycles and scheduled) or exchanged or kernel:
-            op_name = _OP_NAME.search(one.rest)
+            op_name = _OP_NAME.search(instruction.rest)
             yield Operation(
-                name=one.name,
-                opcode=one.opcode,
-                module=module_of(op_name[1]) if op_name else "",
+                name=instruction.name,
+                opcode=instruction.opcode,
+                module=module_path(op_name[1]) if op_name else "",
                 cycles=count * int(cycles[1]) if cycles and scheduled else 0,
                 count=count,
                 bytes_exchanged=count * exchanged,
                 kernel=kernel,
             )
-        trips = _TRIPS.search(one.rest)
+        trips = _TRIPS.search(instruction.rest)
         times = count * (int(trips[1]) if trips else 1)
-        called = _CALLED.findall(one.rest)
-        branches = _BRANCHES.search(one.rest)
+        called = _CALLED.findall(instruction.rest)
+        branches = _BRANCHES.search(instruction.rest)
         called += re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
         for inner in called:
             if inner in computations:
-                yield from _walk(computations, inner, times, channels, scheduled=scheduled and one.opcode != "fusion")
+                yield from _walk(
+                    computations, inner, times, channels, scheduled=scheduled and instruction.opcode != "fusion"
+                )
 
 
-def _kernel(one: _Instruction) -> Kernel | None:
-    if one.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in one.rest:
+def _kernel(instruction: _Instruction) -> Kernel | None:
+    if instruction.opcode != "custom-call" or 'custom_call_target="tpu_custom_call"' not in instruction.rest:
         return None
-    operands, estimate = _OPERANDS.search(one.rest), _ESTIMATE.search(one.rest)
+    operands, estimate = _OPERANDS.search(instruction.rest), _ESTIMATE.search(instruction.rest)
     return Kernel(
-        name=one.name.split(".")[0],
+        name=instruction.name.split(".")[0],
         shapes=tuple(
             tuple(int(size) for size in shape.split(",") if size)
             for _, shape in _ARRAY.findall(operands[1] if operands else "")
@@ -169,27 +175,27 @@ def _kernel(one: _Instruction) -> Kernel | None:
     )
 
 
-def _bytes_exchanged(one: _Instruction) -> int:
-    """Bytes of a collective's result; of the start of an asynchronous one, which has its operands beside it, half."""
+def _bytes_exchanged(instruction: _Instruction) -> int:
+    """Return the bytes of a collective's result; an asynchronous start, other than of all-reduce, holds them twice."""
     for kind in _COLLECTIVES:
-        if one.opcode == kind:
-            return bytes_of(one.type)
-        if one.opcode == f"{kind}-start":
-            return bytes_of(one.type) // (1 if kind == "all-reduce" else 2)
+        if instruction.opcode == kind:
+            return array_bytes(instruction.type)
+        if instruction.opcode == f"{kind}-start":
+            return array_bytes(instruction.type) // (1 if kind == "all-reduce" else 2)
     return 0
 
 
-def bytes_of(kind: str) -> int:
-    """Bytes of a type's arrays, without padding."""
+def array_bytes(kind: str) -> int:
+    """Return the bytes of all arrays in an HLO type, such as `(f32[2,3], s32[])`, without padding."""
     total = 0
     for dtype, shape in _ARRAY.findall(kind):
-        width = _BYTES.get(dtype) or (1 if dtype.startswith("f8") else max(1, int(dtype[1:]) // 8))
+        width = _DTYPE_BYTES.get(dtype) or (1 if dtype.startswith("f8") else max(1, int(dtype[1:]) // 8))
         total += width * math.prod(int(size) for size in shape.split(",") if size)
     return total
 
 
-def module_of(op_name: str) -> str:
-    """The layer's path in an operation's name.
+def module_path(op_name: str) -> str:
+    """Return the layer's path in an operation's name.
 
     `jit(train_step)/transpose(jvp(FlaxUNet2DConditionModel))/conv_out/reduce_sum` is
     `transpose(FlaxUNet2DConditionModel)/conv_out`.

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     options, rest = own.parse_known_args(words)
     _, config = command_line.parse_train(rest, "python -m tpu.plan", without_data)
-    topologies.prepare()
+    topologies.set_environment()
     where = topologies.describe(options.topology)
     if options.hlo:
         try:
@@ -132,7 +132,7 @@ _HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NA
                           [flags of training]
 
 {__doc__}
-  --topology NAME   The slice to compile for (default v5e:2x2): {", ".join(topologies.KNOWN)}.
+  --topology NAME   The slice to compile for (default v5e:2x2): {", ".join(topologies.KNOWN_TOPOLOGIES)}.
   --sweep           Try batch sizes, meshes and gradient checkpointing, and print what fits, fastest first.
   --hlo FILE        Write the compiled program there, as text.
 

@@ -1,4 +1,4 @@
-"""What fits a slice, fastest first: batch sizes, meshes and gradient checkpointing tried one after the other."""
+"""Search for the fastest settings that fit a slice, over batch sizes, fsdp_sizes and gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from tpu.chips import GIB
 from tpu.compiled import DoesNotFit, Plan, make_plan
 from tpu.topologies import Slice
 
-LARGEST_BATCH = 64
+MAX_BATCH = 64
 
-_WORDS: dict[Checkpointing, str] = {False: "no", "minimal": "minimal", True: "yes"}
+_CHECKPOINTING_LABELS: dict[Checkpointing, str] = {False: "no", "minimal": "minimal", True: "yes"}
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One setting and what came of it.
+    """One setting and its result.
 
     Attributes:
-        batch: Images a device.
+        batch: Images per device in one forward pass.
         fsdp: Size of the mesh's fsdp axis.
-        checkpointing: What is computed again in the backward pass.
-        plan: Of the step; the compiler's refusal if it does not fit.
+        checkpointing: What the backward pass computes again.
+        plan: Plan of the step, or the compiler's error if it does not fit.
     """
 
     batch: int
@@ -34,12 +34,12 @@ class Trial:
 
     @property
     def seconds(self) -> float:
-        """An image and device; infinite if it does not fit."""
+        """Seconds per image and device; infinite if the step does not fit."""
         return self.plan.seconds / self.plan.images if isinstance(self.plan, Plan) else float("inf")
 
     def row(self) -> str:
-        """As a line of the table."""
-        start = f"{self.batch:6} {self.fsdp:5} {_WORDS[self.checkpointing]:>14}"
+        """Return the trial as a line of the table."""
+        start = f"{self.batch:6} {self.fsdp:5} {_CHECKPOINTING_LABELS[self.checkpointing]:>14}"
         if isinstance(self.plan, DoesNotFit):
             return f"{start} {self.plan.needed:7.2f}   does not fit: {self.plan.available:.2f} GiB"
         rate = len(self.plan.slice.devices) / self.seconds
@@ -53,17 +53,17 @@ class Trial:
 def trials(
     config: TrainConfig, where: Slice, plan_of: Callable[[TrainConfig, Slice], Plan] = make_plan
 ) -> Iterator[Trial]:
-    """Tries every setting; of a mesh, batches double until one does not fit.
+    """Yield a trial of every setting; for each mesh and checkpointing, the batch doubles until it does not fit.
 
     Args:
-        config: Of the run; its batch sizes, mesh and gradient checkpointing are replaced.
-        where: The slice.
-        plan_of: Compiles a config's step.
+        config: The run's options; batch sizes, mesh and gradient checkpointing are replaced.
+        where: The slice to plan for.
+        plan_of: Function that compiles the step of a config for a slice and returns its plan.
     """
-    for fsdp in meshes(len(where.devices)):
+    for fsdp in fsdp_sizes(len(where.devices)):
         for checkpointing in (False, "minimal", True):
             batch = 1
-            while batch <= LARGEST_BATCH:
+            while batch <= MAX_BATCH:
                 setting = {"train_batch_size": batch, "global_batch_size": None, "data_parallelism": -1}
                 setting |= {"fsdp_parallelism": fsdp, "gradient_checkpointing": checkpointing}
                 try:
@@ -76,13 +76,13 @@ def trials(
                 batch *= 2
 
 
-def meshes(devices: int) -> list[int]:
-    """Sizes of the fsdp axis worth trying: none, all of a small slice, and powers of four between."""
+def fsdp_sizes(devices: int) -> list[int]:
+    """Return the sizes of the fsdp axis worth trying: 1, all of a small slice, and powers of four between."""
     return sorted({1, min(devices, 64), *(size for size in (4, 16) if devices % size == 0)})
 
 
 def table(tried: Iterable[Trial]) -> str:
-    """The trials as text, fastest first."""
+    """Return the trials as a text table, fastest first."""
     head = (
         f"{'batch':>6} {'fsdp':>5} {'checkpointing':>14} {'GiB':>7} {'ms/image':>8} {'GB/image':>8} {'images/s':>9} MFU"
     )

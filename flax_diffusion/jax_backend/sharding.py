@@ -1,4 +1,4 @@
-"""Where arrays live: a mesh with a data and an fsdp axis, and an ordered table of rules by parameter path."""
+"""Placement of arrays: a mesh with a data and an fsdp axis, and an ordered table of rules by parameter path."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ DATA, FSDP = "data", "fsdp"
 RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"/embedding$", (0, 1)),  # (rows, features): rows first, the vocabulary is the large side
     (r"/kernel$", (-1, -2)),  # (…, in, out): output features, else input features
-    (r"/(codes|absmax)$", (-1,)),  # 8-bit moments of either; their rows come in blocks
+    (r"/(codes|absmax)$", (-1,)),  # 8-bit moments of both; their rows are in blocks
     (r"", ()),  # norms, biases and scalars are small: a copy on every device
 )
-"""(path regex, axes to try in order): the first rule that matches decides, its first axis that divides is sharded.
+"""Pairs of a path regex and the axes to try in order: the first rule that matches decides, and of its axes the first
+that the devices divide evenly is sharded.
 
-Optimizer moments and the moving average have the paths of their parameters as suffix, so the same rules place them;
-but since only the update needs them, they are divided over all devices, not over the fsdp axis alone.
+The paths of optimizer moments and of the moving average end in those of their parameters, so the same rules place them.
+But since only the update needs them, they are divided over all devices, not over the fsdp axis alone.
 """
 
-UPDATED = re.compile(r"^(opt_state|ema)/")
+UPDATE_ONLY = re.compile(r"^(opt_state|ema)/")
 """Paths of the parts of a train state that the forward and backward passes do not read."""
 
 
 def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """Arranges the devices as (data, fsdp).
+    """Return a mesh of the devices, with axes (data, fsdp).
 
     Args:
-        data: Size of the data axis; -1 takes what fsdp leaves.
+        data: Size of the data axis; -1 takes the devices that fsdp leaves.
         fsdp: Size of the fsdp axis.
-        devices: By default all of them.
+        devices: Devices of the mesh; None takes all of them.
 
     Raises:
         ConfigError: If the sizes do not multiply out to the number of devices.
@@ -56,10 +57,16 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mes
     return jax.make_mesh((data, fsdp), (DATA, FSDP), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """The partition of one array by the first rule that matches its path."""
+def partition_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """Return the partition of one array, by the first rule that matches its path.
+
+    Args:
+        path: Path in the train state, such as params/unet/conv_in/kernel.
+        shape: Shape of the array.
+        mesh: Mesh with a data and an fsdp axis.
+    """
     axes = next(axes for pattern, axes in RULES if re.search(pattern, path))
-    for over in ((DATA, FSDP), FSDP) if UPDATED.search(path) else (FSDP,):
+    for over in ((DATA, FSDP), FSDP) if UPDATE_ONLY.search(path) else (FSDP,):
         for axis in axes:
             if len(shape) >= 2 and shape[axis] % math.prod(mesh.shape[name] for name in np.atleast_1d(over)) == 0:
                 parts: list[Any] = [None] * len(shape)
@@ -69,46 +76,68 @@ def spec_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> Par
 
 
 def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """The sharding of every leaf of a (possibly abstract) train state."""
+    """Return the sharding on a mesh of every leaf of a train state, which may be abstract."""
 
     def place(path: Any, leaf: Any) -> NamedSharding:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec_of(name, leaf.shape, mesh))
+        return NamedSharding(mesh, partition_of(name, leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, state)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Return the sharding that puts a copy on every device of a mesh."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
-    """Splits the images over all devices; `leading` axes (accumulation) come before them."""
+    """Return the sharding that splits images over all devices of a mesh.
+
+    Args:
+        mesh: Mesh with a data and an fsdp axis.
+        leading: Number of axes before that of the images, such as accumulation's.
+    """
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, (DATA, FSDP)))
 
 
 def gathered(tree: Any, mesh: Mesh | None) -> Any:
-    """Inside jit: whole on every device.
+    """Return a tree that is whole on every device; for use inside jit.
 
-    Left to choose, the compiler would now and then gather the images of a layer rather than its weights.
+    Left to choose, the compiler would sometimes gather a layer's images instead of its weights.
+
+    Args:
+        tree: Tree of traced arrays.
+        mesh: Mesh of the devices; None returns the tree as it is.
     """
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def scattered(tree: Any, mesh: Mesh | None) -> Any:
-    """Inside jit: gradients divided as the moments are, so that of their sum over devices each gets its part alone."""
+    """Return gradients divided as the moments are, so that each device gets only its part of their sum.
+
+    For use inside jit.
+
+    Args:
+        tree: Tree of traced arrays, with the paths of the parameters.
+        mesh: Mesh of the devices; None returns the tree as it is.
+    """
     return tree if mesh is None else jax.lax.with_sharding_constraint(tree, state_shardings({"ema": tree}, mesh)["ema"])
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 1) -> dict[str, jax.Array]:
-    """Starts the copy of this process's part of a batch (accumulation, images, …) to its devices."""
+    """Start the copy of this process's part of a batch to its devices.
+
+    Args:
+        batch: Arrays with axes (accumulation, images, …).
+        mesh: Mesh with a data and an fsdp axis.
+        leading: Number of axes before that of the images.
+    """
     sharding = batch_sharding(mesh, leading)
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Places host arrays, the same on every process, onto their shards."""
+    """Place host arrays, the same in every process, on the devices by a tree of shardings."""
     return jax.tree.map(
         lambda leaf, sharding: jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index]),
         tree,
@@ -117,5 +146,5 @@ def put(tree: Any, shardings: Any) -> Any:
 
 
 def put_replicated(tree: Any, mesh: Mesh) -> Any:
-    """Places a copy of host arrays on every device."""
+    """Place a copy of host arrays, the same in every process, on every device of a mesh."""
     return put(tree, jax.tree.map(lambda _: replicated(mesh), tree))

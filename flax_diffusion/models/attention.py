@@ -1,6 +1,6 @@
 """Attention layers, all through one function, `attention`.
 
-Shape suffixes: B batch, H height, W width, C channels, L query tokens, S key tokens, N heads, D channels a head.
+Axes in shapes: B batch, H height, W width, C channels, L query tokens, S key tokens, N heads, D channels per head.
 """
 
 import math
@@ -21,76 +21,76 @@ DUAL_CONDITION_LENGTHS = (77, 257)
 DUAL_TRANSFORMER_FOR_CONDITION = (1, 0)
 
 
-def attention(q_BLND: jax.Array, k_BSND: jax.Array, v_BSND: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """Return scaled dot-product attention, scores and softmax in at least float32 from products of the given dtype.
 
     Args:
-        q_BLND: queries, (B, L, N, D).
-        k_BSND: keys, (B, S, N, D).
-        v_BSND: values, (B, S, N, D).
-        mask: booleans that broadcast to (B, N, L, S); True may be attended to.
+        q: Queries, (B, L, N, D).
+        k: Keys, (B, S, N, D).
+        v: Values, (B, S, N, D).
+        mask: Booleans that broadcast to (B, N, L, S); True marks what may be attended to.
 
     Returns:
-        (B, L, N, D) in the dtype of the queries.
+        The weighted values, (B, L, N, D), in the dtype of the queries.
 
     Reference: Vaswani et al. 2017, eq. 1; torch.nn.functional.scaled_dot_product_attention.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mask is None and flash.has_kernel(mesh, q_BLND, k_BSND):
-        return flash.flash_attention(q_BLND, k_BSND, v_BSND)
-    if mask is None and _has_cudnn_kernel(mesh, q_BLND, k_BSND):
-        return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, implementation="cudnn")
-    dtype = q_BLND.dtype
+    if mask is None and flash.has_kernel(mesh, q, k):
+        return flash.flash_attention(q, k, v)
+    if mask is None and _has_cudnn_kernel(mesh, q, k):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    dtype = q.dtype
     half_on_cpu = dtype == jnp.float16 and jax.default_backend() == "cpu"  # JAX has no such product there
     if dtype != jnp.float64 and not half_on_cpu:  # and in float64 its softmax would be in float32
-        return jax.nn.dot_product_attention(q_BLND, k_BSND, v_BSND, mask=mask)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
     wide = jnp.promote_types(dtype, jnp.float32)
-    scores_BNLS = jnp.einsum("blnd,bsnd->bnls", q_BLND.astype(wide), k_BSND.astype(wide))
-    weights_BNLS = jax.nn.softmax(scores_BNLS / math.sqrt(q_BLND.shape[-1]), where=mask)
-    return jnp.einsum("bnls,bsnd->blnd", weights_BNLS, v_BSND.astype(wide)).astype(dtype)
+    scores = jnp.einsum("blnd,bsnd->bnls", q.astype(wide), k.astype(wide))
+    weights = jax.nn.softmax(scores / math.sqrt(q.shape[-1]), where=mask)
+    return jnp.einsum("bnls,bsnd->blnd", weights, v.astype(wide)).astype(dtype)
 
 
-def _has_cudnn_kernel(mesh: AbstractMesh, q_BLND: jax.Array, k_BSND: jax.Array) -> bool:
-    """Whether the devices of a mesh are GPUs, and cuDNN's flash attention takes these shapes, gradients too.
+def _has_cudnn_kernel(mesh: AbstractMesh, q: jax.Array, k: jax.Array) -> bool:
+    """Return whether a mesh's devices are GPUs, and cuDNN's flash attention takes these shapes, gradients included.
 
     Reference: the support matrix of cuDNN's frontend, scaled dot product attention, Ampere and later.
     """
     if mesh.empty or mesh.abstract_device is None or mesh.abstract_device.platform not in ("gpu", "cuda"):
         return False
-    (_, queries, _, channels), keys = q_BLND.shape, k_BSND.shape[1]
+    (_, queries, _, channels), keys = q.shape, k.shape[1]
     fits = queries % 64 == 0 and keys % 64 == 0 and channels % 8 == 0 and channels <= 128
     ampere = float(jax.devices()[0].compute_capability) >= 8
-    return ampere and fits and q_BLND.dtype in (jnp.bfloat16, jnp.float16)
+    return ampere and fits and q.dtype in (jnp.bfloat16, jnp.float16)
 
 
-def split_heads(x_BLC: jax.Array, heads: int) -> jax.Array:
-    """Reshape (B, L, N*D) to (B, L, N, D)."""
-    return x_BLC.reshape(*x_BLC.shape[:-1], heads, -1)
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Reshape (B, L, N·D) to (B, L, N, D), with N heads."""
+    return x.reshape(*x.shape[:-1], heads, -1)
 
 
-def merge_heads(x_BLND: jax.Array) -> jax.Array:
-    """Reshape (B, L, N, D) to (B, L, N*D)."""
-    return x_BLND.reshape(*x_BLND.shape[:-2], -1)
+def merge_heads(x: jax.Array) -> jax.Array:
+    """Reshape (B, L, N, D) to (B, L, N·D)."""
+    return x.reshape(*x.shape[:-2], -1)
 
 
 def _attend(
-    x_BLC: jax.Array, context_BSC: jax.Array, *, heads: int, head_dim: int, config: LayerConfig, bias: bool
+    x: jax.Array, context: jax.Array, *, heads: int, head_dim: int, config: LayerConfig, bias: bool
 ) -> jax.Array:
     """Project to queries, keys and values, attend, project back; the layers belong to the calling module."""
     inner = heads * head_dim
-    q = split_heads(dense(inner, config, "to_q", bias=bias)(x_BLC), heads)
-    k = split_heads(dense(inner, config, "to_k", bias=bias)(context_BSC), heads)
-    v = split_heads(dense(inner, config, "to_v", bias=bias)(context_BSC), heads)
-    return dense(x_BLC.shape[-1], config, "to_out_0")(merge_heads(attention(q, k, v)))
+    q = split_heads(dense(inner, config, "to_q", bias=bias)(x), heads)
+    k = split_heads(dense(inner, config, "to_k", bias=bias)(context), heads)
+    v = split_heads(dense(inner, config, "to_v", bias=bias)(context), heads)
+    return dense(x.shape[-1], config, "to_out_0")(merge_heads(attention(q, k, v)))
 
 
 class Attention(nn.Module):
     """Multi-head attention over tokens, without biases on queries, keys and values.
 
     Args:
-        heads: number of heads.
-        head_dim: channels a head.
-        config: dtypes.
+        heads: Number of heads.
+        head_dim: Channels per head.
+        config: Layer config; its dtypes are used.
     """
 
     heads: int
@@ -98,19 +98,27 @@ class Attention(nn.Module):
     config: LayerConfig
 
     @nn.compact
-    def __call__(self, x_BLC: jax.Array, context_BSC: jax.Array | None = None) -> jax.Array:
-        """Attend from `x_BLC` to `context_BSC`, or to itself; returns (B, L, C)."""
-        context = x_BLC if context_BSC is None else context_BSC
-        return _attend(x_BLC, context, heads=self.heads, head_dim=self.head_dim, config=self.config, bias=False)
+    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+        """Attend from `x` to `context`, or to itself.
+
+        Args:
+            x: Tokens that attend, (B, L, C).
+            context: Tokens that are attended to, (B, S, C'); None attends to `x`.
+
+        Returns:
+            The attended tokens, (B, L, C).
+        """
+        context = x if context is None else context
+        return _attend(x, context, heads=self.heads, head_dim=self.head_dim, config=self.config, bias=False)
 
 
 class SpatialAttention(nn.Module):
     """Self-attention over the pixels of a feature map, with group norm and residual.
 
     Args:
-        head_dim: channels a head.
-        config: eps, output scale, dtypes.
-        groups: of the group norm; None leaves it out.
+        head_dim: Channels per head.
+        config: Layer config; its eps, output scale and dtypes are used.
+        groups: Number of groups of the group norm; None leaves it out.
 
     Reference: Attention of Diffusers as AttnDownBlock2D, UNetMidBlock2D and AutoencoderKL build it.
     """
@@ -120,15 +128,15 @@ class SpatialAttention(nn.Module):
     groups: int | None
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, C) to the same shape."""
-        b, h, w, c = x_BHWC.shape
-        tokens = x_BHWC.reshape(b, h * w, c)
+        b, h, w, c = x.shape
+        tokens = x.reshape(b, h * w, c)
         if self.groups is not None:
             norm_config = replace(self.config, groups=self.groups)
             tokens = GroupNorm(norm_config, self.config.eps, name="group_norm")(tokens)
         out = _attend(tokens, tokens, heads=c // self.head_dim, head_dim=self.head_dim, config=self.config, bias=True)
-        out = out.reshape(b, h, w, c) + x_BHWC
+        out = out.reshape(b, h, w, c) + x
         return out if self.config.output_scale == 1.0 else out / self.config.output_scale
 
 
@@ -136,10 +144,10 @@ class AddedKVAttention(nn.Module):
     """Attention from pixels to text tokens and, unless `only_cross`, to the pixels, with group norm and residual.
 
     Args:
-        head_dim: channels a head.
-        config: groups and dtypes.
-        only_cross: attend to the text alone.
-        cross_norm: normalise the text tokens with a group norm of 32 groups.
+        head_dim: Channels per head.
+        config: Layer config; its groups and dtypes are used.
+        only_cross: Attend to the text alone.
+        cross_norm: Normalise the text tokens with a group norm of 32 groups.
 
     Reference: AttnAddedKVProcessor2_0 of Diffusers, as the SimpleCrossAttn blocks use it.
     """
@@ -150,32 +158,32 @@ class AddedKVAttention(nn.Module):
     cross_norm: bool = False
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, context_BSC: jax.Array) -> jax.Array:
-        """Map (B, H, W, C) to the same shape."""
-        config, (b, h, w, c) = self.config, x_BHWC.shape
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """Attend from pixels (B, H, W, C) to text tokens (B, S, C'); the result has the pixels' shape."""
+        config, (b, h, w, c) = self.config, x.shape
         heads = c // self.head_dim
         inner = heads * self.head_dim
         if self.cross_norm:
-            context_BSC = GroupNorm(replace(config, groups=32), 1e-5, name="norm_cross")(context_BSC)
+            context = GroupNorm(replace(config, groups=32), 1e-5, name="norm_cross")(context)
         # eps here is the default of upstream's Attention, not the model's norm_eps.
-        tokens = GroupNorm(config, 1e-5, name="group_norm")(x_BHWC.reshape(b, h * w, c))
+        tokens = GroupNorm(config, 1e-5, name="group_norm")(x.reshape(b, h * w, c))
         q = dense(inner, config, "to_q")(tokens)
-        k = dense(inner, config, "add_k_proj")(context_BSC)
-        v = dense(inner, config, "add_v_proj")(context_BSC)
+        k = dense(inner, config, "add_k_proj")(context)
+        v = dense(inner, config, "add_v_proj")(context)
         if not self.only_cross:
             k = jnp.concatenate([k, dense(inner, config, "to_k")(tokens)], axis=1)
             v = jnp.concatenate([v, dense(inner, config, "to_v")(tokens)], axis=1)
         out = merge_heads(attention(*(split_heads(t, heads) for t in (q, k, v))))
         out = dense(c, config, "to_out_0")(out)
-        return out.reshape(b, h, w, c) + x_BHWC
+        return out.reshape(b, h, w, c) + x
 
 
 @jax.custom_vjp
 def gated_gelu(x: jax.Array, gate: jax.Array) -> jax.Array:
     """Return x · GELU(gate) of two arrays of one shape and dtype, exact and computed in at least float32.
 
-    Its gradient is written out, so that these two are all that is kept for it: three arrays more would be, and take
-    longer to write and read than to compute again.
+    The gradient is written out, so that only these two arrays are kept for it. Without that, three more would be kept,
+    which take longer to write and read than to compute again.
 
     Reference: Shazeer 2020, https://arxiv.org/abs/2002.05202; torch.nn.functional.gelu, whose form this is.
     """
@@ -189,16 +197,16 @@ def _gated_gelu_forward(x: jax.Array, gate: jax.Array) -> tuple[jax.Array, tuple
 
 def _gated_gelu_backward(kept: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, gate, wide_grad = map(widen, (*kept, grad))
-    below = _normal_cdf(gate)
-    slope = below + gate * jnp.exp(-0.5 * jnp.square(gate)) / math.sqrt(2 * math.pi)
-    return (wide_grad * gate * below).astype(grad.dtype), (wide_grad * x * slope).astype(grad.dtype)
+    cdf = _normal_cdf(gate)
+    slope = cdf + gate * jnp.exp(-0.5 * jnp.square(gate)) / math.sqrt(2 * math.pi)
+    return (wide_grad * gate * cdf).astype(grad.dtype), (wide_grad * x * slope).astype(grad.dtype)
 
 
 gated_gelu.defvjp(_gated_gelu_forward, _gated_gelu_backward)
 
 
 def _normal_cdf(x: jax.Array) -> jax.Array:
-    """The share of a standard normal distribution that lies below."""
+    """Return the share of a standard normal distribution that lies below x."""
     return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
@@ -206,43 +214,43 @@ class GEGLU(nn.Module):
     """Linear layer gated by an exact GELU (Shazeer 2020).
 
     Args:
-        features: output width.
-        config: dtypes.
+        features: Output channels.
+        config: Layer config; its dtypes are used.
     """
 
     features: int
     config: LayerConfig
 
     @nn.compact
-    def __call__(self, x_BLC: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, L, C) to (B, L, features)."""
-        return gated_gelu(*HalvedDense(2 * self.features, self.config, name="proj")(x_BLC))
+        return gated_gelu(*HalvedDense(2 * self.features, self.config, name="proj")(x))
 
 
 class FeedForward(nn.Module):
     """GEGLU to four times the width, then back.
 
     Args:
-        config: dtypes.
+        config: Layer config; its dtypes are used.
     """
 
     config: LayerConfig
 
     @nn.compact
-    def __call__(self, x_BLC: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, L, C) to the same shape."""
-        width = x_BLC.shape[-1]
-        return dense(width, self.config, "net_2")(GEGLU(4 * width, self.config, name="net_0")(x_BLC))
+        width = x.shape[-1]
+        return dense(width, self.config, "net_2")(GEGLU(4 * width, self.config, name="net_0")(x))
 
 
 class BasicTransformerBlock(nn.Module):
     """Self-attention, cross-attention and feed-forward, each normalised first and added back.
 
     Args:
-        heads: number of heads.
-        head_dim: channels a head.
-        config: dtypes.
-        only_cross: the first attention, too, attends to the context.
+        heads: Number of heads.
+        head_dim: Channels per head.
+        config: Layer config; its dtypes are used.
+        only_cross: The first attention attends to the context too.
     """
 
     heads: int
@@ -251,25 +259,25 @@ class BasicTransformerBlock(nn.Module):
     only_cross: bool = False
 
     @nn.compact
-    def __call__(self, x_BLC: jax.Array, context_BSC: jax.Array) -> jax.Array:
-        """Map (B, L, C) to the same shape."""
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """Map tokens (B, L, C) and a context (B, S, C') to the tokens' shape."""
         config = self.config
         attn1, attn2 = (Attention(self.heads, self.head_dim, config, name=name) for name in ("attn1", "attn2"))
-        h = layer_norm(config, "norm1")(x_BLC)
-        x_BLC = attn1(h, context_BSC if self.only_cross else None) + x_BLC
-        x_BLC = attn2(layer_norm(config, "norm2")(x_BLC), context_BSC) + x_BLC
-        return FeedForward(config, name="ff")(layer_norm(config, "norm3")(x_BLC)) + x_BLC
+        h = layer_norm(config, "norm1")(x)
+        x = attn1(h, context if self.only_cross else None) + x
+        x = attn2(layer_norm(config, "norm2")(x), context) + x
+        return FeedForward(config, name="ff")(layer_norm(config, "norm3")(x)) + x
 
 
 class Transformer2DModel(nn.Module):
     """Transformer blocks over the pixels of a feature map, with group norm, projections and residual.
 
     Args:
-        heads: number of heads.
-        depth: number of transformer blocks.
-        config: groups, checkpointing, dtypes.
-        linear_projection: project with linear layers instead of 1x1 convolutions.
-        only_cross: see BasicTransformerBlock.
+        heads: Number of heads.
+        depth: Number of transformer blocks.
+        config: Layer config; its groups, checkpointing and dtypes are used.
+        linear_projection: Project with linear layers instead of 1x1 convolutions.
+        only_cross: See `BasicTransformerBlock`.
 
     Reference: Transformer2DModel of Diffusers (PyTorch), continuous input.
     """
@@ -281,9 +289,9 @@ class Transformer2DModel(nn.Module):
     only_cross: bool = False
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, context_BSC: jax.Array) -> jax.Array:
-        """Map (B, H, W, C) to the same shape."""
-        config, (b, h, w, c) = self.config, x_BHWC.shape
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """Map pixels (B, H, W, C) and a context (B, S, C') to the pixels' shape."""
+        config, (b, h, w, c) = self.config, x.shape
         head_dim = c // self.heads
         inner = self.heads * head_dim
         block = checkpointed(BasicTransformerBlock, config.checkpointing)
@@ -293,20 +301,20 @@ class Transformer2DModel(nn.Module):
                 return dense(features, config, name)(x)
             return conv(features, config, name, kernel=1)(x)
 
-        tokens = GroupNorm(config, 1e-6, name="norm")(x_BHWC)  # upstream's constant, not the model's norm_eps
+        tokens = GroupNorm(config, 1e-6, name="norm")(x)  # upstream's constant, not the model's norm_eps
         tokens = project(tokens, inner, "proj_in").reshape(b, h * w, inner)
         for i in range(self.depth):
             name = f"transformer_blocks_{i}"
-            tokens = block(self.heads, head_dim, config, self.only_cross, name=name)(tokens, context_BSC)
-        return project(tokens.reshape(b, h, w, inner), c, "proj_out") + x_BHWC
+            tokens = block(self.heads, head_dim, config, self.only_cross, name=name)(tokens, context)
+        return project(tokens.reshape(b, h, w, inner), c, "proj_out") + x
 
 
 class DualTransformer2DModel(nn.Module):
     """Mean of two transformers, one over the text and one over the image part of the context.
 
     Args:
-        heads: number of heads.
-        config: groups, checkpointing, dtypes.
+        heads: Number of heads.
+        config: Layer config; its groups, checkpointing and dtypes are used.
 
     Reference: DualTransformer2DModel of Diffusers (PyTorch) with its default mixing ratio of one half.
     """
@@ -315,11 +323,11 @@ class DualTransformer2DModel(nn.Module):
     config: LayerConfig
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, context_BSC: jax.Array) -> jax.Array:
-        """Map (B, H, W, C) to the same shape; the context holds 77 text and then 257 image tokens."""
-        start, out = 0, x_BHWC
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """Map pixels (B, H, W, C) to the same shape; the context holds 77 text and then 257 image tokens."""
+        start, out = 0, x
         for index, length in zip(DUAL_TRANSFORMER_FOR_CONDITION, DUAL_CONDITION_LENGTHS, strict=True):
             transformer = Transformer2DModel(self.heads, 1, self.config, name=f"transformers_{index}")
-            out = out + 0.5 * (transformer(x_BHWC, context_BSC[:, start : start + length]) - x_BHWC)
+            out = out + 0.5 * (transformer(x, context[:, start : start + length]) - x)
             start += length
         return out

@@ -17,14 +17,14 @@ from flax_diffusion.models.unet_checks import TIMESTEP_ACTS, check_blocks
 
 
 class Encoder(nn.Module):
-    """Images to the parameters of the posterior, before `quant_conv`.
+    """Network from images to the parameters of the posterior, before `quant_conv`.
 
     Args:
-        channels: output channels of each block.
-        layers: residual blocks a block.
-        out_channels: width of the output, twice the latent channels.
-        attention: whether the mid block attends.
-        config: layer config.
+        channels: Output channels of each block.
+        layers: Residual blocks per block.
+        out_channels: Output channels, twice the latent channels.
+        attention: Whether the mid block attends.
+        config: Layer config.
     """
 
     channels: tuple[int, ...]
@@ -35,7 +35,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """Map (B, H, W, C) to (B, H/f, W/f, out_channels)."""
+        """Map (B, H, W, C) to (B, H / f, W / f, out_channels) with f = 2^(blocks − 1)."""
         config = self.config
         x = conv(self.channels[0], config, "conv_in")(x)
         for i, channels in enumerate(self.channels):
@@ -48,14 +48,14 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents, after `post_quant_conv`, to images.
+    """Network from latents, after `post_quant_conv`, to images.
 
     Args:
-        channels: output channels of each of the encoder's blocks; they are walked in reverse.
-        layers: residual blocks a block, less one.
-        out_channels: image channels.
-        attention: whether the mid block attends.
-        config: layer config.
+        channels: Output channels of each of the encoder's blocks; they are walked in reverse.
+        layers: Residual blocks per block, less one.
+        out_channels: Image channels.
+        attention: Whether the mid block attends.
+        config: Layer config.
     """
 
     channels: tuple[int, ...]
@@ -66,7 +66,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, deterministic: bool) -> jax.Array:
-        """Map (B, h, w, C) to (B, h*f, w*f, out_channels)."""
+        """Map (B, h, w, C) to (B, h·f, w·f, out_channels) with f = 2^(blocks − 1)."""
         config = self.config
         x = conv(self.channels[-1], config, "conv_in")(x)
         x = _mid_block(self.channels[-1], self.attention, config)(x, None, None, deterministic)
@@ -85,15 +85,16 @@ def _mid_block(channels: int, attention: bool, config: LayerConfig) -> MidBlock:
 
 
 class FlaxAutoencoderKL(PretrainedModel, nn.Module):
-    """Autoencoder between images and latents, both NCHW, with a Gaussian posterior.
+    """Autoencoder between images and latents, both (B, C, H, W), with a Gaussian posterior.
 
-    Fields are the config keys of Diffusers' AutoencoderKL. scaling_factor, shift_factor, latents_mean, latents_std
-    and force_upcast tell callers how to use the latents; `encode` and `decode` do not apply them, as upstream.
+    Fields are the config keys of Diffusers' AutoencoderKL and those below. scaling_factor, shift_factor, latents_mean,
+    latents_std and force_upcast tell callers how to use the latents; `encode` and `decode` do not apply them, as
+    upstream.
 
     Args:
-        dtype: of matrix products and convolutions.
-        param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute residual and attention blocks in the backward pass, or parts (`minimal`).
+        dtype: Dtype of matrix products and convolutions.
+        param_dtype: Dtype of newly initialised parameters.
+        gradient_checkpointing: Recompute residual and attention blocks in the backward pass, or parts ("minimal").
 
     Reference: AutoencoderKL of Diffusers (PyTorch); Rombach et al. 2022.
     """
@@ -159,18 +160,18 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
         """Encode images to a distribution over latents.
 
         Args:
-            sample: images in [-1, 1], (B, in_channels, H, W), H and W multiples of 2^(blocks - 1).
-            return_dict: False returns a tuple.
-            train: kept for upstream's signature; the autoencoder has no dropout.
+            sample: Images in [-1, 1], (B, in_channels, H, W), H and W multiples of 2^(blocks − 1).
+            return_dict: Return a dataclass; False returns a tuple.
+            train: Kept for upstream's signature; the autoencoder has no dropout.
 
         Returns:
             The posterior; its tensors are (B, latent_channels, h, w), without the scaling factor.
 
         Raises:
-            ConfigError: for images with another number of channels.
+            ConfigError: If the images have another number of channels.
         """
         if sample.shape[1] != self.in_channels:
-            raise ConfigError(f"images must be NCHW with {self.in_channels} channels: got shape {sample.shape}")
+            raise ConfigError(f"images must be (B, {self.in_channels}, H, W): got shape {sample.shape}")
         x = jnp.transpose(sample, (0, 2, 3, 1)).astype(self.dtype)
         x = self.encoder(x, not train)
         x = self.quant_conv(x) if self.use_quant_conv else x
@@ -184,18 +185,18 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
         """Decode latents to images.
 
         Args:
-            latents: (B, latent_channels, h, w), already divided by the scaling factor.
-            return_dict: False returns a tuple.
-            train: kept for upstream's signature; the autoencoder has no dropout.
+            latents: Latents, (B, latent_channels, h, w), already divided by the scaling factor.
+            return_dict: Return a dataclass; False returns a tuple.
+            train: Kept for upstream's signature; the autoencoder has no dropout.
 
         Returns:
-            Images, about [-1, 1], (B, out_channels, H, W).
+            Images, about in [-1, 1], (B, out_channels, H, W).
 
         Raises:
-            ConfigError: for latents with another number of channels.
+            ConfigError: If the latents have another number of channels.
         """
         if latents.shape[1] != self.latent_channels:
-            raise ConfigError(f"latents must be NCHW with {self.latent_channels} channels: got shape {latents.shape}")
+            raise ConfigError(f"latents must be (B, {self.latent_channels}, H, W): got shape {latents.shape}")
         x = jnp.transpose(latents, (0, 2, 3, 1)).astype(self.dtype)
         x = self.post_quant_conv(x) if self.use_post_quant_conv else x
         x = jnp.transpose(self.decoder(x, not train), (0, 3, 1, 2))
@@ -212,11 +213,12 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
         """Encode and decode.
 
         Args:
-            sample: images in [-1, 1], (B, in_channels, H, W).
-            sample_posterior: sample the latent, with `noise` or with the random key "gaussian"; else its mean.
-            return_dict: False returns a tuple.
-            train: kept for upstream's signature; the autoencoder has no dropout.
-            noise: standard normal, the latents' shape.
+            sample: Images in [-1, 1], (B, in_channels, H, W).
+            sample_posterior: Sample the latents with the random key "gaussian"; else take their mean. `noise`, where
+                given, decides instead.
+            return_dict: Return a dataclass; False returns a tuple.
+            train: Kept for upstream's signature; the autoencoder has no dropout.
+            noise: Standard normal noise to sample the latents with, in their shape; None for none.
 
         Returns:
             Reconstructed images, (B, out_channels, H, W).

@@ -1,4 +1,4 @@
-"""The UNets' and the autoencoder's blocks: one down, one mid and one up block, told what to hold."""
+"""Blocks of the UNets and of the autoencoder: one down, one mid and one up block, configured by what they hold."""
 
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from flax_diffusion.models.remat import checkpointed
 
 AttentionKind = Literal["spatial", "cross", "added_kv"]
 
-# Upstream's block types: the attention each holds, and what it resamples with. None as resampler: the model's
+# Upstream's block types: the attention that each holds, and what it resamples with, where None stands for the model's
 # downsample_type or upsample_type.
 DOWN_BLOCKS: dict[str, tuple[AttentionKind | None, str | None]] = {
     "DownBlock2D": (None, "conv"),
@@ -38,11 +38,11 @@ UP_BLOCKS: dict[str, tuple[AttentionKind | None, str | None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """The attention layers of one block."""
+    """Configuration of the attention layers of one block."""
 
     kind: AttentionKind
-    heads: int = 1  #                       of kind "cross"
-    head_dim: int = 8  #                    of the other kinds
+    heads: int = 1  #                       number of heads; kind "cross"
+    head_dim: int = 8  #                    channels per head; the other kinds
     depths: tuple[int, ...] = ()  #         transformer blocks of each layer; kind "cross"
     groups: int | None = None  #            of the group norm, None: no norm; kind "spatial"
     linear_projection: bool = False  #      kind "cross"
@@ -51,8 +51,12 @@ class AttentionConfig:
     cross_norm: bool = False  #             group norm of the context; kind "added_kv"
 
 
-def block_layers(config: LayerConfig, block_type: str) -> LayerConfig:
+def block_layer_config(config: LayerConfig, block_type: str) -> LayerConfig:
     """Return the layer config of a block: only the blocks that resample with residual blocks take all of it.
+
+    Args:
+        config: Layer config of the model.
+        block_type: Upstream's name of the block.
 
     Reference: get_down_block and get_up_block of Diffusers, which hand `resnet_skip_time_act` and
     `resnet_out_scale_factor` to the Resnet… and SimpleCrossAttn… blocks alone.
@@ -87,12 +91,12 @@ class DownBlock(nn.Module):
     """Residual blocks, each followed by attention if there is any, then a downsampler.
 
     Args:
-        features: output channels.
-        layers: number of residual blocks.
-        config: layer config.
-        attention: the attention layers, or None.
+        features: Output channels.
+        layers: Number of residual blocks.
+        config: Layer config.
+        attention: Config of the attention layers, or None.
         downsampler: "conv", "resnet" or None.
-        padding: of the convolution that downsamples.
+        padding: Padding of the convolution that downsamples.
     """
 
     features: int
@@ -106,7 +110,18 @@ class DownBlock(nn.Module):
     def __call__(
         self, x: jax.Array, temb: jax.Array | None, context: jax.Array | None, deterministic: bool
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Return the output and every intermediate result, all (B, H, W, C)."""
+        """Return the output and every intermediate result.
+
+        Args:
+            x: Feature map, (B, H, W, C).
+            temb: Timestep embedding, (B, E), or None.
+            context: Tokens for cross-attention, (B, S, C'), or None.
+            deterministic: Apply no dropout.
+
+        Returns:
+            The output, (B, H', W', features), and the output of each layer and of the downsampler, for the skip
+            connections.
+        """
         resnet, skips = _resnet(self.config), []
         for i in range(self.layers):
             x = resnet(self.features, self.config, name=f"resnets_{i}")(x, temb, deterministic)
@@ -123,13 +138,13 @@ class DownBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-    """Residual blocks over the input and a skip connection each, with attention if there is any, then an upsampler.
+    """Residual blocks, each over the input and a skip connection, with attention if there is any, then an upsampler.
 
     Args:
-        features: output channels.
-        layers: number of residual blocks.
-        config: layer config.
-        attention: the attention layers, or None.
+        features: Output channels.
+        layers: Number of residual blocks.
+        config: Layer config.
+        attention: Config of the attention layers, or None.
         upsampler: "conv", "resnet" or None.
     """
 
@@ -149,7 +164,19 @@ class UpBlock(nn.Module):
         deterministic: bool,
         size: tuple[int, int] | None = None,
     ) -> jax.Array:
-        """Return (B, H', W', features); `skips` are taken last first, `size` is the size to upsample to."""
+        """Return the output.
+
+        Args:
+            x: Feature map, (B, H, W, C).
+            skips: Outputs of the down blocks, taken last first, or None.
+            temb: Timestep embedding, (B, E), or None.
+            context: Tokens for cross-attention, (B, S, C'), or None.
+            deterministic: Apply no dropout.
+            size: Height and width to upsample to; None doubles them.
+
+        Returns:
+            The output, (B, H', W', features).
+        """
         resnet = _resnet(self.config)
         for i in range(self.layers):
             if skips is not None:
@@ -168,9 +195,9 @@ class MidBlock(nn.Module):
     """One residual block, then attention (if there is any) and another one.
 
     Args:
-        config: layer config.
-        attention: the attention layer, or None.
-        layers: 1, or 0 for the first residual block alone.
+        config: Layer config.
+        attention: Config of the attention layer, or None.
+        layers: Number of pairs of attention and residual block after the first residual block: 1 or 0.
     """
 
     config: LayerConfig
@@ -181,7 +208,7 @@ class MidBlock(nn.Module):
     def __call__(
         self, x: jax.Array, temb: jax.Array | None, context: jax.Array | None, deterministic: bool
     ) -> jax.Array:
-        """Map (B, H, W, C) to the same shape."""
+        """Map (B, H, W, C) to the same shape; the other arguments are those of `DownBlock`."""
         resnet, features = _resnet(self.config), x.shape[-1]
         x = resnet(features, self.config, name="resnets_0")(x, temb, deterministic)
         for i in range(self.layers):

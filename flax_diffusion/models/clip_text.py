@@ -1,6 +1,6 @@
 """The CLIP text encoders of Stable Diffusion 1.x, 2.x and XL.
 
-Shape suffixes: B batch, L tokens, C channels, N heads, D channels a head.
+Axes in shapes: B batch, L tokens, C channels, N heads.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ from flax_diffusion.models.remat import checkpointed
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPConfig:
-    """The fields of the text encoders that their layers read."""
+    """Those fields of a text encoder that its layers read."""
 
     vocab_size: int
     hidden_size: int
@@ -53,18 +53,16 @@ class CLIPAttention(nn.Module):
     """Multi-head self-attention with biases.
 
     Args:
-        config: the model's configuration and dtypes.
+        config: The text encoder's configuration and dtypes.
     """
 
     config: CLIPConfig
 
     @nn.compact
-    def __call__(self, x_BLC: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Map (B, L, C) to the same shape; `mask` broadcasts to (B, N, L, L)."""
         width, heads = self.config.hidden_size, self.config.num_attention_heads
-        q, k, v = (
-            split_heads(_dense(width, self.config, name)(x_BLC), heads) for name in ("q_proj", "k_proj", "v_proj")
-        )
+        q, k, v = (split_heads(_dense(width, self.config, name)(x), heads) for name in ("q_proj", "k_proj", "v_proj"))
         return _dense(width, self.config, "out_proj")(merge_heads(attention(q, k, v, mask)))
 
 
@@ -72,49 +70,49 @@ class CLIPMLP(nn.Module):
     """Two linear layers with the configured activation between.
 
     Args:
-        config: the model's configuration and dtypes.
+        config: The text encoder's configuration and dtypes.
     """
 
     config: CLIPConfig
 
     @nn.compact
-    def __call__(self, x_BLC: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, L, C) to the same shape."""
         config, width = self.config, self.config.hidden_size
-        x_BLC = _dense(config.intermediate_size, config, "fc1")(x_BLC)
-        return _dense(width, config, "fc2")(ACTIVATIONS[config.hidden_act](x_BLC))
+        x = _dense(config.intermediate_size, config, "fc1")(x)
+        return _dense(width, config, "fc2")(ACTIVATIONS[config.hidden_act](x))
 
 
 class CLIPEncoderLayer(nn.Module):
     """Self-attention and MLP, each normalised first and added back.
 
     Args:
-        config: the model's configuration and dtypes.
+        config: The text encoder's configuration and dtypes.
     """
 
     config: CLIPConfig
 
     @nn.compact
-    def __call__(self, x_BLC: jax.Array, mask: jax.Array) -> jax.Array:
-        """Map (B, L, C) to the same shape."""
-        h = _layer_norm(self.config, "layer_norm1")(x_BLC)
-        x_BLC = x_BLC + CLIPAttention(self.config, name="self_attn")(h, mask)
-        h = _layer_norm(self.config, "layer_norm2")(x_BLC)
-        return x_BLC + CLIPMLP(self.config, name="mlp")(h)
+    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
+        """Map (B, L, C) to the same shape; `mask` broadcasts to (B, N, L, L)."""
+        h = _layer_norm(self.config, "layer_norm1")(x)
+        x = x + CLIPAttention(self.config, name="self_attn")(h, mask)
+        h = _layer_norm(self.config, "layer_norm2")(x)
+        return x + CLIPMLP(self.config, name="mlp")(h)
 
 
 class CLIPEmbeddings(nn.Module):
     """Token and position embeddings, summed.
 
     Args:
-        config: the model's configuration and dtypes.
+        config: The text encoder's configuration and dtypes.
     """
 
     config: CLIPConfig
 
     @nn.compact
     def __call__(self, input_ids: jax.Array, position_ids: jax.Array) -> jax.Array:
-        """Map (B, L) integers to (B, L, hidden_size)."""
+        """Map token ids and positions, integers (B, L), to (B, L, hidden_size)."""
 
         def embed(rows: int, name: str) -> nn.Embed:
             width, dtypes = self.config.hidden_size, (self.config.dtype, self.config.param_dtype)
@@ -125,19 +123,19 @@ class CLIPEmbeddings(nn.Module):
 
 
 class CLIPEncoder(nn.Module):
-    """The stack of encoder layers.
+    """Stack of encoder layers.
 
     Args:
-        config: the model's configuration and dtypes.
+        config: The text encoder's configuration and dtypes.
     """
 
     config: CLIPConfig
 
     @nn.compact
-    def __call__(self, x_BLC: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
+    def __call__(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, ...]:
         """Return the input and every layer's output, each (B, L, C)."""
         layer = checkpointed(CLIPEncoderLayer, self.config.gradient_checkpointing)
-        states = [x_BLC]
+        states = [x]
         for i in range(self.config.num_hidden_layers):
             states.append(layer(self.config, name=f"layers_{i}")(states[-1], mask))
         return tuple(states)
@@ -147,7 +145,7 @@ class CLIPTextTransformer(nn.Module):
     """Embeddings, causal encoder, final layer norm and pooling at the end-of-text token.
 
     Args:
-        config: the model's configuration and dtypes.
+        config: The text encoder's configuration and dtypes.
     """
 
     config: CLIPConfig
@@ -156,7 +154,7 @@ class CLIPTextTransformer(nn.Module):
     def __call__(
         self, input_ids: jax.Array, attention_mask: jax.Array | None, position_ids: jax.Array | None
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """Return the last hidden state, the pooled output and all hidden states."""
+        """Return the last hidden state, the pooled output and all hidden states; see `FlaxCLIPTextModel`."""
         length = input_ids.shape[-1]
         if length > self.config.max_position_embeddings:
             raise ConfigError(
@@ -179,7 +177,7 @@ class CLIPTextTransformer(nn.Module):
 
 
 class CLIPPretrained(PretrainedModel):
-    """What both text encoders share: files, checks and the smallest input."""
+    """Files, checks and smallest input of both text encoders."""
 
     weights_name: ClassVar[str] = "model"
     ignored_keys: ClassVar[frozenset[str]] = frozenset(
@@ -206,14 +204,14 @@ class CLIPPretrained(PretrainedModel):
         return (jnp.zeros((1, 1), jnp.int32),)
 
     def saved_config(self, params: Any) -> dict[str, Any]:
-        """Return a config.json as Transformers writes it."""
+        """Return a config.json as Transformers writes it; its dtype is that of the parameters."""
         dtype = jax.tree.leaves(params)[0].dtype
         config = {key: value for key, value in self.config.items() if key != "dropout"}  # pyright: ignore
         return {"architectures": [self.torch_class], "model_type": "clip_text_model", "dtype": str(dtype), **config}
 
 
 class CLIPTextBase(CLIPPretrained, nn.Module):
-    """The fields of both text encoders: the config keys of Transformers' CLIPTextConfig, and how to run them."""
+    """Fields of both text encoders: the config keys of Transformers' CLIPTextConfig, and how to run the model."""
 
     vocab_size: Size = 49408
     hidden_size: Size = 512
@@ -243,12 +241,12 @@ def _layer_config(model: CLIPTextBase) -> CLIPConfig:
 class FlaxCLIPTextModel(CLIPTextBase):
     """CLIP's text encoder.
 
-    Fields are the config keys of Transformers' CLIPTextConfig; besides them:
+    Fields are the config keys of Transformers' CLIPTextConfig, and:
 
     Args:
-        dtype: of matrix products.
-        param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute encoder layers in the backward pass, or parts (`minimal`).
+        dtype: Dtype of matrix products.
+        param_dtype: Dtype of newly initialised parameters.
+        gradient_checkpointing: Recompute encoder layers in the backward pass, or parts ("minimal").
 
     Reference: CLIPTextModel of Transformers (PyTorch); Radford et al. 2021.
     """
@@ -268,18 +266,18 @@ class FlaxCLIPTextModel(CLIPTextBase):
         """Encode token ids.
 
         Args:
-            input_ids: (B, L) integers, with an end-of-text token in each row.
-            attention_mask: (B, L), 1 for tokens that may be attended to; besides, attention is causal.
-            position_ids: (B, L), default 0 … L - 1.
-            output_hidden_states: also return the hidden states.
-            return_dict: False returns a tuple.
-            train: kept for upstream's signature; the encoder has no dropout.
+            input_ids: Token ids, integers (B, L), with an end-of-text token in each row.
+            attention_mask: 1 for tokens that may be attended to, else 0, (B, L); attention is causal in any case.
+            position_ids: Positions, integers (B, L); None for 0 … L − 1.
+            output_hidden_states: Also return the hidden states.
+            return_dict: Return a dataclass; False returns a tuple.
+            train: Kept for upstream's signature; the encoder has no dropout.
 
         Returns:
             Last hidden state, pooled output, and hidden states if asked for.
 
         Raises:
-            ConfigError: for more tokens than the model has positions.
+            ConfigError: If there are more tokens than the model has positions.
         """
         transformer = CLIPTextTransformer(_layer_config(self), name="text_model")
         last, pooled, states = transformer(input_ids, attention_mask, position_ids)
@@ -290,12 +288,7 @@ class FlaxCLIPTextModel(CLIPTextBase):
 class FlaxCLIPTextModelWithProjection(CLIPTextBase):
     """CLIP's text encoder with the projection of the pooled output: Stable Diffusion XL's second encoder.
 
-    Fields are the config keys of Transformers' CLIPTextConfig; besides them:
-
-    Args:
-        dtype: of matrix products.
-        param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute encoder layers in the backward pass, or parts (`minimal`).
+    Fields are those of `FlaxCLIPTextModel`.
 
     Reference: CLIPTextModelWithProjection of Transformers (PyTorch).
     """
@@ -312,21 +305,10 @@ class FlaxCLIPTextModelWithProjection(CLIPTextBase):
         return_dict: bool = True,
         train: bool = False,
     ) -> FlaxCLIPTextModelOutput | tuple[Any, ...]:
-        """Encode token ids; arguments as in FlaxCLIPTextModel.
-
-        Args:
-            input_ids: (B, L) integers, with an end-of-text token in each row.
-            attention_mask: (B, L), 1 for tokens that may be attended to; besides, attention is causal.
-            position_ids: (B, L), default 0 … L - 1.
-            output_hidden_states: also return the hidden states.
-            return_dict: False returns a tuple.
-            train: kept for upstream's signature; the encoder has no dropout.
+        """Encode token ids; arguments and errors are those of `FlaxCLIPTextModel`.
 
         Returns:
             Projected pooled output, last hidden state, and hidden states if asked for.
-
-        Raises:
-            ConfigError: for more tokens than the model has positions.
         """
         config = _layer_config(self)
         transformer = CLIPTextTransformer(config, name="text_model")

@@ -1,4 +1,4 @@
-"""The conditional UNet's embedding of everything that is not text tokens: timestep, classes, sizes and crops."""
+"""Embeddings of the conditional UNet's conditions other than text tokens: timestep, classes, sizes and crops."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -39,7 +39,7 @@ def check_condition(config: Config) -> None:
 
 
 def is_class_conditional(config: Config) -> bool:
-    """Tell whether the model takes class labels."""
+    """Return whether the model takes class labels."""
     return config.class_embed_type is not None or config.num_class_embeds is not None
 
 
@@ -55,12 +55,12 @@ def condition_inputs(config: Config) -> tuple[Any, ...]:
         text = config.projection_class_embeddings_input_dim - ids * config.addition_time_embed_dim
         added = {"text_embeds": jnp.zeros((1, text)), "time_ids": jnp.zeros((1, ids))}
     if is_class_conditional(config):
-        wide = {
+        label_width = {
             "identity": config.time_embedding_dim or 4 * config.block_out_channels[0],
             "projection": config.projection_class_embeddings_input_dim,
             "simple_projection": config.projection_class_embeddings_input_dim,
         }.get(config.class_embed_type)
-        labels = jnp.zeros((1,), jnp.int32) if wide is None else jnp.zeros((1, wide))
+        labels = jnp.zeros((1,), jnp.int32) if label_width is None else jnp.zeros((1, label_width))
     guidance = jnp.zeros((1, config.time_cond_proj_dim)) if config.time_cond_proj_dim else None
     return (
         jnp.zeros((1, config.in_channels, size, size)),
@@ -76,8 +76,15 @@ def condition_inputs(config: Config) -> tuple[Any, ...]:
     )
 
 
-def sinusoids(values: jax.Array, dim: int, config: Config, layers: LayerConfig) -> jax.Array:
-    """Embed numbers as the model embeds timesteps: (B,) to (B, dim)."""
+def embed_numbers(values: jax.Array, dim: int, config: Config, layers: LayerConfig) -> jax.Array:
+    """Embed numbers as the model embeds timesteps: (B,) to (B, dim).
+
+    Args:
+        values: The numbers, (B,).
+        dim: Width of the embedding.
+        config: The model's configuration.
+        layers: Layer config; its dtype is used.
+    """
     return timestep_embedding(
         values, dim, flip_sin_to_cos=config.flip_sin_to_cos, freq_shift=config.freq_shift, dtype=layers.dtype
     )
@@ -94,18 +101,18 @@ def embed_conditions(
     """Sum the embeddings of a UNet's conditions; the layers belong to the calling module.
 
     Args:
-        config: the model's configuration.
-        layers: dtypes.
-        timesteps: (B,).
-        class_labels: see FlaxUNet2DConditionModel.
-        timestep_cond: see FlaxUNet2DConditionModel.
-        added_cond_kwargs: see FlaxUNet2DConditionModel.
+        config: The model's configuration.
+        layers: Layer config; its dtypes are used.
+        timesteps: Timesteps, (B,).
+        class_labels: See `FlaxUNet2DConditionModel`.
+        timestep_cond: See `FlaxUNet2DConditionModel`.
+        added_cond_kwargs: See `FlaxUNet2DConditionModel`.
 
     Returns:
-        (B, time_embedding_dim), twice as wide where class_embeddings_concat is set.
+        The sum, (B, time_embedding_dim), twice as wide where class_embeddings_concat is set.
 
     Raises:
-        ConfigError: for a condition that is missing or not expected.
+        ConfigError: If a condition is missing or not expected.
     """
     channels = config.block_out_channels[0]
     width = config.time_embedding_dim or 4 * channels
@@ -119,7 +126,7 @@ def embed_conditions(
         with_condition=config.time_cond_proj_dim is not None,
         name="time_embedding",
     )
-    temb = embed_time(sinusoids(timesteps, channels, config, layers), timestep_cond)
+    temb = embed_time(embed_numbers(timesteps, channels, config, layers), timestep_cond)
     labels = _class_embedding(config, layers, class_labels, width)
     if labels is not None:
         temb = jnp.concatenate([temb, labels], -1) if config.class_embeddings_concat else temb + labels
@@ -130,7 +137,7 @@ def embed_conditions(
                 f"got {sorted(added_cond_kwargs or ())}"
             )
         text, ids = added_cond_kwargs["text_embeds"], added_cond_kwargs["time_ids"]
-        times = sinusoids(ids.reshape(-1), config.addition_time_embed_dim, config, layers)
+        times = embed_numbers(ids.reshape(-1), config.addition_time_embed_dim, config, layers)
         added = jnp.concatenate([text, times.reshape(text.shape[0], -1)], axis=-1)
         temb = temb + TimestepEmbedding(width, layers, name="add_embedding")(added)
     elif added_cond_kwargs:
@@ -144,7 +151,7 @@ def embed_conditions(
 def _class_embedding(
     config: Config, layers: LayerConfig, class_labels: jax.Array | None, width: int
 ) -> jax.Array | None:
-    """Embed class labels to (B, width); None for a model without classes."""
+    """Return the embedding of class labels, (B, width); None for a model without classes."""
     if is_class_conditional(config) != (class_labels is not None):
         raise ConfigError(
             f"class_embed_type={config.class_embed_type!r} with num_class_embeds={config.num_class_embeds} "
@@ -153,7 +160,7 @@ def _class_embedding(
     if class_labels is None:
         return None
     if config.class_embed_type == "timestep":
-        values = sinusoids(class_labels, config.block_out_channels[0], config, layers)
+        values = embed_numbers(class_labels, config.block_out_channels[0], config, layers)
         return TimestepEmbedding(width, layers, act=config.act_fn, name="class_embedding")(values)
     if config.class_embed_type == "identity":
         return class_labels.astype(layers.dtype)
@@ -161,9 +168,9 @@ def _class_embedding(
         return TimestepEmbedding(width, layers, name="class_embedding")(class_labels)
     if config.class_embed_type == "simple_projection":
         return dense(width, layers, "class_embedding")(class_labels)
-    return class_table(config.num_class_embeds, width, layers, "class_embedding")(class_labels)
+    return embedding_table(config.num_class_embeds, width, layers, "class_embedding")(class_labels)
 
 
-def class_table(rows: int, width: int, layers: LayerConfig, name: str) -> nn.Embed:
-    """Return an embedding table."""
+def embedding_table(rows: int, width: int, layers: LayerConfig, name: str) -> nn.Embed:
+    """Return an embedding table (rows, width), with the layer's name and the config's dtypes."""
     return nn.Embed(rows, width, layers.dtype, layers.param_dtype, name=name)

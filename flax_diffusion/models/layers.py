@@ -1,6 +1,6 @@
 """Layers in PyTorch's form, channels last.
 
-Shape suffixes: B batch, H height, W width, C channels, L or S tokens, N heads, D channels a head.
+Axes in shapes: B batch, H height, W width, C channels.
 """
 
 import math
@@ -29,33 +29,40 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
-    """What all layers of a model, or of one of its blocks, share."""
+    """Settings that all layers of a model, or of one of its blocks, share."""
 
-    groups: int  #                          of every GroupNorm
-    eps: float  #                           of the residual blocks' GroupNorm
+    groups: int  #                          groups of every GroupNorm
+    eps: float  #                           eps of the residual blocks' GroupNorm
     act: str = "silu"  #                    key of ACTIVATIONS
     dropout: float = 0.0  #                 in residual blocks only, as upstream
     time_scale_shift: bool = False  #       timestep embedding scales and shifts (else: only shifts)
     skip_time_act: bool = False  #          no activation before the timestep projection
     output_scale: float = 1.0  #            divides the output of residual blocks
-    dtype: Any = jnp.float32  #             of matrix products and convolutions
-    param_dtype: Any = jnp.float32  #       of newly initialised parameters
+    dtype: Any = jnp.float32  #             dtype of matrix products and convolutions
+    param_dtype: Any = jnp.float32  #       dtype of newly initialised parameters
     checkpointing: Checkpointing = False  # recompute residual and transformer blocks in the backward pass
 
 
 def dense(features: int, config: LayerConfig, name: str, *, bias: bool = True) -> nn.Dense:
-    """Return a linear layer, named as in PyTorch (`core.initial` says how it starts)."""
+    """Return a linear layer with PyTorch's name; `core.randomness.initial_weights` draws its first weights.
+
+    Args:
+        features: Output channels.
+        config: Layer config; its dtypes are used.
+        name: Name of the layer.
+        bias: Whether the layer has a bias.
+    """
     return nn.Dense(features, use_bias=bias, dtype=config.dtype, param_dtype=config.param_dtype, name=name)
 
 
 class HalvedDense(nn.Module):
-    """A linear layer with the first and the second half of its features as two arrays.
+    """Linear layer that returns the first and the second half of its features as two arrays.
 
-    To slice them out of one, and to join the gradients of two into one, takes XLA more time than the products.
+    Slicing them out of one array, and joining their gradients into one, would take XLA more time than the products.
 
     Args:
-        features: of both halves together.
-        config: dtypes.
+        features: Output channels of both halves together.
+        config: Layer config; its dtypes are used.
     """
 
     features: int
@@ -63,7 +70,7 @@ class HalvedDense(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Map (..., C) to two of (..., features / 2)."""
+        """Map (…, C) to two arrays (…, features / 2)."""
         config, shape = self.config, (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, config.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, shape[1:], config.param_dtype)
@@ -81,9 +88,16 @@ def conv(
     stride: int = 1,
     padding: tuple[int, int] | None = None,
 ) -> nn.Conv:
-    """Return a 2-D convolution over BHWC, by default padded to keep the size, as PyTorch's `(kernel - 1) // 2`.
+    """Return a 2-D convolution over (B, H, W, C).
 
-    The name is None in `setup`, where the attribute gives it.
+    Args:
+        features: Output channels.
+        config: Layer config; its dtypes are used.
+        name: Name of the layer; None in `setup`, where the attribute names it.
+        kernel: Height and width of the kernel.
+        stride: Step of the kernel in both directions.
+        padding: Pixels before and after each row and column; None for PyTorch's `(kernel - 1) // 2`, which keeps the
+            size.
     """
     padding = ((kernel - 1) // 2, (kernel - 1) // 2) if padding is None else padding
     return nn.Conv(
@@ -100,7 +114,9 @@ def conv(
 def layer_norm(config: LayerConfig, name: str) -> nn.LayerNorm:
     """Return a layer norm whose variance is computed in two passes, as PyTorch's is; of 16-bit inputs in one.
 
-    See `group_norm`.
+    Args:
+        config: Layer config; its dtypes are used. See `group_norm` for the passes.
+        name: Name of the layer.
     """
     fast = jnp.dtype(config.dtype).itemsize == 2
     return nn.LayerNorm(1e-5, dtype=config.dtype, param_dtype=config.param_dtype, use_fast_variance=fast, name=name)
@@ -110,9 +126,9 @@ class GroupNorm(nn.Module):
     """Group normalisation over channels-last tensors, and the activation that follows it: see `group_norm`.
 
     Args:
-        config: number of groups and dtypes.
-        eps: added to the variance.
-        act: key of ACTIVATIONS, or None.
+        config: Layer config; its groups and dtypes are used.
+        eps: Number added to the variance.
+        act: Key of ACTIVATIONS, or None.
     """
 
     config: LayerConfig
@@ -121,7 +137,7 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalise (B, ..., C) over all axes but the first, within groups of channels."""
+        """Normalise (B, …, C) over all axes but the first, within groups of channels."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.config.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), self.config.param_dtype)
@@ -136,14 +152,14 @@ def timestep_embedding(
     """Return sinusoidal embeddings of timesteps.
 
     Args:
-        timesteps: (B,), integers or fractions.
-        dim: width of the embedding; an odd width gets a zero column.
-        flip_sin_to_cos: cosines first.
-        freq_shift: the highest frequency index is `dim // 2 - freq_shift`.
-        dtype: float64 computes in float64, anything else in float32.
+        timesteps: Timesteps, integers or fractions, (B,).
+        dim: Width of the embedding; an odd width gets a zero column.
+        flip_sin_to_cos: Put the cosines first.
+        freq_shift: The highest frequency index is `dim // 2 - freq_shift`.
+        dtype: With float64 all is computed in float64, with any other dtype in float32.
 
     Returns:
-        (B, dim) in float32 or float64.
+        The embeddings, float32 or float64 (B, dim).
 
     Reference: Ho et al. 2020 (DDPM); operation order of Diffusers' get_timestep_embedding.
     """
@@ -161,11 +177,11 @@ class TimestepEmbedding(nn.Module):
     """Two linear layers on top of a timestep (or any other) embedding.
 
     Args:
-        features: width of both layers.
-        config: dtypes.
-        act: activation between the layers.
-        post_act: activation after the second layer, or None.
-        with_condition: whether a `cond_proj` layer exists (`time_cond_proj_dim` is set).
+        features: Width of both layers.
+        config: Layer config; its dtypes are used.
+        act: Activation between the layers.
+        post_act: Activation after the second layer, or None.
+        with_condition: Whether a `cond_proj` layer exists (`time_cond_proj_dim` is set).
     """
 
     features: int
@@ -175,41 +191,44 @@ class TimestepEmbedding(nn.Module):
     with_condition: bool = False
 
     @nn.compact
-    def __call__(self, x_BC: jax.Array, condition_BC: jax.Array | None = None) -> jax.Array:
-        """Map (B, C) to (B, features); `condition_BC` is projected to C and added first."""
-        x_BC = x_BC.astype(self.config.dtype)
-        if self.with_condition and condition_BC is not None:
-            x_BC = x_BC + dense(x_BC.shape[-1], self.config, "cond_proj", bias=False)(condition_BC)
-        x_BC = ACTIVATIONS[self.act](dense(self.features, self.config, "linear_1")(x_BC))
-        x_BC = dense(self.features, self.config, "linear_2")(x_BC)
-        return ACTIVATIONS[self.post_act](x_BC) if self.post_act else x_BC
+    def __call__(self, x: jax.Array, condition: jax.Array | None = None) -> jax.Array:
+        """Map `x` (B, C) to (B, features); `condition` (B, C') is projected to C and added first."""
+        x = x.astype(self.config.dtype)
+        if self.with_condition and condition is not None:
+            x = x + dense(x.shape[-1], self.config, "cond_proj", bias=False)(condition)
+        x = ACTIVATIONS[self.act](dense(self.features, self.config, "linear_1")(x))
+        x = dense(self.features, self.config, "linear_2")(x)
+        return ACTIVATIONS[self.post_act](x) if self.post_act else x
 
 
-def upsample_nearest(x_BHWC: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-    """Enlarge to twice the height and width, or to `size`, by repeating the nearest pixel (as F.interpolate)."""
-    b, h, w, c = x_BHWC.shape
+def upsample_nearest(x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+    """Enlarge (B, H, W, C) to (B, 2·H, 2·W, C), or to height and width `size`, by repeating the nearest pixel.
+
+    Reference: torch.nn.functional.interpolate.
+    """
+    b, h, w, c = x.shape
     if size is None or size == (2 * h, 2 * w):
         # A broadcast, not jnp.repeat: repeat is a gather, whose gradient is a slow scatter.
-        x = jnp.broadcast_to(x_BHWC[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
         return x.reshape(b, 2 * h, 2 * w, c)
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, (h, w), strict=True))
-    return x_BHWC[:, rows][:, :, columns]
+    return x[:, rows][:, :, columns]
 
 
-def average_pool(x_BHWC: jax.Array) -> jax.Array:
-    """Halve height and width by averaging 2x2 pixels; an odd last row or column is dropped, as in PyTorch."""
-    b, h, w, c = x_BHWC.shape
-    x_BHWC = x_BHWC[:, : h // 2 * 2, : w // 2 * 2]
-    return x_BHWC.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+def average_pool(x: jax.Array) -> jax.Array:
+    """Map (B, H, W, C) to (B, H // 2, W // 2, C) by averaging 2x2 pixels; as in PyTorch, odd last ones are dropped."""
+    b, h, w, c = x.shape
+    x = x[:, : h // 2 * 2, : w // 2 * 2]
+    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
 class Downsample2D(nn.Module):
-    """Halve height and width with a strided convolution.
+    """Strided convolution that halves height and width.
 
     Args:
-        features: output channels.
-        config: dtypes.
-        padding: 1 pads evenly; 0 pads one row below and one column right, as upstream.
+        features: Output channels.
+        config: Layer config; its dtypes are used.
+        padding: With 1, one pixel on every side; with 0, one row below and one column to the right, as upstream.
     """
 
     features: int
@@ -217,35 +236,35 @@ class Downsample2D(nn.Module):
     padding: int = 1
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array) -> jax.Array:
-        """Map (B, H, W, C) to (B, H/2, W/2, features)."""
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, H, W, C) to (B, H / 2, W / 2, features)."""
         padding = (0, 1) if self.padding == 0 else (self.padding, self.padding)
-        return conv(self.features, self.config, "conv", stride=2, padding=padding)(x_BHWC)
+        return conv(self.features, self.config, "conv", stride=2, padding=padding)(x)
 
 
 class Upsample2D(nn.Module):
-    """Double height and width by repetition, then convolve.
+    """Convolution after doubling height and width by repetition.
 
     Args:
-        features: output channels.
-        config: dtypes.
+        features: Output channels.
+        config: Layer config; its dtypes are used.
     """
 
     features: int
     config: LayerConfig
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        """Map (B, H, W, C) to (B, 2H, 2W, features), or to height and width `size`."""
-        return conv(self.features, self.config, "conv")(upsample_nearest(x_BHWC, size))
+    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
+        """Map (B, H, W, C) to (B, 2·H, 2·W, features), or to height and width `size`."""
+        return conv(self.features, self.config, "conv")(upsample_nearest(x, size))
 
 
 class ResnetBlock2D(nn.Module):
     """Residual block: two convolutions, conditioned on a timestep embedding, optionally resampling.
 
     Args:
-        features: output channels.
-        config: normalisation, activation, conditioning and dtypes.
+        features: Output channels.
+        config: Layer config.
         resample: "up" or "down" resamples inside the block by a factor of two; None keeps the size.
 
     Reference: ResnetBlock2D of Diffusers (PyTorch).
@@ -256,26 +275,26 @@ class ResnetBlock2D(nn.Module):
     resample: str | None = None
 
     @nn.compact
-    def __call__(self, x_BHWC: jax.Array, temb_BC: jax.Array | None, deterministic: bool) -> jax.Array:
-        """Map (B, H, W, C) to (B, H', W', features)."""
+    def __call__(self, x: jax.Array, temb: jax.Array | None, deterministic: bool) -> jax.Array:
+        """Map `x` (B, H, W, C), with a timestep embedding (B, E) or None, to (B, H', W', features)."""
         config, act = self.config, ACTIVATIONS[self.config.act]
         resample = {"up": upsample_nearest, "down": average_pool, None: lambda x: x}[self.resample]
 
-        h = resample(GroupNorm(config, config.eps, config.act, name="norm1")(x_BHWC))
-        residual = resample(x_BHWC)
+        h = resample(GroupNorm(config, config.eps, config.act, name="norm1")(x))
+        residual = resample(x)
         h = conv(self.features, config, "conv1")(h)
 
-        if temb_BC is None:
+        if temb is None:
             h = GroupNorm(config, config.eps, config.act, name="norm2")(h)
         else:
-            temb_BC = temb_BC if config.skip_time_act else act(temb_BC)
+            temb = temb if config.skip_time_act else act(temb)
             width = self.features * (2 if config.time_scale_shift else 1)
-            shift_BHWC = dense(width, config, "time_emb_proj")(temb_BC)[:, None, None, :]
+            shift = dense(width, config, "time_emb_proj")(temb)[:, None, None, :]
             if config.time_scale_shift:
-                scale_BHWC, shift_BHWC = jnp.split(shift_BHWC, 2, axis=-1)
-                h = act(GroupNorm(config, config.eps, name="norm2")(h) * (1 + scale_BHWC) + shift_BHWC)
+                scale, shift = jnp.split(shift, 2, axis=-1)
+                h = act(GroupNorm(config, config.eps, name="norm2")(h) * (1 + scale) + shift)
             else:
-                h = GroupNorm(config, config.eps, config.act, name="norm2")(h + shift_BHWC)
+                h = GroupNorm(config, config.eps, config.act, name="norm2")(h + shift)
         if config.dropout > 0:
             h = nn.Dropout(config.dropout)(h, deterministic=deterministic)
         h = conv(self.features, config, "conv2")(h)

@@ -1,4 +1,4 @@
-"""What every model can do: be built from a config, initialised, loaded and saved, under upstream's names."""
+"""Base of all models: they are built from a config, initialised, loaded and saved, under upstream's names."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from flax_diffusion.core.spec import weight_files
 from flax_diffusion.core.typed import check_values
 from flax_diffusion.models import weights
 
-# Fields of every model that say how to run it, not what it is; never saved.
+# Fields of every model that describe how to run it, not what it is; they are never saved.
 RUN_FIELDS = ("parent", "name", "dtype", "param_dtype", "gradient_checkpointing")
 
 
 class Config(dict[str, Any]):
-    """A model's configuration: a JSON-able dict whose keys also read as attributes."""
+    """A model's configuration: a dict that JSON can hold, whose keys can also be read as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         if name in self:
@@ -33,12 +33,12 @@ class Config(dict[str, Any]):
 
 
 def freeze(value: Any) -> Any:
-    """Turn lists into tuples, also inside each other: Linen fields must be hashable."""
+    """Turn lists into tuples, nested ones too: Linen fields must be hashable."""
     return tuple(freeze(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def thaw(value: Any) -> Any:
-    """Turn tuples into lists, also inside each other, as JSON has them."""
+    """Turn tuples into lists, nested ones too, as JSON has them."""
     return [thaw(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
@@ -46,10 +46,10 @@ class PretrainedModel:
     """Mixin for Linen modules whose fields are the config keys of a PyTorch class.
 
     Attributes:
-        torch_class: name of the PyTorch class whose files the model reads and writes.
-        weights_name: base name of the weights file, without extension.
-        ignored_keys: config keys that describe the file or a behaviour that models here do not have.
-        allowed: config fields of which only some values are supported.
+        torch_class: Name of the PyTorch class whose files the model reads and writes.
+        weights_name: Base name of the weights file, without extension.
+        ignored_keys: Config keys that describe the file, or a behaviour that the models here do not have.
+        allowed: Config fields of which only some values are supported.
     """
 
     torch_class: ClassVar[str]
@@ -74,7 +74,7 @@ class PretrainedModel:
 
     @classmethod
     def config_fields(cls) -> list[str]:
-        """Return the names of the config fields."""
+        """Return the names of the fields that the config holds."""
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
         return [field.name for field in fields if field.name not in RUN_FIELDS]
 
@@ -89,7 +89,7 @@ class PretrainedModel:
 
     @property
     def config(self) -> Config:
-        """The configuration, with every field."""
+        """Configuration with every field."""
         return Config({name: thaw(getattr(self, name)) for name in self.config_fields()})
 
     @classmethod
@@ -97,11 +97,11 @@ class PretrainedModel:
         """Build the model that a configuration describes.
 
         Args:
-            config: the fields of a config.json; keys that start with an underscore are metadata.
-            overrides: fields that replace the config's, and `dtype`, `param_dtype`, `gradient_checkpointing`.
+            config: Content of a config.json; keys that start with an underscore are metadata.
+            overrides: Fields that replace the config's, and `dtype`, `param_dtype`, `gradient_checkpointing`.
 
         Raises:
-            ConfigError: for a key or a value that the model does not know, and for a config of another class.
+            ConfigError: If the model does not know a key or a value, or the config is of another class.
         """
         config = {**config, **overrides}
         declared = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
@@ -129,10 +129,10 @@ class PretrainedModel:
         """Return newly initialised parameters, distributed as in the PyTorch class except that biases are zero.
 
         Args:
-            rng: a JAX random key, or a seed. They are drawn on the host, so not under jit.
+            rng: JAX random key, or a seed. The weights are drawn on the host, so this does not work under jit.
 
         Returns:
-            NumPy arrays in `param_dtype`; those of a seed are the same on every backend.
+            The parameter tree, NumPy arrays in `param_dtype`; a seed gives the same ones on every backend.
         """
         seed = rng if isinstance(rng, int) else int(jax.random.bits(rng, dtype="uint32"))
         flat: dict[tuple[str, ...], Any] = flatten_dict(self.params_shape())  # pyright: ignore[reportAssignmentType]
@@ -156,19 +156,19 @@ class PretrainedModel:
         """Load a model and its weights from a folder or from the Hugging Face Hub.
 
         Args:
-            path_or_hub_id: a folder, or `owner/name` on the Hub.
-            subfolder: such as "unet" in a pipeline folder.
-            revision: branch, tag or commit on the Hub.
-            variant: such as "fp16", for files named `….fp16.safetensors`.
-            dtype: of the computation.
-            overrides: config fields to replace, `gradient_checkpointing`, `param_dtype`.
+            path_or_hub_id: Folder, or `owner/name` on the Hub.
+            subfolder: Folder in it, such as "unet" in a pipeline folder.
+            revision: Branch, tag or commit on the Hub.
+            variant: Variant of the files, such as "fp16" for `….fp16.safetensors`.
+            dtype: Dtype of the computation.
+            overrides: Fields that replace the config's, and `param_dtype`, `gradient_checkpointing`.
 
         Returns:
             The model, and its parameters as NumPy arrays in `param_dtype` (float32), whatever the file holds.
 
         Raises:
-            ConfigError: for a config that the model does not support.
-            WeightsError: for files that are missing or do not fit the config.
+            ConfigError: If the model does not support the config.
+            WeightsError: If files are missing or do not fit the config.
         """
         folder = weight_files.fetch(path_or_hub_id, subfolder, revision, cls.weights_name, variant, ["config.json"])
         config = model_files.read_json(folder / "config.json")
@@ -181,12 +181,12 @@ class PretrainedModel:
         """Write config.json and safetensors that Diffusers or Transformers load.
 
         Args:
-            folder: created if it does not exist.
-            params: the parameters, of any float dtype, which the file keeps.
-            max_shard_bytes: larger models are split into several files.
+            folder: Folder to write to; made if it does not exist.
+            params: Parameter tree, of any float dtype, which the file keeps.
+            max_shard_bytes: Limit of one file; larger models are split into several.
 
         Raises:
-            WeightsError: if the parameters do not fit the model.
+            WeightsError: If the parameters do not fit the model.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -194,5 +194,5 @@ class PretrainedModel:
         write_json(folder / "config.json", self.saved_config(params))
 
     def saved_config(self, params: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what goes into config.json for these parameters."""
+        """Return the content of config.json for these parameters."""
         return {"_class_name": self.torch_class, **self.config}

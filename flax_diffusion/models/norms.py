@@ -18,18 +18,18 @@ def group_norm(
 
     Sums run over pixels first and over the channels of a group second, so that the channel axis, which TPUs lay out
     in lanes, is never split on a full-size tensor. They are in float32 at least. The variance is that of PyTorch, in
-    two passes; from 16-bit inputs, whose own rounding is coarser than what is lost by it, in one.
+    two passes; of 16-bit inputs, whose own rounding loses more than a single pass does, in one.
 
     Args:
-        x: (B, ..., C).
-        scale: (C,).
-        bias: (C,).
-        groups: That divide C.
-        eps: Added to the variance.
-        act: Of each element, or None.
+        x: Input, (B, …, C).
+        scale: Factor of each channel, (C,).
+        bias: Shift of each channel, (C,).
+        groups: Number of groups; a divisor of C.
+        eps: Number added to the variance.
+        act: Activation of each element, or None.
 
     Returns:
-        (B, ..., C), in float32 at least.
+        The result, float32 or wider (B, …, C).
 
     Reference: Wu and He, https://arxiv.org/abs/1803.08494, equations 1 to 7.
     """
@@ -53,7 +53,7 @@ def _forward(
 def _backward(
     groups: int, eps: float, act: Activation | None, kept: Any, grad: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """With x̂ the normalised input and g the gradient at it: dx = (g − mean(g) − x̂ · mean(g · x̂)) / σ."""
+    """Compute dx = (g − mean(g) − x̂ · mean(g · x̂)) / σ, with x̂ the normalised input and g the gradient at it."""
     x, scale, bias, mean, inverse = kept
     wide = widen(x)
     normal, factor = (wide - mean) * inverse, scale.astype(wide.dtype)
@@ -61,17 +61,17 @@ def _backward(
         _, pull = jax.vjp(act, normal * factor + bias.astype(wide.dtype))
         (grad,) = pull(grad)
     pixels = tuple(range(1, x.ndim - 1))
-    shift_sums = grad.sum(pixels, keepdims=True)  # (B, 1, ..., C), from which all that is summed is made
+    shift_sums = grad.sum(pixels, keepdims=True)  # (B, 1, …, C), from which all other sums are made
     scale_sums = (grad * normal).sum(pixels, keepdims=True)
     count = x.size // (x.shape[0] * x.shape[-1])
-    mean_grad = _over_channels(shift_sums * factor, groups) / count
-    mean_product = _over_channels(scale_sums * factor, groups) / count
+    mean_grad = _channel_mean(shift_sums * factor, groups) / count
+    mean_product = _channel_mean(scale_sums * factor, groups) / count
     dx = inverse * (grad * factor - mean_grad - normal * mean_product)
 
-    def of_channels(sums: jax.Array) -> jax.Array:
+    def per_channel(sums: jax.Array) -> jax.Array:
         return sums.sum(tuple(range(sums.ndim - 1)))
 
-    return dx.astype(x.dtype), of_channels(scale_sums).astype(scale.dtype), of_channels(shift_sums).astype(bias.dtype)
+    return dx.astype(x.dtype), per_channel(scale_sums).astype(scale.dtype), per_channel(shift_sums).astype(bias.dtype)
 
 
 group_norm.defvjp(_forward, _backward)
@@ -83,11 +83,11 @@ def widen(x: jax.Array) -> jax.Array:
 
 
 def _group_mean(x: jax.Array, groups: int) -> jax.Array:
-    """Of (B, ..., C) to (B, 1, ..., C), equal within each group."""
-    return _over_channels(x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True), groups)
+    """Return the mean over pixels and channels of each group: (B, …, C) to (B, 1, …, C), equal within a group."""
+    return _channel_mean(x.mean(axis=tuple(range(1, x.ndim - 1)), keepdims=True), groups)
 
 
-def _over_channels(x: jax.Array, groups: int) -> jax.Array:
-    """The mean over each group's channels, for each of them."""
+def _channel_mean(x: jax.Array, groups: int) -> jax.Array:
+    """Return the mean over the channels of each group, repeated for each of them."""
     grouped = x.reshape(*x.shape[:-1], groups, -1)
     return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(x.shape)

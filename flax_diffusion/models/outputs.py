@@ -1,4 +1,4 @@
-"""What the models return: dataclasses that jit passes through, and that index like tuples as upstream's did."""
+"""Outputs of the models: dataclasses that jit passes through and that, as upstream's, index like tuples."""
 
 from dataclasses import fields
 from typing import Any
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class ModelOutput:
-    """Indexing for the outputs below: `output[0]` is the first value that is not None, `output["name"]` a field."""
+    """Base of the outputs: `output[0]` is the first value that is not None, `output["name"]` a field."""
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Return the values that are not None, in field order."""
@@ -22,10 +22,10 @@ class ModelOutput:
 
 @flax.struct.dataclass
 class FlaxUNet2DOutput(ModelOutput):
-    """What FlaxUNet2DModel returns.
+    """Output of FlaxUNet2DModel.
 
-    Args:
-        sample: prediction, (B, out_channels, H, W), in the model's dtype.
+    Attributes:
+        sample: Prediction, (B, out_channels, H, W), in the model's dtype.
     """
 
     sample: jax.Array
@@ -33,10 +33,10 @@ class FlaxUNet2DOutput(ModelOutput):
 
 @flax.struct.dataclass
 class FlaxUNet2DConditionOutput(ModelOutput):
-    """What FlaxUNet2DConditionModel returns.
+    """Output of FlaxUNet2DConditionModel.
 
-    Args:
-        sample: prediction, (B, out_channels, H, W), in the model's dtype.
+    Attributes:
+        sample: Prediction, (B, out_channels, H, W), in the model's dtype.
     """
 
     sample: jax.Array
@@ -44,10 +44,10 @@ class FlaxUNet2DConditionOutput(ModelOutput):
 
 @flax.struct.dataclass
 class FlaxDecoderOutput(ModelOutput):
-    """What the autoencoder's decoder returns.
+    """Output of the autoencoder's decoder.
 
-    Args:
-        sample: images in [-1, 1], (B, out_channels, H, W).
+    Attributes:
+        sample: Images in [-1, 1], (B, out_channels, H, W).
     """
 
     sample: jax.Array
@@ -57,9 +57,9 @@ class FlaxDecoderOutput(ModelOutput):
 class FlaxDiagonalGaussianDistribution:
     """The autoencoder's posterior, a Gaussian with diagonal covariance.
 
-    Args:
-        mean: (B, latent_channels, H, W), before the scaling factor.
-        logvar: log variance, same shape, already clipped to [-30, 20].
+    Attributes:
+        mean: Mean, (B, latent_channels, H, W), before the scaling factor.
+        logvar: Log variance in the shape of `mean`, already clipped to [-30, 20].
 
     Reference: DiagonalGaussianDistribution of Diffusers (PyTorch).
     """
@@ -69,16 +69,16 @@ class FlaxDiagonalGaussianDistribution:
 
     @property
     def std(self) -> jax.Array:
-        """Standard deviation, the shape of `mean`."""
+        """Standard deviation, in the shape of `mean`."""
         return jnp.exp(0.5 * self.logvar)
 
     @property
     def var(self) -> jax.Array:
-        """Variance, the shape of `mean`."""
+        """Variance, in the shape of `mean`."""
         return jnp.exp(self.logvar)
 
     def sample_with(self, noise: jax.Array) -> jax.Array:
-        """Return `mean + std * noise`, for standard normal noise of the shape of `mean` drawn elsewhere."""
+        """Return `mean + std * noise`, for standard normal noise in the shape of `mean` that was drawn elsewhere."""
         return self.mean + self.std * noise
 
     def sample(self, key: jax.Array) -> jax.Array:
@@ -96,10 +96,10 @@ class FlaxDiagonalGaussianDistribution:
 
 @flax.struct.dataclass
 class FlaxAutoencoderKLOutput(ModelOutput):
-    """What the autoencoder's encoder returns.
+    """Output of the autoencoder's encoder.
 
-    Args:
-        latent_dist: the posterior over latents.
+    Attributes:
+        latent_dist: The posterior over latents.
     """
 
     latent_dist: FlaxDiagonalGaussianDistribution
@@ -107,12 +107,13 @@ class FlaxAutoencoderKLOutput(ModelOutput):
 
 @flax.struct.dataclass
 class FlaxCLIPTextOutput(ModelOutput):
-    """What FlaxCLIPTextModel returns.
+    """Output of FlaxCLIPTextModel.
 
-    Args:
-        last_hidden_state: (B, L, hidden_size), after the final layer norm.
-        pooler_output: the last hidden state at the end-of-text token, (B, hidden_size).
-        hidden_states: embeddings and every layer's output before the final layer norm, or None.
+    Attributes:
+        last_hidden_state: Last hidden state after the final layer norm, (B, L, hidden_size).
+        pooler_output: The last hidden state at the end-of-text token, (B, hidden_size).
+        hidden_states: Embeddings and every layer's output before the final layer norm, each (B, L, hidden_size); or
+            None.
     """
 
     last_hidden_state: jax.Array
@@ -122,12 +123,13 @@ class FlaxCLIPTextOutput(ModelOutput):
 
 @flax.struct.dataclass
 class FlaxCLIPTextModelOutput(ModelOutput):
-    """What FlaxCLIPTextModelWithProjection returns.
+    """Output of FlaxCLIPTextModelWithProjection.
 
-    Args:
-        text_embeds: projected pooled output, (B, projection_dim).
-        last_hidden_state: (B, L, hidden_size), after the final layer norm.
-        hidden_states: embeddings and every layer's output before the final layer norm, or None.
+    Attributes:
+        text_embeds: Projected pooled output, (B, projection_dim).
+        last_hidden_state: Last hidden state after the final layer norm, (B, L, hidden_size).
+        hidden_states: Embeddings and every layer's output before the final layer norm, each (B, L, hidden_size); or
+            None.
     """
 
     text_embeds: jax.Array

@@ -16,9 +16,9 @@ from flax_diffusion.models.blocks import (
     DownBlock,
     MidBlock,
     UpBlock,
-    block_layers,
+    block_layer_config,
 )
-from flax_diffusion.models.condition import class_table
+from flax_diffusion.models.condition import embedding_table
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, TimestepEmbedding, conv, timestep_embedding
 from flax_diffusion.models.modeling import Config, PretrainedModel
 from flax_diffusion.models.outputs import FlaxUNet2DOutput
@@ -30,12 +30,12 @@ NO_CROSS_ATTENTION = ("DownBlock2D", "ResnetDownsampleBlock2D", "AttnDownBlock2D
 class FlaxUNet2DModel(PretrainedModel, nn.Module):
     """UNet from a noisy image and a timestep to a prediction of the same size.
 
-    Fields are the config keys of Diffusers' UNet2DModel; besides them:
+    Fields are the config keys of Diffusers' UNet2DModel, and:
 
     Args:
-        dtype: of matrix products and convolutions.
-        param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute residual and attention blocks in the backward pass, or parts (`minimal`).
+        dtype: Dtype of matrix products and convolutions.
+        param_dtype: Dtype of newly initialised parameters.
+        gradient_checkpointing: Recompute residual and attention blocks in the backward pass, or parts ("minimal").
 
     Reference: UNet2DModel of Diffusers (PyTorch); Ho et al. 2020.
     """
@@ -112,20 +112,21 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
         return_dict: bool = True,
         train: bool = False,
     ) -> FlaxUNet2DOutput | tuple[jax.Array]:
-        """Predict the noise (or whatever the scheduler's prediction type says).
+        """Predict the noise, or what else the scheduler's prediction type names.
 
         Args:
-            sample: noisy images, (B, in_channels, H, W), H and W multiples of 2^(blocks - 1).
-            timesteps: (B,) or one number for all.
-            class_labels: (B,) class indices, or (B, time_embedding_dim) where class_embed_type is "identity".
-            return_dict: False returns a tuple.
-            train: apply dropout, with the random key "dropout".
+            sample: Noisy images, (B, in_channels, H, W), H and W multiples of 2^(blocks − 1).
+            timesteps: Timesteps, (B,), or one number for all.
+            class_labels: Class indices, (B,), or embeddings, (B, time_embedding_dim), where class_embed_type is
+                "identity".
+            return_dict: Return a dataclass; False returns a tuple.
+            train: Apply dropout, with the random key "dropout".
 
         Returns:
             The prediction, (B, out_channels, H, W), in `dtype`.
 
         Raises:
-            ConfigError: for class labels that are missing or not expected, and for sizes that do not divide.
+            ConfigError: If class labels are missing or not expected, or the size does not fit the UNet.
         """
         factor = 2 ** (len(self.block_out_channels) - 1)
         if any(size % factor for size in sample.shape[2:]):
@@ -169,12 +170,12 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
         return LayerConfig(**{**fields, **changes})
 
     def _time_embedding(self, timesteps: jax.Array, class_labels: jax.Array | None, layers: LayerConfig) -> jax.Array:
-        """Embed timesteps and class labels to (B, time_embedding_dim)."""
+        """Return the embedding of timesteps and class labels, (B, time_embedding_dim)."""
         width = self.time_embedding_dim or 4 * self.block_out_channels[0]
         learned = None
         if self.time_embedding_type == "learned":
             assert self.num_train_timesteps is not None
-            learned = class_table(self.num_train_timesteps, self.block_out_channels[0], layers, "time_proj")
+            learned = embedding_table(self.num_train_timesteps, self.block_out_channels[0], layers, "time_proj")
 
         def project(values: jax.Array) -> jax.Array:
             if learned is not None:
@@ -202,7 +203,7 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
         if self.class_embed_type == "identity":
             return temb + class_labels.astype(temb.dtype)
         assert self.num_class_embeds is not None
-        return temb + class_table(self.num_class_embeds, width, layers, "class_embedding")(class_labels)
+        return temb + embedding_table(self.num_class_embeds, width, layers, "class_embedding")(class_labels)
 
     def _spatial(self, channels: int, groups: int | None) -> AttentionConfig:
         return AttentionConfig(kind="spatial", head_dim=self.attention_head_dim or channels, groups=groups)
@@ -214,7 +215,7 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
         return DownBlock(
             features=channels,
             layers=self.layers_per_block,
-            config=block_layers(layers, self.down_block_types[index]),
+            config=block_layer_config(layers, self.down_block_types[index]),
             attention=self._spatial(channels, self.norm_num_groups) if kind else None,
             downsampler=None if final else sampler or self.downsample_type,
             padding=self.downsample_padding,
@@ -228,7 +229,7 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
         return UpBlock(
             features=channels,
             layers=self.layers_per_block + 1,
-            config=block_layers(layers, self.up_block_types[index]),
+            config=block_layer_config(layers, self.up_block_types[index]),
             attention=self._spatial(channels, self.norm_num_groups) if kind else None,
             upsampler=None if final else sampler or self.upsample_type,
             name=f"up_blocks_{index}",

@@ -18,7 +18,7 @@ from flax_diffusion.models.blocks import (
     DownBlock,
     MidBlock,
     UpBlock,
-    block_layers,
+    block_layer_config,
 )
 from flax_diffusion.models.condition import check_condition, condition_inputs, embed_conditions
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, conv, dense
@@ -28,19 +28,19 @@ from flax_diffusion.models.unet_checks import TIMESTEP_ACTS, check_blocks, check
 
 
 def per_block(value: Any, blocks: int) -> tuple[Any, ...]:
-    """Return one entry a block from one value for all, or from a tuple with one each."""
+    """Return one entry per block, from one value for all blocks or from a tuple with an entry for each."""
     return value if isinstance(value, tuple) else (value,) * blocks
 
 
 class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     """UNet from noisy latents, a timestep and text embeddings to a prediction of the latents' size.
 
-    Fields are the config keys of Diffusers' UNet2DConditionModel; besides them:
+    Fields are the config keys of Diffusers' UNet2DConditionModel, and:
 
     Args:
-        dtype: of matrix products and convolutions.
-        param_dtype: of newly initialised parameters.
-        gradient_checkpointing: recompute residual and transformer blocks in the backward pass, or parts (`minimal`).
+        dtype: Dtype of matrix products and convolutions.
+        param_dtype: Dtype of newly initialised parameters.
+        gradient_checkpointing: Recompute residual and transformer blocks in the backward pass, or parts ("minimal").
 
     Reference: UNet2DConditionModel of Diffusers (PyTorch); Rombach et al. 2022.
     """
@@ -160,25 +160,25 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
         class_labels: jax.Array | None = None,
         timestep_cond: jax.Array | None = None,
     ) -> FlaxUNet2DConditionOutput | tuple[jax.Array]:
-        """Predict the noise (or whatever the scheduler's prediction type says).
+        """Predict the noise, or what else the scheduler's prediction type names.
 
         Args:
-            sample: noisy latents, (B, in_channels, H, W).
-            timesteps: (B,) or one number for all.
-            encoder_hidden_states: text embeddings, (B, S, cross_attention_dim).
+            sample: Noisy latents, (B, in_channels, H, W).
+            timesteps: Timesteps, (B,), or one number for all.
+            encoder_hidden_states: Text embeddings, (B, S, cross_attention_dim).
             added_cond_kwargs: "text_embeds" (B, E) and "time_ids" (B, 6), where addition_embed_type is "text_time".
-            down_block_additional_residuals: a ControlNet's outputs for the skip connections, NCHW.
-            mid_block_additional_residual: a ControlNet's output for the mid block, NCHW.
-            return_dict: False returns a tuple.
-            train: apply dropout, with the random key "dropout".
-            class_labels: what class_embed_type asks for: (B,) classes or noise levels, or (B, E) embeddings.
-            timestep_cond: (B, time_cond_proj_dim), such as an embedded guidance scale.
+            down_block_additional_residuals: A ControlNet's outputs for the skip connections, each (B, C, H', W').
+            mid_block_additional_residual: A ControlNet's output for the mid block, (B, C, H', W').
+            return_dict: Return a dataclass; False returns a tuple.
+            train: Apply dropout, with the random key "dropout".
+            class_labels: What class_embed_type asks for: classes or noise levels, (B,), or embeddings, (B, E).
+            timestep_cond: Another condition, (B, time_cond_proj_dim), such as an embedded guidance scale.
 
         Returns:
             The prediction, (B, out_channels, H, W), in `dtype`.
 
         Raises:
-            ConfigError: for conditions that are missing or not expected.
+            ConfigError: If conditions are missing or not expected.
         """
         layers = self._layers()
         x = jnp.transpose(sample, (0, 2, 3, 1)).astype(self.dtype)
@@ -228,7 +228,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     def _attention(
         self, kind: Any, *, block: int, depths: tuple[int, ...], only_cross: bool, head_dim: int
     ) -> AttentionConfig | None:
-        """Describe a block's attention; `block` counts down blocks, whose number of heads it takes."""
+        """Return the config of a block's attention; `block` is the down block whose number of heads it takes."""
         if kind is None:
             return None
         return AttentionConfig(
@@ -258,7 +258,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
         return DownBlock(
             features=channels,
             layers=number,
-            config=block_layers(layers, self.down_block_types[index]),
+            config=block_layer_config(layers, self.down_block_types[index]),
             attention=attention,
             downsampler=None if index == blocks - 1 else sampler or "conv",
             padding=self.downsample_padding,
@@ -284,7 +284,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
         return UpBlock(
             features=channels,
             layers=number,
-            config=block_layers(layers, self.up_block_types[index]),
+            config=block_layer_config(layers, self.up_block_types[index]),
             attention=attention,
             upsampler=None if index == blocks - 1 else sampler or "conv",
             name=f"up_blocks_{index}",
@@ -314,7 +314,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
 def _add_residuals(
     x: jax.Array, skips: tuple[jax.Array, ...], mid: jax.Array | None, down: Sequence[jax.Array] | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Add a ControlNet's NCHW outputs to the mid block's output and to the skip connections."""
+    """Add a ControlNet's outputs, (B, C, H, W), to the mid block's output and to the skip connections."""
     if mid is None and down is None:
         return x, skips
     if mid is None or down is None or len(down) != len(skips):

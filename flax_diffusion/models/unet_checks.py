@@ -1,4 +1,4 @@
-"""Checks that both UNets' configs share."""
+"""Checks of a config's block lists, for the UNets and the autoencoder."""
 
 from collections.abc import Iterable
 
@@ -9,12 +9,12 @@ TIMESTEP_ACTS = ("silu", "swish", "mish", "gelu", "relu")
 
 
 def check_blocks(config: Config, down_types: Iterable[str], up_types: Iterable[str]) -> None:
-    """Raise ConfigError for block types that the model does not have, or lists that disagree in length.
+    """Raise ConfigError for block types that the model does not support, or for lists of different lengths.
 
     Args:
-        config: the model's configuration.
-        down_types: the supported names in `down_block_types`.
-        up_types: the supported names in `up_block_types`.
+        config: The model's configuration.
+        down_types: Names that `down_block_types` may hold.
+        up_types: Names that `up_block_types` may hold.
     """
     for field, types in (("down_block_types", down_types), ("up_block_types", up_types)):
         for name in config[field]:
@@ -36,7 +36,12 @@ def check_blocks(config: Config, down_types: Iterable[str], up_types: Iterable[s
 
 
 def check_lengths(config: Config, fields: Iterable[str]) -> None:
-    """Raise ConfigError for per-block lists whose length is not the number of blocks."""
+    """Raise ConfigError for per-block lists whose length is not the number of blocks.
+
+    Args:
+        config: The model's configuration.
+        fields: Names of the fields that may hold one entry per block.
+    """
     blocks = len(config.block_out_channels)
     for field in fields:
         if isinstance(config[field], list) and len(config[field]) != blocks:

@@ -1,4 +1,4 @@
-"""Weights between Linen's parameter trees and the files of Diffusers and Transformers."""
+"""Conversion of weights between Linen's parameter trees and the files of Diffusers and Transformers."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,15 +26,15 @@ def from_tensors(tensors: Mapping[str, Tensor], template: Mapping[str, Any], sou
     """Build a parameter tree from stored tensors.
 
     Args:
-        tensors: by PyTorch name, in PyTorch's layout.
-        template: the tree of the model's parameters, or of their shapes and dtypes.
-        source: where the tensors are from, for the error.
+        tensors: Tensors by PyTorch name, in PyTorch's layout.
+        template: Tree of the model's parameters, or of their shapes and dtypes.
+        source: Where the tensors come from, for the error.
 
     Returns:
-        NumPy arrays, each one copy from the file, in the template's dtypes.
+        NumPy arrays in the template's dtypes, each copied once from the file.
 
     Raises:
-        WeightsError: lists every missing, unexpected and misshapen tensor.
+        WeightsError: If the tensors do not fit; it lists every missing, unexpected and misshapen one.
     """
     flat = _flatten(template)
     paths = {torch_name(path): path for path in flat}
@@ -68,7 +68,7 @@ def from_tensors(tensors: Mapping[str, Tensor], template: Mapping[str, Any], sou
 
 
 def torch_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return every parameter's PyTorch name and its shape in PyTorch's layout."""
+    """Return the shape of every parameter of a tree in PyTorch's layout, by PyTorch name."""
     return {torch_name(path): torch_shape(path, tuple(leaf.shape)) for path, leaf in _flatten(tree).items()}
 
 
@@ -77,7 +77,7 @@ def _stored_shape(path: tuple[str, ...], flat: Mapping[tuple[str, ...], Any]) ->
 
 
 def _fits(path: tuple[str, ...], view: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Tell whether a tensor has the parameter's shape once it is in Linen's layout."""
+    """Return whether a tensor has the parameter's shape once it is in Linen's layout."""
     if view.ndim == 4 and len(shape) == 2 and view.shape[2:] != (1, 1):
         return False
     if view.ndim != len(shape) and not (view.ndim == 4 and len(shape) == 2):
@@ -86,7 +86,7 @@ def _fits(path: tuple[str, ...], view: np.ndarray, shape: tuple[int, ...]) -> bo
 
 
 def to_torch(params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield PyTorch's names and views in PyTorch's layout of all parameters, sorted by name."""
+    """Yield every parameter's PyTorch name, and a view of it in PyTorch's layout, sorted by name."""
     flat = _flatten(params)
     for name, path in sorted((torch_name(path), path) for path in flat):
         yield name, to_torch_layout(path, np.asarray(flat[path]))
@@ -96,16 +96,16 @@ def load(folder: Path, template: Mapping[str, Any], base: str, variant: str | No
     """Read a model's weights: safetensors, whole or sharded, else upstream's Flax msgpack.
 
     Args:
-        folder: holds the files.
-        template: the tree of the model's parameter shapes and dtypes.
-        base: file name without extension, "diffusion_pytorch_model" or "model".
-        variant: such as "fp16".
+        folder: Folder that holds the files.
+        template: Tree of the model's parameter shapes and dtypes.
+        base: File name without extension, "diffusion_pytorch_model" or "model".
+        variant: Variant of the files, such as "fp16".
 
     Returns:
         The parameter tree as NumPy arrays.
 
     Raises:
-        WeightsError: if there is no file that may be read, or if it does not fit the model.
+        WeightsError: If there is no file that may be read, or it does not fit the model.
     """
     tensors, file = weight_files.read(folder, base, variant)
     return from_tensors(tensors, template, str(file))
@@ -121,14 +121,14 @@ def save(
     """Write safetensors with PyTorch's names and layout, each file whole or not at all.
 
     Args:
-        folder: an existing folder.
-        params: the parameters.
-        template: the tree of the model's parameter shapes.
-        base: file name without extension.
-        max_shard_bytes: more than this is split into several files and an index.
+        folder: Folder to write to, which exists.
+        params: Parameter tree.
+        template: Tree of the model's parameter shapes.
+        base: File name without extension.
+        max_shard_bytes: Limit of one file; more is split into several files and an index.
 
     Raises:
-        WeightsError: if the parameters are not those of the model.
+        WeightsError: If the parameters are not those of the model.
     """
     _check_params(params, template)
     shards: list[dict[str, np.ndarray]] = [{}]

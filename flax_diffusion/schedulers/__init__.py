@@ -37,20 +37,20 @@ SCHEDULERS: dict[str, type[FlaxScheduler]] = {
 def scheduler_from_config(
     config: Mapping[str, Any] | str | Path, kind: str | None = None, dtype: Any = jnp.float32
 ) -> FlaxScheduler:
-    """Return the scheduler a configuration names, or another kind of scheduler with the same noise schedule.
+    """Return the scheduler that a configuration names, or another kind of scheduler with the same noise schedule.
 
     Args:
-        config: the mapping, or the folder or file that holds `scheduler_config.json`.
+        config: The configuration as a mapping, or the folder or file that holds `scheduler_config.json`.
         kind: "ddpm", "ddim", "pndm", "euler", "dpm++", "flow_match" or "edm"; None for the class in `_class_name`.
             "dpm++" on a cosine schedule starts at λ = −5.1 unless the configuration says otherwise, as Diffusers'
             documentation advises.
-        dtype: precision of the tables.
+        dtype: Dtype of the tables, float32 or float64.
 
     Returns:
         The scheduler.
 
     Raises:
-        ConfigError: no or an unsupported class name, an unknown kind, key or value.
+        ConfigError: If the class name is missing or not supported, or a kind, key or value is unknown.
     """
     values = read_config(config) if isinstance(config, (str, Path)) else config
     if kind is not None:

@@ -19,7 +19,7 @@ from flax_diffusion.core.typed import Size, check_values
 
 CONFIG_NAME = "scheduler_config.json"
 
-# Keys a configuration may carry over from PyTorch schedulers that have no Flax class, and two of Diffusers 0.1.
+# Keys that a configuration may hold from PyTorch schedulers without a Flax class, and two from Diffusers 0.1.
 _KEYS_OF_OTHER_SCHEDULERS = frozenset({
     "disable_corrector", "noise_sampler_seed", "original_inference_steps", "predict_x0", "rho", "shift_terminal",
     "sigma_data", "sigma_schedule", "solver_p", "tensor_format", "timestep_scaling", "timestep_values",
@@ -27,7 +27,7 @@ _KEYS_OF_OTHER_SCHEDULERS = frozenset({
 
 
 class SchedulerConfig(Mapping[str, Any]):
-    """A scheduler's configuration, read-only, by key or by attribute."""
+    """Read-only configuration of a scheduler, whose values are read by key or by attribute."""
 
     def __init__(self, values: Mapping[str, Any]):
         self._values = dict(values)
@@ -52,22 +52,22 @@ class SchedulerConfig(Mapping[str, Any]):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlaxSchedulerConfig:
-    """What every scheduler class shares: the reading, checking and writing of configs.
+    """Fields of every scheduler class, and how configurations are read, checked and written.
 
     Args:
-        num_train_timesteps: T, the number of timesteps the model was trained with.
-        dtype: float32 or float64, the precision of the tables. Samples in half precision are computed in float32.
+        num_train_timesteps: Number T of timesteps that the model was trained with.
+        dtype: Dtype of the tables, float32 or float64. Samples in half precision are computed in float32.
     """
 
     num_train_timesteps: Size = 1000
     dtype: Any = jnp.float32
 
     torch_class_name: ClassVar[str]
-    # Values that Diffusers replaces, when another class's configuration is converted.
+    # Values that Diffusers replaces when it converts another class's configuration.
     replaced_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
 
     def __new__(cls, *args: Any, **given: Any) -> Self:
-        """Remember which fields were given: conversion leaves the others to the new class's defaults."""
+        """Remember which fields were given: for the others, a conversion takes the new class's defaults."""
         self = super().__new__(cls)
         object.__setattr__(self, "_given", frozenset(given))
         return self
@@ -88,12 +88,12 @@ class FlaxSchedulerConfig:
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
-        """Return the names of the configuration keys, `dtype` aside."""
+        """Return the names of the configuration keys, which are all fields but `dtype`."""
         return tuple(field.name for field in dataclasses.fields(cls) if field.name != "dtype")
 
     @property
     def config(self) -> SchedulerConfig:
-        """The configuration with Diffusers' keys, `_class_name` and, as there, `_use_default_values`."""
+        """Configuration with Diffusers' keys, and as there with `_class_name` and `_use_default_values`."""
         values = {name: getattr(self, name) for name in self.field_names()}
         not_given = [name for name in values if name not in getattr(self, "_given")]  # noqa: B009
         return SchedulerConfig({"_class_name": self.torch_class_name, **values, "_use_default_values": not_given})
@@ -103,18 +103,17 @@ class FlaxSchedulerConfig:
         """Return the scheduler that a configuration describes.
 
         Args:
-            config: a `scheduler_config.json` as a mapping, or the `.config` of any scheduler. Keys that belong to
-                other scheduler classes are dropped; keys that the other class filled with its own defaults, too.
-            dtype: precision of the tables.
+            config: Content of a `scheduler_config.json`, or the `.config` of any scheduler. Keys that belong to other
+                scheduler classes are dropped, and so are keys that the other class filled with its own defaults.
+            dtype: Dtype of the tables, float32 or float64.
 
         Returns:
             The scheduler.
 
         Raises:
-            ConfigError: a key no scheduler has, or a value this class does not support.
+            ConfigError: If no scheduler has a key, or this class does not support a value.
 
-        Reference:
-            `ConfigMixin.from_config` in Diffusers, which drops the same keys, and unknown ones as well.
+        Reference: `ConfigMixin.from_config` of Diffusers, which drops the same keys, and unknown ones as well.
         """
         defaulted = config.get("_use_default_values", ())
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
@@ -137,7 +136,7 @@ class FlaxSchedulerConfig:
         """Write `scheduler_config.json`, which Diffusers' PyTorch class reads.
 
         Args:
-            save_directory: folder, made where missing.
+            save_directory: Folder to write to; made if it does not exist.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,13 +146,13 @@ class FlaxSchedulerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BetaScheduleConfig(FlaxSchedulerConfig):
-    """What the schedulers of models that were trained by betas share.
+    """Fields of all schedulers of models that were trained with a schedule of β.
 
     Args:
-        beta_start: first β.
-        beta_end: last β.
-        trained_betas: the T values of β themselves, in place of a named schedule.
-        steps_offset: added to the timesteps of "leading" spacing.
+        beta_start: First β.
+        beta_end: Last β.
+        trained_betas: The T values of β themselves, in place of a named schedule.
+        steps_offset: Number added to the timesteps of "leading" spacing.
     """
 
     beta_start: float = 0.0001
@@ -171,11 +170,11 @@ class BetaScheduleConfig(FlaxSchedulerConfig):
         self.numpy_alphas_cumprod()  # an impossible noise schedule is an error here, not at the first use
 
     def numpy_alphas_cumprod(self) -> noise_schedule.Table:
-        """Return ᾱ, float32 (T,), straight from the configuration."""
-        bar = noise_schedule.alphas_cumprod_from_config(self.config)
+        """Return ᾱ of every training timestep, float32 (T,), computed from the configuration."""
+        alpha_bar = noise_schedule.alphas_cumprod_from_config(self.config)
         if self.config.get("rescale_betas_zero_snr", False):
-            bar[-1] = self.smallest_alpha_cumprod
-        return bar
+            alpha_bar[-1] = self.smallest_alpha_cumprod
+        return alpha_bar
 
 
 def read_config(
@@ -184,15 +183,15 @@ def read_config(
     """Return the configuration in a folder, a `.json` file or a Hub repository.
 
     Args:
-        path_or_hub_id: the file, the folder that holds `scheduler_config.json`, or a Hub id.
-        subfolder: folder inside it, e.g. "scheduler" in a pipeline.
-        revision: branch, tag or commit of a Hub id.
+        path_or_hub_id: The file, the folder that holds `scheduler_config.json`, or a Hub id.
+        subfolder: Folder inside it, such as "scheduler" in a pipeline.
+        revision: Branch, tag or commit of a Hub id.
 
     Returns:
         The mapping in the file.
 
     Raises:
-        ConfigError: no such file, or not a JSON mapping.
+        ConfigError: If there is no such file, or it holds no JSON mapping.
     """
     path = Path(path_or_hub_id)
     if not path.is_file():

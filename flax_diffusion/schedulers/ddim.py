@@ -14,29 +14,27 @@ from flax_diffusion.schedulers.common import (
     CommonSchedulerState,
     FlaxSchedulerOutput,
     VariancePreservingScheduler,
-    check_inference_steps,
-    finish,
+    at_least_float32,
     limit_original,
     predict_noise,
     predict_original,
     previous_alpha_cumprod,
-    require_timesteps,
-    spaced_timesteps,
     step_noise,
+    step_result,
     table_at,
-    working,
 )
+from flax_diffusion.schedulers.timesteps import check_inference_steps, require_timesteps, spaced_timesteps
 
 
 class DDIMSchedulerState(struct.PyTreeNode):
     """State of `FlaxDDIMScheduler`.
 
-    Args:
-        common: the noise schedule.
-        final_alpha_cumprod: ᾱ after the last step.
-        init_noise_sigma: standard deviation of the first sample.
-        timesteps: int32, largest first.
-        num_inference_steps: None before `set_timesteps`.
+    Attributes:
+        common: Noise schedule.
+        final_alpha_cumprod: ᾱ after the last step, a scalar.
+        init_noise_sigma: Standard deviation of the first sample, a scalar.
+        timesteps: Timesteps, largest first, int32 (steps,).
+        num_inference_steps: Number of steps; None before `set_timesteps`.
     """
 
     common: CommonSchedulerState
@@ -50,17 +48,10 @@ class DDIMSchedulerState(struct.PyTreeNode):
 class FlaxDDIMScheduler(VariancePreservingScheduler):
     """Denoising diffusion implicit models; the fields are the keys of PyTorch's `DDIMScheduler`.
 
+    For fields that are not named here see `BetaScheduler`.
+
     Args:
-        beta_schedule: named noise schedule.
-        clip_sample: clip the predicted x0 to ±`clip_sample_range`.
-        set_alpha_to_one: ᾱ after the last step is 1; else ᾱ_0.
-        prediction_type: what the model predicts.
-        thresholding: dynamic thresholding of x0, in place of clipping.
-        dynamic_thresholding_ratio: its quantile.
-        clip_sample_range: see `clip_sample`.
-        sample_max_value: upper limit of the dynamic threshold.
-        timestep_spacing: how inference timesteps are chosen.
-        rescale_betas_zero_snr: end the noise schedule in pure noise.
+        set_alpha_to_one: Use 1 as ᾱ after the last step; else ᾱ_0.
     """
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
@@ -77,7 +68,7 @@ class FlaxDDIMScheduler(VariancePreservingScheduler):
     torch_class_name = "DDIMScheduler"
 
     def create_state(self, common: CommonSchedulerState | None = None) -> DDIMSchedulerState:
-        """Return the first state; `common` is a noise schedule to share, made here where None."""
+        """Return the first state; see `BetaScheduler`."""
         common = CommonSchedulerState.create(self) if common is None else common
         return DDIMSchedulerState(
             common=common,
@@ -89,7 +80,7 @@ class FlaxDDIMScheduler(VariancePreservingScheduler):
     def set_timesteps(
         self, state: DDIMSchedulerState, num_inference_steps: int, shape: tuple[int, ...] = ()
     ) -> DDIMSchedulerState:
-        """Return the state for a trajectory of so many steps; arguments and errors as `FlaxDDPMScheduler`."""
+        """Return the state for a trajectory; see `FlaxScheduler`."""
         del shape
         check_inference_steps(num_inference_steps, self.num_train_timesteps)
         timesteps = spaced_timesteps(
@@ -110,38 +101,28 @@ class FlaxDDIMScheduler(VariancePreservingScheduler):
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
     ) -> FlaxSchedulerOutput[DDIMSchedulerState]:
-        """Return the sample one inference step less noisy.
+        """Return the sample one inference step less noisy; for arguments that are not named here see `FlaxScheduler`.
 
         Args:
-            state: from `set_timesteps`.
-            model_output: (B, C, …).
-            timestep: one of `state.timesteps`; may be traced.
-            sample: x_t, (B, C, …).
-            key: PRNG key of this step's noise, needed where `eta` > 0; or
-            variance_noise: the noise itself.
-            return_dict: a named tuple; else a plain one.
-            eta: η, the share of DDPM's noise: 0 is deterministic, 1 is DDPM.
-            use_clipped_model_output: derive ε from the clipped x0.
+            key: PRNG key, needed if `eta` > 0 and `variance_noise` is not given.
+            eta: Share η of DDPM's noise: 0 is deterministic, 1 is DDPM.
+            use_clipped_model_output: Derive ε from the clipped x0.
 
-        Raises:
-            ConfigError: `set_timesteps` not called, or noise missing.
-
-        Reference:
-            DDIM equations 12 and 16.
+        Reference: DDIM, equations 12 and 16.
         """
         stride = self.num_train_timesteps // require_timesteps(state.num_inference_steps)
-        x_t, output = working(sample, model_output)
+        x_t, output = at_least_float32(sample, model_output)
         t = jnp.asarray(timestep)
-        bar = table_at(state.common.alphas_cumprod, t)
-        bar_previous = previous_alpha_cumprod(state.common.alphas_cumprod, t - stride, state.final_alpha_cumprod)
+        alpha_bar = table_at(state.common.alphas_cumprod, t)
+        alpha_bar_previous = previous_alpha_cumprod(state.common.alphas_cumprod, t - stride, state.final_alpha_cumprod)
 
-        x0 = limit_original(self, predict_original(self.prediction_type, output, x_t, bar))
+        x0 = limit_original(self, predict_original(self.prediction_type, output, x_t, alpha_bar))
         if use_clipped_model_output:
-            epsilon = predict_noise("sample", x0, x_t, bar)
+            epsilon = predict_noise("sample", x0, x_t, alpha_bar)
         else:
-            epsilon = predict_noise(self.prediction_type, output, x_t, bar)
-        deviation = eta * jnp.sqrt((1 - bar_previous) / (1 - bar) * (1 - bar / bar_previous))
-        previous = jnp.sqrt(bar_previous) * x0 + jnp.sqrt(1 - bar_previous - deviation**2) * epsilon
+            epsilon = predict_noise(self.prediction_type, output, x_t, alpha_bar)
+        deviation = eta * jnp.sqrt((1 - alpha_bar_previous) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_previous))
+        previous = jnp.sqrt(alpha_bar_previous) * x0 + jnp.sqrt(1 - alpha_bar_previous - deviation**2) * epsilon
         if eta > 0:
             previous = previous + deviation * step_noise(key, variance_noise, x_t, f"DDIM sampling with eta={eta}")
-        return finish(previous, sample, state, return_dict)
+        return step_result(previous, sample, state, return_dict)

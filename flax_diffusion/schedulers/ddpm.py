@@ -16,17 +16,15 @@ from flax_diffusion.schedulers.common import (
     CommonSchedulerState,
     FlaxSchedulerOutput,
     VariancePreservingScheduler,
-    check_inference_steps,
-    finish,
+    at_least_float32,
     limit_original,
     predict_original,
     previous_alpha_cumprod,
-    schedule_index,
-    spaced_timesteps,
     step_noise,
+    step_result,
     table_at,
-    working,
 )
+from flax_diffusion.schedulers.timesteps import check_inference_steps, schedule_index, spaced_timesteps
 
 VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"]
 
@@ -34,11 +32,11 @@ VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_l
 class DDPMSchedulerState(struct.PyTreeNode):
     """State of `FlaxDDPMScheduler`.
 
-    Args:
-        common: the noise schedule.
-        init_noise_sigma: standard deviation of the first sample.
-        timesteps: int32, largest first.
-        num_inference_steps: None before `set_timesteps`.
+    Attributes:
+        common: Noise schedule.
+        init_noise_sigma: Standard deviation of the first sample, a scalar.
+        timesteps: Timesteps, largest first, int32 (steps,).
+        num_inference_steps: Number of steps; None before `set_timesteps`.
     """
 
     common: CommonSchedulerState
@@ -51,19 +49,12 @@ class DDPMSchedulerState(struct.PyTreeNode):
 class FlaxDDPMScheduler(VariancePreservingScheduler):
     """Denoising diffusion probabilistic models; the fields are the keys of PyTorch's `DDPMScheduler`.
 
+    For fields that are not named here see `BetaScheduler`.
+
     Args:
-        beta_schedule: named noise schedule.
-        variance_type: variance of a step. "learned" and "learned_range" take it from the second half of the
-            model's output channels. "fixed_large_log" equals "fixed_large": PyTorch's takes the square root of a
-            negative logarithm there and returns NaN.
-        clip_sample: clip the predicted x0 to ±`clip_sample_range`.
-        prediction_type: what the model predicts.
-        thresholding: dynamic thresholding of x0, in place of clipping.
-        dynamic_thresholding_ratio: its quantile.
-        clip_sample_range: see `clip_sample`.
-        sample_max_value: upper limit of the dynamic threshold.
-        timestep_spacing: how inference timesteps are chosen.
-        rescale_betas_zero_snr: end the noise schedule in pure noise.
+        variance_type: Variance of a step. "learned" and "learned_range" take it from the second half of the model's
+            output channels. "fixed_large_log" equals "fixed_large": PyTorch's class takes the square root of a negative
+            logarithm there and returns NaN.
     """
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"] = "linear"
@@ -80,11 +71,7 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
     torch_class_name = "DDPMScheduler"
 
     def create_state(self, common: CommonSchedulerState | None = None) -> DDPMSchedulerState:
-        """Return the first state, over all training timesteps.
-
-        Args:
-            common: noise schedule to share; made here where None.
-        """
+        """Return the first state; see `BetaScheduler`."""
         return DDPMSchedulerState(
             common=CommonSchedulerState.create(self) if common is None else common,
             init_noise_sigma=jnp.asarray(1.0, self.dtype),
@@ -94,16 +81,7 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
     def set_timesteps(
         self, state: DDPMSchedulerState, num_inference_steps: int, shape: tuple[int, ...] = ()
     ) -> DDPMSchedulerState:
-        """Return the state for a trajectory of so many steps.
-
-        Args:
-            state: any earlier state.
-            num_inference_steps: a Python int, since it is the length of `state.timesteps`.
-            shape: of the samples; not needed here, accepted so that all schedulers are called alike.
-
-        Raises:
-            ConfigError: more steps than the model has timesteps, or fewer than one.
-        """
+        """Return the state for a trajectory; see `FlaxScheduler`."""
         del shape
         check_inference_steps(num_inference_steps, self.num_train_timesteps)
         timesteps = spaced_timesteps(
@@ -121,23 +99,18 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
         variance_noise: Array | None = None,
         return_dict: bool = True,
     ) -> FlaxSchedulerOutput[DDPMSchedulerState]:
-        """Return x_{t−1}, drawn from the posterior of the predicted x0.
+        """Return x_{t−1}, drawn from the posterior of the predicted x0; for other arguments see `FlaxScheduler`.
 
         Args:
-            state: from `set_timesteps`, or `create_state` to walk every training timestep.
-            model_output: (B, C, …), twice the channels with a learned variance.
-            timestep: one of `state.timesteps`; may be traced.
-            sample: x_t, (B, C, …).
-            key: PRNG key of this step's noise; or
-            variance_noise: the noise itself, the shape of `sample`. Not used at timestep 0.
-            return_dict: a named tuple; else a plain one.
+            state: State from `set_timesteps`, or from `create_state` to walk every training timestep.
+            model_output: Output of the model, (B, C, …), with twice the channels for a learned variance.
+            key: PRNG key, needed if `variance_noise` is not given; the noise is not used at timestep 0.
 
         Raises:
-            ConfigError: no noise given, a timestep (not traced) that is not in the schedule, or a model output
-                whose channels do not fit `variance_type`.
+            ConfigError: If no noise is given, a timestep that is not traced is not in the schedule, or the channels of
+                the model output do not fit `variance_type`.
 
-        Reference:
-            DDPM equations 6, 7 and 15; learned_range: arXiv:2102.09672, equation 15.
+        Reference: DDPM, equations 6, 7 and 15; learned_range: arXiv:2102.09672, equation 15.
         """
         learned = self.variance_type in ("learned", "learned_range")
         expected = (sample.shape[0], sample.shape[1] * (2 if learned else 1), *sample.shape[2:])
@@ -146,20 +119,20 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
                 f"model_output has shape {model_output.shape}; with variance_type {self.variance_type!r} and a "
                 f"sample of shape {sample.shape} it must be {expected}"
             )
-        x_t, output = working(sample, model_output)
+        x_t, output = at_least_float32(sample, model_output)
         output, predicted_variance = output[:, : sample.shape[1]], output[:, sample.shape[1] :]
         t = jnp.asarray(timestep)
         noise = step_noise(key, variance_noise, x_t, "DDPM sampling")
 
-        bar = table_at(state.common.alphas_cumprod, t)
-        bar_previous = previous_alpha_cumprod(state.common.alphas_cumprod, self._previous_timestep(state, t), 1.0)
-        alpha = bar / bar_previous
+        alpha_bar = table_at(state.common.alphas_cumprod, t)
+        alpha_bar_previous = previous_alpha_cumprod(state.common.alphas_cumprod, self._previous_timestep(state, t), 1.0)
+        alpha = alpha_bar / alpha_bar_previous
         beta = 1 - alpha
-        x0 = limit_original(self, predict_original(self.prediction_type, output, x_t, bar))
-        mean = (jnp.sqrt(bar_previous) * beta / (1 - bar)) * x0
-        mean = mean + (jnp.sqrt(alpha) * (1 - bar_previous) / (1 - bar)) * x_t
-        deviation = self._standard_deviation(bar, bar_previous, beta, predicted_variance)
-        return finish(jnp.where(t > 0, mean + deviation * noise, mean), sample, state, return_dict)
+        x0 = limit_original(self, predict_original(self.prediction_type, output, x_t, alpha_bar))
+        mean = (jnp.sqrt(alpha_bar_previous) * beta / (1 - alpha_bar)) * x0
+        mean = mean + (jnp.sqrt(alpha) * (1 - alpha_bar_previous) / (1 - alpha_bar)) * x_t
+        deviation = self._standard_deviation(alpha_bar, alpha_bar_previous, beta, predicted_variance)
+        return step_result(jnp.where(t > 0, mean + deviation * noise, mean), sample, state, return_dict)
 
     def _previous_timestep(self, state: DDPMSchedulerState, t: Array) -> Array:
         """Return the entry after t in `state.timesteps`, −1 after the last."""
@@ -169,13 +142,13 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
         unknown = self.num_train_timesteps  # past the table's end: NaN
         return after.at[schedule_index(state.timesteps, t)].get(mode="fill", fill_value=unknown)
 
-    def _standard_deviation(self, bar: Array, bar_previous: Array, beta: Array, predicted: Array) -> Array:
+    def _standard_deviation(self, alpha_bar: Array, alpha_bar_previous: Array, beta: Array, predicted: Array) -> Array:
         if self.variance_type == "learned":
             return jnp.sqrt(predicted)
         if self.variance_type in ("fixed_large", "fixed_large_log"):
             return jnp.sqrt(beta)
         # The floor keeps the logarithm finite at t = 0, where the posterior has no variance.
-        small = jnp.maximum((1 - bar_previous) / (1 - bar) * beta, np.float32(1e-20))
+        small = jnp.maximum((1 - alpha_bar_previous) / (1 - alpha_bar) * beta, np.float32(1e-20))
         if self.variance_type == "learned_range":
             fraction = (predicted + 1) / 2
             return jnp.exp(0.5 * (fraction * jnp.log(beta) + (1 - fraction) * jnp.log(small)))

@@ -1,4 +1,4 @@
-"""The coefficients of DPM-Solver's updates, in NumPy and float64.
+"""Coefficients of DPM-Solver's updates, in NumPy and float64.
 
 With λ = log α − log σ and h = λ_t − λ_s, all four algorithms have the same form in x, a multiple of h:
 
@@ -26,15 +26,15 @@ from flax_diffusion.core.errors import unknown
 
 Levels = TypeVar("Levels", np.ndarray, Array)
 
-_SMALL = 1e-4  # below it, two terms of the series are more exact than the quotients
+_SERIES_LIMIT = 1e-4  # below it, two terms of the series are more exact than the quotients
 
 
 def alpha_sigma(sigmas: Levels, flow: bool | None) -> tuple[Levels, Levels]:
     """Return α and σ of x = α·x0 + σ·ε from noise levels.
 
     Args:
-        sigmas: σ/α where α² + σ² = 1, or σ itself in flow matching.
-        flow: flow matching, α = 1 − σ.
+        sigmas: Noise levels: σ/α where α² + σ² = 1, or σ itself in flow matching.
+        flow: Whether the noise levels are those of flow matching, where α = 1 − σ.
     """
     if flow:
         return 1 - sigmas, sigmas
@@ -48,15 +48,16 @@ def update_coefficients(
     """Return the coefficients of every step at every order.
 
     Args:
-        sigmas: noise levels, (steps + 1,); the last may be 0 for the "++" algorithms.
-        algorithm_type: one of the four in the table above.
+        sigmas: Noise levels, (steps + 1,); the last may be 0 for the "++" algorithms.
+        algorithm_type: One of the four in the table above.
         solver_type: "midpoint" or "heun".
-        solver_order: highest order, 1 to 3.
-        flow: the noise levels are those of flow matching.
+        solver_order: Highest order, 1 to 3.
+        flow: Whether the noise levels are those of flow matching.
 
     Returns:
-        float64 (solver_order, steps, 5): of the sample, the outputs from newest to oldest, and the noise. NaN where
-        a step is too early for the order, or where the last level 0 leaves the order undefined.
+        Coefficients of the sample, of the outputs from newest to oldest, and of the noise, float64
+        (solver_order, steps, 5). NaN where a step is too early for the order, or where a last level of 0 leaves the
+        order undefined.
     """
     alpha, sigma = alpha_sigma(sigmas.astype(np.float64), flow)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -75,7 +76,7 @@ def update_coefficients(
             slope = (0.5 * d0 if solver_type == "midpoint" else first) * h / h0
             orders.append(np.stack([keep, d0 + slope, -slope, zero, noise], axis=-1))
         if solver_order >= 3:
-            # PyTorch's sde-dpmsolver++ has the sign of its last term so that −½ becomes +½; followed.
+            # In PyTorch's sde-dpmsolver++ the sign of the last term turns −½ into +½; that is followed here.
             second = scale * (_second_remainder(x, growth) + (1 if algorithm_type == "sde-dpmsolver++" else 0))
             near, far = h0 / h, h1 / h
             bend = (first * near + second) / (near + far)
@@ -88,11 +89,11 @@ def _algorithm(
     name: str, alpha: np.ndarray, sigma: np.ndarray, h: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Return x, s, a and n of the table above."""
-    quiet = np.zeros_like(h)
+    no_noise = np.zeros_like(h)
     if name == "dpmsolver++":
-        return -h, -alpha[1:], sigma[1:] / sigma[:-1], quiet
+        return -h, -alpha[1:], sigma[1:] / sigma[:-1], no_noise
     if name == "dpmsolver":
-        return h, -sigma[1:], alpha[1:] / alpha[:-1], quiet
+        return h, -sigma[1:], alpha[1:] / alpha[:-1], no_noise
     if name == "sde-dpmsolver++":
         return -2 * h, -alpha[1:], sigma[1:] / sigma[:-1] * np.exp(-h), sigma[1:] * np.sqrt(-np.expm1(-2 * h))
     if name == "sde-dpmsolver":
@@ -102,9 +103,9 @@ def _algorithm(
 
 def _first_remainder(x: np.ndarray, growth: np.ndarray) -> np.ndarray:
     """Return (e^x − 1)/x − 1."""
-    return np.where(np.abs(x) < _SMALL, x / 2 + x**2 / 6, growth / x - 1)
+    return np.where(np.abs(x) < _SERIES_LIMIT, x / 2 + x**2 / 6, growth / x - 1)
 
 
 def _second_remainder(x: np.ndarray, growth: np.ndarray) -> np.ndarray:
     """Return (e^x − 1 − x)/x² − ½."""
-    return np.where(np.abs(x) < _SMALL, x / 6 + x**2 / 24, (growth - x) / x**2 - 0.5)
+    return np.where(np.abs(x) < _SERIES_LIMIT, x / 6 + x**2 / 24, (growth - x) / x**2 - 0.5)

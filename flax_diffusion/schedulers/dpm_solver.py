@@ -23,33 +23,35 @@ from flax_diffusion.schedulers.common import (
     BetaScheduler,
     CommonSchedulerState,
     FlaxSchedulerOutput,
-    check_inference_steps,
-    check_shape,
+    at_least_float32,
     dynamic_threshold,
     expand,
-    finish,
+    step_noise,
+    step_result,
+    table_at,
+    velocity,
+)
+from flax_diffusion.schedulers.dpm_coefficients import alpha_sigma, update_coefficients
+from flax_diffusion.schedulers.timesteps import (
+    check_inference_steps,
+    check_shape,
     next_index,
     require_timesteps,
     schedule_index,
-    step_noise,
-    table_at,
-    velocity,
-    working,
 )
-from flax_diffusion.schedulers.dpm_coefficients import alpha_sigma, update_coefficients
 
-# With fewer steps than this, `lower_order_final` ends the trajectory with lower orders.
+# Trajectories of fewer steps than this end with lower orders under `lower_order_final`.
 _FEW_STEPS = 15
 
 
 class SolverState(struct.PyTreeNode):
-    """The method and the memory of one trajectory.
+    """Method and memory of one trajectory.
 
-    Args:
-        coefficients: (order, steps, 5), of the sample, three outputs and the noise.
-        highest_order: (steps,), the order a step may have at most.
-        steps_taken: so many outputs are remembered.
-        outputs: (2, …), converted model outputs of the last two steps, newest first.
+    Attributes:
+        coefficients: Coefficients of the sample, three outputs and the noise, (order, steps, 5).
+        highest_order: Highest order that each step may have, int32 (steps,).
+        steps_taken: Number of steps taken, which is the number of outputs remembered, int32.
+        outputs: Converted model outputs of the last two steps, newest first, (2, B, C, …).
     """
 
     coefficients: Array
@@ -61,14 +63,14 @@ class SolverState(struct.PyTreeNode):
 class DPMSolverMultistepSchedulerState(struct.PyTreeNode):
     """State of `FlaxDPMSolverMultistepScheduler`.
 
-    Args:
-        common: the noise schedule.
-        init_noise_sigma: standard deviation of the first sample.
-        timesteps: int32, largest first.
-        sigmas: noise level at each of them and after the last.
-        step_index: place of the next step; −1 before the first, which looks its timestep up.
-        solver: None before `set_timesteps`.
-        num_inference_steps: None before `set_timesteps`.
+    Attributes:
+        common: Noise schedule.
+        init_noise_sigma: Standard deviation of the first sample, a scalar.
+        timesteps: Timesteps, largest first, int32 (steps,).
+        sigmas: Noise levels at the timesteps and after the last, (steps + 1,).
+        step_index: Place of the next step, int32; −1 before the first, which looks its timestep up.
+        solver: Method and memory; None before `set_timesteps`.
+        num_inference_steps: Number of steps; None before `set_timesteps`.
     """
 
     common: CommonSchedulerState
@@ -84,30 +86,22 @@ class DPMSolverMultistepSchedulerState(struct.PyTreeNode):
 class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     """Fast multistep ODE and SDE solvers; the fields are the keys of PyTorch's `DPMSolverMultistepScheduler`.
 
+    For fields that are not named here see `BetaScheduler`.
+
     Args:
-        beta_schedule: named noise schedule.
-        solver_order: 1, 2 or 3.
-        prediction_type: what the model predicts; "flow_prediction" goes with `use_flow_sigmas`.
-        thresholding: dynamic thresholding of x0.
-        dynamic_thresholding_ratio: its quantile.
-        sample_max_value: upper limit of the dynamic threshold.
+        solver_order: Highest order: 1, 2 or 3.
+        prediction_type: What the model predicts; "flow_prediction" goes with `use_flow_sigmas`.
         algorithm_type: "++" integrates the predicted x0, the others the predicted noise; "sde-" adds noise.
-        solver_type: form of the second-order term.
-        lower_order_final: end trajectories of fewer than 15 steps with orders 2 and 1.
-        euler_at_final: end with order 1.
-        use_karras_sigmas: noise levels even in σ^(1/7).
-        use_exponential_sigmas: noise levels even in log σ.
-        use_beta_sigmas: noise levels at quantiles of a Beta distribution.
-        use_lu_lambdas: noise levels even in λ = log α − log σ.
-        use_flow_sigmas: noise levels of flow matching, x = (1 − σ)·x0 + σ·ε.
-        flow_shift: shift of these.
-        final_sigmas_type: level after the last step, 0 or that of timestep 0.
-        lambda_min_clipped: smallest λ to start from; −5.1 suits squaredcos_cap_v2.
+        solver_type: Form of the second-order term.
+        lower_order_final: End trajectories of fewer than 15 steps with orders 2 and 1.
+        euler_at_final: End with order 1.
+        use_lu_lambdas: Space the noise levels evenly in λ = log α − log σ.
+        use_flow_sigmas: Use the noise levels of flow matching, x = (1 − σ)·x0 + σ·ε.
+        flow_shift: Shift of these.
+        lambda_min_clipped: Smallest λ to start from; −5.1 suits squaredcos_cap_v2.
         variance_type: "learned" and "learned_range" models return twice the channels; the second half is dropped.
-        timestep_spacing: how inference timesteps are chosen.
-        rescale_betas_zero_snr: end the noise schedule in (almost) pure noise, ᾱ = 2⁻²⁴.
-        use_dynamic_shifting: `set_timesteps` may be given µ, for a flow shift of e^µ.
-        time_shift_type: form of that shift.
+        use_dynamic_shifting: Allow `set_timesteps` to be given µ, for a flow shift of e^µ.
+        time_shift_type: Form of that shift.
     """
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
@@ -161,7 +155,7 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         timesteps_with_signal(self.numpy_alphas_cumprod(), self.lambda_min_clipped)
 
     def create_state(self, common: CommonSchedulerState | None = None) -> DPMSolverMultistepSchedulerState:
-        """Return the first state, over all training timesteps; `common` is a noise schedule to share."""
+        """Return the first state; see `BetaScheduler`."""
         training = levels.training_sigmas(self.numpy_alphas_cumprod())
         return DPMSolverMultistepSchedulerState(
             common=CommonSchedulerState.create(self) if common is None else common,
@@ -179,16 +173,15 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         *,
         mu: float | None = None,
     ) -> DPMSolverMultistepSchedulerState:
-        """Return the state for a trajectory of so many steps.
+        """Return the state for a trajectory; for arguments and errors that are not named here see `FlaxScheduler`.
 
         Args:
-            state: any earlier state.
-            num_inference_steps: a Python int; "trailing" with `lambda_min_clipped` may give fewer.
-            shape: of the samples, which the state must hold.
+            num_inference_steps: Number of steps; "trailing" with `lambda_min_clipped` may give fewer.
+            shape: Shape of the samples, whose model outputs the state remembers.
             mu: µ of the flow shift e^µ, with `use_dynamic_shifting`.
 
         Raises:
-            ConfigError: a number of steps out of range, or `mu` where it has no effect.
+            ConfigError: If `mu` is given where it has no effect.
         """
         check_inference_steps(num_inference_steps, self.num_train_timesteps)
         if mu is not None and not (self.use_dynamic_shifting and self.use_flow_sigmas):
@@ -221,7 +214,7 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         )
 
     def _schedule(self, count: int, flow_shift: float) -> tuple[np.ndarray, np.ndarray]:
-        """Return the integer timesteps and the float32 noise levels, one more."""
+        """Return the timesteps, int64 (steps,), and the noise levels, float32 (steps + 1,)."""
         training = levels.training_sigmas(self.numpy_alphas_cumprod())
         log_training = np.log(training)
         low, high = float(training[0]), float(training[-1])
@@ -264,7 +257,7 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     def scale_model_input(
         self, state: DPMSolverMultistepSchedulerState, sample: Array, timestep: ArrayLike | None = None
     ) -> Array:
-        """Return the sample as the model wants it: unchanged."""
+        """Return the sample unchanged; see `FlaxScheduler`."""
         del state, timestep
         return sample
 
@@ -278,28 +271,25 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         variance_noise: Array | None = None,
         return_dict: bool = True,
     ) -> FlaxSchedulerOutput[DPMSolverMultistepSchedulerState]:
-        """Return the sample at the next noise level.
+        """Return the sample at the next noise level; for arguments and errors not named here see `FlaxScheduler`.
 
         Args:
-            state: from `set_timesteps` with the sample's shape.
-            model_output: (B, C, …), twice the channels with a learned variance.
-            timestep: one of `state.timesteps`; may be traced. Read at the first step only, later ones are counted.
+            state: State from `set_timesteps` with the sample's shape.
+            model_output: Output of the model, (B, C, …), with twice the channels for a learned variance.
+            timestep: One of `state.timesteps`; may be traced. Read at the first step only, later ones are counted.
             sample: α·x0 + σ·ε, (B, C, …).
-            key: PRNG key of this step's noise, needed by the "sde-" algorithms; or
-            variance_noise: the noise itself.
-            return_dict: a named tuple; else a plain one.
+            key: PRNG key, needed by the "sde-" algorithms if `variance_noise` is not given.
 
         Raises:
-            ConfigError: `set_timesteps` not called or for another shape, noise missing, unknown first timestep.
+            ConfigError: If `set_timesteps` was called for another shape.
 
-        Reference:
-            arXiv:2211.01095, algorithm 2; see `dpm_coefficients`.
+        Reference: arXiv:2211.01095, algorithm 2; see `dpm_coefficients`.
         """
         solver = require_timesteps(state.solver)
         check_shape(solver.outputs[0], sample)
         if self.variance_type is not None:
             model_output = model_output[:, : sample.shape[1]]
-        x, raw = working(sample, model_output)
+        x, raw = at_least_float32(sample, model_output)
         index = next_index(state.timesteps, state.step_index, timestep)
         output = self._convert_output(raw, x, table_at(state.sigmas, index))
         order = jnp.minimum(solver.steps_taken + 1, solver.highest_order[index])
@@ -312,10 +302,10 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         outputs = jnp.stack([output.astype(solver.outputs.dtype), solver.outputs[0]])
         solver = solver.replace(steps_taken=solver.steps_taken + 1, outputs=outputs)
         state = state.replace(step_index=index + 1, solver=solver)
-        return finish(previous, sample, state, return_dict)
+        return step_result(previous, sample, state, return_dict)
 
     def _convert_output(self, output: Array, x: Array, level: Array) -> Array:
-        """Return the predicted x0 ("++" algorithms) or noise."""
+        """Return the predicted x0 for "++" algorithms, else the predicted noise."""
         alpha, sigma = alpha_sigma(level, self.use_flow_sigmas)
         kind = self.prediction_type
         if self.algorithm_type.endswith("++") or self.thresholding:
@@ -343,20 +333,11 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     def add_noise(
         self, state: DPMSolverMultistepSchedulerState, original_samples: Array, noise: Array, timesteps: ArrayLike
     ) -> Array:
-        """Return α·x0 + σ·ε.
+        """Return α·x0 + σ·ε for entries of `state.timesteps`; see `FlaxScheduler`.
 
-        PyTorch's class, before `set_timesteps`, reads its noise levels in reverse; not followed.
-
-        Args:
-            state: any state; its timesteps are those that may be asked for.
-            original_samples: x0, (B, …).
-            noise: ε, the same shape.
-            timesteps: a scalar or (B,), entries of `state.timesteps`.
-
-        Raises:
-            ConfigError: a timestep (not traced) that is not in the schedule.
+        Before `set_timesteps`, PyTorch's class reads its noise levels in reverse; that is not followed.
         """
-        x0, epsilon = working(original_samples, noise)
+        x0, epsilon = at_least_float32(original_samples, noise)
         level = expand(table_at(state.sigmas, schedule_index(state.timesteps, timesteps)), x0)
         alpha, sigma = alpha_sigma(level, self.use_flow_sigmas)
         return (alpha * x0 + sigma * epsilon).astype(original_samples.dtype)
@@ -364,5 +345,5 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     def get_velocity(
         self, state: DPMSolverMultistepSchedulerState, sample: Array, noise: Array, timesteps: ArrayLike
     ) -> Array:
-        """Return v = √ᾱ_t·ε − √(1 − ᾱ_t)·x0 at integer training timesteps."""
+        """Return v = √ᾱ_t·ε − √(1 − ᾱ_t)·x0 at integer training timesteps; see `FlaxScheduler`."""
         return velocity(state.common.alphas_cumprod, sample, noise, timesteps)

@@ -17,14 +17,12 @@ from flax_diffusion.core.objectives.noise_schedule import linspace
 from flax_diffusion.schedulers.common import (
     FlaxScheduler,
     FlaxSchedulerOutput,
+    at_least_float32,
     expand,
-    finish,
-    next_index,
-    require_timesteps,
-    schedule_index,
+    step_result,
     table_at,
-    working,
 )
+from flax_diffusion.schedulers.timesteps import next_index, require_timesteps, schedule_index
 
 
 class EDMEulerSchedulerState(struct.PyTreeNode):
@@ -133,7 +131,7 @@ class FlaxEDMEulerScheduler(FlaxScheduler):
             sample: x0 + σ·ε, (B, …).
             timestep: One of `state.timesteps`; may be traced.
         """
-        (x,) = working(sample)
+        (x,) = at_least_float32(sample)
         sigma = table_at(state.sigmas, next_index(state.timesteps, state.step_index, timestep))
         return (x / jnp.sqrt(sigma**2 + self.sigma_data**2)).astype(sample.dtype)
 
@@ -172,12 +170,12 @@ class FlaxEDMEulerScheduler(FlaxScheduler):
         """
         del key, variance_noise
         require_timesteps(state.num_inference_steps)
-        x, output = working(sample, model_output)
+        x, output = at_least_float32(sample, model_output)
         index = next_index(state.timesteps, state.step_index, timestep)
         sigma, sigma_next = table_at(state.sigmas, index), table_at(state.sigmas, index + 1)
         slope = (x - self._denoised(x, output, sigma)) / sigma
         previous = x + slope * (sigma_next - sigma)
-        return finish(previous, sample, state.replace(step_index=index + 1), return_dict)
+        return step_result(previous, sample, state.replace(step_index=index + 1), return_dict)
 
     def add_noise(
         self, state: EDMEulerSchedulerState, original_samples: Array, noise: Array, timesteps: ArrayLike
@@ -193,7 +191,7 @@ class FlaxEDMEulerScheduler(FlaxScheduler):
         Raises:
             ConfigError: A timestep (not traced) that is not in the schedule.
         """
-        x0, epsilon = working(original_samples, noise)
+        x0, epsilon = at_least_float32(original_samples, noise)
         sigma = expand(table_at(state.sigmas, schedule_index(state.timesteps, timesteps)), x0)
         return (x0 + epsilon * sigma).astype(original_samples.dtype)
 
@@ -206,7 +204,7 @@ class FlaxEDMEulerScheduler(FlaxScheduler):
             noise: ε, the same shape.
             timesteps: A scalar or (B,), entries of `state.timesteps`.
         """
-        x0, epsilon = working(sample, noise)
+        x0, epsilon = at_least_float32(sample, noise)
         sigma = expand(table_at(state.sigmas, schedule_index(state.timesteps, timesteps)), x0)
         root = jnp.sqrt(sigma**2 + self.sigma_data**2)
         return ((sigma * x0 - self.sigma_data**2 * epsilon) / (self.sigma_data * root)).astype(sample.dtype)

@@ -19,30 +19,32 @@ from flax_diffusion.schedulers.common import (
     BetaScheduler,
     CommonSchedulerState,
     FlaxSchedulerOutput,
-    check_inference_steps,
+    at_least_float32,
     expand,
-    finish,
+    step_noise,
+    step_result,
+    table_at,
+    velocity,
+)
+from flax_diffusion.schedulers.timesteps import (
+    check_inference_steps,
     next_index,
     require_timesteps,
     schedule_index,
     spaced_timesteps,
-    step_noise,
-    table_at,
-    velocity,
-    working,
 )
 
 
 class EulerDiscreteSchedulerState(struct.PyTreeNode):
     """State of `FlaxEulerDiscreteScheduler`.
 
-    Args:
-        common: the noise schedule.
-        init_noise_sigma: standard deviation of the first sample.
-        timesteps: fractional, largest first.
-        sigmas: noise level at each of them and after the last.
-        step_index: place of the next step; −1 before the first, which looks its timestep up.
-        num_inference_steps: None before `set_timesteps`.
+    Attributes:
+        common: Noise schedule.
+        init_noise_sigma: Standard deviation of the first sample, a scalar.
+        timesteps: Fractional timesteps, largest first, (steps,).
+        sigmas: Noise levels at the timesteps and after the last, (steps + 1,), or one more with "log_linear".
+        step_index: Place of the next step, int32; −1 before the first, which looks its timestep up.
+        num_inference_steps: Number of steps; None before `set_timesteps`.
     """
 
     common: CommonSchedulerState
@@ -57,21 +59,16 @@ class EulerDiscreteSchedulerState(struct.PyTreeNode):
 class FlaxEulerDiscreteScheduler(BetaScheduler):
     """Euler sampling in noise levels; the fields are the keys of PyTorch's `EulerDiscreteScheduler`.
 
-    Samples are x0 + σ·ε; `scale_model_input` brings them to the variance the model was trained with.
+    Samples are x0 + σ·ε; `scale_model_input` brings them to the variance the model was trained with. For fields not
+    named here see `BetaScheduler`.
 
     Args:
-        beta_schedule: named noise schedule.
-        prediction_type: what the model predicts; "original_sample" is an older name of "sample".
-        interpolation_type: between training noise levels: "linear" in σ, or "log_linear" over the whole range.
-        use_karras_sigmas: noise levels even in σ^(1/7).
-        use_exponential_sigmas: noise levels even in log σ.
-        use_beta_sigmas: noise levels at quantiles of a Beta distribution.
-        sigma_min: smallest level of these three; that of the last timestep where None.
-        sigma_max: largest level of these three; that of the first timestep where None.
-        timestep_spacing: how inference timesteps are chosen.
-        timestep_type: "continuous" tells a v-prediction model ¼·log σ in place of the timestep.
-        rescale_betas_zero_snr: end the noise schedule in (almost) pure noise, ᾱ = 2⁻²⁴.
-        final_sigmas_type: level after the last step, 0 or that of timestep 0.
+        prediction_type: What the model predicts; "original_sample" is an older name of "sample".
+        interpolation_type: How training noise levels are interpolated: "linear" in σ, or "log_linear" over the whole
+            range.
+        sigma_min: Smallest level of the three spacings `use_…_sigmas`; None for that of the last timestep.
+        sigma_max: Largest level of these; None for that of the first timestep.
+        timestep_type: With "continuous", a v-prediction model is given ¼·log σ in place of the timestep.
     """
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
@@ -95,7 +92,7 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
         levels.check_one_spacing({name: getattr(self, name) for name in names})
 
     def create_state(self, common: CommonSchedulerState | None = None) -> EulerDiscreteSchedulerState:
-        """Return the first state, over all training timesteps; `common` is a noise schedule to share."""
+        """Return the first state; see `BetaScheduler`."""
         training = levels.training_sigmas(self.numpy_alphas_cumprod())
         sigmas = np.append(training[::-1], np.float32(0))
         timesteps = np.arange(self.num_train_timesteps - 1, -1, -1)
@@ -110,7 +107,7 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
     def set_timesteps(
         self, state: EulerDiscreteSchedulerState, num_inference_steps: int, shape: tuple[int, ...] = ()
     ) -> EulerDiscreteSchedulerState:
-        """Return the state for a trajectory of so many steps; arguments and errors as `FlaxDDPMScheduler`."""
+        """Return the state for a trajectory; see `FlaxScheduler`."""
         del shape
         check_inference_steps(num_inference_steps, self.num_train_timesteps)
         timesteps, sigmas = self._schedule(num_inference_steps)
@@ -123,7 +120,7 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
         )
 
     def _schedule(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the timesteps and the float32 noise levels, one more, or two with "log_linear" as in PyTorch."""
+        """Return timesteps and float32 noise levels: one level more, or two with "log_linear", as in PyTorch."""
         total = self.num_train_timesteps
         training = levels.training_sigmas(self.numpy_alphas_cumprod())
         if self.timestep_spacing == "linspace":
@@ -159,9 +156,9 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
         return jnp.asarray(timesteps.astype(np.float32), self.dtype)
 
     def scale_model_input(self, state: EulerDiscreteSchedulerState, sample: Array, timestep: ArrayLike) -> Array:
-        """Return the sample over √(σ² + 1), the model's input at one of `state.timesteps`."""
+        """Return the sample divided by √(σ² + 1); see `FlaxScheduler`."""
         sigma = table_at(state.sigmas, next_index(state.timesteps, state.step_index, timestep))
-        (x,) = working(sample)
+        (x,) = at_least_float32(sample)
         return (x / jnp.sqrt(sigma**2 + 1)).astype(sample.dtype)
 
     def step(
@@ -179,29 +176,22 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
         s_tmax: float = math.inf,
         s_noise: float = 1.0,
     ) -> FlaxSchedulerOutput[EulerDiscreteSchedulerState]:
-        """Return the sample at the next noise level.
+        """Return the sample at the next noise level; for arguments that are not named here see `FlaxScheduler`.
 
         Args:
-            state: from `set_timesteps`.
-            model_output: for the scaled input, (B, …).
-            timestep: one of `state.timesteps`; may be traced. Read at the first step only, later ones are counted.
-            sample: x0 + σ·ε, unscaled.
-            key: PRNG key of this step's noise, needed where `s_churn` > 0; or
-            variance_noise: the noise itself.
-            return_dict: a named tuple; else a plain one.
-            s_churn: amount of noise added back over the trajectory.
-            s_tmin: smallest σ at which noise is added.
-            s_tmax: largest σ at which noise is added.
-            s_noise: standard deviation of that noise.
+            model_output: Output of the model for the scaled input, (B, C, …).
+            timestep: One of `state.timesteps`; may be traced. Read at the first step only, later ones are counted.
+            sample: Unscaled sample x0 + σ·ε, (B, C, …).
+            key: PRNG key, needed if `s_churn` > 0 and `variance_noise` is not given.
+            s_churn: Amount of noise added back over the trajectory.
+            s_tmin: Smallest σ at which noise is added.
+            s_tmax: Largest σ at which noise is added.
+            s_noise: Standard deviation of that noise.
 
-        Raises:
-            ConfigError: `set_timesteps` not called, noise missing, or an unknown first timestep.
-
-        Reference:
-            arXiv:2206.00364, algorithm 2 without the second-order correction.
+        Reference: arXiv:2206.00364, algorithm 2 without the second-order correction.
         """
         require_timesteps(state.num_inference_steps)
-        x, output = working(sample, model_output)
+        x, output = at_least_float32(sample, model_output)
         index = next_index(state.timesteps, state.step_index, timestep)
         sigma, sigma_next = table_at(state.sigmas, index), table_at(state.sigmas, index + 1)
         sigma_hat = sigma
@@ -222,31 +212,22 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
                 raise unknown("prediction_type", self.prediction_type, (*PREDICTION_TYPES, "original_sample"))
             slope = (x - x0) / sigma_hat
         previous = x + slope * (sigma_next - sigma_hat)
-        return finish(previous, sample, state.replace(step_index=index + 1), return_dict)
+        return step_result(previous, sample, state.replace(step_index=index + 1), return_dict)
 
     def add_noise(
         self, state: EulerDiscreteSchedulerState, original_samples: Array, noise: Array, timesteps: ArrayLike
     ) -> Array:
-        """Return x0 + σ·ε.
-
-        Args:
-            state: any state; its timesteps are those that may be asked for.
-            original_samples: x0, (B, …).
-            noise: ε, the same shape.
-            timesteps: a scalar or (B,), entries of `state.timesteps`.
-
-        Raises:
-            ConfigError: a timestep (not traced) that is not in the schedule.
-        """
-        x0, epsilon = working(original_samples, noise)
+        """Return x0 + σ·ε for entries of `state.timesteps`; see `FlaxScheduler`."""
+        x0, epsilon = at_least_float32(original_samples, noise)
         sigma = expand(table_at(state.sigmas, schedule_index(state.timesteps, timesteps)), x0)
         return (x0 + epsilon * sigma).astype(original_samples.dtype)
 
     def get_velocity(
         self, state: EulerDiscreteSchedulerState, sample: Array, noise: Array, timesteps: ArrayLike
     ) -> Array:
-        """Return v = √ᾱ_t·ε − √(1 − ᾱ_t)·x0 at integer training timesteps.
+        """Return v = √ᾱ_t·ε − √(1 − ᾱ_t)·x0 at integer training timesteps; see `FlaxScheduler`.
 
-        PyTorch's class indexes ᾱ, which rises in t, with the place in the schedule, which falls in t; not followed.
+        PyTorch's class indexes the table of ᾱ, which is in order of rising t, with the place in the schedule, which is
+        in order of falling t. That is not followed here.
         """
         return velocity(state.common.alphas_cumprod, sample, noise, jnp.asarray(timesteps).astype(jnp.int32))

@@ -19,26 +19,24 @@ from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
     FlaxScheduler,
     FlaxSchedulerOutput,
+    at_least_float32,
     expand,
-    finish,
-    next_index,
-    require_timesteps,
-    schedule_index,
     step_noise,
+    step_result,
     table_at,
-    working,
 )
+from flax_diffusion.schedulers.timesteps import next_index, require_timesteps, schedule_index
 
 
 class FlowMatchEulerDiscreteSchedulerState(struct.PyTreeNode):
     """State of `FlaxFlowMatchEulerDiscreteScheduler`.
 
-    Args:
-        init_noise_sigma: standard deviation of the first sample, 1.
-        timesteps: the times that the model is told, σ times `num_train_timesteps`.
-        sigmas: share of noise at each of them and after the last.
-        step_index: place of the next step; −1 before the first, which looks its timestep up.
-        num_inference_steps: None before `set_timesteps`.
+    Attributes:
+        init_noise_sigma: Standard deviation of the first sample, 1.
+        timesteps: Times that the model is given, σ · `num_train_timesteps`, (steps,).
+        sigmas: Share σ of noise at the timesteps and after the last, (steps + 1,).
+        step_index: Place of the next step, int32; −1 before the first, which looks its timestep up.
+        num_inference_steps: Number of steps; None before `set_timesteps`.
     """
 
     init_noise_sigma: Array
@@ -52,22 +50,22 @@ class FlowMatchEulerDiscreteSchedulerState(struct.PyTreeNode):
 class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
     """Euler sampling of flow matching; the fields are the keys of PyTorch's `FlowMatchEulerDiscreteScheduler`.
 
-    Samples are (1 − σ)·x0 + σ·ε with σ from 1 to 0, and the model says the velocity ε − x0.
+    Samples are (1 − σ)·x0 + σ·ε with σ from 1 to 0, and the model predicts the velocity ε − x0.
 
     Args:
-        shift: moves σ towards noise, σ' = shift·σ / (1 + (shift − 1)·σ).
-        use_dynamic_shifting: shift by `mu` of `set_timesteps` instead, which grows with the size of the picture.
-        base_shift: mu of `base_image_seq_len` tokens, for whoever computes mu.
-        max_shift: mu of `max_image_seq_len` tokens.
-        base_image_seq_len: see there.
-        max_image_seq_len: see there.
-        invert_sigmas: count σ from 0 to 1, as Mochi does.
-        shift_terminal: σ of the last timestep, to which the others are stretched; None for none.
-        use_karras_sigmas: σ even in σ^(1/7).
-        use_exponential_sigmas: σ even in log σ.
-        use_beta_sigmas: σ at quantiles of a Beta distribution.
-        time_shift_type: how mu shifts.
-        stochastic_sampling: draw the next sample anew around the predicted x0, with noise of each step.
+        shift: Shift of σ towards noise, σ' = shift·σ / (1 + (shift − 1)·σ).
+        use_dynamic_shifting: Shift by `mu` of `set_timesteps` instead, which grows with the size of the picture.
+        base_shift: `mu` for `base_image_seq_len` tokens; for callers that compute `mu`.
+        max_shift: `mu` for `max_image_seq_len` tokens; likewise.
+        base_image_seq_len: See `base_shift`.
+        max_image_seq_len: See `max_shift`.
+        invert_sigmas: Count σ from 0 to 1, as Mochi does.
+        shift_terminal: σ of the last timestep, to which the others are stretched; None stretches nothing.
+        use_karras_sigmas: Space σ evenly in σ^(1/7).
+        use_exponential_sigmas: Space σ evenly in log σ.
+        use_beta_sigmas: Space σ by quantiles of a Beta distribution.
+        time_shift_type: Form of the shift by `mu`.
+        stochastic_sampling: Draw the next sample anew around the predicted x0, with noise in each step.
     """
 
     shift: float = 1.0
@@ -96,14 +94,14 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
         """Return σ of every training timestep, largest first, float32 (T,)."""
         total = np.float32(self.num_train_timesteps)
         sigmas = np.arange(self.num_train_timesteps, 0, -1, dtype=np.float32) / total
-        return sigmas if self.use_dynamic_shifting else self._shifted(sigmas)
+        return sigmas if self.use_dynamic_shifting else self._shift_sigmas(sigmas)
 
-    def _shifted(self, sigmas: np.ndarray) -> np.ndarray:
+    def _shift_sigmas(self, sigmas: np.ndarray) -> np.ndarray:
         shift = np.asarray(self.shift, sigmas.dtype)
         return shift * sigmas / (1 + (shift - 1) * sigmas)
 
     def create_state(self) -> FlowMatchEulerDiscreteSchedulerState:
-        """Return the first state, over all training timesteps."""
+        """Return the first state; see `FlaxScheduler`."""
         sigmas = self._training_sigmas()
         return self._state(sigmas, sigmas * np.float32(self.num_train_timesteps), None)
 
@@ -132,15 +130,15 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
         """Return the state for a trajectory.
 
         Args:
-            state: any state of this scheduler.
-            num_inference_steps: steps to take; None where `sigmas` or `timesteps` say how many.
-            shape: of the samples; not needed.
-            sigmas: σ of each step before shifting, largest first; None for even ones.
-            timesteps: times to tell the model instead of σ times `num_train_timesteps`.
-            mu: shift of the picture's size, needed with `use_dynamic_shifting`.
+            state: Any state of this scheduler.
+            num_inference_steps: Number of steps; None takes the length of `sigmas` or `timesteps`.
+            shape: Shape of the samples; not needed.
+            sigmas: σ of each step before shifting, largest first; None spaces them evenly.
+            timesteps: Times to give the model in place of σ · `num_train_timesteps`.
+            mu: Shift for the size of the picture, needed with `use_dynamic_shifting`.
 
         Raises:
-            ConfigError: mu missing or not wanted, or numbers of steps that contradict each other.
+            ConfigError: If `mu` is missing, or the numbers of steps contradict each other.
         """
         del state, shape
         counts = {len(given) for given in (sigmas, timesteps) if given is not None}
@@ -153,31 +151,31 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
         (count,) = counts
         if self.use_dynamic_shifting and mu is None:
             raise ConfigError("use_dynamic_shifting needs mu, which is None: pass set_timesteps(…, mu=…)")
-        told = None if timesteps is None else np.asarray(timesteps, np.float32)
-        shifted = self._schedule(count, sigmas, told, mu)
+        given_timesteps = None if timesteps is None else np.asarray(timesteps, np.float32)
+        shifted = self._schedule(count, sigmas, given_timesteps, mu)
         total = np.float32(self.num_train_timesteps)
         if self.invert_sigmas:
             shifted = np.float32(1) - shifted
-            told = shifted * total
-        return self._state(shifted, shifted * total if told is None else told, count)
+            given_timesteps = shifted * total
+        return self._state(shifted, shifted * total if given_timesteps is None else given_timesteps, count)
 
     def _schedule(
-        self, count: int, given: Sequence[float] | None, told: np.ndarray | None, mu: float | None
+        self, count: int, given: Sequence[float] | None, given_timesteps: np.ndarray | None, mu: float | None
     ) -> np.ndarray:
-        """Return the float32 σ of a trajectory, (count,)."""
+        """Return σ of each step of a trajectory, float32 (count,)."""
         total = self.num_train_timesteps
         if given is not None:
             sigmas = np.asarray(given, np.float32)
-        elif told is not None:
-            sigmas = told / total
+        elif given_timesteps is not None:
+            sigmas = given_timesteps / total
         else:
             training = self._training_sigmas()
             sigmas = np.linspace(float(training[0]) * total, float(training[-1]) * total, count) / total
         if self.use_dynamic_shifting:
             assert mu is not None
-            sigmas = self._shifted_by(mu, sigmas)
+            sigmas = self._shift_by_mu(mu, sigmas)
         else:
-            sigmas = self._shifted(sigmas)
+            sigmas = self._shift_sigmas(sigmas)
         if self.shift_terminal:
             rest = 1 - sigmas
             sigmas = 1 - rest / (rest[-1] / (1 - self.shift_terminal))
@@ -190,7 +188,7 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
             sigmas = levels.beta_sigmas(low, high, count)
         return sigmas.astype(np.float32)
 
-    def _shifted_by(self, mu: float, sigmas: np.ndarray) -> np.ndarray:
+    def _shift_by_mu(self, mu: float, sigmas: np.ndarray) -> np.ndarray:
         if self.time_shift_type == "exponential":
             return math.exp(mu) / (math.exp(mu) + (1 / sigmas - 1))
         if self.time_shift_type == "linear":
@@ -200,7 +198,7 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
     def scale_model_input(
         self, state: FlowMatchEulerDiscreteSchedulerState, sample: Array, timestep: ArrayLike | None = None
     ) -> Array:
-        """Return the sample as the model wants it: unchanged."""
+        """Return the sample unchanged; see `FlaxScheduler`."""
         del state, timestep
         return sample
 
@@ -214,22 +212,16 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
         variance_noise: Array | None = None,
         return_dict: bool = True,
     ) -> FlaxSchedulerOutput[FlowMatchEulerDiscreteSchedulerState]:
-        """Return the sample at the next σ.
+        """Return the sample at the next σ; for arguments that are not named here see `FlaxScheduler`.
 
         Args:
-            state: from `set_timesteps`.
-            model_output: the velocity, (B, …).
-            timestep: one of `state.timesteps`; may be traced. Read at the first step only, later ones are counted.
-            sample: (1 − σ)·x0 + σ·ε, (B, …).
-            key: PRNG key of this step's noise, needed with `stochastic_sampling`; or
-            variance_noise: the noise itself.
-            return_dict: a named tuple; else a plain one.
-
-        Raises:
-            ConfigError: `set_timesteps` not called, noise missing, or an unknown first timestep.
+            model_output: Velocity that the model predicts, (B, C, …).
+            timestep: One of `state.timesteps`; may be traced. Read at the first step only, later ones are counted.
+            sample: (1 − σ)·x0 + σ·ε, (B, C, …).
+            key: PRNG key, needed with `stochastic_sampling` if `variance_noise` is not given.
         """
         require_timesteps(state.num_inference_steps)
-        x, output = working(sample, model_output)
+        x, output = at_least_float32(sample, model_output)
         index = next_index(state.timesteps, state.step_index, timestep)
         sigma, sigma_next = table_at(state.sigmas, index), table_at(state.sigmas, index + 1)
         if self.stochastic_sampling:
@@ -237,35 +229,25 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
             previous = (1 - sigma_next) * (x - sigma * output) + sigma_next * noise
         else:
             previous = x + (sigma_next - sigma) * output
-        return finish(previous, sample, state.replace(step_index=index + 1), return_dict)
+        return step_result(previous, sample, state.replace(step_index=index + 1), return_dict)
 
     def scale_noise(
         self, state: FlowMatchEulerDiscreteSchedulerState, sample: Array, timestep: ArrayLike, noise: Array
     ) -> Array:
-        """Return (1 − σ)·x0 + σ·ε; PyTorch's name of `add_noise`, with its order of arguments."""
+        """Return (1 − σ)·x0 + σ·ε: `add_noise` under PyTorch's name and with its order of arguments."""
         return self.add_noise(state, sample, noise, timestep)
 
     def add_noise(
         self, state: FlowMatchEulerDiscreteSchedulerState, original_samples: Array, noise: Array, timesteps: ArrayLike
     ) -> Array:
-        """Return (1 − σ)·x0 + σ·ε.
-
-        Args:
-            state: any state; its timesteps are those that may be asked for.
-            original_samples: x0, (B, …).
-            noise: ε, the same shape.
-            timesteps: a scalar or (B,), entries of `state.timesteps`.
-
-        Raises:
-            ConfigError: a timestep (not traced) that is not in the schedule.
-        """
-        x0, epsilon = working(original_samples, noise)
+        """Return (1 − σ)·x0 + σ·ε for entries of `state.timesteps`; see `FlaxScheduler`."""
+        x0, epsilon = at_least_float32(original_samples, noise)
         sigma = expand(table_at(state.sigmas, schedule_index(state.timesteps, timesteps)), x0)
         return (sigma * epsilon + (1 - sigma) * x0).astype(original_samples.dtype)
 
     def get_velocity(
         self, state: FlowMatchEulerDiscreteSchedulerState, sample: Array, noise: Array, timesteps: ArrayLike
     ) -> Array:
-        """Return ε − x0, which is the same at all times."""
+        """Return ε − x0, which is the same at all times; see `FlaxScheduler`."""
         del state, timesteps
         return noise - sample

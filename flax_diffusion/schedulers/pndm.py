@@ -1,7 +1,7 @@
 """PNDM: pseudo numerical methods, Runge-Kutta and linear multistep (arXiv:2202.09778).
 
-Which formula a step uses depends only on how many steps went before. `set_timesteps` therefore writes the whole
-method down as a table with one row a step, and `step` is the same few operations throughout, so it can be traced.
+Which formula a step uses depends only on the number of steps before it. `set_timesteps` therefore writes the whole
+method as a table with one row per step, and `step` is always the same few operations, so it can be traced.
 """
 
 from __future__ import annotations
@@ -21,16 +21,13 @@ from flax_diffusion.schedulers.common import (
     CommonSchedulerState,
     FlaxSchedulerOutput,
     VariancePreservingScheduler,
-    check_inference_steps,
-    check_shape,
-    finish,
+    at_least_float32,
     predict_noise,
     previous_alpha_cumprod,
-    require_timesteps,
-    spaced_timesteps,
+    step_result,
     table_at,
-    working,
 )
+from flax_diffusion.schedulers.timesteps import check_inference_steps, check_shape, require_timesteps, spaced_timesteps
 
 # Weights of the current output, of the Runge-Kutta sum, and of the three outputs remembered before it.
 _CURRENT = (1, 0, 0, 0, 0)
@@ -45,16 +42,16 @@ _RUNGE_KUTTA_STEPS = 12  # three intervals of four evaluations each
 
 
 class StepTable(struct.PyTreeNode):
-    """The method as one row a step.
+    """Method as one row per step.
 
-    Args:
-        weights: (steps, 5), of the current output, the Runge-Kutta sum and the outputs remembered.
-        sum_weight: (steps,), weight with which the output enters the Runge-Kutta sum; NaN clears the sum.
-        remember: (steps,), whether the output joins the outputs remembered.
-        keep_sample: (steps,), whether the sample is the start of an interval.
-        from_kept: (steps,), whether the step starts from the sample kept.
-        start: (steps,), where the step starts, relative to its timestep.
-        end: (steps,), where it ends, relative to its timestep.
+    Attributes:
+        weights: Weights of the current output, the Runge-Kutta sum and the remembered outputs, (steps, 5).
+        sum_weight: Weight with which the output enters the Runge-Kutta sum, (steps,); NaN clears the sum.
+        remember: Whether the output joins the remembered outputs, (steps,).
+        keep_sample: Whether the sample is the start of an interval, (steps,).
+        from_kept: Whether the step starts from the kept sample, (steps,).
+        start: Timestep at which the step starts, relative to its own, int32 (steps,).
+        end: Timestep at which the step ends, relative to its own, int32 (steps,).
     """
 
     weights: Array
@@ -67,14 +64,14 @@ class StepTable(struct.PyTreeNode):
 
 
 class SolverState(struct.PyTreeNode):
-    """The method and the memory of one trajectory.
+    """Method and memory of one trajectory.
 
-    Args:
-        table: the method.
-        counter: steps taken.
-        output_sum: running Runge-Kutta sum, the shape of the sample.
-        outputs: (3, …), the model outputs remembered, newest first.
-        kept_sample: sample at the start of the interval.
+    Attributes:
+        table: The method.
+        counter: Number of steps taken, int32.
+        output_sum: Running Runge-Kutta sum, in the shape of the sample.
+        outputs: Remembered model outputs, newest first, (3, B, C, …).
+        kept_sample: Sample at the start of the interval.
     """
 
     table: StepTable
@@ -87,13 +84,13 @@ class SolverState(struct.PyTreeNode):
 class PNDMSchedulerState(struct.PyTreeNode):
     """State of `FlaxPNDMScheduler`.
 
-    Args:
-        common: the noise schedule.
-        final_alpha_cumprod: ᾱ after the last step.
-        init_noise_sigma: standard deviation of the first sample.
-        timesteps: int32, one a model evaluation.
-        solver: None before `set_timesteps`.
-        num_inference_steps: intervals; None before `set_timesteps`.
+    Attributes:
+        common: Noise schedule.
+        final_alpha_cumprod: ᾱ after the last step, a scalar.
+        init_noise_sigma: Standard deviation of the first sample, a scalar.
+        timesteps: Timesteps, one per model evaluation, int32 (evaluations,).
+        solver: Method and memory; None before `set_timesteps`.
+        num_inference_steps: Number of intervals; None before `set_timesteps`.
     """
 
     common: CommonSchedulerState
@@ -108,12 +105,11 @@ class PNDMSchedulerState(struct.PyTreeNode):
 class FlaxPNDMScheduler(VariancePreservingScheduler):
     """Pseudo numerical methods for diffusion models; the fields are the keys of PyTorch's `PNDMScheduler`.
 
+    For fields that are not named here see `BetaScheduler`.
+
     Args:
-        beta_schedule: named noise schedule.
-        skip_prk_steps: no Runge-Kutta warm-up; the first step is Heun's, the next ones of rising order.
-        set_alpha_to_one: ᾱ after the last step is 1; else ᾱ_0.
-        prediction_type: what the model predicts.
-        timestep_spacing: how inference timesteps are chosen.
+        skip_prk_steps: Leave out the Runge-Kutta warm-up; the first step is Heun's, the next ones of rising order.
+        set_alpha_to_one: Use 1 as ᾱ after the last step; else ᾱ_0.
     """
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
@@ -125,7 +121,7 @@ class FlaxPNDMScheduler(VariancePreservingScheduler):
     torch_class_name = "PNDMScheduler"
 
     def create_state(self, common: CommonSchedulerState | None = None) -> PNDMSchedulerState:
-        """Return the first state; `common` is a noise schedule to share, made here where None."""
+        """Return the first state; see `BetaScheduler`."""
         common = CommonSchedulerState.create(self) if common is None else common
         return PNDMSchedulerState(
             common=common,
@@ -137,16 +133,16 @@ class FlaxPNDMScheduler(VariancePreservingScheduler):
     def set_timesteps(
         self, state: PNDMSchedulerState, num_inference_steps: int, shape: tuple[int, ...] = ()
     ) -> PNDMSchedulerState:
-        """Return the state for a trajectory of so many intervals.
+        """Return the state for a trajectory; see `FlaxScheduler`.
 
         Args:
-            state: any earlier state.
-            num_inference_steps: a Python int; with the Runge-Kutta warm-up at least 4. `state.timesteps` is
-                longer: one more entry with `skip_prk_steps`, nine more without.
-            shape: of the samples, which the state must hold.
+            state: Any state of this scheduler.
+            num_inference_steps: Number of intervals; with the Runge-Kutta warm-up at least 4. `state.timesteps` is
+                longer: by one entry with `skip_prk_steps`, by nine without.
+            shape: Shape of the samples, which the state remembers.
 
         Raises:
-            ConfigError: a number of steps out of range.
+            ConfigError: If the number of steps is out of range.
         """
         check_inference_steps(num_inference_steps, self.num_train_timesteps)
         if not self.skip_prk_steps and num_inference_steps < 4:
@@ -203,27 +199,24 @@ class FlaxPNDMScheduler(VariancePreservingScheduler):
         variance_noise: Array | None = None,
         return_dict: bool = True,
     ) -> FlaxSchedulerOutput[PNDMSchedulerState]:
-        """Return the sample for the next model evaluation.
+        """Return the sample for the next model evaluation; for arguments that are not named here see `FlaxScheduler`.
 
         Args:
-            state: from `set_timesteps` with the sample's shape.
-            model_output: (B, C, …).
-            timestep: the next of `state.timesteps`; may be traced.
-            sample: what the model was given.
-            key: not used, the method is deterministic; accepted so that all schedulers are called alike.
-            variance_noise: likewise.
-            return_dict: a named tuple; else a plain one.
+            state: State from `set_timesteps` with the sample's shape.
+            timestep: The next of `state.timesteps`; may be traced.
+            sample: Sample that the model was given, (B, C, …).
+            key: Not used, since the method is deterministic; accepted so that all schedulers are called alike.
+            variance_noise: Not used, likewise.
 
         Raises:
-            ConfigError: `set_timesteps` not called, or called for another shape.
+            ConfigError: If `set_timesteps` was not called, or was called for another shape.
 
-        Reference:
-            PNDM equations 9, 12 and 13.
+        Reference: PNDM, equations 9, 12 and 13.
         """
         del key, variance_noise
         solver = require_timesteps(state.solver)
         check_shape(solver.kept_sample, sample)
-        x, output = working(sample, model_output)
+        x, output = at_least_float32(sample, model_output)
         last = solver.table.sum_weight.shape[0] - 1
         table = jax.tree.map(lambda column: column[jnp.minimum(solver.counter, last)], solver.table)
 
@@ -234,24 +227,24 @@ class FlaxPNDMScheduler(VariancePreservingScheduler):
         t = jnp.asarray(timestep)
         previous = self._transfer(state, start, t + table.start, t + table.end, combined)
 
-        kind = solver.outputs.dtype
+        dtype = solver.outputs.dtype
         total = jnp.where(jnp.isnan(table.sum_weight), 0, solver.output_sum + table.sum_weight * output)
-        shifted = jnp.concatenate([output[None].astype(kind), solver.outputs[:-1]])
+        shifted = jnp.concatenate([output[None].astype(dtype), solver.outputs[:-1]])
         solver = solver.replace(
             counter=solver.counter + 1,
-            output_sum=total.astype(kind),
+            output_sum=total.astype(dtype),
             outputs=jnp.where(table.remember, shifted, solver.outputs),
-            kept_sample=jnp.where(table.keep_sample, x, solver.kept_sample).astype(kind),
+            kept_sample=jnp.where(table.keep_sample, x, solver.kept_sample).astype(dtype),
         )
-        return finish(previous, sample, state.replace(solver=solver), return_dict)
+        return step_result(previous, sample, state.replace(solver=solver), return_dict)
 
     def _transfer(self, state: PNDMSchedulerState, x: Array, t: Array, end: Array, output: Array) -> Array:
         """Return x moved from timestep t to `end` along the model output (PNDM equation 9)."""
-        bar = table_at(state.common.alphas_cumprod, t)
-        bar_end = previous_alpha_cumprod(state.common.alphas_cumprod, end, state.final_alpha_cumprod)
-        epsilon = predict_noise(self.prediction_type, output, x, bar)
-        denominator = bar * jnp.sqrt(1 - bar_end) + jnp.sqrt(bar * (1 - bar) * bar_end)
-        return jnp.sqrt(bar_end / bar) * x - (bar_end - bar) * epsilon / denominator
+        alpha_bar = table_at(state.common.alphas_cumprod, t)
+        alpha_bar_end = previous_alpha_cumprod(state.common.alphas_cumprod, end, state.final_alpha_cumprod)
+        epsilon = predict_noise(self.prediction_type, output, x, alpha_bar)
+        denominator = alpha_bar * jnp.sqrt(1 - alpha_bar_end) + jnp.sqrt(alpha_bar * (1 - alpha_bar) * alpha_bar_end)
+        return jnp.sqrt(alpha_bar_end / alpha_bar) * x - (alpha_bar_end - alpha_bar) * epsilon / denominator
 
 
 def _runge_kutta_row(i: int, timesteps: np.ndarray, stride: int) -> tuple:

@@ -16,10 +16,10 @@ def training_sigmas(alphas_cumprod: np.ndarray) -> np.ndarray:
     """Return σ of every training timestep, smallest first, float32 (T,).
 
     Args:
-        alphas_cumprod: ᾱ, float32 (T,), above 0.
+        alphas_cumprod: ᾱ of every training timestep, float32 (T,), above 0.
     """
-    bar = np.asarray(alphas_cumprod, np.float32)
-    return np.sqrt((np.float32(1) - bar) / bar)
+    alpha_bar = np.asarray(alphas_cumprod, np.float32)
+    return np.sqrt((np.float32(1) - alpha_bar) / alpha_bar)
 
 
 def karras_sigmas(sigma_min: float, sigma_max: float, count: int) -> np.ndarray:
@@ -45,11 +45,11 @@ def sigma_to_timestep(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
     """Return the fractional training timesteps at which the noise schedule passes given levels.
 
     Args:
-        sigmas: levels, any shape.
-        log_sigmas: log σ of every training timestep, rising, (T,).
+        sigmas: Levels, any shape.
+        log_sigmas: Rising log σ of every training timestep, (T,).
 
     Returns:
-        Linear interpolation in log σ, clipped to [0, T − 1].
+        Timesteps in the shape of `sigmas`, interpolated linearly in log σ and clipped to [0, T − 1].
     """
     if len(log_sigmas) < 2:
         return np.zeros(np.shape(sigmas))
@@ -61,14 +61,19 @@ def sigma_to_timestep(sigmas: np.ndarray, log_sigmas: np.ndarray) -> np.ndarray:
 
 
 def check_one_spacing(flags: dict[str, bool | None]) -> None:
-    """Raise ConfigError where more than one way to space the noise levels is asked for."""
+    """Raise ConfigError where more than one of the flags, each a way to space the noise levels, is set."""
     chosen = [name for name, value in flags.items() if value]
     if len(chosen) > 1:
         raise ConfigError(f"{' and '.join(chosen)} are set; the noise levels can be spaced in one way only: keep one")
 
 
 def sigma_after_last(final_sigmas_type: str, training: np.ndarray) -> float:
-    """Return the level after the last step: 0 for "zero", that of timestep 0 for "sigma_min"."""
+    """Return the noise level after the last step.
+
+    Args:
+        final_sigmas_type: "zero" for 0, or "sigma_min" for the level of timestep 0.
+        training: σ of every training timestep, smallest first, (T,).
+    """
     if final_sigmas_type not in ("zero", "sigma_min"):
         raise unknown("final_sigmas_type", final_sigmas_type, ("zero", "sigma_min"))
     return float(training[0]) if final_sigmas_type == "sigma_min" else 0.0

@@ -16,7 +16,7 @@ from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend
-from flax_diffusion.jax_backend.sharding import make_mesh, spec_of, state_shardings
+from flax_diffusion.jax_backend.sharding import make_mesh, partition_of, state_shardings
 from flax_diffusion.models import FlaxCLIPTextModel, FlaxUNet2DConditionModel
 from tpu import hlo
 
@@ -100,15 +100,15 @@ def test_accumulation_in_a_loop_equals_one_batch(one_device):
 def test_rules():
     mesh = jax.sharding.AbstractMesh((2, 4), ("data", "fsdp"))
     over_all = ("data", "fsdp")
-    assert spec_of("params/unet/conv_in/kernel", (3, 3, 1, 8), mesh) == P(None, None, None, "fsdp")
-    assert spec_of("opt_state/0/mu/unet/conv_in/kernel", (3, 3, 1, 8), mesh) == P(None, None, None, over_all)
-    assert spec_of("ema/unet/conv_out/kernel", (3, 3, 8, 1), mesh) == P(None, None, over_all, None)
-    assert spec_of("opt_state/0/mu/unet/conv_out/kernel", (3, 3, 4, 1), mesh) == P(None, None, "fsdp", None)
-    assert spec_of("params/unet/conv_out/kernel", (3, 3, 3, 1), mesh) == P()
-    assert spec_of("params/unet/norm/scale", (8,), mesh) == P()
-    assert spec_of("params/text_encoder/token_embedding/embedding", (64, 6), mesh) == P("fsdp", None)
+    assert partition_of("params/unet/conv_in/kernel", (3, 3, 1, 8), mesh) == P(None, None, None, "fsdp")
+    assert partition_of("opt_state/0/mu/unet/conv_in/kernel", (3, 3, 1, 8), mesh) == P(None, None, None, over_all)
+    assert partition_of("ema/unet/conv_out/kernel", (3, 3, 8, 1), mesh) == P(None, None, over_all, None)
+    assert partition_of("opt_state/0/mu/unet/conv_out/kernel", (3, 3, 4, 1), mesh) == P(None, None, "fsdp", None)
+    assert partition_of("params/unet/conv_out/kernel", (3, 3, 3, 1), mesh) == P()
+    assert partition_of("params/unet/norm/scale", (8,), mesh) == P()
+    assert partition_of("params/text_encoder/token_embedding/embedding", (64, 6), mesh) == P("fsdp", None)
     codes = "opt_state/0/mu/text_encoder/token_embedding/embedding/codes"
-    assert spec_of(codes, (193, 32, 8, 768), mesh) == P(None, None, None, over_all)
+    assert partition_of(codes, (193, 32, 8, 768), mesh) == P(None, None, None, over_all)
 
 
 @pytest.fixture(scope="module")

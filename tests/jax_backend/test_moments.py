@@ -27,7 +27,7 @@ def test_codes_are_within_a_sixteenth(shape):
     """Of numbers over four decades within each block; zeros stay zeros, and nothing else becomes one."""
     rng = np.random.default_rng(0)
     x = np.float32(10 ** rng.uniform(-4, 0, shape) * rng.choice([-1, 0, 1], shape))
-    coded = eight_bit.quantize(eight_bit.in_blocks(jnp.asarray(x)))
+    coded = eight_bit.quantize(eight_bit.split_into_blocks(jnp.asarray(x)))
     back = np.asarray(eight_bit.dequantize(coded)).reshape(shape)
     assert coded.codes.nbytes == x.size
     np.testing.assert_array_equal(np.sign(back), np.sign(x))
@@ -112,7 +112,7 @@ def test_moments_on_the_host_resume(tmp_path, monkeypatch, before, after):
 @pytest.mark.parametrize("adam", [optax.scale_by_adam, eight_bit.scale_by_8bit_adam], ids=["float32", "8-bit"])
 def test_a_few_moments_at_a_time(monkeypatch, adam):
     """Updates are bitwise those of all at once, operation by operation; compiled, XLA rounds divisions in two ways."""
-    monkeypatch.setattr(offload, "AT_ONCE", 5000)
+    monkeypatch.setattr(offload, "MAX_GROUP_SIZE", 5000)
     rng = np.random.default_rng(0)
     shapes = {"a": (8, 4), "b": (64, 64), "c": (8,), "d": (128, 64), "e": (), "f": (64, 32)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}

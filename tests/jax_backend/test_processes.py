@@ -99,7 +99,7 @@ def test_hosts_that_do_not_meet(monkeypatch, error):
     monkeypatch.setattr(jax.distributed, "initialize", refuse)
     connect()
     monkeypatch.setattr(jax, "process_count", lambda: 4)
-    with pytest.raises(ConfigError, match=f"the 4 hosts of this slice do not meet: {error}"):
+    with pytest.raises(ConfigError, match=f"the 4 hosts of this slice cannot connect to each other: {error}"):
         connect()
 
 

@@ -95,9 +95,9 @@ def test_flash_attention_is_attention(queries: int, keys: int) -> None:
     )
     theirs, pull_theirs = jax.vjp(attention, q, k, v)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flash, "QUERIES", 384)
-        patch.setattr(flash, "SCORES", 0)
-        patch.setattr(flash, "KEYS", 256)
+        patch.setattr(flash, "MIN_BLOCK_QUERIES", 384)
+        patch.setattr(flash, "MAX_BLOCK_SCORES", 0)
+        patch.setattr(flash, "MAX_UNROLLED_KEYS", 256)
         ours, pull = jax.vjp(lambda *inputs: flash.flash_attention(*inputs, interpret=True), q, k, v)
         gradients = pull(grad)
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
@@ -351,7 +351,7 @@ def test_controlnet_residuals() -> None:
         ("sd1", {"added_cond_kwargs": {"text_embeds": np.zeros((2, 3))}}, "addition_embed_type is None"),
         ("sd1", {"timestep_cond": np.zeros((2, 3))}, "time_cond_proj_dim is None"),
         ("sdxl", {"added_cond_kwargs": {"text_embeds": np.zeros((2, 10))}}, "'time_ids'"),
-        ("vae", {"sample": np.zeros((2, 8, 8, 3))}, "NCHW"),
+        ("vae", {"sample": np.zeros((2, 8, 8, 3))}, r"must be \(B, 3, H, W\): got"),
         ("clip", {"input_ids": np.zeros((1, 10), int), "attention_mask": None}, "10 tokens exceed"),
     ],
 )
@@ -364,7 +364,7 @@ def test_wrong_inputs(name: str, change: dict[str, Any], message: str) -> None:
 
 def test_latents_with_other_channels() -> None:
     model, params, _ = made("vae")
-    with pytest.raises(ConfigError, match=r"latents must be NCHW with 4 channels: got shape \(1, 2, 2, 4\)"):
+    with pytest.raises(ConfigError, match=r"latents must be \(B, 4, H, W\): got shape \(1, 2, 2, 4\)"):
         model.apply({"params": params}, jnp.zeros((1, 2, 2, 4)), method="decode")
 
 

@@ -73,7 +73,7 @@ def test_what_a_program_does():
     [("f32[2,3]{1,0:T(8,128)}", 24), ("(bf16[4]{0}, pred[2]{0}, s32[])", 14), ("f8e4m3fn[5]", 5), ("s4[8]", 8)],
 )
 def test_bytes(kind, size):
-    assert hlo.bytes_of(kind) == size
+    assert hlo.array_bytes(kind) == size
 
 
 def test_clocks_are_those_of_the_chips():
@@ -191,7 +191,7 @@ def test_sweep():
     kinds = ((False, (1, 2, 4)), ("minimal", (1, 2, 4, 8)), (True, (1, 2, 4, 8)))
     assert settings[:11] == [(1, kind, batch) for kind, batches in kinds for batch in batches]
     assert {one.fsdp for one in tried} == {1, 4}
-    assert sweep.meshes(256) == [1, 4, 16, 64]
+    assert sweep.fsdp_sizes(256) == [1, 4, 16, 64]
     lines = sweep.table(tried).splitlines()
     assert lines[1].split()[:3] == ["8", "4", "no"]
     assert lines[1].split()[4:7] == ["62.5", "0.2", "64.0"]
@@ -269,7 +269,7 @@ def test_a_sweep_has_no_one_program():
 
 
 def test_a_program_that_cannot_be_written(monkeypatch, tmp_path):
-    monkeypatch.setattr(topologies, "prepare", lambda: None)
+    monkeypatch.setattr(topologies, "set_environment", lambda: None)
     monkeypatch.setattr(topologies, "describe", lambda _: SLICE)
     file = tmp_path / "missing/step.hlo"
     says = rf"^--hlo {file}: cannot be written \(No such file or directory\); name a file in a folder that is there$"
@@ -293,7 +293,7 @@ def run(request, *words):
 PLAN = ["-m", "tpu.plan", "--config", "configs/digits_unconditional.yaml"]
 CALIBRATION = """
 import tpu.topologies as topologies
-topologies.prepare()
+topologies.set_environment()
 import jax, jax.numpy as jnp
 from tpu import hlo
 where = topologies.describe("v5e:1x1")
@@ -323,7 +323,7 @@ import glob, math, os, re, sys
 folder = sys.argv[1]
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
 import tpu.topologies as topologies
-topologies.prepare()
+topologies.set_environment()
 import jax, jax.numpy as jnp
 from flax_diffusion.models import flash
 from flax_diffusion.jax_backend.sharding import batch_sharding, make_mesh
@@ -344,7 +344,7 @@ for queries, keys, *of in [*square, (4096, 77, 8, 40)]:
         cycles["flash" + part.split(".")[0]] = int(re.search(r"VECTOR_STORE: [(][0-9]+/([0-9]+)[)]", part)[1])
     for one in hlo.operations(text):
         if one.kernel:
-            steps = math.prod(flash.grid_of(*one.kernel.shapes[:2]))
+            steps = math.prod(flash.grid_shape(*one.kernel.shapes[:2]))
             scheduled = cycles[one.kernel.name] * steps / where.chip.clock
             print(queries, keys, one.kernel.name, scheduled, kernels.seconds(one.kernel, where.chip))
     for file in glob.glob(f"{folder}/*"):
@@ -368,7 +368,7 @@ def test_the_time_of_attention_is_that_of_its_schedule(request, tmp_path):
 LONG = """
 import sys
 import tpu.topologies as topologies
-topologies.prepare()
+topologies.set_environment()
 import jax, jax.numpy as jnp
 from flax_diffusion.models.attention import attention
 from flax_diffusion.jax_backend.sharding import batch_sharding, make_mesh
@@ -426,7 +426,7 @@ def test_steps_whose_moments_are_on_the_host(request, flags):
 OFFLOAD = """
 import json, sys
 import tpu.topologies as topologies
-topologies.prepare()
+topologies.set_environment()
 import jax, jax.numpy as jnp, optax
 from flax_diffusion.jax_backend.optimizers import offload
 from flax_diffusion.jax_backend.optimizers.eight_bit import scale_by_8bit_adam

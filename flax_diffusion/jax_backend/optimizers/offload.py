@@ -1,4 +1,4 @@
-"""Adam's moments in the host's memory, from where they visit the devices a few at a time."""
+"""Adam with its moments in the host's memory, fetched to the devices a group at a time."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ from typing import Any
 import jax
 import optax
 
-AT_ONCE = 2**23
-"""Weights whose moments are fetched together, a hundredth of SD 1.5: fewer make more copies, more take more room."""
+MAX_GROUP_SIZE = 2**23
+"""Weights whose moments are fetched together, a hundredth of SD 1.5: fewer need more copies, more take more memory."""
 
 
 def on_host(state: Any) -> Any:
-    """An optimizer's state, given by shapes and shardings, with its arrays at the host. Scalars stay on the devices."""
+    """Return an optimizer's state with its arrays on the host; scalars stay on the devices.
+
+    Args:
+        state: Tree of `jax.ShapeDtypeStruct` with shardings.
+    """
 
     def move(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         if not leaf.shape:
@@ -26,13 +30,13 @@ def on_host(state: Any) -> Any:
 
 
 def from_host(adam: Any) -> optax.GradientTransformationExtraArgs:
-    """The same transformation, of moments that are at the host when an update starts and when it ends.
+    """Return the same transformation, for moments that are on the host when an update starts and when it ends.
 
-    A group of weights is updated after the moments of the one before are back. Were the order left to the compiler, it
-    would bring none back before the end, and all new moments would stand on the devices.
+    A group of weights is updated after the moments of the group before are back on the host. If the order were left to
+    the compiler, it would bring none back before the end, and all new moments would be on the devices at once.
 
     Args:
-        adam: An optax transformation of each array by itself; its state is made of count, mu and nu.
+        adam: Optax transformation that updates each array by itself, with a state of count, mu and nu.
     """
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -41,12 +45,12 @@ def from_host(adam: Any) -> optax.GradientTransformationExtraArgs:
         moments = list(zip(tree.flatten_up_to(state.mu), tree.flatten_up_to(state.nu), strict=True))
         steps, back, new = [], [], state
         for group in _groups(leaves):
-            fetched: Any = moments[group]
+            group_moments: Any = moments[group]
             if back:
-                fetched, back[-1] = jax.lax.optimization_barrier((fetched, back[-1]))
-            mu, nu = map(list, zip(*jax.device_put(fetched, jax.memory.Space.Device), strict=True))
-            made, new = adam.update(leaves[group], type(state)(state.count, mu, nu), **extra)
-            steps += made
+                group_moments, back[-1] = jax.lax.optimization_barrier((group_moments, back[-1]))
+            mu, nu = map(list, zip(*jax.device_put(group_moments, jax.memory.Space.Device), strict=True))
+            group_steps, new = adam.update(leaves[group], type(state)(state.count, mu, nu), **extra)
+            steps += group_steps
             back.append(jax.device_put(list(zip(new.mu, new.nu, strict=True)), jax.memory.Space.Host))
         mu, nu = (tree.unflatten(one) for one in zip(*itertools.chain(*back), strict=True))
         return tree.unflatten(steps), type(state)(new.count, mu, nu)
@@ -55,11 +59,11 @@ def from_host(adam: Any) -> optax.GradientTransformationExtraArgs:
 
 
 def _groups(leaves: Sequence[jax.Array]) -> Iterator[slice]:
-    """Runs of neighbours, as long as they hold AT_ONCE numbers or are one array."""
-    start, held = 0, 0
+    """Yield runs of neighbouring arrays, each of at most MAX_GROUP_SIZE numbers or of one array."""
+    start, size = 0, 0
     for index, leaf in enumerate(leaves):
-        if index > start and held + leaf.size > AT_ONCE:
+        if index > start and size + leaf.size > MAX_GROUP_SIZE:
             yield slice(start, index)
-            start, held = index, 0
-        held += leaf.size
+            start, size = index, 0
+        size += leaf.size
     yield slice(start, len(leaves))
