@@ -22,11 +22,12 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """Members by name, in the order of their modules.
+    """Members by name, whichever was imported first: in the order of their modules, then by the alphabet.
 
     Args:
         what: What a member is, for messages: "task".
-        modules: Modules whose import registers members; a package stands for the modules in it.
+        modules: Modules whose import registers members, each the one of its name; a package stands for the modules
+            in it.
         group: Group of entry points whose modules may register more: "flax_diffusion.core".
     """
 
@@ -53,6 +54,9 @@ class Registry(Mapping[str, T]):
                 for inner in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}."):
                     importlib.import_module(inner.name)
             load_extensions(self._group)
+            first = [name.rpartition(".")[2] for name in self._modules]
+            order = {name: first.index(name) if name in first else len(first) for name in self._members}
+            self._members = dict(sorted(self._members.items(), key=lambda item: (order[item[0]], item[0])))
         return self._members
 
     def __getitem__(self, name: str) -> T:
