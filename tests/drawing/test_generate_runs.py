@@ -297,7 +297,7 @@ def test_help_and_what_is_required(command, capsys):
 
 
 def test_a_file_that_is_not_there_is_said_before_anything_is_loaded(model, tmp_path):
-    with pytest.raises(WeightsError, match=r"--lora .*no\.safetensors: is not there: check the path"):
+    with pytest.raises(WeightsError, match=r"--lora .*no\.safetensors does not exist: check the path"):
         jax_generate(model, prompt=PROMPT, lora=str(tmp_path / "no.safetensors"))
     with pytest.raises(ConfigError, match=r"the strength must be a finite number, such as .*:0\.8"):
         jax_generate(model, prompt=PROMPT, lora=f"{tmp_path}:nan")

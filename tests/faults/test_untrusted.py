@@ -300,7 +300,7 @@ LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     [
         (LAUGHS, "aliases stand for more than any recipe holds"),
         ("a: &a " + "x" * 60_000 + "\nb: [" + "*a, " * 1000 + "]", "aliases stand for more than any recipe holds"),
-        ("a: &a [*a]", r"the alias \*a stands for nothing, or for what it is in"),
+        ("a: &a [*a]", r"the alias \*a stands for nothing, or for a node that it lies in"),
         ("a: " + "[" * 50_000, "nested more than 64 deep"),
         ("a: x\n" * 100_000, "larger than 131072 bytes"),
         ("a: 2001-99-99", "month must be in 1..12"),

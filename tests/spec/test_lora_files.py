@@ -337,10 +337,10 @@ def test_files_that_are_not_there(known, tmp_path):
     (tmp_path / "named/dog.safetensors").write_bytes(b"")
     (tmp_path / "old.bin").write_bytes(b"")
     for name, says in (
-        ("nowhere.safetensors", r"--lora .*nowhere\.safetensors: is not there: check the path"),
-        ("empty", r"empty: holds no pytorch_lora_weights\.safetensors or adapter_model\.safetensors: name the file"),
+        ("nowhere.safetensors", r"--lora .*nowhere\.safetensors does not exist: check the path"),
+        ("empty", r"empty holds no pytorch_lora_weights\.safetensors or adapter_model\.safetensors: name the file"),
         ("named", r"; it holds dog\.safetensors: name the file itself"),
-        ("old.bin", r"old\.bin: is pickled, which can run code: convert it to safetensors first"),
+        ("old.bin", r"old\.bin is pickled, and loading it can run code: convert it to safetensors first"),
         ("named/dog.safetensors", "is not a whole safetensors file"),
     ):
         with pytest.raises(WeightsError, match=says):

@@ -143,9 +143,9 @@ def test_files_that_hold_no_new_word(model, tmp_path, words, says):
 def test_files_that_are_not_there(model, tmp_path):
     (tmp_path / "learned_embeds.bin").write_bytes(b"")
     for path, says in (
-        (tmp_path / "no.safetensors", r"--embeddings .*no\.safetensors: is not there: check the path"),
+        (tmp_path / "no.safetensors", r"--embeddings .*no\.safetensors does not exist: check the path"),
         (tmp_path, r"holds no learned_embeds\.safetensors; it holds learned_embeds\.bin: name the file itself"),
-        (tmp_path / "learned_embeds.bin", "is pickled, which can run code: convert it to safetensors first"),
+        (tmp_path / "learned_embeds.bin", "is pickled, and loading it can run code: convert it to safetensors first"),
     ):
         with pytest.raises(WeightsError, match=says):
             convert(model, tmp_path / "made", embeddings=[str(path)])

@@ -48,13 +48,13 @@ class Tokenize:
         """Take over a CLIPTokenizer, with tokens added to it so far.
 
         Args:
-            tokenizer: whose `model_max_length` is the length of the ids.
+            tokenizer: Whose `model_max_length` is the length of the ids.
 
         Returns:
             The callable.
 
         Raises:
-            WeightsError: the tokenizer states no length.
+            WeightsError: The tokenizer states no length.
         """
         length = tokenizer.model_max_length
         if length > 1_000_000:  # transformers' stand-in for "none"
@@ -81,7 +81,7 @@ class Tokenize:
         """Tokenize one caption.
 
         Args:
-            caption: any text; the empty one gives start, end and padding.
+            caption: Any text; the empty one gives start, end and padding.
 
         Returns:
             int32 (model_max_length,).
@@ -136,13 +136,13 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
     """Load a CLIP tokenizer from a local folder.
 
     Args:
-        folder: holding tokenizer.json, or vocab.json and merges.txt.
+        folder: Holding tokenizer.json, or vocab.json and merges.txt.
 
     Returns:
         The tokenizer.
 
     Raises:
-        WeightsError: the folder or its files are missing or unreadable.
+        WeightsError: The folder or its files are missing or unreadable.
     """
     from transformers import CLIPTokenizer
 
@@ -163,10 +163,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
     """Learn CLIP's kind of byte-pair vocabulary from captions, the same one on every run.
 
     Args:
-        captions: to learn from.
-        vocab_size: entries at most; fewer where the captions hold no more pairs to merge. 512 are the bytes, inside
+        captions: To learn from.
+        vocab_size: Entries at most; fewer where the captions hold no more pairs to merge. 512 are the bytes, inside
             and at the end of a word, and two are special.
-        model_max_length: of the ids, tokens.
+        model_max_length: Of the ids, tokens.
 
     Returns:
         A tokenizer whose `save_pretrained` folder loads as a CLIPTokenizer with the same ids.

@@ -43,14 +43,14 @@ def check_source(
     """Read every example's caption and every picture's header.
 
     Args:
-        source: of the examples.
-        skip_bad_images: bear as many bad examples as a run bears.
-        everywhere: tells whether something holds in every process of the run, all of which must call this.
-        main: shows the bar, if it takes over two seconds.
-        tokenize: for captions; how many of them are cut off is said once.
+        source: Of the examples.
+        skip_bad_images: Bear as many bad examples as a run bears.
+        everywhere: Tells whether something holds in every process of the run, all of which must call this.
+        main: Shows the bar, if it takes over two seconds.
+        tokenize: For captions; how many of them are cut off is said once.
 
     Raises:
-        DataError: examples cannot be used, here or in another process: how many, the first few, and what is wrong
+        DataError: Examples cannot be used, here or in another process: how many, the first few, and what is wrong
             with the first.
     """
     looked_at, look = _look(source, main, tokenize)

@@ -46,10 +46,10 @@ def example_at(position: int, *, count: int, seed: int, shuffle: bool) -> tuple[
     """Return which example stands at a position of the stream.
 
     Args:
-        position: in the stream, from 0.
-        count: examples in the source.
-        seed: of the run.
-        shuffle: else every epoch has the source's order.
+        position: In the stream, from 0.
+        count: Examples in the source.
+        seed: Of the run.
+        shuffle: Else every epoch has the source's order.
 
     Returns:
         The epoch and the example's index in the source.
@@ -118,21 +118,21 @@ class Loader:
     usual `if __name__ == "__main__":`. Close it, or use it in a `with`, to stop workers at once.
 
     Args:
-        source: of the records; picklable where there are workers.
-        example_fn: makes one example; picklable where there are workers.
-        seed: of the run.
-        batch_size: examples a micro-batch of this process.
-        accumulation: micro-batches a step.
-        process_index: which of the hosts this is; each takes its contiguous part of every micro-batch.
-        process_count: hosts.
-        start_example: position to start at: examples seen so far by all processes together.
-        num_steps: steps to give; None for no end.
-        shuffle: a new order every epoch; else the source's.
-        num_workers: processes that make batches; 0 makes them in this one.
-        num_threads: that make micro-batches in each of those processes; 0 makes them when asked for.
-        prefetch: micro-batches held ready in each of those processes.
-        skip_bad_images: put the next good example in place of one that cannot be used; else that is an error.
-        rows: records that make one example; each is a row of the batch, which so has batch_size times as many.
+        source: Of the records; picklable where there are workers.
+        example_fn: Makes one example; picklable where there are workers.
+        seed: Of the run.
+        batch_size: Examples a micro-batch of this process.
+        accumulation: Micro-batches a step.
+        process_index: Which of the hosts this is; each takes its contiguous part of every micro-batch.
+        process_count: Hosts.
+        start_example: Position to start at: examples seen so far by all processes together.
+        num_steps: Steps to give; None for no end.
+        shuffle: A new order every epoch; else the source's.
+        num_workers: Processes that make batches; 0 makes them in this one.
+        num_threads: That make micro-batches in each of those processes; 0 makes them when asked for.
+        prefetch: Micro-batches held ready in each of those processes.
+        skip_bad_images: Put the next good example in place of one that cannot be used; else that is an error.
+        rows: Records that make one example; each is a row of the batch, which so has batch_size times as many.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Loader:
         """Give one dictionary a step, of arrays (accumulation, batch_size, ...).
 
         Raises:
-            DataError: an example cannot be made, whichever process made it; too many cannot, where such are skipped;
+            DataError: An example cannot be made, whichever process made it; too many cannot, where such are skipped;
                 or a process is dead.
         """
         make = partial(_read, self._micro_batches, self._options)

@@ -40,18 +40,18 @@ def betas(
     """Return β_t of a named schedule.
 
     Args:
-        beta_schedule: one of `BETA_SCHEDULES`; not read where `trained_betas` is given.
+        beta_schedule: One of `BETA_SCHEDULES`; not read where `trained_betas` is given.
         num_train_timesteps: T.
         beta_start: β_0 of the linear, scaled_linear and sigmoid schedules.
         beta_end: β_{T−1} of the same.
-        trained_betas: the T values themselves.
-        rescale_betas_zero_snr: shift and scale √ᾱ so that ᾱ_{T−1} is exactly 0.
+        trained_betas: The T values themselves.
+        rescale_betas_zero_snr: Shift and scale √ᾱ so that ᾱ_{T−1} is exactly 0.
 
     Returns:
         float32 array (T,).
 
     Raises:
-        ConfigError: unknown schedule, T < 1, wrong number of `trained_betas`, or a β outside [0, 1].
+        ConfigError: Unknown schedule, T < 1, wrong number of `trained_betas`, or a β outside [0, 1].
 
     Reference:
         `DDPMScheduler.__init__` in PyTorch; zero terminal SNR: arXiv:2305.08891, algorithm 1.
@@ -98,9 +98,9 @@ def linspace(start: float, end: float, steps: int) -> Table:
     """Return evenly spaced float32 values, rounded as `torch.linspace` rounds them on a CPU.
 
     Args:
-        start: first value.
-        end: last value.
-        steps: number of values.
+        start: First value.
+        end: Last value.
+        steps: Number of values.
 
     Returns:
         float32 array (steps,).
@@ -160,7 +160,7 @@ def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
         float32 array (T,); the last entry is 1.
 
     Raises:
-        ConfigError: fewer than two timesteps, or betas that are all 0, leave nothing to scale.
+        ConfigError: Fewer than two timesteps, or betas that are all 0, leave nothing to scale.
 
     Reference:
         arXiv:2305.08891, algorithm 1; `rescale_zero_terminal_snr` in PyTorch.
@@ -186,14 +186,14 @@ def betas_from_config(config: Mapping[str, Any]) -> Table:
     """Return β_t of a scheduler configuration, as a `scheduler_config.json` holds it.
 
     Args:
-        config: keys `beta_schedule`, `num_train_timesteps`, `beta_start`, `beta_end`, `trained_betas` and
+        config: Keys `beta_schedule`, `num_train_timesteps`, `beta_start`, `beta_end`, `trained_betas` and
             `rescale_betas_zero_snr`, each with Diffusers' default where absent; other keys are not read.
 
     Returns:
         float32 array (T,).
 
     Raises:
-        ConfigError: as `betas`, and for values of other types.
+        ConfigError: As `betas`, and for values of other types.
     """
     values = {name: config[name] for name in _Keys.__annotations__ if name in config}
     check_values(_Keys, values, "scheduler config")
@@ -213,7 +213,7 @@ def timesteps_with_signal(alphas_cumprod: Table, lambda_min: float) -> int:
         lambda_min: `lambda_min_clipped` of DPM-Solver.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: None has.
     """
     with np.errstate(divide="ignore"):  # λ is infinite where there is no noise, or nothing else
         lam = np.log(np.sqrt(alphas_cumprod)) - np.log(np.sqrt(np.float32(1) - alphas_cumprod))
@@ -231,13 +231,13 @@ def snr(alphas_cumprod: ArrayLike, t: int | Sequence[int] | NDArray[Any] | None 
 
     Args:
         alphas_cumprod: ᾱ, array (T,).
-        t: timesteps to look up, any integer shape; all T where None.
+        t: Timesteps to look up, any integer shape; all T where None.
 
     Returns:
         float64 array with the shape of `t`, or (T,).
 
     Raises:
-        ConfigError: an ᾱ of 1 (no noise at all) has no finite ratio.
+        ConfigError: An ᾱ of 1 (no noise at all) has no finite ratio.
     """
     bar = np.asarray(alphas_cumprod, np.float64)
     if np.any(bar >= 1):
@@ -255,7 +255,7 @@ def min_snr_weights(alphas_cumprod: ArrayLike, gamma: float, prediction_type: st
     Args:
         alphas_cumprod: ᾱ, array (T,).
         gamma: γ > 0; 5 is usual.
-        prediction_type: what the model predicts: min(SNR, γ)/SNR for "epsilon", min(SNR, γ)/(SNR + 1) for
+        prediction_type: What the model predicts: min(SNR, γ)/SNR for "epsilon", min(SNR, γ)/(SNR + 1) for
             "v_prediction", min(SNR, γ) for "sample".
 
     Returns:
@@ -297,7 +297,7 @@ def sample_weights(alphas_cumprod: ArrayLike) -> Table:
         float32 array (T,).
 
     Raises:
-        ConfigError: as `snr`.
+        ConfigError: As `snr`.
 
     Reference:
         Diffusers' `train_unconditional.py`.

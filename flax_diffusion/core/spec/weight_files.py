@@ -68,12 +68,12 @@ def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     return {name: _InMemory(array) for name, array in arrays.items()}
 
 
-def same_names(stored: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+def match_names(stored: Iterable[str], known: Iterable[str]) -> dict[str, str]:
     """Map the model's names to those in a file, through the aliases where need be.
 
     Args:
-        stored: names in the file.
-        known: names that the model has.
+        stored: Names in the file.
+        known: Names that the model has.
 
     Returns:
         The model's name (the file's own where no alias helps) to that in the file.
@@ -108,9 +108,9 @@ def variant_of(names: Iterable[str], base: str, variant: str | None) -> str | No
     """Return the variant to read of a part: the one asked for, or None where only other files of it are there.
 
     Args:
-        names: of the files in the part's folder.
-        base: file name without extension.
-        variant: that was asked for.
+        names: Of the files in the part's folder.
+        base: File name without extension.
+        variant: That was asked for.
     """
     patterns = file_patterns(base, variant)
     there = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
@@ -134,12 +134,12 @@ def fetch(
     """Return a local folder with a model's weights: safetensors, or a Flax release's where there are none.
 
     Args:
-        source: folder or Hub id.
-        subfolder: folder inside it.
-        revision: branch, tag or commit of a Hub id.
-        base: file name without extension.
-        variant: such as "fp16".
-        beside: other files to get.
+        source: Folder or Hub id.
+        subfolder: Folder inside it.
+        revision: Branch, tag or commit of a Hub id.
+        base: File name without extension.
+        variant: Such as "fp16".
+        beside: Other files to get.
     """
     names = [*beside, *file_patterns(base, variant)]
     folder = model_files.resolve(source, subfolder, revision, names)
@@ -158,15 +158,15 @@ def read(folder: Path, base: str, variant: str | None = None) -> tuple[dict[str,
     """Open a model's weights: safetensors, whole or sharded, else a Flax release's msgpack.
 
     Args:
-        folder: holds the files.
-        base: file name without extension, "diffusion_pytorch_model" or "model".
-        variant: such as "fp16".
+        folder: Holds the files.
+        base: File name without extension, "diffusion_pytorch_model" or "model".
+        variant: Such as "fp16".
 
     Returns:
         The tensors by their names in the file and in PyTorch's layout, and the file.
 
     Raises:
-        WeightsError: if there is no file that may be read.
+        WeightsError: If there is no file that may be read.
     """
     single, _, index = file_patterns(base, variant)
     if (folder / single).is_file():
@@ -198,7 +198,7 @@ def _read_msgpack(path: Path) -> dict[str, Tensor]:
     """Return the arrays of a Flax msgpack file by PyTorch name.
 
     Raises:
-        WeightsError: if it holds anything else.
+        WeightsError: If it holds anything else.
     """
     try:
         flat = dict(_leaves(msgpack.unpackb(path.read_bytes(), ext_hook=_array_of, raw=False)))

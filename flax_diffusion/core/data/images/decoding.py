@@ -54,13 +54,13 @@ def decode(record: Record) -> Image.Image:
     over white, 16-bit grey is scaled to 8 bits, and of an animation the first frame is taken.
 
     Args:
-        record: as a source gives it.
+        record: As a source gives it.
 
     Returns:
         The picture in mode RGB.
 
     Raises:
-        DataError: the file is missing, empty, truncated, no image, implausibly large (told before its pixels are
+        DataError: The file is missing, empty, truncated, no image, implausibly large (told before its pixels are
             decoded), or of unbounded floats.
     """
     source = record.image
@@ -83,10 +83,10 @@ def check_header(record: Record) -> None:
     """Find what can be found wrong with a record's picture without decoding it.
 
     Args:
-        record: as a source gives it.
+        record: As a source gives it.
 
     Raises:
-        DataError: as `decode`, but for what only the pixels show.
+        DataError: As `decode`, but for what only the pixels show.
     """
     source = record.image
     if isinstance(source, (Image.Image, np.ndarray)):
@@ -102,7 +102,7 @@ def _content(source: bytes | Path) -> bytes:
 
 def _begins_well(path: Path) -> bool:
     """Whether the first bytes of a file already are a header. Where they are not, all of it says what is wrong."""
-    start = read_bytes(path, MAX_FILE_BYTES, first=HEADER_BYTES)
+    start = read_bytes(path, MAX_FILE_BYTES, first_bytes=HEADER_BYTES)
     try:
         _open(png.without_text(start))
     except Exception:
@@ -142,7 +142,7 @@ def _kind(record: Record) -> str:
     """What a file seems to be, for a message."""
     source = record.image
     assert not isinstance(source, (Image.Image, np.ndarray))
-    start = source[:64] if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES, first=64)
+    start = source[:64] if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES, first_bytes=64)
     kinds = (kind for place, begin, kind in _OTHER_KINDS if start[place:].lstrip().startswith(begin))
     kind = next(kinds, None)
     return f": {kind}" if kind else ""

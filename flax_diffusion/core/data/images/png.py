@@ -20,7 +20,7 @@ def without_text(data: bytes) -> bytes:
     A chunk that is damaged stays, so that it is still found out.
 
     Args:
-        data: a file, of any format.
+        data: A file, of any format.
 
     Returns:
         The same picture, without them.
@@ -50,8 +50,8 @@ def correct_transparency(image: Image.Image, data: bytes) -> None:
     the colour as it is written.
 
     Args:
-        image: opened, of format PNG.
-        data: its file.
+        image: Opened, of format PNG.
+        data: Its file.
 
     Reference: PNG (Third Edition), section 11.3.1.1 tRNS.
     """
@@ -69,8 +69,8 @@ def sixteen_bit_alpha(image: Image.Image, data: bytes) -> Image.Image | None:
     Pillow keeps the upper byte of each value, and compares it with all 16 bits of the transparent colour.
 
     Args:
-        image: loaded, of format PNG.
-        data: its file.
+        image: Loaded, of format PNG.
+        data: Its file.
 
     Returns:
         Mode L, 0 where the picture has that very colour and else 255; None for a picture of another kind.

@@ -25,11 +25,11 @@ def resize_part(
     """Resize a picture and cut a square out of it.
 
     Args:
-        image: in mode L or RGB.
-        size: width and height to resize to, of which one is `side` and the other no less.
-        corner: left and top of the square in the resized picture.
-        side: of the square, pixels.
-        resample: nearest, bilinear, bicubic or lanczos.
+        image: In mode L or RGB.
+        size: Width and height to resize to, of which one is `side` and the other no less.
+        corner: Left and top of the square in the resized picture.
+        side: Of the square, pixels.
+        resample: Nearest, bilinear, bicubic or lanczos.
 
     Returns:
         The square: the same values as `image.resize(size, resample).crop(...)`.
@@ -61,11 +61,11 @@ def _weights(size: int, grown: int, first: int, count: int, resample: Image.Resa
     """How some rows of a picture that grows are made of its rows.
 
     Args:
-        size: rows of the picture.
-        grown: rows of the larger one.
-        first: of the rows asked for.
-        count: of them.
-        resample: the filter.
+        size: Rows of the picture.
+        grown: Rows of the larger one.
+        first: Of the rows asked for.
+        count: Of them.
+        resample: The filter.
 
     Returns:
         The first row that they are made of; their weights times 2^22, (count, rows from there on).

@@ -48,8 +48,8 @@ class ImageTransform:
         """Transform one picture.
 
         Args:
-            image: in mode RGB.
-            rng: gives the example's generators, of which `CROP` and `FLIP` are drawn from where needed.
+            image: In mode RGB.
+            rng: Gives the example's generators, of which `CROP` and `FLIP` are drawn from where needed.
 
         Returns:
             The array and the sizes.

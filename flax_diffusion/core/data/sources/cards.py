@@ -22,16 +22,16 @@ def files_of(root: Path, files: Sequence[str], config: str | None, split: str) -
     """Choose the files of a local dataset by its card.
 
     Args:
-        root: the dataset's folder.
-        files: all that it holds, relative to it.
-        config: the configuration; None for the default one.
-        split: such as `train`.
+        root: The dataset's folder.
+        files: All that it holds, relative to it.
+        config: The configuration; None for the default one.
+        split: Such as `train`.
 
     Returns:
         Their names, in order; None where the card names no files, or there is no card.
 
     Raises:
-        DataError: the card cannot be read, has no such configuration or split, or names files that are not there.
+        DataError: The card cannot be read, has no such configuration or split, or names files that are not there.
     """
     configs = _configs(root) if CARD in files else {}
     if not configs:

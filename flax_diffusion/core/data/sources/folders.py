@@ -73,19 +73,19 @@ def open_folder(
     the order of the file names.
 
     Args:
-        root: the folder or file.
-        image_column: in Parquet, and in metadata; `image` means `file_name` there.
+        root: The folder or file.
+        image_column: In Parquet, and in metadata; `image` means `file_name` there.
         caption_column: None for no captions: then every image is taken and metadata is not read.
-        max_samples: the first so many; None for all.
-        cache_dir: for unpacked Parquet.
-        config_name: configuration in the README.md; None for its default one.
-        split: to take, where there are several.
+        max_samples: The first so many; None for all.
+        cache_dir: For unpacked Parquet.
+        config_name: Configuration in the README.md; None for its default one.
+        split: To take, where there are several.
 
     Returns:
         The source.
 
     Raises:
-        DataError: folder, images, files, columns or captions are missing, or a path leaves the folder.
+        DataError: Folder, images, files, columns or captions are missing, or a path leaves the folder.
 
     Reference: Hugging Face's imagefolder, for the names in metadata.
     """

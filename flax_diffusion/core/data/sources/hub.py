@@ -60,19 +60,19 @@ def open_hub(
     """Download a dataset, or find it in the cache, and check its columns.
 
     Args:
-        name: the dataset's id.
-        config_name: its configuration, where it has several.
-        image_column: of the picture.
-        caption_column: of the caption, text or a list of texts; None for none.
-        max_samples: the first so many rows; None for all.
-        cache_dir: of downloads; None for the library's own.
-        split: to take.
+        name: The dataset's id.
+        config_name: Its configuration, where it has several.
+        image_column: Of the picture.
+        caption_column: Of the caption, text or a list of texts; None for none.
+        max_samples: The first so many rows; None for all.
+        cache_dir: Of downloads; None for the library's own.
+        split: To take.
 
     Returns:
         The source.
 
     Raises:
-        DataError: the dataset cannot be had, or columns or captions are missing.
+        DataError: The dataset cannot be had, or columns or captions are missing.
     """
     try:
         dataset = datasets.load_dataset(

@@ -32,17 +32,17 @@ def read_metadata(
     time; two files must give it the same.
 
     Args:
-        root: the folder.
-        metadata: its metadata files, relative to it.
-        images: its pictures, relative to it.
-        image_column: of the file's name; `image`, the default, means `file_name` where there is one.
-        caption_column: of the caption.
+        root: The folder.
+        metadata: Its metadata files, relative to it.
+        images: Its pictures, relative to it.
+        image_column: Of the file's name; `image`, the default, means `file_name` where there is one.
+        caption_column: Of the caption.
 
     Returns:
         By the picture's path relative to `root`, in the order of the rows: its caption, or captions.
 
     Raises:
-        DataError: a file is not CSV or JSON lines, columns or pictures are missing, a path leaves the folder, or two
+        DataError: A file is not CSV or JSON lines, columns or pictures are missing, a path leaves the folder, or two
             files contradict each other.
     """
     captions: dict[str, Caption] = {}
@@ -141,8 +141,8 @@ class _Nearest:
     """Finds the file that a name was meant to be.
 
     Args:
-        images: that there are, relative to the data's folder.
-        folder: of the metadata file, relative to it.
+        images: That there are, relative to the data's folder.
+        folder: Of the metadata file, relative to it.
     """
 
     def __init__(self, images: Sequence[str], folder: str):

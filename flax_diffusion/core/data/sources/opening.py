@@ -27,19 +27,19 @@ def open_source(
     Args:
         dataset_name: `digits` (scikit-learn's 1,797 scans of 8x8 pixels, offline), a local folder, `imagefolder`
             (the folder is `train_data_dir`), or the id of a dataset on the Hugging Face Hub.
-        dataset_config_name: configuration of a Hub dataset, or of a copy of one, that has several.
-        train_data_dir: folder of images, or folder or file of Parquet; see `folders.open_folder`.
-        image_column: column of the picture in Parquet and Hub datasets.
-        caption_column: column of the caption, a string or a list of them; None trains without captions.
-        max_train_samples: use only that many, the first ones.
-        cache_dir: where Hub downloads and unpacked Parquet are kept; None for the library's own place.
-        split: of a Hub dataset; in a folder, the subfolder of that name where all images lie in subfolders.
+        dataset_config_name: Configuration of a Hub dataset, or of a copy of one, that has several.
+        train_data_dir: Folder of images, or folder or file of Parquet; see `folders.open_folder`.
+        image_column: Column of the picture in Parquet and Hub datasets.
+        caption_column: Column of the caption, a string or a list of them; None trains without captions.
+        max_train_samples: Use only that many, the first ones.
+        cache_dir: Where Hub downloads and unpacked Parquet are kept; None for the library's own place.
+        split: Of a Hub dataset; in a folder, the subfolder of that name where all images lie in subfolders.
 
     Returns:
         The source, of at least one record, in an order that does not change from run to run.
 
     Raises:
-        DataError: neither or both places named, or nothing usable found there.
+        DataError: Neither or both places named, or nothing usable found there.
     """
     if dataset_name == "imagefolder":
         if train_data_dir is None:

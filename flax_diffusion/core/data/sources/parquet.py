@@ -80,17 +80,17 @@ def open_parquet(
     """Open Parquet files whose pictures are encoded bytes, paths, or Hugging Face's struct of the two.
 
     Args:
-        files: in order.
-        image_column: of the picture.
-        caption_column: of the caption, text or a list of texts; None for none.
-        max_samples: the first so many rows; None for all.
-        cache_dir: where the unpacked copy is kept, as large as the images; None for the user's cache folder.
+        files: In order.
+        image_column: Of the picture.
+        caption_column: Of the caption, text or a list of texts; None for none.
+        max_samples: The first so many rows; None for all.
+        cache_dir: Where the unpacked copy is kept, as large as the images; None for the user's cache folder.
 
     Returns:
         The source.
 
     Raises:
-        DataError: a file is not Parquet, a column is missing or of another type, or a caption is missing.
+        DataError: A file is not Parquet, a column is missing or of another type, or a caption is missing.
     """
     columns = {"image": image_column} | ({} if caption_column is None else {"caption": caption_column})
     counts = [_check(file, columns) for file in files]

@@ -54,14 +54,14 @@ def require_column(
     """Refuse a column that is not there.
 
     Args:
-        column: asked for.
-        columns: that there are.
-        option: by which it was asked for.
-        where: file or dataset, for the message.
-        likely: of them, those that may have been meant; None for all.
+        column: Asked for.
+        columns: That there are.
+        option: By which it was asked for.
+        where: File or dataset, for the message.
+        likely: Of them, those that may have been meant; None for all.
 
     Raises:
-        DataError: naming the columns there are, and the option with the one that was meant, if that can be told.
+        DataError: Naming the columns there are, and the option with the one that was meant, if that can be told.
     """
     columns = list(columns)
     if column in columns:
@@ -76,14 +76,14 @@ def whole_caption(caption: str | list[str | None] | None, name: str) -> str | li
     """Refuse a list of captions that is empty, or has an empty place.
 
     Args:
-        caption: of a row; None for data without captions.
-        name: of the row, for the message.
+        caption: Of a row; None for data without captions.
+        name: Of the row, for the message.
 
     Returns:
         The caption as it is.
 
     Raises:
-        DataError: naming the row.
+        DataError: Naming the row.
     """
     if caption is None or isinstance(caption, str):
         return caption

@@ -30,15 +30,15 @@ def of_split(root: Path, names: Sequence[str], split: str | None) -> list[str]:
     """Choose the files of one split, if splits are what the names tell apart.
 
     Args:
-        root: the dataset's folder, for messages.
-        names: of pictures, or of Parquet files, relative to it.
-        split: to choose, such as `train`; None for all, whatever their names are.
+        root: The dataset's folder, for messages.
+        names: Of pictures, or of Parquet files, relative to it.
+        split: To choose, such as `train`; None for all, whatever their names are.
 
     Returns:
         All names, where there is one split or none; else those of the split.
 
     Raises:
-        DataError: there are others and not this one, or files of splits lie beside files of none.
+        DataError: There are others and not this one, or files of splits lie beside files of none.
     """
     if split is None:
         return list(names)
