@@ -333,14 +333,14 @@ def test_links(tmp_path):
         if there:
             open_folder(folder)
             continue
-        with pytest.raises(DataError, match="names 1 files that are not there"):
+        with pytest.raises(DataError, match="names 1 files that do not exist"):
             open_folder(folder)
 
 
 def test_captions_that_are_no_text(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "\\ud800"}')
-    with pytest.raises(DataError, match=r"the caption is '\\ud800', which is no Unicode text"):
+    with pytest.raises(DataError, match=r"the caption is '\\ud800', which is not valid Unicode text"):
         open_folder(tmp_path)
 
 
