@@ -315,10 +315,7 @@ NOT_READ = {
     "open exr": (b"v/1\x01\2\0\0\0", r"it is OpenEXR"),
     "radiance": (b"#?RADIANCE\n", r"it is Radiance HDR"),
     "zip": (b"PK\3\4" + bytes(40), r"it is a zip archive"),
-    "git lfs": (
-        b"version https://git-lfs.github.com/spec/v1\noid",
-        r"it is a Git LFS pointer; `git lfs pull`",
-    ),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid", r"it is a Git LFS pointer; `git lfs pull`"),
     "targa": (saved(RGB, "TGA"), r"is not an image in a supported format"),
     "pcx": (saved(RGB, "PCX"), r"is not an image in a supported format"),
 }

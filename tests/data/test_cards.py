@@ -79,7 +79,7 @@ def test_files_in_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("configs", "config", "says"),
     [
-        ("- {config_name: a}\n- {config_name: b}", None, "has the configurations a, b; choose one by"),
+        ("- {config_name: a}\n- {config_name: b}", None, "has the configurations a, b; choose one with"),
         ("- {config_name: cats}", "cat", r"name cat: .*README\.md has the configurations cats; did you mean"),
         ("- {config_name: a, data_files: [{split: test, path: x}]}", None, "name a has no split train; it has test"),
         ("- {config_name: a, data_files: 'train**'}", None, r"a names train\*\*, which is not a valid glob pattern"),

@@ -144,7 +144,7 @@ REFUSED = {
     "jsonl of Python": ({JSONL: str({"file_name": "a.png", "text": "x"})}, ["a.png"], r"line 1 is not JSON"),
     "jsonl cut off": ({JSONL: ROWS[:-8]}, ["a.png", "b.png"], r"line 2 is not JSON"),
     "jsonl of Latin-1": ({JSONL: row(text="größer").encode("latin-1")}, ["a.png"], r"must be UTF-8"),
-    "jsonl, half a character": ({JSONL: '{"file_name": "a.png", "text": "\\ud800"}'}, ["a.png"], r"not valid Unicode text"),
+    "jsonl, half a character": ({JSONL: '{"file_name": "a.png", "text": "\\ud800"}'}, ["a.png"], r"not valid Unicode"),
     "jsonl, a number": ({JSONL: row(text=1.5)}, ["a.png"], r"row 1: the caption is 1\.5; it must be text"),
     "jsonl, NaN": ({JSONL: '{"file_name": "a.png", "text": NaN}'}, ["a.png"], r"the caption is nan; it must be text"),
     "jsonl, an object": ({JSONL: row(text={"en": "x"})}, ["a.png"], r"the caption is \{'en': 'x'\}; it must be text"),

@@ -149,7 +149,9 @@ def test_types_that_differ_between_files(tmp_path):
 def test_cache_that_cannot_be_written(tmp_path):
     pq.write_table(table(0, 1), tmp_path / "data.parquet")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot unpack Parquet into .*; free some space there or give another cache_dir"):
+    with pytest.raises(
+        DataError, match=r"cannot unpack Parquet into .*; free some space there or give another cache_dir"
+    ):
         open_parquet([tmp_path / "data.parquet"], cache_dir=tmp_path / "file" / "cache")
 
 

@@ -181,7 +181,11 @@ def test_runs_that_cannot_be_drawn_from(model, lora, inversion, digits, folder, 
             jax_generate(source, prompt=PROMPT)
     for source, words, says in (
         (digits, inversion, "a DDPMPipeline takes no prompts, so no new words$"),
-        (model, f"{inversion}: ", r"--embeddings .*: : is no word that the tokenizer takes: name another, PATH:WORD$"),
+        (
+            model,
+            f"{inversion}: ",
+            r"--embeddings .*: : is not a word that the tokenizer accepts: name another, PATH:WORD$",
+        ),
     ):
         with pytest.raises(UserError, match=says):
             jax_generate(source, prompt=[] if source is digits else PROMPT, embeddings=words)

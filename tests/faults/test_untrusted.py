@@ -271,7 +271,7 @@ def test_an_index_names_files_beside_it(tmp_path, name):
     from flax_diffusion.models import weights
 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(WeightsError, match="which is no file beside it: fetch the folder again"):
+    with pytest.raises(WeightsError, match="which is not a file next to it: fetch the folder again"):
         weights.load(tmp_path, TREE, "model")
 
 

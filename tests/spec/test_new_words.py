@@ -106,7 +106,7 @@ def test_a_word_that_a_file_does_not_name(model, tmp_path, caplog):
     """kohya's files call the rows emb_params; the word is the file's name, or what is asked for."""
     file = saved(tmp_path / "MyDog.safetensors", emb_params=rows(2))
     assert list(read_words(file)) == ["mydog"]
-    assert "holds emb_params; its word in prompts is mydog (for another, PATH:WORD)" in caplog.text
+    assert "holds emb_params; its word in prompts is mydog (for another word, give PATH:WORD)" in caplog.text
     made = convert(model, tmp_path / "made", embeddings=[f"{file}:<toy>"])
     prompt = "a <toy> and emb_params"
     expected = theirs(model, file, prompt, token="<toy>")
@@ -129,7 +129,7 @@ def test_one_vector_without_an_axis(tmp_path):
         ({"QnewP": rows(2)[None]}, r"<new> has the shape \(1, 2, 16\)"),
         ({"QnewP": rows(1)[:, :5]}, "'<new>' has 5 features, this text encoder 16"),
         ({"clip_l": rows(1), "clip_g": rows(1)}, "holds clip_g and clip_l, a word of Stable Diffusion XL"),
-        ({}, r"holds 0 words \(\): give the file of one"),
+        ({}, r"holds 0 words \(\): give a file with one"),
     ],
 )
 def test_files_that_hold_no_new_word(model, tmp_path, words, says):

@@ -126,19 +126,19 @@ class Preemption:
         Raises:
             Preempted: If a signal came, before or during the work.
         """
-        self._check()
+        self._raise_if_requested()
         if self.single_process and self._pipe is not None:
             done: Future[Result] = Future()
             threading.Thread(target=_run, args=(work, done), daemon=True, name="interruptible").start()
             while not wait([done], _POLL_SECONDS).done:
-                self._check()
+                self._raise_if_requested()
             result = done.result()
         else:
             result = work()
-        self._check()
+        self._raise_if_requested()
         return result
 
-    def _check(self) -> None:
+    def _raise_if_requested(self) -> None:
         if self.requested and self.single_process:
             raise Preempted
 
