@@ -106,8 +106,8 @@ REFUSED = {
         {JSONL: row("a.jpg")}, ["a.JPG"],
         r"names 1 files that do not exist: a\.jpg \(there is 'a\.JPG'\); names are relative to the metadata file, and",
     ),
-    "a backslash": ({JSONL: row("s\\a.png")}, ["s/a.png"], r"not there: s\\a\.png \(there is 's/a\.png'\); names are"),
-    "a drive of Windows": ({JSONL: row("C:\\p\\a.png")}, ["a.png"], r"not there: C:\\p\\a\.png \(there is 'a\.png'\)"),
+    "a backslash": ({JSONL: row("s\\a.png")}, ["s/a.png"], r"not exist: s\\a\.png \(there is 's/a\.png'\); names are"),
+    "a drive of Windows": ({JSONL: row("C:\\p\\a.png")}, ["a.png"], r"not exist: C:\\p\\a\.png \(there is 'a\.png'\)"),
     "relative to the folder above": (
         {f"s/{JSONL}": row("s/a.png")}, ["s/a.png"], r"s/metadata\.jsonl names .*: s/a\.png \(there is 'a\.png'\)",
     ),
@@ -119,9 +119,9 @@ REFUSED = {
         {JSONL: row(TWO)}, [ONE],
         r"\.png \(there is 'é\.png', whose accents are stored in another way",
     ),
-    "no extension": ({JSONL: row("a")}, ["a.png"], r"not there: a \(there is 'a\.png'\)"),
-    "another extension": ({JSONL: row("a.jpeg")}, ["a.png"], r"not there: a\.jpeg \(there is 'a\.png'\)"),
-    "a space at the end": ({JSONL: row("a.png ")}, ["a.png"], r"not there: a\.png +\(there is 'a\.png'\)"),
+    "no extension": ({JSONL: row("a")}, ["a.png"], r"not exist: a \(there is 'a\.png'\)"),
+    "another extension": ({JSONL: row("a.jpeg")}, ["a.png"], r"not exist: a\.jpeg \(there is 'a\.png'\)"),
+    "a space at the end": ({JSONL: row("a.png ")}, ["a.png"], r"not exist: a\.png +\(there is 'a\.png'\)"),
     "in another folder": ({JSONL: row("images/a.png")}, ["s/a.png"], r"images/a\.png \(there is 's/a\.png'\)"),
     "a slip": ({JSONL: row("pictrue12.png")}, ["picture12.png"], r"pictrue12\.png \(there is 'picture12\.png'\)"),
     "many files that are gone": (

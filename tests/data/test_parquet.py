@@ -189,7 +189,7 @@ def test_a_split_beside_a_file_of_none(tmp_path):
 def test_a_configuration_is_not_passed_over(tmp_path):
     pq.write_table(table(0, 1), tmp_path / "train.parquet")
     for place, says in (
-        ({"train_data_dir": tmp_path}, r"name cats: .* has no README\.md that lists configurations; give .*/cats, if"),
+        ({"train_data_dir": tmp_path}, r"name cats: .* has no README\.md that lists configurations; give .*/cats if"),
         ({"train_data_dir": tmp_path / "train.parquet"}, r"name cats: .*train\.parquet is one file; leave it out$"),
         ({"dataset_name": "digits"}, r"name cats: the digits have one only; leave it out$"),
     ):

@@ -66,7 +66,8 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
     preemption = Preemption()
     _run(load_backend, task, config, preemption)
     status = INTERRUPTED if preemption.interrupted else 0
-    if preemption.requested and preemption.single_process:  # all is saved; Python would wait for threads that may wait for a disk
+    if preemption.requested and preemption.single_process:
+        # All is saved; Python would wait for threads that may wait for a disk.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -241,7 +241,8 @@ class _Settings:
         stated = self._of_layer(own, "rank_pattern", layer, own.get("r", 8))
         if stated != rank:
             raise WeightsError(
-                f"{self.path}: its header says rank {stated} for {model}.{layer}, of rank {rank}: save the file again"
+                f"{self.path}: its header says rank {stated} for {model}.{layer}, which is of rank {rank}: save the "
+                "file again"
             )
         alpha = float(self._of_layer(own, "alpha_pattern", layer, own.get("lora_alpha", 8)))
         return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
