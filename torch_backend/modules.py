@@ -180,7 +180,7 @@ def _stored(component: Component, known: Mapping[str, str]) -> tuple[portable.Ar
         str(component.weights), component.subfolder, component.revision, base, component.variant
     )
     tensors, file = weight_files.read(folder, base, component.variant)
-    stored = weight_files.same_names(tensors, known)
+    stored = weight_files.match_names(tensors, known)
     return {name: tensors[key].array() for name, key in stored.items()}, str(file)
 
 

@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix. The command line prints their one line and exits with status 2."""
+"""Errors that the user can fix. The command line prints their message, one line, and exits with status 2."""
 
 import contextlib
 import difflib
@@ -7,31 +7,31 @@ from collections.abc import Iterable, Iterator
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
-    """The phrase "; did you mean 'x'?" for the known name closest to `name`, or nothing."""
+    """Return the phrase "; did you mean 'x'?" for the known name closest to `name`, or "" if none is close."""
     match = difflib.get_close_matches(str(name), list(known), n=1)
     return f"; did you mean '{match[0]}'?" if match else ""
 
 
 def nearest_multiples(value: int, factor: int) -> str:
-    """The phrase "64 or 128" for the multiples of a number next to a value; none of them is 0."""
+    """Return a phrase such as "64 or 128": the multiples of `factor` next to `value`, without 0."""
     below = value // factor * factor
     return f"{below} or {below + factor}" if below else str(factor)
 
 
 def shown(value: object) -> str:
-    """A value for a message, not all of it if it is long."""
+    """Return a value as text for a message, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 SECRET = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{20,}")
-"""What is for nobody's eyes: user and password in an address, a token of the Hub."""
+"""What no message may show: user and password in an address, a token of the Hub."""
 
 
 class UserError(Exception):
-    """Something in the input is wrong. The message is one line: the value, the rule and the fix.
+    """An error in what the user gave. Its message is one line: the value, the rule and the fix.
 
-    It is safe to print, whatever the value holds: no control characters, no secrets.
+    The message is safe to print, whatever the value holds: it has no control characters and no secrets.
     """
 
     exit_status = 2
@@ -49,8 +49,8 @@ class DataError(UserError):
     """A dataset, an image or a caption that cannot be used.
 
     Args:
-        message: As every user error's.
-        example: The name of the example that it is about, where it is about one.
+        message: The message, as of every user error.
+        example: Name of the example that the error is about, if it is about one.
     """
 
     def __init__(self, message: str, example: str | None = None):
@@ -67,43 +67,50 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """Training produced a loss that is not a number or infinite."""
+    """A loss in training that is infinite or not a number."""
 
     exit_status = 1
 
 
 class MemoryLimitError(UserError):
-    """What the options ask for does not fit a device's or the host's memory."""
+    """Options that need more memory than a device or the host has."""
 
     exit_status = 1
 
 
 @contextlib.contextmanager
 def naming(option: str) -> Iterator[None]:
-    """Puts the option that has the value in front of the user's errors of what is done with it."""
+    """Put the name of an option in front of the messages of user errors raised inside the `with` block.
+
+    Args:
+        option: Name of the option whose value is being used.
+    """
     try:
         yield
     except (ConfigError, DataError, WeightsError) as error:
         raise type(error)(f"{option}: {error}") from error
 
 
-_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|can.t allocate memory|Unable to allocate", re.IGNORECASE)
-"""As XLA, CUDA, PyTorch's host allocator and NumPy say it."""
+_OUT_OF_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|can.t allocate memory|Unable to allocate", re.IGNORECASE)
+"""Messages of XLA, CUDA, PyTorch's host allocator and NumPy when memory runs out."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tells whether an error of any framework says that memory ran out. A disk that is full is something else."""
+    """Return whether an error of any framework says that memory ran out. A full disk does not count."""
     text = str(error)
-    return isinstance(error, MemoryError) or (bool(_NO_MEMORY.search(text)) and "No space left" not in text)
+    return isinstance(error, MemoryError) or (bool(_OUT_OF_MEMORY.search(text)) and "No space left" not in text)
 
 
 def unknown(what: str, value: object, known: Iterable[str]) -> ConfigError:
-    """Makes the error for a value that is none of those there are.
+    """Make the error for a value that is not among the known ones.
 
     Args:
-        what: Names what has the value.
-        value: The value.
-        known: Those there are.
+        what: What has the value, such as the name of an option.
+        value: The unknown value.
+        known: The values that are allowed.
+
+    Returns:
+        The error, which lists the known values and suggests the closest one.
     """
     known = list(known)
     return ConfigError(f"{what} {shown(value)} is unknown; use one of {', '.join(known)}{nearest(value, known)}")

@@ -1,4 +1,4 @@
-"""Values of strangers' configs against the types that our classes declare for them."""
+"""Checks of values in other people's configs against the types that our classes declare for them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from flax_diffusion.core.errors import ConfigError, nearest, shown
 
 Size = Annotated[int, Field(gt=0, le=2**20)]
-"""Channels, features, pixels, timesteps."""
+"""A number of channels, features, pixels or timesteps."""
 Count = Annotated[int, Field(ge=0, le=2**8)]
-"""Layers: as many as are looped over."""
+"""A number of layers. The bound is low because the code loops over them."""
 BetaSchedule = Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"]
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 Checkpointing = bool | Literal["minimal"]
-"""What the backward pass computes again: nothing, whole blocks, or all but their products and convolutions."""
+"""What the backward pass computes again: nothing (False), whole blocks (True), or everything in them except matrix
+products and convolutions ("minimal")."""
 
 
 def check_values(owner: type, values: Mapping[str, Any], name: str | None = None) -> None:
-    """Compares values with the annotations of a class, strictly: an integer will do for a float, and that is all.
+    """Check values against the annotations of a class, strictly: only an integer may stand for a float.
 
     Args:
-        owner: Has the annotations.
-        values: By field; those of fields without an annotation are not looked at.
-        name: What the message calls the owner; by default its own name.
+        owner: The class that has the annotations.
+        values: Values by field name; fields without an annotation are ignored.
+        name: What the message calls the owner; by default the name of the class.
 
     Raises:
-        ConfigError: Naming the first that does not fit.
+        ConfigError: If a value does not fit; the message names the first such value.
     """
     for field, hint in _hints(owner).items():
         if field not in values:
@@ -57,7 +58,7 @@ def _hints(owner: type) -> dict[str, Any]:
 
 
 def _choices(hint: Any) -> Iterable[str]:
-    """The texts that a type names."""
+    """Yield the texts that the `Literal`s in a type allow."""
     if typing.get_origin(hint) is Literal:
         return map(str, typing.get_args(hint))
     return (choice for inner in typing.get_args(hint) for choice in _choices(inner))

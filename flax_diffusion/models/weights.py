@@ -38,7 +38,7 @@ def from_tensors(tensors: Mapping[str, Tensor], template: Mapping[str, Any], sou
     """
     flat = _flatten(template)
     paths = {torch_name(path): path for path in flat}
-    names = weight_files.same_names(tensors, paths)
+    names = weight_files.match_names(tensors, paths)
     problems = [f"missing {name} {_stored_shape(paths[name], flat)}" for name in paths if name not in names]
     problems += [
         f"unexpected {stored} {tuple(tensors[stored].shape)}" for name, stored in names.items() if name not in paths

@@ -41,7 +41,7 @@ def test_a_checkpoint_by_name_and_path(run):
     assert folders.find(run, str(run / "checkpoint-5")) == run / "checkpoint-5"
     with pytest.raises(CheckpointError, match=r"checkpoint-41: not in .*checkpoint-40"):
         folders.find(run, "checkpoint-41")
-    with pytest.raises(CheckpointError, match="not a checkpoint's name"):
+    with pytest.raises(CheckpointError, match="has no checkpoint's name"):
         folders.find(run, "samples")
 
 
@@ -59,7 +59,7 @@ def test_leftovers_of_a_killed_save_go(run):
 
 
 def text_of(folder):
-    assert folders.damage(folder) is None
+    assert folders.find_damage(folder) is None
     return (folder / "state").read_text()
 
 

@@ -294,9 +294,9 @@ def others() -> Iterator[Odd]:
 
 NOT_READ = {
     "nothing": (b"", r"is empty \(0 bytes\); replace or remove it"),
-    "zeros": (bytes(1000), r"is not an image in a format that is read here; remove"),
-    "text": (b"a picture of a dog\n" * 9, r"is not an image in a format that is read here; remove"),
-    "web page": (b"<!DOCTYPE html><html></html>", r"format that is read here: it is a web page; remove or convert it"),
+    "zeros": (bytes(1000), r"is not an image in a supported format; remove"),
+    "text": (b"a picture of a dog\n" * 9, r"is not an image in a supported format; remove"),
+    "web page": (b"<!DOCTYPE html><html></html>", r"supported format: it is a web page; remove or convert it"),
     "web page after a blank line": (b"\n <html></html>", r"it is a web page"),
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', r"it is SVG"),
     "svg with a head": (b'<?xml version="1.0"?><svg/>', r"it is XML, as SVG is"),
@@ -315,12 +315,9 @@ NOT_READ = {
     "open exr": (b"v/1\x01\2\0\0\0", r"it is OpenEXR"),
     "radiance": (b"#?RADIANCE\n", r"it is Radiance HDR"),
     "zip": (b"PK\3\4" + bytes(40), r"it is a zip archive"),
-    "git lfs": (
-        b"version https://git-lfs.github.com/spec/v1\noid",
-        r"it is a Git LFS pointer, of which `git lfs pull`",
-    ),
-    "targa": (saved(RGB, "TGA"), r"is not an image in a format that is read here"),
-    "pcx": (saved(RGB, "PCX"), r"is not an image in a format that is read here"),
+    "git lfs": (b"version https://git-lfs.github.com/spec/v1\noid", r"it is a Git LFS pointer; `git lfs pull`"),
+    "targa": (saved(RGB, "TGA"), r"is not an image in a supported format"),
+    "pcx": (saved(RGB, "PCX"), r"is not an image in a supported format"),
 }
 
 

@@ -79,14 +79,14 @@ def test_files_in_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("configs", "config", "says"),
     [
-        ("- {config_name: a}\n- {config_name: b}", None, "has the configurations a, b; choose one by"),
+        ("- {config_name: a}\n- {config_name: b}", None, "has the configurations a, b; choose one with"),
         ("- {config_name: cats}", "cat", r"name cat: .*README\.md has the configurations cats; did you mean"),
         ("- {config_name: a, data_files: [{split: test, path: x}]}", None, "name a has no split train; it has test"),
-        ("- {config_name: a, data_files: 'train**'}", None, r"a names train\*\*, which is no glob pattern"),
-        ("- {config_name: a, data_files: birds/*}", None, r"names birds/\*, and no file of the folder is one"),
+        ("- {config_name: a, data_files: 'train**'}", None, r"a names train\*\*, which is not a valid glob pattern"),
+        ("- {config_name: a, data_files: birds/*}", None, r"names birds/\*, but no file in the folder matches"),
         ("- {config_name: a, data_files: [{split: train}]}", None, "data_files must be paths, or a list of mappings"),
         ("- a", None, "`configs` must be a list of mappings, each with a config_name"),
-        ("- {config_name: [", None, r"README\.md: its header cannot be read \(.*; repair it, or remove the file"),
+        ("- {config_name: [", None, r"README\.md: its header cannot be read \(.*; repair it or remove the file"),
     ],
 )  # fmt: skip
 def test_a_card_that_does_not_help(tmp_path, configs, config, says):
@@ -100,5 +100,5 @@ def test_other_texts_are_no_cards(tmp_path):
     root = copy_of_a_dataset(tmp_path, "- {config_name: a, data_files: more.parquet}")
     for text in ("# Pets\nconfigs: many\n", "---\nlicense: mit\n---\n", "---\nno end"):
         (root / "README.md").write_text(text)
-        with pytest.raises(DataError, match=r"holds files of the split test .* beside files of none"):
+        with pytest.raises(DataError, match=r"holds files of the split test .* beside files of no split"):
             open_folder(root)

@@ -72,12 +72,12 @@ SPOILT = {
     "caption that is no UTF-8": r"caption file .*37\.txt cannot be read .* it must be UTF-8 text",
     "caption that is huge": r"caption file .*37\.txt cannot be read \(it is larger than",
     "link to no caption": r"caption file .*37\.txt cannot be read \(.*No such file",
-    "link to no picture": r"37\.png is a link to a file that is not there; restore or remove it",
+    "link to no picture": r"37\.png is a link to a file that does not exist; restore or remove it",
     "empty": r"37\.png is empty \(0 bytes\)",
-    "web page": r"37\.png is not an image in a format that is read here: it is a web page; remove or convert it",
+    "web page": r"37\.png is not an image in a supported format: it is a web page; remove or convert it",
     "header cut off": r"37\.png (cannot be decoded|is not an image)",
     "floats": r"37\.png has floating-point pixels",
-    "pointer of Git LFS": r"37\.png is not an image .*: it is a Git LFS pointer, of which `git lfs pull` brings",
+    "pointer of Git LFS": r"37\.png is not an image .*: it is a Git LFS pointer; `git lfs pull` downloads",
 }
 
 
@@ -86,7 +86,7 @@ def test_one_of_sixty(folder, how):
     source = open_folder(folder)
     check_source(source, skip_bad_images=False)
     spoil(folder, 37, how)
-    with pytest.raises(DataError, match=rf"{SPOILT[how]}.*, or pass over such by --skip_bad_images$") as caught:
+    with pytest.raises(DataError, match=rf"{SPOILT[how]}.*, or skip such examples with --skip_bad_images$") as caught:
         check_source(source, skip_bad_images=False)
     assert "\n" not in str(caught.value)
     check_source(source, skip_bad_images=True)  # one is borne
@@ -184,7 +184,7 @@ def test_so_many_of_a_large_dataset(monkeypatch, caplog, most, in_store):
     assert len(seen) == most
     assert {0, 999_999} <= set(seen)
     assert max(np.diff(sorted(seen))) - min(np.diff(sorted(seen))) <= 1
-    assert f"looked at {most} of 1000000 examples" in caplog.text
+    assert f"checked {most} of 1000000 examples" in caplog.text
 
 
 def test_empty_captions_are_named(folder, caplog):

@@ -99,7 +99,7 @@ def test_split_subfolder(tmp_path):
     assert open_folder(tmp_path, caption_column=None, split="test").files == ["test/b.png"]
     write(tmp_path, ["c.png"])
     with pytest.raises(
-        DataError, match=r"the split \w+ \(\w+/.\.png\) beside files of none \(c\.png\); give the folder"
+        DataError, match=r"the split \w+ \(\w+/.\.png\) beside files of no split \(c\.png\); give the folder"
     ):
         open_folder(tmp_path, caption_column=None)
 
@@ -181,7 +181,7 @@ def test_pictures_of_other_kinds_are_named(tmp_path, caplog):
     for name in ("b.heic", "c.HEIC", "d.svg", "e.psd"):
         (tmp_path / name).write_bytes(b"x")
     assert open_folder(tmp_path, caption_column=None).files == ["a.png"]
-    assert "4 pictures of kinds that are not read here are left out: b.heic, c.HEIC, d.svg, …; convert" in caplog.text
+    assert "4 pictures in unsupported formats are left out: b.heic, c.HEIC, d.svg, …; convert" in caplog.text
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match=r"holds no images; .*; it holds \.heic \.svg \.psd"):
         open_folder(tmp_path, caption_column=None)
@@ -246,7 +246,7 @@ def test_captions_missing(tmp_path):
         ({"file_name": "a.png", "text": 5}, r"row 1: the caption is 5; it must be text or a list"),
         ({"file_name": "a.png", "text": []}, r"row 1: the caption is \[\]; it must be"),
         ({"file_name": "a.png", "text": None}, r"1 of 1 images in .* have no caption: a.png"),
-        ({"file_name": "z.png", "text": "x"}, r"names 1 files that are not there: z.png; names are relative to the"),
+        ({"file_name": "z.png", "text": "x"}, r"names 1 files that do not exist: z.png; names are relative to the"),
     ],
 )  # fmt: skip
 def test_bad_rows(tmp_path, row, message):
@@ -261,7 +261,7 @@ def test_bad_rows(tmp_path, row, message):
     ("name", "content", "message"),
     [
         ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}\n{oops\n', r"line 2 is not JSON"),
-        ("metadata.jsonl", b'["a.png"]\n', r"line 1 is \[\"a.png\"\]; write one object a line"),
+        ("metadata.jsonl", b'["a.png"]\n', r"line 1 is \[\"a.png\"\]; write one object per line"),
         ("metadata.jsonl", b"\xff\n", r"it must be UTF-8"),
         ("metadata.csv", b"\xff\n", r"it must be CSV in UTF-8"),
         ("metadata.csv", b"", r"has no column file_name; it has no rows"),
@@ -276,7 +276,7 @@ def test_broken_metadata(tmp_path, name, content, message):
 
 def test_a_file_is_no_folder(tmp_path):
     write(tmp_path, ["a.png"])
-    with pytest.raises(DataError, match=r"is a file; only a \.parquet file"):
+    with pytest.raises(DataError, match=r"is a file; give a folder or a \.parquet file"):
         open_folder(tmp_path / "a.png")
 
 

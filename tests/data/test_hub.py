@@ -90,5 +90,5 @@ def test_what_is_no_picture_or_no_table(monkeypatch):
         open_source(dataset_name="x/y")[1]
     splits = datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]}))
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments, **options: splits)
-    with pytest.raises(DataError, match=r"^dataset x/y, split train is no table of rows; name one split$"):
+    with pytest.raises(DataError, match=r"^dataset x/y, split train is not a table of rows; name one split$"):
         open_source(dataset_name="x/y")

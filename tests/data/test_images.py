@@ -207,7 +207,7 @@ def test_damaged_png():
     ("data", "message"),
     [
         (b"", r"picture is empty \(0 bytes\); replace or remove it"),
-        (b"<html>not found</html>", r"picture is not an image in a format that is read here"),
+        (b"<html>not found</html>", r"picture is not an image in a supported format"),
     ],
 )
 def test_no_image(data, message):
@@ -216,7 +216,7 @@ def test_no_image(data, message):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(DataError, match=r"picture is gone since the dataset was opened"):
+    with pytest.raises(DataError, match=r"picture has disappeared since the dataset was opened"):
         pixels(tmp_path / "gone.png")
 
 

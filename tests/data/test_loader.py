@@ -48,7 +48,7 @@ def assert_same(given, expected):
 @pytest.mark.parametrize("limit", [2**20, 0])  # permutations, Grain's cipher
 @pytest.mark.parametrize("count", [1, 2, 5, 100, 1797])
 def test_every_epoch_is_a_permutation(count, limit, monkeypatch):
-    monkeypatch.setattr(loader_module, "_PERMUTED", limit)
+    monkeypatch.setattr(loader_module, "_MAX_PERMUTED", limit)
     orders = []
     for epoch in range(3):
         places = [example_at(epoch * count + n, count=count, seed=0, shuffle=True) for n in range(count)]
@@ -209,7 +209,7 @@ def test_too_many_in_a_row(folder, tmp_path, monkeypatch, limit, message):
     monkeypatch.setattr(loader_module, "MAX_CONSECUTIVE_BAD", limit)
     for path in tmp_path.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=message + r" cannot be used; look over the dataset\. .*\.png is empty"):
+    with pytest.raises(DataError, match=message + r" cannot be used; check the dataset\. .*\.png is empty"):
         next(iter(Loader(folder, MAKE, seed=0, batch_size=2, skip_bad_images=True)))
 
 
@@ -252,7 +252,7 @@ def test_an_error_in_a_worker_arrives(folder, caplog):
     with pytest.raises(DataError) as caught:
         next(steps)
     name = folder[3].name
-    assert str(caught.value) == f"{name} is not an image in a format that is read here; remove or convert it"
+    assert str(caught.value) == f"{name} is not an image in a supported format; remove or convert it"
     skipping = Loader(
         folder, MAKE, seed=0, batch_size=5, shuffle=False, num_workers=1, skip_bad_images=True, num_steps=2
     )

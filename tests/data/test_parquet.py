@@ -149,7 +149,9 @@ def test_types_that_differ_between_files(tmp_path):
 def test_cache_that_cannot_be_written(tmp_path):
     pq.write_table(table(0, 1), tmp_path / "data.parquet")
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"cannot unpack Parquet into .*; make room there or give another cache_dir"):
+    with pytest.raises(
+        DataError, match=r"cannot unpack Parquet into .*; free some space there or give another cache_dir"
+    ):
         open_parquet([tmp_path / "data.parquet"], cache_dir=tmp_path / "file" / "cache")
 
 
@@ -180,14 +182,14 @@ def test_folders_of_splits(tmp_path):
 def test_a_split_beside_a_file_of_none(tmp_path):
     for name in ("test", "more"):
         pq.write_table(table(0, 1), tmp_path / f"{name}.parquet")
-    with pytest.raises(DataError, match=r"the split test \(test\.parquet\) beside files of none \(more\.parquet\)"):
+    with pytest.raises(DataError, match=r"the split test \(test\.parquet\) beside files of no split \(more\.parquet\)"):
         open_source(train_data_dir=tmp_path, cache_dir=tmp_path / "cache")
 
 
 def test_a_configuration_is_not_passed_over(tmp_path):
     pq.write_table(table(0, 1), tmp_path / "train.parquet")
     for place, says in (
-        ({"train_data_dir": tmp_path}, r"name cats: .* has no README\.md that lists configurations; give .*/cats, if"),
+        ({"train_data_dir": tmp_path}, r"name cats: .* has no README\.md that lists configurations; give .*/cats if"),
         ({"train_data_dir": tmp_path / "train.parquet"}, r"name cats: .*train\.parquet is one file; leave it out$"),
         ({"dataset_name": "digits"}, r"name cats: the digits have one only; leave it out$"),
     ):
@@ -224,11 +226,11 @@ def test_damaged_in_the_middle(tmp_path):
 
 def test_a_link_to_nothing(tmp_path):
     (tmp_path / "train.parquet").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"train\.parquet is not there, or is a link to nothing; download it again"):
+    with pytest.raises(DataError, match=r"train\.parquet does not exist, or is a link to nothing; download it again"):
         open_source(train_data_dir=tmp_path)
 
 
 def test_a_pointer_of_git_lfs(tmp_path):
     (tmp_path / "train.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    with pytest.raises(DataError, match=r"train\.parquet is a Git LFS pointer, of which `git lfs pull` brings"):
+    with pytest.raises(DataError, match=r"train\.parquet is a Git LFS pointer; `git lfs pull` downloads"):
         open_source(train_data_dir=tmp_path)

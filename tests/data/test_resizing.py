@@ -11,8 +11,8 @@ from flax_diffusion.core.data.images.transforms import FILTERS, ImageTransform
 @pytest.fixture
 def only_the_square(monkeypatch):
     """Every picture that grows takes the way of strips."""
-    monkeypatch.setattr(resizing, "_LEAST_LARGE", 1)
-    monkeypatch.setattr(resizing, "_TIMES_LARGER", 0)
+    monkeypatch.setattr(resizing, "_ALWAYS_SMALL", 1)
+    monkeypatch.setattr(resizing, "_MAX_GROWTH", 0)
 
 
 @pytest.mark.usefixtures("only_the_square")

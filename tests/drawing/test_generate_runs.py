@@ -181,7 +181,11 @@ def test_runs_that_cannot_be_drawn_from(model, lora, inversion, digits, folder, 
             jax_generate(source, prompt=PROMPT)
     for source, words, says in (
         (digits, inversion, "a DDPMPipeline takes no prompts, so no new words$"),
-        (model, f"{inversion}: ", r"--embeddings .*: : is no word that the tokenizer takes: name another, PATH:WORD$"),
+        (
+            model,
+            f"{inversion}: ",
+            r"--embeddings .*: : is not a word that the tokenizer accepts: name another, PATH:WORD$",
+        ),
     ):
         with pytest.raises(UserError, match=says):
             jax_generate(source, prompt=[] if source is digits else PROMPT, embeddings=words)
@@ -297,7 +301,7 @@ def test_help_and_what_is_required(command, capsys):
 
 
 def test_a_file_that_is_not_there_is_said_before_anything_is_loaded(model, tmp_path):
-    with pytest.raises(WeightsError, match=r"--lora .*no\.safetensors: is not there: check the path"):
+    with pytest.raises(WeightsError, match=r"--lora .*no\.safetensors does not exist: check the path"):
         jax_generate(model, prompt=PROMPT, lora=str(tmp_path / "no.safetensors"))
     with pytest.raises(ConfigError, match=r"the strength must be a finite number, such as .*:0\.8"):
         jax_generate(model, prompt=PROMPT, lora=f"{tmp_path}:nan")

@@ -175,7 +175,7 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     for name in ("pipe.png", "zero.png"):
-        with pytest.raises(DataError, match=rf"{name} cannot be decoded \(it is no regular file\)"):
+        with pytest.raises(DataError, match=rf"{name} cannot be decoded \(it is not a regular file\)"):
             decode(Record(tmp_path / name, None, name))
     with (tmp_path / "huge.png").open("wb") as file:
         file.truncate(2**30 + 1)

@@ -151,7 +151,7 @@ def test_a_full_disk(small_disk, tmp_path, backend, figure):
     assert have, last
     assert "No space left on device" in last
     assert last.endswith(f"; the newest checkpoint is {have[-1].name}")
-    assert all(folders.damage(one) is None for one in have)
+    assert all(folders.find_damage(one) is None for one in have)
     figure(6, f"{backend}: {len(have)} whole checkpoints on a disk of 32 MB, then: {last[:60]}…")
 
 

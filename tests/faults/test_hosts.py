@@ -10,7 +10,7 @@ from hosts import log_of, start_together
 from tiny import ONE_BLOCK, RUN, UNET, losses
 
 from flax_diffusion.core.checkpoints import portable
-from flax_diffusion.core.checkpoints.folders import committed, damage, step_of
+from flax_diffusion.core.checkpoints.folders import committed, find_damage, step_of
 
 HEARTBEAT, STEPS = 10, 30
 OPTIONS = RUN | {
@@ -66,7 +66,7 @@ def test_one_is_killed(request, tmp_path, whole, victim, figure):
         assert processes[victim].wait() == -signal.SIGKILL
         assert processes[1 - victim].wait(HEARTBEAT + 5) != 0
         slowest = max(slowest, time.monotonic() - began)
-        assert all(damage(one) is None for one in committed(folder / "run"))
+        assert all(find_damage(one) is None for one in committed(folder / "run"))
         finish(begin(request, folder, resume_from_checkpoint="latest"), folder)
         for ours, theirs in zip(left(folder)[0].items(), whole[0].items(), strict=True):
             assert ours[0] == theirs[0]
@@ -91,6 +91,6 @@ def test_one_is_told_to_end(request, tmp_path, told, figure):
     finish(processes, tmp_path)
     took = time.monotonic() - began
     last = committed(tmp_path / "run")[-1]
-    assert damage(last) is None
+    assert find_damage(last) is None
     assert f"ended by SIGTERM after step {step_of(last)}, saved as {last.name}; go on with" in log_of(tmp_path, 0)
     figure(4, f"SIGTERM to process {told} of two: both saved step {step_of(last)} and ended after {took:.1f} s")

@@ -8,7 +8,7 @@ import pytest
 from faults.trials import BACKENDS, STEPS, assert_same, die, ended, go_on, left, log_of, start
 
 from flax_diffusion.core.checkpoints import folders
-from flax_diffusion.core.checkpoints.folders import committed, damage
+from flax_diffusion.core.checkpoints.folders import committed, find_damage
 from flax_diffusion.core.run import saving
 
 SHORT = {"max_train_steps": 24, "checkpointing_steps": 3}
@@ -92,7 +92,7 @@ def survive(backend, folder, happens, **options):
     code = ended(start(backend, folder, happens, **options))
     assert code in (0, -9), log_of(folder)
     where = log_of(folder).rpartition("killed ")[2] if code else "after the end"
-    assert all(damage(one) is None for one in committed(folder))
+    assert all(find_damage(one) is None for one in committed(folder))
     go_on(backend, folder, **options)
     return where
 
@@ -141,6 +141,6 @@ def test_killed_in_rotation_with_one_checkpoint(tmp_path, backend, figure):
         folder = tmp_path / str(number)
         happens = (in_rotation, draw.randint(1, 8), draw.randint(0, 8))
         killed += ended(start(backend, folder, happens, **options)) == -9
-        assert any(damage(one) is None for one in committed(folder)), number
+        assert any(find_damage(one) is None for one in committed(folder)), number
     assert killed == 50
     figure(7, f"{backend}: {killed} kills in the rotation of one checkpoint: a whole one every time")

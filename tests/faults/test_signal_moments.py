@@ -85,7 +85,7 @@ def check(tmp_path, monkeypatch, backend, count):
             signals.next_session()
             train("unconditional", **OPTIONS, output_dir=str(folder), resume_from_checkpoint="latest")
             sent[signals.kind] += signals.sent
-            assert all(folders.damage(one) is None for one in folders.committed(folder))
+            assert all(folders.find_damage(one) is None for one in folders.committed(folder))
         assert left(folder) == expected
     return sent, runs
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from faults.trials import BACKENDS, STEPS, assert_same, ended, go_on, left, log_of, start, wait_for
 
-from flax_diffusion.core.checkpoints.folders import committed, damage, step_of
+from flax_diffusion.core.checkpoints.folders import committed, find_damage, step_of
 
 SECONDS = 5
 QUICK = {"checkpointing_steps": 1000, "checkpoints_total_limit": None}
@@ -93,7 +93,7 @@ def end(process, folder, times=1, number=signal.SIGTERM):
 
 def saved_step(folder, told="SIGTERM"):
     last = committed(folder)[-1]
-    assert damage(last) is None
+    assert find_damage(last) is None
     assert f"ended by {told} after step {step_of(last)}, saved as {last.name}; go on with" in log_of(folder)
     return step_of(last)
 
@@ -139,7 +139,7 @@ def test_ctrl_c_twice_ends_at_once(tmp_path, state):
     took = end(process, folder, times=2, number=signal.SIGINT)
     assert took < SECONDS
     assert not committed(folder)
-    assert "once more ends at once" in log_of(folder)
+    assert "press it again to end at once" in log_of(folder)
 
 
 def hold(sign, state):

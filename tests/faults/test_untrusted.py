@@ -271,7 +271,7 @@ def test_an_index_names_files_beside_it(tmp_path, name):
     from flax_diffusion.models import weights
 
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
-    with pytest.raises(WeightsError, match="which is no file beside it: fetch the folder again"):
+    with pytest.raises(WeightsError, match="which is not a file next to it: fetch the folder again"):
         weights.load(tmp_path, TREE, "model")
 
 
@@ -300,7 +300,7 @@ LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
     [
         (LAUGHS, "aliases stand for more than any recipe holds"),
         ("a: &a " + "x" * 60_000 + "\nb: [" + "*a, " * 1000 + "]", "aliases stand for more than any recipe holds"),
-        ("a: &a [*a]", r"the alias \*a stands for nothing, or for what it is in"),
+        ("a: &a [*a]", r"the alias \*a stands for nothing, or for a node that it lies in"),
         ("a: " + "[" * 50_000, "nested more than 64 deep"),
         ("a: x\n" * 100_000, "larger than 131072 bytes"),
         ("a: 2001-99-99", "month must be in 1..12"),
@@ -333,14 +333,14 @@ def test_links(tmp_path):
         if there:
             open_folder(folder)
             continue
-        with pytest.raises(DataError, match="names 1 files that are not there"):
+        with pytest.raises(DataError, match="names 1 files that do not exist"):
             open_folder(folder)
 
 
 def test_captions_that_are_no_text(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "\\ud800"}')
-    with pytest.raises(DataError, match=r"the caption is '\\ud800', which is no Unicode text"):
+    with pytest.raises(DataError, match=r"the caption is '\\ud800', which is not valid Unicode text"):
         open_folder(tmp_path)
 
 

@@ -72,7 +72,7 @@ def failing(places):
 
 def test_an_error_that_nobody_foresaw(capfd):
     workers = Workers(failing, 1)
-    with pytest.raises(DataError, match="ended with exit status 1: see above what it printed"):
+    with pytest.raises(DataError, match="ended with exit status 1: see its output above"):
         next(workers)
     workers.close()
     assert "RuntimeError: a defect" in capfd.readouterr().err

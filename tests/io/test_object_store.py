@@ -134,7 +134,7 @@ def test_what_is_set_aside_is_whole(bucket):
     assert [path.name for path in folders.committed(run)] == ["checkpoint-1"]
     aside = folders.abandoned(run)
     assert [path.name for path in aside] == ["checkpoint-1.abandoned", "checkpoint-2.abandoned"]
-    assert [folders.damage(path) for path in aside] == [None, None]
+    assert [folders.find_damage(path) for path in aside] == [None, None]
     assert [contents(path / "deep")["state"] for path in aside] == ["state 1", "state 2"]
     folders.clear_leftovers(run)
     assert len(folders.abandoned(run)) == 2

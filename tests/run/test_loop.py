@@ -173,7 +173,7 @@ def test_a_signal_to_end(tmp_path, monkeypatch, state, capsys):
     def signalled(self, *args, **kwargs):
         if state == "setup" or self.taken >= 2:
             for _ in range(2):
-                preemption.hear(15)
+                preemption.handle(15)
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(owner, name, signalled)

@@ -369,7 +369,7 @@ def test_adapters_of_another_model(model, tmp_path):
         convert(model, tmp_path / "a", embeddings=[str(tmp_path / "narrow.safetensors")])
     half = {"unet.mid_block.nothing.to_q.lora_A.weight": np.ones((2, 16), np.float32)}
     save_file(half, tmp_path / "half.safetensors")
-    with pytest.raises(WeightsError, match="has no second half"):
+    with pytest.raises(WeightsError, match="has no second matrix"):
         convert(model, tmp_path / "b", lora=[str(tmp_path / "half.safetensors")])
     other = half | {"unet.mid_block.nothing.to_q.lora_B.weight": np.ones((16, 2), np.float32)}
     save_file(other, tmp_path / "other.safetensors")

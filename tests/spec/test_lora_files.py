@@ -273,7 +273,7 @@ OTHERS = [
     other("words", "holds new words of textual inversion", *KOHYA_PAIR, "bundle_emb.dog.string_to_param.*"),
     other("xl", "holds LoRA of Stable Diffusion XL", *KOHYA_PAIR, "lora_te2_text_model_x.lora_down.weight"),
     other("control", "holds a Control-LoRA", "lora_controlnet", "input_blocks.0.0.weight"),
-    other("half", "lora_A.weight has no second half", PAIR[0]),
+    other("half", "lora_A.weight has no second matrix", PAIR[0]),
     other("misfit", r"to_q is 2 x 2, the model's is (8, 8)", *PAIR),
     other("flux", "x.to_q is no layer of the model: give the model that it was trained on by --model",
           "transformer.x.to_q.lora_A.weight", "transformer.x.to_q.lora_B.weight"),
@@ -319,7 +319,7 @@ def test_values_that_no_layer_can_have(known, tmp_path):
         ("endless", r"has the alpha \[inf\], must be one finite number"),
         ("kernel", r"is 8 x 8 with 3 x 1 pixels, the model's is \(8, 8, 3, 3\)"),
         ("line", r"is 8 x 8 with 9 pixels, the model's is \(8, 8, 3, 3\)"),
-        ("empty", r"has matrices of shapes \(0, 8, 3, 3\), \(8, 2, 1, 1\), which do not go together"),
+        ("empty", r"has matrices of shapes \(0, 8, 3, 3\), \(8, 2, 1, 1\), which do not fit together"),
     ):
         with pytest.raises(WeightsError, match=says):
             read_lora_layers(write(spoilt[name], tmp_path), known, PREFIXES)
@@ -330,7 +330,7 @@ def test_settings_of_one_model_only(known, tmp_path, caplog):
     found = read_lora_layers(write(file, tmp_path), known, PREFIXES)
     assert {layer.alpha for layer in found["unet"].values()} == {4}
     assert {layer.alpha for layer in found["text_encoder"].values()} == {2}
-    assert "its header has no settings of text_encoder; its alphas are taken to be its ranks" in caplog.text
+    assert "its header has no settings for text_encoder; each alpha is taken to be the rank" in caplog.text
 
 
 def test_files_that_are_not_there(known, tmp_path):
@@ -339,10 +339,10 @@ def test_files_that_are_not_there(known, tmp_path):
     (tmp_path / "named/dog.safetensors").write_bytes(b"")
     (tmp_path / "old.bin").write_bytes(b"")
     for name, says in (
-        ("nowhere.safetensors", r"--lora .*nowhere\.safetensors: is not there: check the path"),
-        ("empty", r"empty: holds no pytorch_lora_weights\.safetensors or adapter_model\.safetensors: name the file"),
+        ("nowhere.safetensors", r"--lora .*nowhere\.safetensors does not exist: check the path"),
+        ("empty", r"empty holds no pytorch_lora_weights\.safetensors or adapter_model\.safetensors: name the file"),
         ("named", r"; it holds dog\.safetensors: name the file itself"),
-        ("old.bin", r"old\.bin: is pickled, which can run code: convert it to safetensors first"),
+        ("old.bin", r"old\.bin is pickled, and loading it can run code: convert it to safetensors first"),
         ("named/dog.safetensors", "is not a whole safetensors file"),
     ):
         with pytest.raises(WeightsError, match=says):

@@ -105,7 +105,7 @@ def test_a_word_that_a_file_does_not_name(model, tmp_path, caplog):
     """kohya's files call the rows emb_params; the word is the file's name, or what is asked for."""
     file = saved(tmp_path / "MyDog.safetensors", emb_params=rows(2))
     assert list(read_words(file)) == ["mydog"]
-    assert "holds emb_params; its word in prompts is mydog (for another, PATH:WORD)" in caplog.text
+    assert "holds emb_params; its word in prompts is mydog (for another word, give PATH:WORD)" in caplog.text
     made = convert(model, tmp_path / "made", embeddings=[f"{file}:<toy>"])
     prompt = "a <toy> and emb_params"
     expected = theirs(model, file, prompt, token="<toy>")
@@ -128,7 +128,7 @@ def test_one_vector_without_an_axis(tmp_path):
         ({"QnewP": rows(2)[None]}, r"<new> has the shape \(1, 2, 16\)"),
         ({"QnewP": rows(1)[:, :5]}, "'<new>' has 5 features, this text encoder 16"),
         ({"clip_l": rows(1), "clip_g": rows(1)}, "holds clip_g and clip_l, a word of Stable Diffusion XL"),
-        ({}, r"holds 0 words \(\): give the file of one"),
+        ({}, r"holds 0 words \(\): give a file with one"),
     ],
 )
 def test_files_that_hold_no_new_word(model, tmp_path, words, says):
@@ -142,9 +142,9 @@ def test_files_that_hold_no_new_word(model, tmp_path, words, says):
 def test_files_that_are_not_there(model, tmp_path):
     (tmp_path / "learned_embeds.bin").write_bytes(b"")
     for path, says in (
-        (tmp_path / "no.safetensors", r"--embeddings .*no\.safetensors: is not there: check the path"),
+        (tmp_path / "no.safetensors", r"--embeddings .*no\.safetensors does not exist: check the path"),
         (tmp_path, r"holds no learned_embeds\.safetensors; it holds learned_embeds\.bin: name the file itself"),
-        (tmp_path / "learned_embeds.bin", "is pickled, which can run code: convert it to safetensors first"),
+        (tmp_path / "learned_embeds.bin", "is pickled, and loading it can run code: convert it to safetensors first"),
     ):
         with pytest.raises(WeightsError, match=says):
             convert(model, tmp_path / "made", embeddings=[str(path)])

@@ -258,11 +258,11 @@ def test_a_weights_file_on_the_hub(monkeypatch, tmp_path):
         [f"sub/{one}" for one in ("pytorch_lora_weights.safetensors", "*.json")],
     ]
     for name, says in (
-        ("owner/dog.v1", r"--lora owner/dog.v1: holds no pytorch_lora.*; it holds a\.safetensors.*: name the file"),
+        ("owner/dog.v1", r"--lora owner/dog.v1 holds no pytorch_lora.*; it holds a\.safetensors.*: name the file"),
         ("owner/dog.v1/c.safetensors", r"holds no c\.safetensors; it holds a\.safetensors"),
         ("owner/dog.v1/sub/b.bin", "is pickled"),
-        ("dog/a.safetensors", r"--lora dog/a\.safetensors: is not there: check the path"),
-        ("../owner/dog.v1", "is not there: check the path"),
+        ("dog/a.safetensors", r"--lora dog/a\.safetensors does not exist: check the path"),
+        ("../owner/dog.v1", "does not exist: check the path"),
     ):
         with pytest.raises(WeightsError, match=says):
             read(name)

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: folders that are whole or not there, and a form that both backends read."""
+"""Checkpoints of a run: folders that are whole or absent, and a form that both backends read."""

@@ -1,11 +1,11 @@
-"""Checkpoint folders: what makes one whole, which to resume from, and which to let go.
+"""Checkpoint folders: how one is sealed, which one to resume from, and which ones to delete.
 
-A checkpoint is written under another name. When all of it is on disk it is sealed: a manifest notes the checksum of
-every file and which checkpoint the run had before it, and the folder gets its name. Object stores cannot rename: there
-the manifest alone says that it is whole.
+A checkpoint is written under a temporary name. When all of it is on disk it is sealed: a manifest records the checksum
+of every file and the checkpoint that the run had before it, and the folder gets its final name. Object stores cannot
+rename folders. There, the manifest alone marks the checkpoint as whole.
 
-What a run no longer goes on from, but did not make in vain, is set aside under another name: a damaged checkpoint, and
-those that are newer than the one that the user goes back to.
+Checkpoints from which the run no longer resumes are not deleted but set aside under another name: those that are
+damaged, and those that are newer than the one that the user goes back to.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ _ABANDONED = re.compile(r"checkpoint-\d+\.abandoned(\.\d+)?")
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    """The folder of a step's checkpoint: `checkpoint-1500`."""
+    """Return the folder of a step's checkpoint, such as `checkpoint-1500`."""
     return output_dir / f"checkpoint-{step}"
 
 
 def unsealed(folder: Path) -> Path:
-    """Where a checkpoint is written until it is sealed."""
+    """Return the folder that a checkpoint is written to until it is sealed."""
     return folder.with_name(f"{folder.name}.partial") if is_local(folder) else folder
 
 
 def make_room(folder: Path) -> None:
-    """Clears the place where a checkpoint is about to be written; a whole one that stands there is set aside."""
+    """Clear the place where a checkpoint is about to be written; a whole one there is set aside."""
     written = unsealed(folder)
     if written == folder and (folder / MANIFEST).exists():
         abandon(folder)
@@ -52,11 +52,11 @@ def make_room(folder: Path) -> None:
 
 
 def seal(folder: Path, parent: str | None = None) -> None:
-    """Makes a checkpoint of what stands in `unsealed(folder)`. One that bears its name by then is set aside.
+    """Seal the checkpoint that was written to `unsealed(folder)`. An older one of the same name is set aside.
 
     Args:
-        folder: Of the checkpoint.
-        parent: `identity_of` the checkpoint that the run had before it; None for its first one.
+        folder: Final folder of the checkpoint.
+        parent: `identity_of` the checkpoint that the run had before it; None for the first one.
     """
     written = unsealed(folder)
     names = [*walk(written)]
@@ -70,7 +70,7 @@ def seal(folder: Path, parent: str | None = None) -> None:
 
 
 def finish_seals(output_dir: Path) -> None:
-    """Gives their names to checkpoints that were whole but not named yet when the process was killed."""
+    """Give their final names to checkpoints that were whole but not yet renamed when the process was killed."""
     for written in _named(output_dir, _UNSEALED):
         folder = written.with_name(written.name.removesuffix(".partial"))
         if (written / MANIFEST).exists() and not folder.exists():
@@ -78,7 +78,7 @@ def finish_seals(output_dir: Path) -> None:
 
 
 def identity_of(folder: Path) -> str:
-    """Name of a sealed checkpoint and the checksum of its manifest, by which no other one is the same."""
+    """Return the name of a sealed checkpoint and the checksum of its manifest, which no other checkpoint has."""
     return f"{folder.name}@{_checksum(folder / MANIFEST)[:16]}"
 
 
@@ -87,8 +87,8 @@ def _checksum(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with the files of a sealed checkpoint: reads all of them. None: nothing."""
+def find_damage(folder: Path) -> str | None:
+    """Read all files of a sealed checkpoint and return what is wrong with them, or None if nothing is."""
     try:
         items: list[tuple[str, Any]] = list(parse_json(read_text(folder / MANIFEST))["sha256"].items())
     except FileNotFoundError:
@@ -110,34 +110,42 @@ def damage(folder: Path) -> str | None:
 
 
 def committed(output_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first. A save in flight is none."""
+    """Return the sealed checkpoints of a run, oldest first."""
     if not output_dir.is_dir():
         return []
     found = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(filter(_is_sealed, found), key=step_of)
 
 
-def newest_named(output_dir: Path) -> str:
-    """Tells which checkpoint a run that fails leaves to go on from."""
+def describe_newest(output_dir: Path) -> str:
+    """Return a phrase that names the newest checkpoint of a run, for messages of a run that fails."""
     have = committed(output_dir)
     return f"the newest checkpoint is {have[-1].name}" if have else "no checkpoint was saved yet"
 
 
 def _is_sealed(folder: Path) -> bool:
-    """On this machine the name says so, and a manifest that is not there is a damage."""
+    # On this machine the name says so: a checkpoint that has its name and no manifest is damaged.
     return is_local(folder) or (folder / MANIFEST).exists()
 
 
 def step_of(folder: Path) -> int:
-    """The optimizer step in a checkpoint folder's name."""
+    """Return the optimizer step in a checkpoint folder's name.
+
+    Raises:
+        CheckpointError: If the folder has no checkpoint's name.
+    """
     match = _NAME.fullmatch(folder.name)
     if match is None:
-        raise CheckpointError(f"{folder}: not a checkpoint's name, must be like checkpoint-1500")
+        raise CheckpointError(f"{folder} has no checkpoint's name, which must be like checkpoint-1500")
     return int(match[1])
 
 
 def find(output_dir: Path, request: str) -> Path:
-    """Finds a checkpoint by its name in the folder of a run, or by its path.
+    """Find a checkpoint by its name in the folder of a run, or by its path.
+
+    Args:
+        output_dir: Folder of the run.
+        request: The name or the path.
 
     Raises:
         CheckpointError: If there is none.
@@ -151,28 +159,28 @@ def find(output_dir: Path, request: str) -> Path:
 
 
 def require_whole(folder: Path) -> None:
-    """Reads all files of a checkpoint.
+    """Read all files of a checkpoint and refuse it if it is damaged.
 
     Raises:
-        CheckpointError: Naming what is wrong with it.
+        CheckpointError: If it is damaged; the message says how.
     """
-    wrong = damage(folder)
+    wrong = find_damage(folder)
     if wrong is not None:
         raise CheckpointError(f"{folder}: {wrong}; use another checkpoint")
 
 
 def newest_whole(output_dir: Path) -> Path | None:
-    """The newest checkpoint with nothing wrong; newer ones get another name, with a warning.
+    """Find the newest checkpoint that is not damaged. Newer, damaged ones are set aside with a warning.
 
     Returns:
         The folder, or None if the run has saved none yet.
 
     Raises:
-        CheckpointError: If something is wrong with each of them.
+        CheckpointError: If the run has checkpoints and all are damaged.
     """
     wrong: dict[Path, str] = {}
     for folder in reversed(committed(output_dir)):
-        why = damage(folder)
+        why = find_damage(folder)
         if why is None:
             for one, reason in wrong.items():
                 log.warning("%s: %s; set aside as %s", one.name, reason, _set_aside(one, "damaged").name)
@@ -196,28 +204,28 @@ def _set_aside(folder: Path, why: str) -> Path:
 
 
 def abandon(folder: Path) -> Path:
-    """Sets a checkpoint aside that the run does not go on from; returns where it is now."""
+    """Set aside a checkpoint from which the run does not resume, and return its new path."""
     return _set_aside(folder, "abandoned")
 
 
 def newer_than(output_dir: Path, start: Path) -> list[Path]:
-    """The checkpoints in the folder of a run that lie ahead of one that the run goes on from, oldest first.
+    """Return the checkpoints of a run at or after the step of the one that it resumes from, oldest first.
 
     Args:
-        output_dir: Of the run.
-        start: The checkpoint, in that folder or elsewhere.
+        output_dir: Folder of the run.
+        start: The checkpoint that the run resumes from, in that folder or elsewhere. It is left out.
     """
     at = step_of(start)
     return [one for one in committed(output_dir) if step_of(one) >= at and absolute(one) != absolute(start)]
 
 
 def damaged(output_dir: Path) -> list[Path]:
-    """Checkpoints that were found damaged and set aside."""
+    """Return the checkpoints that were set aside because they are damaged."""
     return _named(output_dir, _DAMAGED)
 
 
 def abandoned(output_dir: Path) -> list[Path]:
-    """Checkpoints that were set aside because the run went back to an older one."""
+    """Return the checkpoints that were set aside because the run went back to an older one."""
     return _named(output_dir, _ABANDONED)
 
 
@@ -226,12 +234,12 @@ def _named(output_dir: Path, pattern: re.Pattern[str]) -> list[Path]:
 
 
 def rotate(output_dir: Path, limit: int | None, newest: Path) -> None:
-    """Deletes the oldest checkpoints beyond a limit.
+    """Delete the oldest checkpoints beyond a limit.
 
     Args:
-        output_dir: Of the run.
+        output_dir: Folder of the run.
         limit: Checkpoints to keep; None for all.
-        newest: That was sealed last: it stays, whatever its step.
+        newest: The checkpoint that was sealed last, which is kept whatever its step.
     """
     if limit is None:
         return
@@ -241,7 +249,7 @@ def rotate(output_dir: Path, limit: int | None, newest: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Deletes a checkpoint; one that is not there is no error. Cut off midway, it leaves no half of one."""
+    """Delete a checkpoint, if it exists. If the process is killed meanwhile, what is left does not count as one."""
     if is_local(folder):
         if folder.exists():
             remove_tree(unsealed(folder))
@@ -252,7 +260,7 @@ def remove(folder: Path) -> None:
 
 
 def clear_leftovers(output_dir: Path) -> None:
-    """Deletes what a killed run left of a save in flight."""
+    """Delete what a killed run left of an unfinished save."""
     if output_dir.is_dir():
         for path in output_dir.iterdir():
             cut_off = _NAME.fullmatch(path.name) and path.is_dir() and not _is_sealed(path)
@@ -261,10 +269,15 @@ def clear_leftovers(output_dir: Path) -> None:
 
 
 def check_same_shapes(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tuple[int, ...]], folder: Path) -> None:
-    """Compares names and shapes of a checkpoint's arrays with those of this run.
+    """Compare names and shapes of a checkpoint's arrays with those of this run.
+
+    Args:
+        have: Shapes by name in the checkpoint.
+        want: Shapes by name in this run.
+        folder: The checkpoint, for messages.
 
     Raises:
-        CheckpointError: Naming the first differences.
+        CheckpointError: If they differ; the message names the first differences.
     """
     differences = [
         f"{name} is {have[name]} there and {want[name]} here"
@@ -273,7 +286,9 @@ def check_same_shapes(have: Mapping[str, tuple[int, ...]], want: Mapping[str, tu
     ]
     differences += [f"{name} is missing there" for name in want if name not in have]
     differences += [f"{name} is not in this run" for name in have if name not in want]
-    differences.sort(key=lambda text: not text.startswith("params/"))  # moments only repeat what the weights say
+    differences.sort(
+        key=lambda text: not text.startswith("params/")
+    )  # weights first: the optimizer's moments have the same differences
     if differences:
         more = f", and {len(differences) - 3} more differences" if len(differences) > 3 else ""
         raise CheckpointError(

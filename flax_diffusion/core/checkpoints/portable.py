@@ -1,12 +1,12 @@
-"""Checkpoints that either backend can go on from.
+"""Checkpoints from which either backend can resume.
 
 The JAX side writes Orbax folders, sharded and in the background; the PyTorch side writes one safetensors file. Both are
-read here, into the same plain arrays, by names that no framework owns:
+read here into the same NumPy arrays, with names that belong to no framework:
 
     params/unet/conv_in.weight   a trained weight, by component and PyTorch name, in PyTorch's layout
     ema/…  mu/…  nu/…            its moving average and AdamW's moments
     count                        optimizer updates so far (steps that fp16 skipped do not count)
-    loss_scale  good_steps       of fp16
+    loss_scale  good_steps       state of fp16's loss scaling
 """
 
 from __future__ import annotations
@@ -32,23 +32,30 @@ SCALARS[("loss_scale", "good_steps")] = "good_steps"
 
 
 def portable_name(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
-    """The name of a leaf of the JAX side's train state, and its path inside its module; None for `step`.
+    """Return the portable name of a leaf of the JAX side's train state; None for `step`.
 
     Args:
         path: Keys from the root, such as ("opt_state", "0", "mu", "unet", "conv_in", "kernel").
+
+    Returns:
+        The name, and the leaf's path inside its component if the leaf has a weight's layout, else ().
     """
-    if path == ("step",):  # stands in the metadata
+    if path == ("step",):  # it is in the metadata
         return None
     if path in SCALARS:
         return SCALARS[path], ()
     kind, component, *inside = path[2:] if path[:2] == ("opt_state", "0") else path
-    if inside[-1] in ("codes", "absmax"):  # of 8-bit moments, in whatever layout they have
+    if inside[-1] in ("codes", "absmax"):  # of 8-bit moments, which keep their own layout
         return f"{kind}_{inside[-1]}/{component}/{torch_name(inside[:-1])}", ()
     return f"{kind}/{component}/{torch_name(inside)}", tuple(inside)
 
 
 def from_tree(leaves: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> Arrays:
-    """Names and lays out the leaves of the JAX side's train state as PyTorch does."""
+    """Return the leaves of the JAX side's train state under portable names, in PyTorch's layout.
+
+    Args:
+        leaves: The path of each leaf, as of `portable_name`, and its values.
+    """
     arrays = {}
     for path, leaf in leaves:
         named = portable_name(path)
@@ -59,19 +66,25 @@ def from_tree(leaves: Iterable[tuple[tuple[str, ...], np.ndarray]]) -> Arrays:
 
 
 def is_portable(folder: Path) -> bool:
-    """Whether a checkpoint is of the PyTorch side."""
+    """Return whether a checkpoint was written by the PyTorch side."""
     return (folder / ARRAYS).is_file()
 
 
 def write(folder: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
-    """Writes the PyTorch side's checkpoint to a folder that is not there yet."""
+    """Write the PyTorch side's checkpoint.
+
+    Args:
+        folder: Folder of the checkpoint, which must not exist yet.
+        arrays: Arrays by portable name.
+        metadata: The loop's metadata, as JSON.
+    """
     folder.mkdir(parents=True)
     model_files.write_safetensors(folder / ARRAYS, arrays)
     write_json(folder / METADATA, dict(metadata))
 
 
 _MALFORMED = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
-"""What a folder raises that is no checkpoint, or one of another form."""
+"""Errors from reading a folder that is no checkpoint, or one of another form."""
 
 
 @contextmanager
@@ -83,10 +96,10 @@ def _complete(folder: Path) -> Iterator[None]:
 
 
 def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
-    """Reads a checkpoint of either backend.
+    """Read a checkpoint of either backend.
 
     Returns:
-        The arrays, and the loop's metadata.
+        The arrays by portable name, and the loop's metadata.
 
     Raises:
         CheckpointError: If the folder is not a complete checkpoint.
@@ -101,7 +114,7 @@ def read(folder: Path) -> tuple[Arrays, dict[str, Any]]:
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """Reads the loop's metadata of a checkpoint of either backend.
+    """Read the loop's metadata from a checkpoint of either backend.
 
     Raises:
         CheckpointError: If there is none.
@@ -112,7 +125,7 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Reads names and shapes of the arrays in a checkpoint of either backend.
+    """Read names and shapes of the arrays in a checkpoint of either backend.
 
     Raises:
         CheckpointError: If the folder is not a complete checkpoint.
@@ -125,14 +138,14 @@ def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _open_orbax(folder: Path) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Opens the leaves that Orbax stored, without Orbax, which would bring jax in."""
+    """Open the leaves that Orbax stored, without Orbax, which would import jax."""
     import tensorstore
 
     tree = parse_json(read_text(folder / "state" / "_METADATA"))
     state = folder / "state"
     where = f"file://{absolute(state)}/" if is_local(state) else f"{state}/"
     for leaf in tree["tree_metadata"].values():
-        if leaf["value_metadata"]["value_type"] == "jax.Array":  # else an empty place in the tree
+        if leaf["value_metadata"]["value_type"] == "jax.Array":  # anything else is an empty node of the tree
             path = tuple(key["key"] for key in leaf["key_metadata"])
             kvstore = {"driver": "ocdbt", "base": where, "path": ".".join(path) + "/"}
             yield path, tensorstore.open({"driver": "zarr", "kvstore": kvstore, "open": True}).result()

@@ -1,4 +1,4 @@
-"""The account of examples that cannot be used and are passed over, and when there are too many of them."""
+"""Record of the bad examples that a run skips, with a limit on their number."""
 
 import logging
 
@@ -8,32 +8,32 @@ from flax_diffusion.core.errors import DataError
 logger = logging.getLogger(__name__)
 
 MAX_BAD_SHARE = 0.01
-"""Of the examples. A dataset with more bad ones was cut off on its way, or is not what it was taken for."""
+"""Largest share of bad examples. A dataset with more was cut off while it was copied, or is not the expected one."""
 
 
-def most_bad(examples: int) -> int:
-    """How many bad examples a dataset may have: one in any, however small."""
+def max_bad_examples(examples: int) -> int:
+    """Return how many bad examples a dataset of a given size may have: at least one."""
     return max(1, int(MAX_BAD_SHARE * examples))
 
 
 class BadExamples:
-    """The examples that could not be used so far.
+    """The bad examples found so far.
 
     Args:
-        examples: In the dataset.
+        examples: Number of examples in the dataset.
     """
 
     def __init__(self, examples: int):
         self._examples = examples
-        self._limit = most_bad(examples)
+        self._limit = max_bad_examples(examples)
         self.reasons: dict[str, str] = {}
 
     def add(self, name: str, reason: str) -> None:
-        """Counts one, once however often it is met.
+        """Record a bad example; the same one is counted only once.
 
         Args:
-            name: Of the example.
-            reason: The message of its error.
+            name: Name of the example.
+            reason: Message of its error.
 
         Raises:
             DataError: If there are too many now.
@@ -50,7 +50,7 @@ class BadExamples:
 
 
 def example_name(source: Source, index: int) -> str:
-    """What messages call an example, of which the record itself may be what is bad."""
+    """Return an example's name for messages, even if its record cannot be read."""
     try:
         return source[index].name
     except DataError as error:

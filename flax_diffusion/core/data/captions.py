@@ -1,4 +1,4 @@
-"""From caption text to CLIP token ids; loading and training CLIP's byte-pair tokenizer."""
+"""Conversion of captions to CLIP token ids; loading and training of CLIP's byte-pair tokenizer."""
 
 import itertools
 import json
@@ -21,40 +21,37 @@ if TYPE_CHECKING:  # transformers takes seconds to import, and worker processes 
 BYTE_SYMBOLS = 256
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>")
 _WORD_END = "</w>"
-_PRIVATE_USE = 0xE000  # Unicode characters that stand for "a byte at the end of a word" while training
+_PRIVATE_USE = 0xE000  # first of the Unicode characters that stand for a byte at the end of a word during training
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tokenize:
-    """Captions to ids of one length, as `CLIPTokenizer(caption, padding="max_length", truncation=True)` does.
+    """Callable that tokenizes like `CLIPTokenizer(caption, padding="max_length", truncation=True)`.
 
-    A word that textual inversion added with several vectors (`<toy>`, `<toy>_1`, …) stands for all of them. Holds the
-    Rust tokenizer alone, so that a worker process needs no transformers.
+    A word that textual inversion added with several vectors (`<toy>`, `<toy>_1`, …) stands for all of them. The object
+    holds only the Rust tokenizer, so that worker processes need not import transformers.
 
     Reference: `maybe_convert_prompt` of Diffusers.
     """
 
     tokenizer: Tokenizer  # with neither padding nor truncation
-    length: int  # of the ids
-    before: tuple[int, ...]  # special tokens around every caption
-    after: tuple[int, ...]
+    length: int  # number of ids
+    before: tuple[int, ...]  # special tokens before every caption
+    after: tuple[int, ...]  # special tokens after every caption
     pad_id: int
     pads_left: bool
     cuts_left: bool
-    words: Mapping[int, tuple[int, ...]]  # id of a word of several tokens, and those of the tokens that follow it
+    words: Mapping[int, tuple[int, ...]]  # id of a word of several tokens to the ids of the tokens that follow it
 
     @classmethod
     def from_clip(cls, tokenizer: "CLIPTokenizer") -> "Tokenize":
-        """Take over a CLIPTokenizer, with tokens added to it so far.
+        """Make the callable from a CLIPTokenizer, including the tokens added to it so far.
 
         Args:
-            tokenizer: whose `model_max_length` is the length of the ids.
-
-        Returns:
-            The callable.
+            tokenizer: The tokenizer; its `model_max_length` is the number of ids.
 
         Raises:
-            WeightsError: the tokenizer states no length.
+            WeightsError: If the tokenizer states no length.
         """
         length = tokenizer.model_max_length
         if length > 1_000_000:  # transformers' stand-in for "none"
@@ -81,19 +78,19 @@ class Tokenize:
         """Tokenize one caption.
 
         Args:
-            caption: any text; the empty one gives start, end and padding.
+            caption: Any text; an empty one gives start, end and padding.
 
         Returns:
-            int32 (model_max_length,).
+            The ids, int32 (model_max_length,).
         """
-        tokens, _ = self._spelt(caption)
+        tokens, _ = self._tokens(caption)
         ids = [*self.before, *tokens[self._kept(len(tokens))], *self.after]
         padding = [self.pad_id] * (self.length - len(ids))
         return np.array(padding + ids if self.pads_left else ids + padding, np.int32)
 
     def cut_off(self, caption: str) -> str:
-        """Return the part of a caption that is over the length, from a word cut in two on; empty where all fits."""
-        tokens, places = self._spelt(caption)
+        """Return the part of a caption that does not fit, from the start of a word cut in two; "" if all of it fits."""
+        tokens, places = self._tokens(caption)
         kept = len(tokens[self._kept(len(tokens))])
         if kept == len(tokens):
             return ""
@@ -101,12 +98,12 @@ class Tokenize:
         return caption[start:end].strip()
 
     def _kept(self, count: int) -> slice:
-        """Return which of a caption's tokens fit."""
+        """Return the slice of a caption's tokens that fits."""
         room = self.length - len(self.before) - len(self.after)
         return slice(max(0, count - room), None) if self.cuts_left else slice(room)
 
-    def _spelt(self, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Return a caption's tokens, those of added words in full, and where each stands in it."""
+    def _tokens(self, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return a caption's tokens, with added words in full, and each one's (start, end) in it."""
         encoding = self.tokenizer.encode(caption, add_special_tokens=False)
         if not self.words:
             return encoding.ids, encoding.offsets
@@ -114,7 +111,9 @@ class Tokenize:
         places: list[tuple[int, int]] = []
         for number, (token, place) in enumerate(zip(encoding.ids, encoding.offsets, strict=True), 1):
             rest = self.words.get(token, ())
-            if tuple(encoding.ids[number : number + len(rest)]) == rest:  # the caption spells it out itself
+            if (
+                tuple(encoding.ids[number : number + len(rest)]) == rest
+            ):  # the caption already writes all tokens of the word
                 rest = ()
             tokens += [token, *rest]
             places += [place] * (1 + len(rest))
@@ -122,7 +121,7 @@ class Tokenize:
 
 
 def _words(added: Mapping[str, int]) -> dict[int, tuple[int, ...]]:
-    """Return the words of several tokens among those that were added to a tokenizer."""
+    """Return the words of several tokens among those added to a tokenizer: first id to the following ids."""
     words = {}
     for word, token in added.items():
         numbered = itertools.takewhile(added.__contains__, (f"{word}_{number}" for number in itertools.count(1)))
@@ -136,13 +135,10 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
     """Load a CLIP tokenizer from a local folder.
 
     Args:
-        folder: holding tokenizer.json, or vocab.json and merges.txt.
-
-    Returns:
-        The tokenizer.
+        folder: Folder with tokenizer.json, or with vocab.json and merges.txt.
 
     Raises:
-        WeightsError: the folder or its files are missing or unreadable.
+        WeightsError: If the folder or its files are missing or unreadable.
     """
     from transformers import CLIPTokenizer
 
@@ -150,7 +146,7 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
     if not folder.is_dir():
         raise WeightsError(f"tokenizer folder {folder} does not exist; give the pipeline's tokenizer subfolder")
     has = {name for name in ("tokenizer.json", "vocab.json", "merges.txt") if (folder / name).is_file()}
-    # transformers would quietly make an empty tokenizer.
+    # Without its files, transformers would silently make an empty tokenizer.
     if "tokenizer.json" not in has and not {"vocab.json", "merges.txt"} <= has:
         raise WeightsError(f"tokenizer folder {folder} needs tokenizer.json, or vocab.json and merges.txt")
     try:
@@ -160,19 +156,19 @@ def load_tokenizer(folder: str | Path) -> "CLIPTokenizer":
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: int) -> "CLIPTokenizer":
-    """Learn CLIP's kind of byte-pair vocabulary from captions, the same one on every run.
+    """Learn a byte-pair vocabulary like CLIP's from captions, the same one on every run.
 
     Args:
-        captions: to learn from.
-        vocab_size: entries at most; fewer where the captions hold no more pairs to merge. 512 are the bytes, inside
-            and at the end of a word, and two are special.
-        model_max_length: of the ids, tokens.
+        captions: Captions to learn from.
+        vocab_size: Largest number of entries; fewer if the captions hold no more pairs to merge. 512 of them are the
+            bytes, inside and at the end of a word, and two are special.
+        model_max_length: Length of the ids, tokens.
 
     Returns:
         A tokenizer whose `save_pretrained` folder loads as a CLIPTokenizer with the same ids.
 
     Raises:
-        DataError: `vocab_size` leaves no room.
+        DataError: If `vocab_size` or `model_max_length` is too small.
 
     Reference: Radford et al. 2021, section 2.4, and the layout of CLIP's vocab.json: bytes, bytes that end a word,
     merges in the order learnt, start, end.
@@ -185,12 +181,12 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
     if model_max_length < 3:
         raise DataError(f"model_max_length is {model_max_length}; start, end and one token take 3")
     byte_letters = _byte_letters()
-    # The Rust trainer breaks ties by token id, and hands out the ids of word endings in an order that changes from
-    # run to run. So each ending is one private letter here, which has its id from the fixed alphabet.
+    # The Rust trainer breaks ties by token id, and assigns the ids of word endings in an order that changes from run
+    # to run. So each ending is one private letter here, whose id comes from the fixed alphabet.
     endings = {letter: chr(_PRIVATE_USE + n) for n, letter in enumerate(byte_letters)}
     spelled = {ending: letter + _WORD_END for letter, ending in endings.items()}
 
-    rules = CLIPTokenizer().backend_tokenizer  # for CLIP's normalization and splitting into words
+    rules = CLIPTokenizer().backend_tokenizer  # has CLIP's normalization and splitting into words
 
     def marked(caption: str) -> str:
         text = rules.normalizer.normalize_str(caption)
@@ -214,7 +210,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
 
 
 def _byte_letters() -> list[str]:
-    # GPT-2's letters for the 256 bytes: the printable ones stand for themselves, and come first in CLIP's vocabulary;
-    # the others are the letters from 256 on.
+    # GPT-2's letters for the 256 bytes. Printable ones stand for themselves and come first in CLIP's vocabulary; for
+    # the others stand the characters from 256 on.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [chr(code) for code in printable] + [chr(256 + n) for n in range(256 - len(printable))]

@@ -1,10 +1,11 @@
-"""A look at all examples before the first step, so that none of them ends a run hours later.
+"""Check of the examples before the first step, so that a bad one does not end the run hours later.
 
-Captions are read in full; of a picture only its header, which tells a missing, empty or foreign file and an implausible
-size, and not one that was cut off. What the pixels alone show is found when they are decoded.
+Captions are read in full. Of a picture only the header is read: it shows a missing or empty file, an unknown format or
+an implausible size, but not a file that was cut off. Errors that only the pixels show are found when they are decoded.
 
-A header takes about a tenth of a millisecond on a local disk, so of 262,144 examples at most: half a minute. In an
-object store each is a request, so of 8,192. Of larger datasets, so many are taken at even distances.
+Reading a header takes about a tenth of a millisecond on a local disk, so at most 262,144 examples are checked, in half
+a minute. In an object store each header is a request, so at most 8,192 are. In larger datasets the checked examples are
+evenly spaced.
 """
 
 import logging
@@ -16,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flax_diffusion.core.data.bad import MAX_BAD_SHARE, example_name, most_bad
+from flax_diffusion.core.data.bad import MAX_BAD_SHARE, example_name, max_bad_examples
 from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.images.decoding import check_header
 from flax_diffusion.core.data.sources.source import Source, first_few
@@ -25,9 +26,9 @@ from flax_diffusion.core.io.files import is_local
 
 MAX_CHECKED = 2**18
 MAX_CHECKED_IN_STORE = 2**13
-_THREADS, _THREADS_IN_STORE = 8, 64  # the latter wait for answers
-_AT_A_TIME = 64  # examples a task
-_BAR_AFTER = 2.0  # seconds
+_THREADS, _THREADS_IN_STORE = 8, 64  # threads for an object store wait for answers most of the time
+_EXAMPLES_PER_TASK = 64
+_BAR_DELAY = 2.0  # seconds before a progress bar is shown
 
 log = logging.getLogger(__name__)
 
@@ -40,76 +41,77 @@ def check_source(
     main: bool = True,
     tokenize: Tokenize | None = None,
 ) -> None:
-    """Read every example's caption and every picture's header.
+    """Check captions and picture headers of the examples.
 
     Args:
-        source: of the examples.
-        skip_bad_images: bear as many bad examples as a run bears.
-        everywhere: tells whether something holds in every process of the run, all of which must call this.
-        main: shows the bar, if it takes over two seconds.
-        tokenize: for captions; how many of them are cut off is said once.
+        source: The examples.
+        skip_bad_images: Whether to accept as many bad examples as a run may skip.
+        everywhere: Function that returns whether its argument is true in every process of the run; all of them must
+            call this function.
+        main: Whether this is the first process, which logs what was found and shows a progress bar after two seconds.
+        tokenize: The captions' tokenizer, to log how many captions are cut off; None for no such check.
 
     Raises:
-        DataError: examples cannot be used, here or in another process: how many, the first few, and what is wrong
-            with the first.
+        DataError: If examples cannot be used, here or in another process. The message says how many, names the first
+            few, and says what is wrong with the first.
     """
-    looked_at, look = _look(source, main, tokenize)
-    reasons = dict(look.reasons[index] for index in sorted(look.reasons))
-    failure = _failure(looked_at, len(source), reasons, skip_bad_images)
+    checked, findings = _check(source, main, tokenize)
+    reasons = dict(findings.reasons[index] for index in sorted(findings.reasons))
+    failure = _failure(checked, len(source), reasons, skip_bad_images)
     if not everywhere(failure is None) and failure is None:
         raise DataError("another process of this run cannot use its data, and says why; it must see the same files")
     if failure is not None:
         raise failure
     if not main:
         return
-    if looked_at < len(source):
-        log.info("looked at %d of %d examples before the start", looked_at, len(source))
-    if look.empty:
-        log.warning("%d captions are empty: %s", len(look.empty), first_few(sorted(look.empty)))
-    if tokenize is not None and look.cut_off:
-        name, rest = look.cut_off[min(look.cut_off)]
+    if checked < len(source):
+        log.info("checked %d of %d examples before the start", checked, len(source))
+    if findings.empty:
+        log.warning("%d captions are empty: %s", len(findings.empty), first_few(sorted(findings.empty)))
+    if tokenize is not None and findings.cut_off:
+        name, rest = findings.cut_off[min(findings.cut_off)]
         log.warning(
             "the text encoder takes %d tokens, %d of %d captions are longer; of the first, %s, it does not see '%s'",
-            tokenize.length, len(look.cut_off), looked_at, name, rest,
+            tokenize.length, len(findings.cut_off), checked, name, rest,
         )  # fmt: skip
 
 
-def _failure(looked_at: int, examples: int, reasons: dict[str, str], skip_bad_images: bool) -> DataError | None:
-    most = most_bad(examples)
-    if len(reasons) <= (most if skip_bad_images else 0):
+def _failure(checked: int, examples: int, reasons: dict[str, str], skip_bad_images: bool) -> DataError | None:
+    limit = max_bad_examples(examples)
+    if len(reasons) <= (limit if skip_bad_images else 0):
         return None
     first = next(iter(reasons.values()))
     if len(reasons) == 1:
-        return DataError(f"{first}, or pass over such by --skip_bad_images")
+        return DataError(f"{first}, or skip such examples with --skip_bad_images")
     fix = "restore or remove them"
     if skip_bad_images:
         fix += f", which are over {MAX_BAD_SHARE:.0%}"
-    elif len(reasons) <= most:
-        fix += ", or pass over such by --skip_bad_images"
+    elif len(reasons) <= limit:
+        fix += ", or skip such examples with --skip_bad_images"
     return DataError(
-        f"{len(reasons)} of {looked_at} examples cannot be used: {first_few(list(reasons))}; {fix}. The first: {first}"
+        f"{len(reasons)} of {checked} examples cannot be used: {first_few(list(reasons))}; {fix}. The first: {first}"
     )
 
 
-def _look(source: Source, main: bool, tokenize: Tokenize | None) -> tuple[int, "_Look"]:
-    """How many examples were looked at, and what was found."""
+def _check(source: Source, main: bool, tokenize: Tokenize | None) -> tuple[int, "_Findings"]:
+    """Check the examples and return how many were checked, and what was found."""
     local = _is_local(source)
-    most = min(len(source), MAX_CHECKED if local else MAX_CHECKED_IN_STORE)
-    indices = np.linspace(0, len(source) - 1, most).astype(int).tolist()
-    look = _Look(source, tokenize)
-    parts = [indices[first : first + _AT_A_TIME] for first in range(0, most, _AT_A_TIME)]
+    count = min(len(source), MAX_CHECKED if local else MAX_CHECKED_IN_STORE)
+    indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
+    findings = _Findings(source, tokenize)
+    parts = [indices[first : first + _EXAMPLES_PER_TASK] for first in range(0, count, _EXAMPLES_PER_TASK)]
     pool = ThreadPoolExecutor(_THREADS if local else _THREADS_IN_STORE, thread_name_prefix="check")
     try:
-        with tqdm(total=most, desc="checking", unit="example", delay=_BAR_AFTER, disable=not main) as bar:
-            for part in pool.map(look.some, parts):
+        with tqdm(total=count, desc="checking", unit="example", delay=_BAR_DELAY, disable=not main) as bar:
+            for part in pool.map(findings.check, parts):
                 bar.update(part)
     finally:
         pool.shutdown(cancel_futures=True)
-    return most, look
+    return count, findings
 
 
 def _is_local(source: Source) -> bool:
-    """Whether reading an example asks no object store."""
+    """Return whether reading an example needs no object store."""
     try:
         image = source[0].image
     except DataError:
@@ -117,13 +119,13 @@ def _is_local(source: Source) -> bool:
     return isinstance(image, (bytes, np.ndarray, Image.Image)) or is_local(image)
 
 
-class _Look:
-    """What several threads find.
+class _Findings:
+    """Results of the check, which several threads add to.
 
     Attributes:
-        reasons: By index, the name of an example that cannot be used, and why.
-        empty: The names of those whose caption is empty.
-        cut_off: By index, the name of an example whose caption is too long, and what is too much of it.
+        reasons: By index, the name of an example that cannot be used, and the reason.
+        empty: Names of the examples whose caption is empty.
+        cut_off: By index, the name of an example whose caption is too long, and the part that is cut off.
     """
 
     def __init__(self, source: Source, tokenize: Tokenize | None):
@@ -135,12 +137,12 @@ class _Look:
         self.empty: set[str] = set()
         self.cut_off: dict[int, tuple[str, str]] = {}
 
-    def some(self, indices: list[int]) -> int:
-        """Looks at some examples and returns how many."""
+    def check(self, indices: list[int]) -> int:
+        """Check some examples and return how many."""
         for index in indices:
             try:
                 record = self._source[index]
-                if self._is_new(record.name):  # DreamBooth's pictures stand in an epoch several times
+                if self._is_new(record.name):  # DreamBooth has its pictures several times in an epoch
                     check_header(record)
                     if record.caption == "":
                         self.empty.add(record.name)
@@ -151,7 +153,7 @@ class _Look:
         return len(indices)
 
     def _rest(self, caption: str | Sequence[str] | None) -> str:
-        """What is cut off of a caption, or of the first that is cut off of several."""
+        """Return what is cut off a caption; of several captions, off the first that is too long; else ""."""
         if self._tokenize is None or caption is None:
             return ""
         captions = [caption] if isinstance(caption, str) else caption

@@ -1,8 +1,9 @@
-"""Batches by position: the run's whole stream of examples is a pure function of the seed, entered anywhere.
+"""Loader of batches: the run's whole stream of examples is a pure function of the seed and can start at any position.
 
 Position p holds example `order(epoch)[p % N]` of epoch `p // N`. Step k takes positions [start + k*G, start +
-(k+1)*G), G the global batch; so batches run across the end of an epoch, no example is left out, and shapes stay
-the same, also where the data hold fewer examples than a batch. To resume, give the position to start at.
+(k+1)*G), where G is the global batch size. So a batch may contain the end of an epoch and the start of the next, no
+example is left out, and shapes stay the same, even if the dataset has fewer examples than a batch. To resume, give the
+position to start at.
 """
 
 import sys
@@ -25,10 +26,10 @@ from flax_diffusion.core.data.workers import Workers
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.randomness.streams import Stream, example_rng
 
-MAX_CONSECUTIVE_BAD = 100  # examples in a row; more means that the dataset is broken, not an image
-# Up to here an epoch's order is a true permutation, held in memory; beyond, Grain's block cipher over the indices,
-# which holds nothing but, on small sets, takes milliseconds an index.
-_PERMUTED = 2**20
+MAX_CONSECUTIVE_BAD = 100  # examples in a row; more mean that the whole dataset is broken
+# Up to this many examples, an epoch's order is a true permutation, held in memory. For more, it is Grain's block cipher
+# over the indices, which needs no memory but takes milliseconds per index on small datasets.
+_MAX_PERMUTED = 2**20
 _CIPHER_ROUNDS = 4
 
 
@@ -43,13 +44,13 @@ def _cipher_seed(seed: int, epoch: int) -> int:
 
 
 def example_at(position: int, *, count: int, seed: int, shuffle: bool) -> tuple[int, int]:
-    """Return which example stands at a position of the stream.
+    """Return which example is at a position of the stream.
 
     Args:
-        position: in the stream, from 0.
-        count: examples in the source.
-        seed: of the run.
-        shuffle: else every epoch has the source's order.
+        position: Position in the stream, from 0.
+        count: Number of examples in the source.
+        seed: Seed of the run.
+        shuffle: Whether each epoch has a new order; otherwise every epoch has the source's order.
 
     Returns:
         The epoch and the example's index in the source.
@@ -57,14 +58,14 @@ def example_at(position: int, *, count: int, seed: int, shuffle: bool) -> tuple[
     epoch, place = divmod(position, count)
     if not shuffle:
         return epoch, place
-    if count <= _PERMUTED:
+    if count <= _MAX_PERMUTED:
         return epoch, int(_permutation(count, seed, epoch)[place])
     return epoch, index_shuffle(place, max_index=count - 1, seed=_cipher_seed(seed, epoch), rounds=_CIPHER_ROUNDS)
 
 
 @dataclass(frozen=True)
 class _MicroBatches:
-    """Random access to the micro-batches of one process: what Grain reads, in whichever process and thread."""
+    """Random access to the micro-batches of one process, for Grain to read in any process and thread."""
 
     source: Source
     example_fn: MakeExample
@@ -82,7 +83,7 @@ class _MicroBatches:
         return self.length
 
     def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
-        """Return the arrays, and for each bad example passed over its name and what is wrong with it."""
+        """Return the arrays, and the name and the error message of each bad example that was skipped."""
         skipped: list[tuple[str, str]] = []
         first = self.start_example + (index * self.process_count + self.process_index) * self.batch_size
         places = [first + place for place in range(self.batch_size)]
@@ -101,38 +102,40 @@ class _MicroBatches:
                 if not self.skip_bad_images:
                     raise
                 skipped.append((example_name(self.source, record), str(error)))
-        raise DataError(
-            f"{limit} examples in a row cannot be used; look over the dataset. The last one: {skipped[-1][1]}"
-        )
+        raise DataError(f"{limit} examples in a row cannot be used; check the dataset. The last one: {skipped[-1][1]}")
 
 
 def _read(micro_batches: _MicroBatches, options: grain.ReadOptions, places: slice) -> grain.DatasetIterator:
-    """The micro-batches at some places, made ahead by threads."""
+    """Return an iterator over the micro-batches at some places, which threads make ahead of time."""
     return iter(grain.MapDataset.source(micro_batches).slice(places).to_iter_dataset(options))
 
 
 class Loader:
-    """Iterates over the batches of one process, from any position of the stream.
+    """Iterable over the batches of one process, from any position of the stream.
 
     Each iteration starts at `start_example`. Worker processes are spawned, so a script that uses them needs the
-    usual `if __name__ == "__main__":`. Close it, or use it in a `with`, to stop workers at once.
+    usual `if __name__ == "__main__":`. Close the loader, or use it in a `with`, to stop workers at once.
 
     Args:
-        source: of the records; picklable where there are workers.
-        example_fn: makes one example; picklable where there are workers.
-        seed: of the run.
-        batch_size: examples a micro-batch of this process.
-        accumulation: micro-batches a step.
-        process_index: which of the hosts this is; each takes its contiguous part of every micro-batch.
-        process_count: hosts.
-        start_example: position to start at: examples seen so far by all processes together.
-        num_steps: steps to give; None for no end.
-        shuffle: a new order every epoch; else the source's.
-        num_workers: processes that make batches; 0 makes them in this one.
-        num_threads: that make micro-batches in each of those processes; 0 makes them when asked for.
-        prefetch: micro-batches held ready in each of those processes.
-        skip_bad_images: put the next good example in place of one that cannot be used; else that is an error.
-        rows: records that make one example; each is a row of the batch, which so has batch_size times as many.
+        source: The records; picklable if there are workers.
+        example_fn: Function that makes one example; picklable if there are workers.
+        seed: Seed of the run.
+        batch_size: Examples per micro-batch of this process.
+        accumulation: Micro-batches per step.
+        process_index: Index of this process; each process takes its contiguous part of every micro-batch.
+        process_count: Number of processes in the run.
+        start_example: Position to start at: the number of examples seen so far by all processes together.
+        num_steps: Number of steps to yield; None for no end.
+        shuffle: Whether each epoch has a new order; otherwise every epoch has the source's order.
+        num_workers: Worker processes that make batches; 0 makes them in this process.
+        num_threads: Threads that make micro-batches in each of those processes; 0 makes them on demand.
+        prefetch: Micro-batches kept ready in each of those processes.
+        skip_bad_images: Whether the next good example takes the place of one that cannot be used; otherwise that is
+            an error.
+        rows: Records that make one example. Each is a row of the batch, which so has `rows * batch_size` rows.
+
+    Raises:
+        DataError: If the source is empty.
     """
 
     def __init__(
@@ -170,7 +173,7 @@ class Loader:
             shuffle=shuffle,
             skip_bad_images=skip_bad_images,
             rows=rows,
-            # Python's own limit on a length; there is no end.
+            # Python's own limit on a length stands for no end.
             length=sys.maxsize if num_steps is None else num_steps * accumulation,
         )
         self._options = grain.ReadOptions(
@@ -180,11 +183,11 @@ class Loader:
         self._open: weakref.WeakSet[_Steps] = weakref.WeakSet()
 
     def __iter__(self) -> "_Steps":
-        """Give one dictionary a step, of arrays (accumulation, batch_size, ...).
+        """Start an iteration, which yields one dictionary per step, of arrays (accumulation, rows * batch_size, …).
 
         Raises:
-            DataError: an example cannot be made, whichever process made it; too many cannot, where such are skipped;
-                or a process is dead.
+            DataError: If an example cannot be made, in any process; if too many cannot, where bad ones are skipped; or
+                if a worker process died.
         """
         make = partial(_read, self._micro_batches, self._options)
         micro_batches = Workers(make, self._num_workers) if self._num_workers else make(slice(None))
@@ -194,11 +197,11 @@ class Loader:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """The name of each bad example met so far, and what is wrong with it."""
+        """Names of the bad examples found so far, each with the message of its error."""
         return self._bad.reasons
 
     def close(self) -> None:
-        """Stop worker processes and threads, and end the iterations under way."""
+        """Stop worker processes and threads, and end the running iterations."""
         for steps in list(self._open):
             steps.close()
 
@@ -212,32 +215,32 @@ class Loader:
 
 
 class _Steps(Iterator[dict[str, np.ndarray]]):
-    """One iteration: joins micro-batches to steps and keeps the account of bad examples passed over."""
+    """One iteration, which joins micro-batches to steps and records the bad examples that were skipped."""
 
     def __init__(self, micro_batches: grain.DatasetIterator | Workers, accumulation: int, bad: BadExamples):
         self._micro_batches: grain.DatasetIterator | Workers | None = micro_batches
         self._accumulation = accumulation
         self._bad = bad
-        # Python runs this when nobody holds the iteration any more; and at exit, before it takes apart the modules that
-        # Grain's own clean-up needs, and before it waits for processes that would wait for it.
+        # Python runs this when the iteration is no longer referenced; and at exit, before it takes apart the modules
+        # that Grain's own clean-up needs, and before it waits for processes that would wait for it.
         self._stop = Finalize(self, micro_batches.close, exitpriority=100)
 
     def __next__(self) -> dict[str, np.ndarray]:
         if self._micro_batches is None:
             raise StopIteration
         try:
-            step = [self._account(*next(self._micro_batches)) for _ in range(self._accumulation)]
-        except BaseException:  # the end as well: whatever it is, workers stop now
+            step = [self._record(*next(self._micro_batches)) for _ in range(self._accumulation)]
+        except BaseException:  # also at StopIteration: workers stop in any case
             self.close()
             raise
         return {key: np.stack([arrays[key] for arrays in step]) for key in step[0]}
 
-    def _account(self, arrays: dict[str, np.ndarray], skipped: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    def _record(self, arrays: dict[str, np.ndarray], skipped: list[tuple[str, str]]) -> dict[str, np.ndarray]:
         for name, reason in skipped:
             self._bad.add(name, reason)
         return arrays
 
     def close(self) -> None:
-        """Stop what runs ahead for this iteration."""
+        """Stop the processes and threads that work ahead for this iteration."""
         self._stop()
         self._micro_batches = None

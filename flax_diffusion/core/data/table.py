@@ -1,4 +1,4 @@
-"""Arrays of one shape by name, in a file: made once before training, read by every worker."""
+"""Tables of arrays of one shape by name, in a file: written once before training, read by every worker."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Table(Mapping[str, np.ndarray]):
-    """Rows of an .npy file by name. Picklable; each process maps the file into its memory when it reads first."""
+    """Rows of an .npy file by name. Picklable: each process maps the file into its memory on its first read."""
 
     path: Path
     places: Mapping[str, int]
@@ -36,12 +36,12 @@ class Table(Mapping[str, np.ndarray]):
 
 
 def write_table(path: Path, count: int, batches: Iterable[tuple[list[str], np.ndarray]]) -> Table:
-    """Writes a table, batch by batch.
+    """Write a table, batch by batch.
 
     Args:
-        path: Of the .npy file; its folder is made.
-        count: Rows at most.
-        batches: Names, and their rows (N, …), all of one shape and dtype.
+        path: Path of the .npy file; its folder is made.
+        count: Largest number of rows.
+        batches: Names and their rows (N, …); all rows have one shape and dtype.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     places: dict[str, int] = {}

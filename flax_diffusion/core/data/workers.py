@@ -1,8 +1,9 @@
-"""Processes that make batches ahead of time, each its share of them.
+"""Worker processes that make batches ahead of time, each its share of them.
 
-One of them may be killed at any moment, most often by the system for lack of memory. So they share nothing that could
-die with them, neither locks nor memory: each has a pipe from the main process and one to it, whose far ends it alone
-holds, and whatever becomes of it, its pipe ends. (Grain's own processes, of 0.2.18, leave the main one waiting.)
+A worker may be killed at any moment, most often by the system for lack of memory. So workers share nothing that could
+be lost with them, neither locks nor memory. Each has one pipe from the main process and one to it, and only the worker
+holds its ends of them. However it ends, its pipe closes and the main process notices. (With Grain 0.2.18's own worker
+processes, the main process would wait for ever.)
 """
 
 from __future__ import annotations
@@ -18,38 +19,38 @@ from typing import Any, BinaryIO
 
 from flax_diffusion.core.errors import ConfigError, DataError, UserError
 
-_LAST_WORDS = 5.0  # seconds from the end of a process's pipe to its exit status
+_EXIT_SECONDS = 5.0  # longest wait for a worker's exit status after its pipe has closed
 
-_MOST, _MOST_A_CPU = 16, 4  # processes; more than both only wait for each other, and each takes memory of its own
+_MAX_WORKERS, _MAX_WORKERS_PER_CPU = 16, 4  # more than both only wait for each other, and each takes memory
 
 MakeItems = Callable[[slice], Iterable[Any]]
-"""Makes the items at some places of the whole stream, in order. Picklable."""
+"""A picklable function that makes the items at some places of the whole stream, in order."""
 
 
 def check_count(count: int) -> None:
-    """Checks how many processes are to be started.
+    """Check the number of worker processes.
 
     Args:
         count: Value of --dataloader_num_workers.
 
     Raises:
-        ConfigError: If they are over 16 and over four for each CPU that this process may use.
+        ConfigError: If it is over 16 and over four for each CPU that this process may use.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    most = max(_MOST, _MOST_A_CPU * cpus)
+    most = max(_MAX_WORKERS, _MAX_WORKERS_PER_CPU * cpus)
     if count > most:
         raise ConfigError(
             f"--dataloader_num_workers {count}: at most {most} processes here, four for each of {cpus} CPUs or "
-            f"{_MOST}; {cpus} are usually fastest, and 0 decodes in threads"
+            f"{_MAX_WORKERS}; {cpus} are usually fastest, and 0 decodes in threads"
         )
 
 
 class Workers(Iterator[Any]):
-    """The items of a stream in order, of which process w of W makes w, w + W, w + 2W, and so on.
+    """Iterator over the items of a stream in order; worker w of W makes items w, w + W, w + 2W, and so on.
 
     Args:
-        make: Makes a process's items.
-        count: Processes.
+        make: Function that makes a worker's items.
+        count: Number of workers.
     """
 
     def __init__(self, make: MakeItems, count: int):
@@ -69,21 +70,21 @@ class Workers(Iterator[Any]):
             self._results.append(os.fdopen(os.dup(from_worker.fileno()), "rb"))
             from_worker.close()
             tasks.append(to_worker)
-        # Not as arguments of the process: Python writes those while it holds the pipe's other end too, so that it
-        # would wait for ever for one that died before it read them.
+        # Not as arguments of the process: Python writes those while it also holds the pipe's other end, so it would
+        # wait for ever for a worker that died before it read them.
         for number, task in enumerate(tasks):
             try:
                 with task, open(task.fileno(), "wb", closefd=False) as file:
                     pickle.dump((make, slice(number, None, count)), file)
             except BrokenPipeError:
-                continue  # it is dead, as the end of its results will say
+                continue  # the worker is dead; `__next__` finds out when its results end
 
     def __next__(self) -> Any:
-        """The next item.
+        """Return the next item.
 
         Raises:
-            UserError: What a process raised.
-            DataError: If the process that makes the item is dead.
+            UserError: If a worker raised it.
+            DataError: If the worker that makes the item is dead.
         """
         if not self._processes:
             raise StopIteration
@@ -99,17 +100,17 @@ class Workers(Iterator[Any]):
         return item
 
     def _death(self, process: SpawnProcess) -> DataError:
-        process.join(_LAST_WORDS)
+        process.join(_EXIT_SECONDS)
         status = process.exitcode
         if status is not None and status < 0:
             return DataError(
                 f"a process that loads data was killed ({signal.strsignal(-status)}), as the system does when memory "
                 "runs out: lower --dataloader_num_workers, or give the machine more memory"
             )
-        return DataError(f"a process that loads data ended with exit status {status}: see above what it printed")
+        return DataError(f"a process that loads data ended with exit status {status}: see its output above")
 
     def close(self) -> None:
-        """Stops the processes. They hold nothing that is worth waiting for."""
+        """Kill the workers, which hold nothing that is worth waiting for."""
         for process in self._processes:
             process.kill()
         for process, results in zip(self._processes, self._results, strict=True):
@@ -120,8 +121,8 @@ class Workers(Iterator[Any]):
 
 
 def _work(task: Connection, result: Connection) -> None:
-    # What a terminal or a cluster sends to the whole group is for the main process, which may still want batches
-    # on its way to a checkpoint.
+    # Signals that a terminal or a cluster sends to the whole group are for the main process, which may still need
+    # batches until its last checkpoint.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
@@ -134,10 +135,10 @@ def _work(task: Connection, result: Connection) -> None:
                 _send(None, results)
             except UserError as error:
                 _send(error, results)
-    except BrokenPipeError:  # the main process wants no more, or is gone
+    except BrokenPipeError:  # the main process needs no more, or has ended
         os._exit(0)
 
 
 def _send(item: Any, results: BinaryIO) -> None:
-    pickle.dump(item, results, protocol=5)  # which copies no array
+    pickle.dump(item, results, protocol=5)  # protocol 5 copies no array
     results.flush()

@@ -1,1 +1,1 @@
-"""Files and object stores, what strangers wrote, the Hub, names of tensors."""
+"""Files and object stores, untrusted input, the Hub, names of tensors, TensorBoard."""

@@ -1,4 +1,4 @@
-"""Files of this machine and of object stores: paths, and writing so that a reader never sees half of one."""
+"""Files on this machine and in object stores: paths, and writes of which a reader never sees one half done."""
 
 from __future__ import annotations
 
@@ -17,21 +17,24 @@ from typing import Any, cast
 from flax_diffusion.core.errors import ConfigError
 
 STORES = ("gs", "s3")
-"""Object stores, as paths in them start."""
+"""Schemes of the object stores that paths may lie in, such as `gs` of `gs://bucket/folder`."""
 
 
 def as_path(name: str | Path) -> Path:
-    """The path that a user names: of this machine, or, where it starts with `gs://` or `s3://`, of an object store.
+    """Return the path for a name: on this machine, or in an object store if it starts with `gs://` or `s3://`.
+
+    Args:
+        name: The path as the user wrote it.
 
     Raises:
-        ConfigError: If it starts in another such way, or what reads that store is not installed.
+        ConfigError: If it has another scheme, or the package that reads this store is not installed.
     """
     scheme, has_scheme, _ = str(name).partition("://")
     if isinstance(name, Path) or not has_scheme:
         return Path(name)
     if scheme not in STORES:
         raise ConfigError(f"{name}: paths of object stores start with {' or '.join(f'{one}://' for one in STORES)}")
-    import fsspec  # only now: most runs need neither
+    import fsspec  # imported here because most runs need neither
     from etils import epath
 
     try:
@@ -42,45 +45,45 @@ def as_path(name: str | Path) -> Path:
 
 
 def is_local(path: Path) -> bool:
-    """Whether a path is one of this machine."""
+    """Return whether a path is on this machine, not in an object store."""
     return isinstance(path, Path)
 
 
 def user_cache() -> Path:
-    """Where this user's programs keep what they can make again."""
+    """Return this user's cache folder for this package."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flax_diffusion"
 
 
 def absolute(path: Path) -> Path:
-    """The path, wherever the process is."""
+    """Return the absolute path; one in an object store already is."""
     return path.resolve() if is_local(path) else path
 
 
 @functools.cache
 def _temporary() -> tempfile.TemporaryDirectory[str]:
-    """Deleted when the process ends."""
+    # Python deletes the folder when the process ends.
     return tempfile.TemporaryDirectory(prefix="flax_diffusion-")
 
 
 def temporary_folder() -> Path:
-    """A new folder of this machine, there as long as the process is."""
+    """Make a new folder on this machine, which is deleted when the process ends."""
     return Path(tempfile.mkdtemp(dir=_temporary().name))
 
 
 def version_of(file: Path) -> tuple[int, int]:
-    """Bytes and time of change, by which two states of a file differ."""
+    """Return a file's size in bytes and its time of change, which together tell two versions of it apart."""
     stat: Any = file.stat()
     return (stat.st_size, stat.st_mtime_ns) if is_local(file) else (stat.length, stat.mtime)
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copies a file's content, from and to anywhere."""
+    """Copy a file's content; either path may be in an object store."""
     with source.open("rb") as readable, target.open("wb") as writable:
         shutil.copyfileobj(readable, writable)
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copies the files of a folder to another that is there, not those in its subfolders."""
+    """Copy the files of a folder, but not its subfolders, to another folder, which must exist."""
     for file in source.iterdir():
         if not file.is_dir():
             copy_file(file, target / file.name)
@@ -88,16 +91,16 @@ def copy_files(source: Path, target: Path) -> None:
 
 @functools.cache
 def _copied(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """Where a folder's copy is, and the versions of the files in it."""
+    """Return the folder for a local copy, and the versions of the files copied to it so far."""
     return temporary_folder(), {}
 
 
 def local_copy(folder: Path, patterns: tuple[str, ...] = ("*",)) -> Path:
-    """A folder of this machine with the files of another that match, not those in its subfolders.
+    """Return a folder on this machine with the matching files of a folder, without its subfolders.
 
     Args:
-        folder: Anywhere; of this machine, it is returned as it is.
-        patterns: Globs.
+        folder: A folder on this machine, which is returned as it is, or in an object store.
+        patterns: Globs for the names of the files to copy.
     """
     if is_local(folder):
         return folder
@@ -114,7 +117,7 @@ def local_copy(folder: Path, patterns: tuple[str, ...] = ("*",)) -> Path:
 
 
 def lies_in(inner: str, outer: str) -> bool:
-    """Whether a path is another one or below it, through whatever links; neither has to exist."""
+    """Return whether `inner` is `outer` or lies below it, with links resolved; neither has to exist."""
     if is_local(as_path(inner)) != is_local(as_path(outer)):
         return False
     if not is_local(as_path(inner)):
@@ -123,11 +126,14 @@ def lies_in(inner: str, outer: str) -> bool:
 
 
 def walk(root: Path, links: list[str] | None = None) -> Iterator[str]:
-    """The files below a folder, relative to it, in an order that every file system agrees on; no hidden ones.
+    """Yield the files below a folder in an order that is the same on every file system; hidden ones are left out.
 
     Args:
         root: The folder.
-        links: Gets the links to folders, which are not followed.
+        links: A list to which links to folders are appended; they are not followed.
+
+    Yields:
+        The path of each file relative to `root`.
 
     Raises:
         OSError: If a subfolder cannot be read.
@@ -146,12 +152,12 @@ def _raise(error: OSError) -> None:
 
 
 def _without_scheme(path: Any) -> PurePosixPath:
-    """As object stores list what they have."""
+    """Return a path in the form in which object stores list their contents."""
     return PurePosixPath(os.fspath(path).rpartition("://")[2])
 
 
 def remove_tree(folder: Path) -> None:
-    """Deletes a folder with all in it; one that is not there is no error."""
+    """Delete a folder with everything in it, if it exists."""
     if not folder.exists():
         return
     if is_local(folder):
@@ -161,41 +167,54 @@ def remove_tree(folder: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Gives a file or a folder another name, under which nothing is yet.
+    """Move a file or a folder.
 
-    Object stores cannot rename a folder: there its files are copied, within the store, before any is deleted.
+    Object stores cannot rename a folder. There, all files are copied within the store before any is deleted.
+
+    Args:
+        source: The file or folder.
+        target: The new path, at which nothing may exist yet.
     """
     if is_local(source):
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(source, target)  # also to another file system
+        shutil.move(source, target)  # works across file systems, too
         return
     from etils.epath import backend
 
-    store: Any = backend.fsspec_backend.fs(os.fspath(source))  # the one whose listings `source` itself would see
+    store: Any = backend.fsspec_backend.fs(
+        os.fspath(source)
+    )  # the instance whose cached listings `source` itself reads
     if source.is_dir():
         names = [*walk(source)]
         store.copy([os.fspath(source / name) for name in names], [os.fspath(target / name) for name in names])
     else:
         store.copy(os.fspath(source), os.fspath(target))
     store.rm(os.fspath(source), recursive=True)
-    store.invalidate_cache()  # or folders that were listed before would go without what is new in them
+    store.invalidate_cache()  # else folders that were listed before would not show their new files
 
 
 def unused(path: Path) -> Path:
-    """The path, or where something bears that name, the first of `path.2`, `path.3`, … that nothing bears."""
+    """Return the path if nothing exists there, else the first of `path.2`, `path.3`, … at which nothing exists."""
     names = (path.with_name(f"{path.name}.{number}") for number in itertools.count(2))
     return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name on this machine to write to; afterwards flushes it to disk and moves it to `path`.
+    """Write a file whole or not at all: yield a temporary path to write to, then move that file to `path`.
 
-    If writing fails, the temporary file goes and what stood at `path` stays.
+    The file is flushed to disk before it is moved. If writing fails, the temporary file is deleted and the old file at
+    `path` stays.
+
+    Args:
+        path: The file to write, on this machine or in an object store; its folder is made.
+
+    Yields:
+        The temporary path, on this machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = f".{path.name}.{os.getpid()}.partial"
-    partial = path.with_name(beside) if is_local(path) else temporary_folder() / path.name
+    name = f".{path.name}.{os.getpid()}.partial"
+    partial = path.with_name(name) if is_local(path) else temporary_folder() / path.name
     try:
         yield partial
         with partial.open("rb+") as file:
@@ -203,16 +222,17 @@ def replacing(path: Path) -> Iterator[Path]:
         if is_local(path):
             os.replace(partial, path)
         else:
-            copy_file(partial, path)  # an object is there when all of it is
+            copy_file(partial, path)  # an object becomes visible only when all of it is stored
     finally:
         partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def written_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder of this machine to write files to, which afterwards are in `folder`.
+    """Yield a folder on this machine to write files to, which are in `folder` afterwards.
 
-    Of this machine, it is that folder itself.
+    Args:
+        folder: The final folder. If it is on this machine, it is yielded itself.
     """
     if is_local(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,11 +244,11 @@ def written_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Write a text file in UTF-8, whole or not at all."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON as Hugging Face's libraries do: two spaces, sorted keys, a final newline."""
+    """Write JSON as Hugging Face's libraries do: indented by two spaces, with sorted keys and a final newline."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

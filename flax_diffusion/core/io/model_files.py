@@ -1,4 +1,4 @@
-"""Model folders, local or on the Hugging Face Hub, and their safetensors, without a framework."""
+"""Model folders, local or on the Hugging Face Hub, and their safetensors files, read without a framework."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,27 +13,27 @@ from flax_diffusion.core.io.files import as_path, is_local, local_copy, replacin
 from flax_diffusion.core.io.untrusted import parse_json, read_text
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-"""How files that hold pickled weights end."""
-MAX_HEADER_BYTES = 2**25  # of a safetensors file: a hundred bytes a tensor are usual
-_NO_ARRAY = (SafetensorError, ValueError, TypeError, AttributeError, OverflowError)
+"""File name extensions of pickled weights."""
+MAX_HEADER_BYTES = 2**25  # of a safetensors file; about a hundred bytes per tensor are usual
+_UNREADABLE_TENSOR = (SafetensorError, ValueError, TypeError, AttributeError, OverflowError)
 
 
 class StoredTensor:
-    """A tensor in an open safetensors file; its values are read when asked for."""
+    """A tensor in an open safetensors file, whose values are read only by `array`."""
 
     def __init__(self, file: Any, name: str, path: Path):
         self._file, self._name, self._path = file, name, path
         self.shape: tuple[int, ...] = tuple(file.get_slice(name).get_shape())
 
     def array(self) -> np.ndarray:
-        """Return the values; bfloat16 is ml_dtypes' type of that name.
+        """Return the values; bfloat16 ones as ml_dtypes' type of that name.
 
         Raises:
-            WeightsError: if they are of a type that NumPy has not.
+            WeightsError: If NumPy has no such type.
         """
         try:
             return self._file.get_tensor(self._name)
-        except _NO_ARRAY as error:
+        except _UNREADABLE_TENSOR as error:
             raise WeightsError(f"{self._path}: {self._name} cannot be read ({error}): save it as float32") from error
 
 
@@ -43,19 +43,19 @@ def resolve(
     revision: str | None = None,
     allow_patterns: Sequence[str] = (),
 ) -> Path:
-    """Return a local folder with the named files.
+    """Return a local folder with the named files of a model, downloaded if need be.
 
     Args:
-        path_or_hub_id: an existing folder, also one like gs://bucket/model, or `owner/name` on the Hub.
-        subfolder: folder inside it.
-        revision: branch, tag or commit on the Hub.
-        allow_patterns: file names or globs in the (sub)folder to download; all of it where empty.
+        path_or_hub_id: An existing folder, on this machine or like gs://bucket/model, or `owner/name` on the Hub.
+        subfolder: Folder inside it.
+        revision: Branch, tag or commit on the Hub.
+        allow_patterns: File names or globs in the (sub)folder to download; everything if empty.
 
     Returns:
-        The (sub)folder, in place, in the Hub's cache, or a copy that goes when the process ends.
+        The (sub)folder itself, in the Hub's cache, or a copy that is deleted when the process ends.
 
     Raises:
-        WeightsError: if neither a folder nor a repository of that name can be had.
+        WeightsError: If there is neither a folder nor a repository of that name that can be read.
     """
     folder = as_path(path_or_hub_id)
     if is_local(folder) and folder.is_file():
@@ -80,15 +80,15 @@ def _not_a_folder(file: Path) -> str:
 
 
 def file_names(source: str | Path, subfolder: str | None = None, revision: str | None = None) -> list[str]:
-    """Return the names of the files in a (sub)folder; nothing is downloaded.
+    """Return the names of the files in a (sub)folder without downloading them.
 
     Args:
-        source: an existing folder, or `owner/name` on the Hub.
-        subfolder: folder inside it.
-        revision: branch, tag or commit on the Hub.
+        source: An existing folder, or `owner/name` on the Hub.
+        subfolder: Folder inside it.
+        revision: Branch, tag or commit on the Hub.
 
     Returns:
-        Their names; where the Hub cannot be reached, of those in its cache.
+        The names; if the Hub cannot be reached, those of the files in its cache.
     """
     folder = as_path(source)
     if is_local(folder) and not folder.is_dir():
@@ -106,7 +106,7 @@ def file_names(source: str | Path, subfolder: str | None = None, revision: str |
 
 
 def _download(name: str, subfolder: str | None, revision: str | None, allow_patterns: Sequence[str]) -> Path:
-    """Return the Hub's cached snapshot of a repository, downloading what is new."""
+    """Download what is new in a Hub repository and return its snapshot in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevision
@@ -131,22 +131,22 @@ def _download(name: str, subfolder: str | None, revision: str | None, allow_patt
 
 
 def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
-    """Return a safetensors file on this machine, which is named itself or by its folder.
+    """Return a safetensors file on this machine, given by its path or by its folder.
 
     Args:
-        path: the file or the folder, also one like gs://bucket/folder; what is not there is looked for on the Hub, as
-            `owner/name`, `owner/name/folder` or `owner/name/file.safetensors`.
-        option: that names it, for messages.
-        names: of the file in its folder, the likeliest first.
+        path: The file or the folder, on this machine or like gs://bucket/folder. A path that does not exist is looked
+            up on the Hub, as `owner/name`, `owner/name/folder` or `owner/name/file.safetensors`.
+        option: The option that names the file, for messages.
+        names: Names that the file may have in its folder, the likeliest first.
 
     Returns:
-        The file, in place or as a copy, together with the JSON files beside it.
+        The file itself or a copy of it; the JSON files of its folder lie beside it.
 
     Raises:
-        WeightsError: if there is no such file, or it is a pickled one.
+        WeightsError: If there is no such file, or it is pickled.
     """
     if path.suffix in PICKLED:
-        raise WeightsError(f"{option} {path}: is pickled, which can run code: convert it to safetensors first")
+        raise WeightsError(f"{option} {path} is pickled, and loading it can run code: convert it to safetensors first")
     folder = path
     if path.is_dir():
         there = file_names(path)
@@ -162,23 +162,23 @@ def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
     if file is None:
         weights = sorted(name for name in there if name.endswith((".safetensors", *PICKLED)))
         held = f"; it holds {', '.join(weights[:5])}" if weights else ""
-        raise WeightsError(f"{option} {path}: holds no {' or '.join(names)}{held}: name the file itself")
+        raise WeightsError(f"{option} {path} holds no {' or '.join(names)}{held}: name the file itself")
     return local_copy(folder, (file, "*.json")) / file
 
 
 def _on_the_hub(path: Path, option: str) -> tuple[str, str | None, str | None]:
-    """Return the repository, the folder and the file that a path may mean which is not on this machine."""
+    """Split a path that is not on this machine into the Hub repository, the folder and the file that it may mean."""
     *inside, file = (*path.parts, None) if path.suffix != ".safetensors" else path.parts
     if not is_local(path) or len(inside) < 2 or inside[0].startswith((".", "/", "~")):
-        raise WeightsError(f"{option} {path}: is not there: check the path")
+        raise WeightsError(f"{option} {path} does not exist: check the path")
     return "/".join(inside[:2]), "/".join(inside[2:]) or None, file
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
+    """Return the object in a JSON file of a model folder.
 
     Raises:
-        WeightsError: if the file does not exist or does not hold a JSON object.
+        WeightsError: If the file does not exist or does not hold a JSON object.
     """
     try:
         value = parse_json(read_text(path))
@@ -192,14 +192,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Open a safetensors file; no value is read until it is used.
+    """Open a safetensors file; each tensor's values are read only when they are used.
 
     Raises:
-        WeightsError: if the file is not a whole safetensors file.
+        WeightsError: If the file is not a whole safetensors file.
     """
     try:
         file = _open(path)
-        return {name: StoredTensor(file, name, path) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        return {name: StoredTensor(file, name, path) for name in file.keys()}  # noqa: SIM118  (the file is no mapping)
     except (SafetensorError, OSError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path} is not a whole safetensors file ({error}): fetch or save it again") from error
 
@@ -213,13 +213,13 @@ def _open(path: Path) -> Any:
 
 
 def safetensors_metadata(path: Path) -> dict[str, str]:
-    """Return the texts in a safetensors file's header."""
+    """Return the metadata in a safetensors file's header."""
     with _open(path) as file:
         return file.metadata() or {}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all, with texts for its header."""
+    """Write a safetensors file, whole or not at all, with metadata in its header."""
     contiguous = {name: np.asarray(tensor, order="C") for name, tensor in tensors.items()}
     with replacing(path) as partial:
         # Transformers refuses files without a format.

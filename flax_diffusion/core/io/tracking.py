@@ -1,4 +1,4 @@
-"""Where a run shows itself: progress bar, TensorBoard and picture grids."""
+"""What a run shows of its progress: progress bar, TensorBoard and picture grids."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from tqdm import tqdm
 from flax_diffusion.core.io.files import copy_files, is_local, replacing, temporary_folder
 
 EVENT_FILES = "events.out.tfevents.*"
-"""What TensorBoard's files are called."""
+"""Glob of TensorBoard's file names."""
 
 
 def image_grid(images: np.ndarray, columns: int | None = None, border: int = 0) -> Image.Image:
-    """Lays pictures out in rows.
+    """Lay pictures out in rows on one sheet.
 
     Args:
-        images: uint8, (n, height, width, 1 or 3).
-        columns: Pictures a row; by default the grid is as square as it can be.
+        images: Pictures, uint8 (N, H, W, 1 or 3).
+        columns: Pictures per row; by default the grid is as square as possible.
         border: Pixels of white around each picture.
 
     Returns:
-        One picture; cells left over are white.
+        The sheet; cells without a picture are white.
     """
     count, height, width, channels = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -42,35 +42,40 @@ def image_grid(images: np.ndarray, columns: int | None = None, border: int = 0) 
 
 
 def to_pillow(image: np.ndarray) -> Image.Image:
-    """A uint8 (height, width, 1 or 3) array as a Pillow image, grey or RGB."""
+    """Return a uint8 (H, W, 1 or 3) array as a Pillow image, grey or RGB."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def save_picture(image: Image.Image, path: Path) -> None:
-    """Writes a PNG file, whole or not at all."""
+    """Write a PNG file, whole or not at all."""
     with replacing(path) as partial:
         image.save(partial, "PNG")
 
 
 def enlarge(image: Image.Image, at_least: int) -> Image.Image:
-    """Scales a small picture up by a whole factor, so that a person can see its pixels."""
+    """Scale a small picture up by a whole factor, so that a person can see its pixels.
+
+    Args:
+        image: The picture.
+        at_least: Length in pixels that the longer side must reach.
+    """
     factor = max(1, math.ceil(at_least / max(image.size)))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 class TensorBoard:
-    """Writes scalars and images as TensorBoard event files, with nothing but the tensorboard package.
+    """Writer of scalars and images as TensorBoard event files, which needs only the tensorboard package.
 
     Args:
-        folder: For the files; those of earlier runs stay.
-        first_step: Before which nothing is written; what an earlier run wrote from it on, readers pass over.
+        folder: Folder for the files; the files of earlier runs stay.
+        first_step: First step that is written. Readers ignore what an earlier run wrote from this step on.
     """
 
     def __init__(self, folder: Path, first_step: int):
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-        self._event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
+        self._event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]  (the class is made at run time)
         self._summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
         self._folder = folder
         self._local = folder if is_local(folder) else temporary_folder()
@@ -79,12 +84,23 @@ class TensorBoard:
         self._writer.add_event(self._event(wall_time=time.time(), step=first_step, session_log=start))
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Adds one point to each curve."""
+        """Add one point to each curve.
+
+        Args:
+            values: Value by name of the curve.
+            step: The optimizer step.
+        """
         summary = self._summary(value=[self._summary.Value(tag=tag, simple_value=x) for tag, x in values.items()])
         self._writer.add_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
     def image(self, tag: str, picture: Image.Image, step: int) -> None:
-        """Adds a picture."""
+        """Add a picture.
+
+        Args:
+            tag: Name under which TensorBoard shows it.
+            picture: The picture.
+            step: The optimizer step.
+        """
         buffer = io.BytesIO()
         picture.save(buffer, "PNG")
         image = self._summary.Image(
@@ -98,23 +114,31 @@ class TensorBoard:
         self.flush()
 
     def flush(self) -> None:
-        """Writes what there is to disk."""
+        """Write everything added so far to disk."""
         self._writer.flush()
         self._upload()
 
     def close(self) -> None:
-        """Writes what is left to disk."""
+        """Write what is left to disk and close the file."""
         self._writer.close()
         self._upload()
 
     def _upload(self) -> None:
-        """Event files grow and objects cannot, so that those of an object store are written again."""
+        # Event files grow, and objects in a store cannot: they are written again each time.
         if self._local != self._folder:
             copy_files(self._local, self._folder)
 
 
 class Tracker:
-    """One object for all that a run reports; on processes other than the first it reports nothing."""
+    """Reports of a run: progress bar, TensorBoard and pictures. Only the first process reports anything.
+
+    Args:
+        output_dir: Folder of the run.
+        logging_dir: Folder for TensorBoard inside it; None for no TensorBoard.
+        first_step: Steps taken before this start of the run.
+        total_steps: Steps of the whole run.
+        main: Whether this is the first process.
+    """
 
     def __init__(self, output_dir: Path, logging_dir: str | None, *, first_step: int, total_steps: int, main: bool):
         self._samples = output_dir / "samples"
@@ -126,12 +150,12 @@ class Tracker:
         self._last = time.perf_counter()
 
     def step(self, step: int, metrics: dict[str, float], images: int) -> None:
-        """Reports a finished optimizer step.
+        """Report a finished optimizer step.
 
         Args:
-            step: Its number, from 1.
-            metrics: At least `loss` and `learning_rate`.
-            images: Images in it, over all devices.
+            step: Number of the step, from 1.
+            metrics: Values by name, at least `loss` and `learning_rate`.
+            images: Images in the step, over all devices.
         """
         now = time.perf_counter()
         metrics = metrics | {"images_per_second": images / max(now - self._last, 1e-9)}
@@ -147,11 +171,17 @@ class Tracker:
         self._bar.update()
 
     def advance(self) -> None:
-        """Counts a step of which there is nothing to report."""
+        """Count a step without reporting anything about it."""
         self._bar.update()
 
     def grid(self, step: int, images: np.ndarray, columns: int | None) -> None:
-        """Writes sampled images (uint8, NHWC) to `samples/` and TensorBoard."""
+        """Write sampled images to `samples/` and TensorBoard.
+
+        Args:
+            step: The optimizer step.
+            images: Pictures, uint8 (N, H, W, C).
+            columns: Pictures per row; None for a grid as square as possible.
+        """
         if not self._main:
             return
         picture = enlarge(image_grid(images, columns, border=max(1, images.shape[1] // 32)), 512)
@@ -161,24 +191,24 @@ class Tracker:
         self._last = time.perf_counter()
 
     def has_grid(self, step: int) -> bool:
-        """Whether the pictures of a step are there."""
+        """Return whether the pictures of a step have been written."""
         return self._grid_file(step).exists()
 
     def _grid_file(self, step: int) -> Path:
         return self._samples / f"{step:08d}.png"
 
     def flush(self) -> None:
-        """Writes what was reported to disk."""
+        """Write to disk what was reported so far."""
         if self._board:
             self._board.flush()
 
     def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
+        """Print a line above the progress bar."""
         if self._main:
             self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        """Ends the bar and flushes the event file."""
+        """Close the progress bar and the event file."""
         self._bar.close()
         if self._board:
             self._board.close()

@@ -1,6 +1,6 @@
-"""Reading what strangers wrote: bounded in size and in depth, and free of code.
+"""Readers of untrusted files, which bound size and depth and run no code.
 
-What is wrong is a ValueError, or an OSError of the file's, which the caller turns into the message that fits.
+Errors are ValueError, or OSError from reading a file. The caller turns them into a message with its own context.
 """
 
 from __future__ import annotations
@@ -19,45 +19,78 @@ import yaml
 from flax_diffusion.core.io.files import is_local
 
 MAX_TEXT_BYTES = 2**26
-MAX_YAML_BYTES = 2**17  # PyYAML takes seconds for it
+MAX_YAML_BYTES = 2**17  # PyYAML takes seconds for a file of this size
 MAX_DEPTH = 64
 LFS_POINTER = b"version https://git-lfs"
-"""How the file begins that stands for another in a clone without Git LFS."""
-MAX_YAML_WRITTEN_OUT = 2**20  # values and characters, where every alias is put in full, as whoever uses them does
+"""Start of the file that stands in for the real one in a clone made without Git LFS."""
+MAX_YAML_WRITTEN_OUT = 2**20  # values and characters with every alias expanded, as readers of the document do
 
 
-def read_bytes(path: Path, most: int, first: int | None = None) -> bytes:
-    """The bytes of a file, which is no device, no pipe and no larger than `most`; of it the `first`, or all."""
-    _check_file(path, most)
-    if first is None:
+def read_bytes(path: Path, max_bytes: int, first_bytes: int | None = None) -> bytes:
+    """Read a file.
+
+    Args:
+        path: The file.
+        max_bytes: Largest size of the whole file, bytes.
+        first_bytes: Number of bytes to read from its start; None for all.
+
+    Raises:
+        ValueError: If it is not a regular file (a device or a pipe, for example), or is too large.
+    """
+    _check_file(path, max_bytes)
+    if first_bytes is None:
         return path.read_bytes()
     with path.open("rb") as file:
-        return file.read(first)
+        return file.read(first_bytes)
 
 
-def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
-    """The text of such a file in UTF-8, with or without a byte-order mark."""
-    return read_bytes(path, most).decode("utf-8-sig")
+def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """Read a UTF-8 text file, with or without a byte-order mark.
+
+    Args:
+        path: The file.
+        max_bytes: Largest size of the file, bytes.
+
+    Raises:
+        ValueError: As `read_bytes`, or if the file is not UTF-8.
+    """
+    return read_bytes(path, max_bytes).decode("utf-8-sig")
 
 
-def open_text(path: Path, most: int, newline: str | None = None) -> TextIO:
-    """Such a file, opened to read line by line."""
-    _check_file(path, most)
+def open_text(path: Path, max_bytes: int, newline: str | None = None) -> TextIO:
+    """Open a UTF-8 text file to read it line by line.
+
+    Args:
+        path: The file.
+        max_bytes: Largest size of the file, bytes.
+        newline: As of Python's `open`.
+
+    Raises:
+        ValueError: As `read_bytes`.
+    """
+    _check_file(path, max_bytes)
     return io.TextIOWrapper(path.open("rb"), encoding="utf-8-sig", newline=newline)
 
 
-def _check_file(path: Path, most: int) -> None:
-    if not is_local(path):  # in an object store there are only files, and asking takes as long as reading one
+def _check_file(path: Path, max_bytes: int) -> None:
+    if not is_local(path):  # an object store holds only files, and asking for the size takes as long as reading one
         return
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
-    if status.st_size > most:
-        raise ValueError(f"it is larger than {most} bytes")
+        raise ValueError("it is not a regular file")
+    if status.st_size > max_bytes:
+        raise ValueError(f"it is larger than {max_bytes} bytes")
 
 
 def path_inside(name: str) -> str:
-    """A path relative to a folder, without detours."""
+    """Return a relative path in normal form.
+
+    Args:
+        name: The path, relative to a folder.
+
+    Raises:
+        ValueError: If it is absolute or leads out of the folder.
+    """
     path = os.path.normpath(name)
     if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
         raise ValueError("it leaves the folder")
@@ -65,7 +98,15 @@ def path_inside(name: str) -> str:
 
 
 def path_below(root: Path, name: str) -> Path:
-    """The path of a file below a folder. No link to a folder may lead to it: such a one may lead anywhere."""
+    """Return the path of a file below a folder.
+
+    Args:
+        root: The folder.
+        name: Path of the file relative to `root`.
+
+    Raises:
+        ValueError: If the path leaves the folder, or goes through a link to a folder, which may lead anywhere.
+    """
     inside = path_inside(name)
     if is_local(root) and (root / inside).parent.resolve() != root.resolve() / os.path.dirname(inside):
         raise ValueError("a link to a folder leads to it")
@@ -73,7 +114,15 @@ def path_below(root: Path, name: str) -> Path:
 
 
 def parse_json(text: str, *, unique: bool = False) -> Any:
-    """The value of a JSON text; if `unique`, no object may give one name two values."""
+    """Parse a JSON text.
+
+    Args:
+        text: The text.
+        unique: Whether to refuse an object that gives one name two values.
+
+    Raises:
+        ValueError: If it is not JSON, is nested too deep, or gives a name twice where that is refused.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError:
@@ -106,13 +155,13 @@ def _inside(value: Any) -> Iterable[Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain data, where 1e-4 is a number, which in YAML 1.1 it is not, and a name stands once in a mapping."""
+    """Loader of plain data that reads 1e-4 as a number, unlike YAML 1.1, and refuses a name twice in one mapping."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        """Reads a mapping's nodes.
+        """Read a mapping's nodes.
 
         Raises:
-            ConstructorError: If it gives one name two values.
+            ConstructorError: If the mapping gives one name two values.
         """
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
@@ -125,7 +174,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _WordLoader(_Loader):
-    """The same, with scalars as they are written: only null is not a text."""
+    """The same loader, which keeps every scalar except null as the text that is written."""
 
 
 _NULL, _MERGE, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "merge", "float"))
@@ -137,7 +186,15 @@ _Loader.add_implicit_resolver(_FLOAT, re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+
 
 
 def parse_yaml(text: str, *, words: bool = False) -> Any:
-    """The value of a YAML text: plain data, no objects; with `words`, scalars as they are written, and null."""
+    """Parse a YAML text into plain data.
+
+    Args:
+        text: The text.
+        words: Whether to keep every scalar except null as the text that is written.
+
+    Raises:
+        ValueError: If it is not YAML, holds objects, is too deep, or its aliases stand for too much.
+    """
     try:
         _check_events(text)
         loader = (_WordLoader if words else _Loader)(text)
@@ -148,14 +205,18 @@ def parse_yaml(text: str, *, words: bool = False) -> Any:
         raise ValueError(f"{error.problem}{place}") from error
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
-    except (AttributeError, KeyError, TypeError) as error:  # so PyYAML itself fails at such a scalar
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+    ) as error:  # PyYAML itself fails like this at a scalar that does not fit its tag
         raise ValueError("a value is not of the type that its tag says") from error
 
 
 def _check_events(text: str) -> None:
-    """Bounds a document before anything is made of it; aliases of a few lines may stand for billions of values."""
-    sizes: dict[str, int] = {}  # of what has an anchor
-    open_nodes: list[tuple[str | None, int]] = []  # anchor and size so far of what the parser is in
+    """Check the size of a document before it is loaded: aliases of a few lines may stand for billions of values."""
+    sizes: dict[str, int] = {}  # of the nodes that have an anchor
+    open_nodes: list[tuple[str | None, int]] = []  # anchor and size so far of each node that is still open
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):
             open_nodes.append((event.anchor, 1))
@@ -166,7 +227,7 @@ def _check_events(text: str) -> None:
             anchor, size = open_nodes.pop()
         elif isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
-                raise ValueError(f"the alias *{event.anchor} stands for nothing, or for what it is in")
+                raise ValueError(f"the alias *{event.anchor} stands for nothing, or for a node that it lies in")
             anchor, size = None, sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
             anchor, size = event.anchor, 1 + len(event.value)

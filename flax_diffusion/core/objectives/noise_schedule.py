@@ -1,4 +1,4 @@
-"""Noise schedules and the loss weights that depend on them: the one source of these tables, in NumPy.
+"""Noise schedules and the loss weights that depend on them: the only source of these tables, in NumPy.
 
 The Flax schedulers, the training data pipeline and the PyTorch backend all read the tables built here. They are
 float32 and bit-identical with those of Diffusers' PyTorch schedulers, except "sigmoid", where PyTorch's vectorised
@@ -40,18 +40,18 @@ def betas(
     """Return β_t of a named schedule.
 
     Args:
-        beta_schedule: one of `BETA_SCHEDULES`; not read where `trained_betas` is given.
+        beta_schedule: One of `BETA_SCHEDULES`; not read if `trained_betas` is given.
         num_train_timesteps: T.
         beta_start: β_0 of the linear, scaled_linear and sigmoid schedules.
-        beta_end: β_{T−1} of the same.
-        trained_betas: the T values themselves.
-        rescale_betas_zero_snr: shift and scale √ᾱ so that ᾱ_{T−1} is exactly 0.
+        beta_end: β_{T−1} of the same schedules.
+        trained_betas: The T values themselves.
+        rescale_betas_zero_snr: Whether to shift and scale √ᾱ so that ᾱ_{T−1} is exactly 0.
 
     Returns:
-        float32 array (T,).
+        β_t, float32 (T,).
 
     Raises:
-        ConfigError: unknown schedule, T < 1, wrong number of `trained_betas`, or a β outside [0, 1].
+        ConfigError: If the schedule is unknown, T < 1, `trained_betas` are not T values, or a β is outside [0, 1].
 
     Reference:
         `DDPMScheduler.__init__` in PyTorch; zero terminal SNR: arXiv:2305.08891, algorithm 1.
@@ -98,12 +98,12 @@ def linspace(start: float, end: float, steps: int) -> Table:
     """Return evenly spaced float32 values, rounded as `torch.linspace` rounds them on a CPU.
 
     Args:
-        start: first value.
-        end: last value.
-        steps: number of values.
+        start: First value.
+        end: Last value.
+        steps: Number of values.
 
     Returns:
-        float32 array (steps,).
+        The values, float32 (steps,).
 
     Reference:
         PyTorch counts up from `start` in the first half and down from `end` in the second, with a float32
@@ -120,12 +120,12 @@ def linspace(start: float, end: float, steps: int) -> Table:
 
 
 def _cosine_alpha_bar(time: float) -> float:
-    """ᾱ(t) of Improved DDPM (arXiv:2102.09672, equation 17), up to a constant factor; t in [0, 1]."""
+    """Compute ᾱ(t) of Improved DDPM (arXiv:2102.09672, equation 17), up to a constant factor; t in [0, 1]."""
     return math.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
 def _laplace_alpha_bar(time: float) -> float:
-    """√(SNR/(1+SNR)) of the Laplace schedule (arXiv:2407.03297, µ = 0, b = ½), as PyTorch's DDPM has it."""
+    """Compute √(SNR/(1+SNR)) of the Laplace schedule (arXiv:2407.03297, µ = 0, b = ½), as PyTorch's DDPM does."""
     half_log = -0.5 * math.copysign(1, 0.5 - time) * math.log(1 - 2 * math.fabs(0.5 - time) + 1e-6)
     ratio = math.exp(half_log)
     return math.sqrt(ratio / (1 + ratio))
@@ -144,7 +144,7 @@ def alphas_cumprod(betas: ArrayLike) -> Table:
         betas: β_t, array (T,).
 
     Returns:
-        float32 array (T,).
+        ᾱ_t, float32 (T,).
     """
     alphas = np.float32(1) - np.asarray(betas, np.float32)
     return np.cumprod(alphas, dtype=np.float64).astype(np.float32)
@@ -157,10 +157,10 @@ def rescale_zero_terminal_snr(betas: ArrayLike) -> Table:
         betas: β_t, array (T,).
 
     Returns:
-        float32 array (T,); the last entry is 1.
+        β_t, float32 (T,); the last entry is 1.
 
     Raises:
-        ConfigError: fewer than two timesteps, or betas that are all 0, leave nothing to scale.
+        ConfigError: If there are fewer than two timesteps or all betas are 0, which leaves nothing to scale.
 
     Reference:
         arXiv:2305.08891, algorithm 1; `rescale_zero_terminal_snr` in PyTorch.
@@ -186,14 +186,14 @@ def betas_from_config(config: Mapping[str, Any]) -> Table:
     """Return β_t of a scheduler configuration, as a `scheduler_config.json` holds it.
 
     Args:
-        config: keys `beta_schedule`, `num_train_timesteps`, `beta_start`, `beta_end`, `trained_betas` and
-            `rescale_betas_zero_snr`, each with Diffusers' default where absent; other keys are not read.
+        config: Keys `beta_schedule`, `num_train_timesteps`, `beta_start`, `beta_end`, `trained_betas` and
+            `rescale_betas_zero_snr`, each with Diffusers' default if absent; other keys are not read.
 
     Returns:
-        float32 array (T,).
+        β_t, float32 (T,).
 
     Raises:
-        ConfigError: as `betas`, and for values of other types.
+        ConfigError: As `betas`, and if a value has a wrong type.
     """
     values = {name: config[name] for name in _Keys.__annotations__ if name in config}
     check_values(_Keys, values, "scheduler config")
@@ -201,21 +201,21 @@ def betas_from_config(config: Mapping[str, Any]) -> Table:
 
 
 def alphas_cumprod_from_config(config: Mapping[str, Any]) -> Table:
-    """Return ᾱ_t of a scheduler configuration; arguments and errors as `betas_from_config`."""
+    """Return ᾱ_t of a scheduler configuration, float32 (T,); arguments and errors as for `betas_from_config`."""
     return alphas_cumprod(betas_from_config(config))
 
 
 def timesteps_with_signal(alphas_cumprod: Table, lambda_min: float) -> int:
-    """Return how many timesteps, from the first, have a λ = log α − log σ of at least a minimum.
+    """Count the timesteps, from the first, whose λ = log α − log σ is at least a minimum.
 
     Args:
-        alphas_cumprod: ᾱ, float32 (T,), falling.
-        lambda_min: `lambda_min_clipped` of DPM-Solver.
+        alphas_cumprod: ᾱ, float32 (T,), decreasing.
+        lambda_min: The minimum, `lambda_min_clipped` of DPM-Solver.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: If there is no such timestep.
     """
-    with np.errstate(divide="ignore"):  # λ is infinite where there is no noise, or nothing else
+    with np.errstate(divide="ignore"):  # λ is infinite where there is no noise, or only noise
         lam = np.log(np.sqrt(alphas_cumprod)) - np.log(np.sqrt(np.float32(1) - alphas_cumprod))
     count = len(lam) - int(np.searchsorted(lam[::-1], np.float32(lambda_min)))
     if count < 1:
@@ -231,13 +231,13 @@ def snr(alphas_cumprod: ArrayLike, t: int | Sequence[int] | NDArray[Any] | None 
 
     Args:
         alphas_cumprod: ᾱ, array (T,).
-        t: timesteps to look up, any integer shape; all T where None.
+        t: Timesteps to look up, integers of any shape; None for all T.
 
     Returns:
-        float64 array with the shape of `t`, or (T,).
+        The ratio, float64 of the shape of `t`, or (T,).
 
     Raises:
-        ConfigError: an ᾱ of 1 (no noise at all) has no finite ratio.
+        ConfigError: If an ᾱ is 1 (no noise at all), which has no finite ratio.
     """
     bar = np.asarray(alphas_cumprod, np.float64)
     if np.any(bar >= 1):
@@ -255,14 +255,15 @@ def min_snr_weights(alphas_cumprod: ArrayLike, gamma: float, prediction_type: st
     Args:
         alphas_cumprod: ᾱ, array (T,).
         gamma: γ > 0; 5 is usual.
-        prediction_type: what the model predicts: min(SNR, γ)/SNR for "epsilon", min(SNR, γ)/(SNR + 1) for
+        prediction_type: What the model predicts. The weight is min(SNR, γ)/SNR for "epsilon", min(SNR, γ)/(SNR + 1) for
             "v_prediction", min(SNR, γ) for "sample".
 
     Returns:
-        float32 array (T,), to be indexed by timestep and multiplied with each example's mean squared error.
+        The weights, float32 (T,), to be indexed by timestep and multiplied with each example's mean squared error.
 
     Raises:
-        ConfigError: γ ≤ 0, an unknown prediction type, or zero terminal SNR with "epsilon", where the weight is 0/0.
+        ConfigError: If γ ≤ 0, the prediction type is unknown, or the terminal SNR is zero with "epsilon", where the
+            weight is 0/0.
 
     Reference:
         arXiv:2303.09556, section 3.4.
@@ -294,10 +295,10 @@ def sample_weights(alphas_cumprod: ArrayLike) -> Table:
         alphas_cumprod: ᾱ, array (T,).
 
     Returns:
-        float32 array (T,).
+        The weights, float32 (T,).
 
     Raises:
-        ConfigError: as `snr`.
+        ConfigError: As `snr`.
 
     Reference:
         Diffusers' `train_unconditional.py`.

@@ -1,4 +1,4 @@
-"""Which schedulers a model may have been trained with, and which of those here draw images in their place.
+"""Schedulers that a model may have been trained with, and the schedulers here that draw images in their place.
 
 Training needs a scheduler's betas and prediction type, or its shift. Drawing needs a class that both backends have.
 """
@@ -25,7 +25,7 @@ SAMPLERS = {
     "flow_match": "FlowMatchEulerDiscreteScheduler",
     "edm": "EDMEulerScheduler",
 }
-"""Diffusers' names of the schedulers that draw images here, by the names of `--scheduler`."""
+"""Diffusers' class names of the schedulers that draw images here, by their names for `--scheduler`."""
 
 _OWN_BETAS = ("ddpm", "ddim", "pndm", "euler", "dpm++")
 
@@ -50,7 +50,7 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UnCLIPScheduler": ("ddpm", {"beta_schedule": "squaredcos_cap_v2"}),
     "UniPCMultistepScheduler": ("dpm++", {}),
 }
-"""Diffusers' other schedulers with betas: the nearest that is here, and where the default betas are not DDPM's."""
+"""Diffusers' other schedulers with betas: the nearest one in `SAMPLERS`, and default betas that differ from DDPM's."""
 
 WITH_BETAS = (*(SAMPLERS[name] for name in _OWN_BETAS), *_OTHERS)
 """All schedulers whose models are trained by betas."""
@@ -60,11 +60,11 @@ _SHARED = (
     "rescale_betas_zero_snr", "timestep_spacing", "steps_offset", "clip_sample", "clip_sample_range",
     "use_karras_sigmas",
 )  # fmt: skip
-"""What a scheduler keeps when another draws in its place."""
+"""Keys of a scheduler's config that stay when another scheduler draws in its place."""
 
 
 class _Choices:
-    """Keys of which Diffusers takes some unknown values for one that it knows, or refuses them in mid-run."""
+    """Keys whose unknown values Diffusers treats as a known one, or refuses only in the middle of a run."""
 
     timestep_spacing: Literal["linspace", "leading", "trailing"]
     timestep_type: Literal["discrete", "continuous"]
@@ -81,7 +81,7 @@ class _Choices:
 
 
 def class_name(config: Mapping[str, Any]) -> str:
-    """Return the class of a scheduler config by its PyTorch name.
+    """Return the name of the PyTorch class of a scheduler config.
 
     Raises:
         ConfigError: For a config without one, or with a class that is not known here.
@@ -91,10 +91,10 @@ def class_name(config: Mapping[str, Any]) -> str:
 
 
 def prediction_type(config: Mapping[str, Any]) -> str:
-    """Return what a scheduler config says that the model predicts: one of `PREDICTION_TYPES`.
+    """Return the prediction type in a scheduler config: one of `PREDICTION_TYPES`.
 
     Raises:
-        ConfigError: If it says anything else.
+        ConfigError: If it has any other value.
     """
     if config.get("predict_epsilon", True) is not True:
         raise ConfigError(
@@ -108,7 +108,7 @@ def prediction_type(config: Mapping[str, Any]) -> str:
 
 
 def noise_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a scheduler config with its class's own defaults where these are not DDPM's.
+    """Return a scheduler config, completed with its class's defaults where they differ from DDPM's.
 
     Raises:
         ConfigError: As `class_name`.
@@ -118,13 +118,13 @@ def noise_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampler_config(config: Mapping[str, Any], chosen: str | None = None) -> dict[str, Any]:
-    """Return the config of the scheduler that draws images; the nearest one stands in for those that are not here.
+    """Return the config of the scheduler that draws images. A class that is not here is replaced by the nearest one.
 
-    It is said that it does.
+    A replacement is logged as a warning.
 
     Args:
-        config: A pipeline's scheduler config.
-        chosen: Name of the sampler that the user asks for instead, which makes saying so needless.
+        config: Scheduler config of a pipeline.
+        chosen: Name of the sampler that the user asks for instead, if any; the warning is then left out.
 
     Raises:
         ConfigError: As `class_name`, for values that no scheduler knows, and for a sampler of other models.
@@ -163,10 +163,10 @@ def _check_chosen(chosen: str, config: Mapping[str, Any]) -> None:
 
 
 def with_signal(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config for "dpm++" that starts a cosine schedule where there is signal, at λ = −5.1.
+    """Return a config for "dpm++" that starts a cosine schedule where there is some signal, at λ = −5.1.
 
-    Before it the levels hold almost none, and without clipping x0 the solver divides by it. Diffusers' documentation
-    advises the same. What the config says itself holds.
+    Noisier levels have almost no signal, and without clipping of x0 the solver divides by it. Diffusers' documentation
+    gives the same advice. A `lambda_min_clipped` in the config itself has precedence.
     """
     first = {"lambda_min_clipped": -5.1} if config.get("beta_schedule") == "squaredcos_cap_v2" else {}
     return first | dict(config)

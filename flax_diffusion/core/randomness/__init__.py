@@ -1,1 +1,1 @@
-"""Random numbers that depend on the seed and the example only, never on machines."""
+"""Random numbers that depend only on the seed and the example, never on the machines."""

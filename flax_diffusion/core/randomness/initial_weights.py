@@ -1,4 +1,4 @@
-"""First values of a new model's parameters, the same on every backend, device and host."""
+"""Initial values of a new model's parameters, the same on every backend, device and host."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 
 def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Draws a parameter: PyTorch's default distribution for kernels and embeddings, zero for biases, one for scales.
+    """Draw a parameter: PyTorch's default distribution for kernels and embeddings, zero for biases, one for scales.
 
     Args:
-        seed: Of the run.
+        seed: Seed of the run.
         kind: PyTorch class of the model, such as UNet2DModel; its name keeps the models of a pipeline apart.
-        config: Of the model.
+        config: Config of the model.
         name: The parameter's PyTorch name.
-        shape: In PyTorch's layout: (out, in, height, width), (out, in), (rows, features) or (features,).
+        shape: Shape in PyTorch's layout: (out, in, height, width), (out, in), (rows, features) or (features,).
 
     Returns:
-        float32 of that shape.
+        The values, float32, of that shape.
 
-    Reference: torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for what is normal.
+    Reference: torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for the normal distributions.
     """
     if name.endswith("bias"):
         return np.zeros(shape, np.float32)
@@ -40,20 +40,25 @@ def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tupl
 
 
 def name_number(kind: str, name: str) -> int:
-    """A number of its own for a parameter, for `example_rng`."""
+    """Return the number that stands for a parameter as the example index of `example_rng`.
+
+    Args:
+        kind: PyTorch class of the model.
+        name: The parameter's PyTorch name.
+    """
     return zlib.crc32(f"{kind}/{name}".encode())
 
 
 def normal_std(kind: str, config: Mapping[str, Any], name: str) -> float | None:
-    """The standard deviation of a parameter that is drawn from a normal distribution; None for the others.
+    """Return the standard deviation of a parameter that is drawn from a normal distribution; None for the others.
 
     Args:
         kind: PyTorch class of the model.
-        config: Of the model; for CLIP with hidden_size, num_hidden_layers and initializer_factor.
+        config: Config of the model; for CLIP with hidden_size, num_hidden_layers and initializer_factor.
         name: The parameter's PyTorch name.
 
-    Reference: torch.nn.Embedding (1); CLIPPreTrainedModel._init_weights of Transformers, where the embeddings' 0.02
-    is a constant, too.
+    Reference: torch.nn.Embedding (1); CLIPPreTrainedModel._init_weights of Transformers, which has the embeddings' 0.02
+    as a constant, too.
     """
     module = name.split(".")[-2]
     if not kind.startswith("CLIP"):

@@ -67,7 +67,8 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
     preemption = Preemption()
     _run(load_backend, task_of(config), preemption)
     status = INTERRUPTED if preemption.interrupted else 0
-    if preemption.wanted and preemption.alone:  # all is saved; Python would wait for threads that may wait for a disk
+    if preemption.requested and preemption.single_process:
+        # All is saved; Python would wait for threads that may wait for a disk.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -86,7 +87,7 @@ def _run(load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preempt
             backend.check_options(config)
             return fit(task, backend, preemption)
         except Preempted:
-            log.info("ended by %s before the first step; nothing had to be saved", preemption.told)
+            log.info("ended by %s before the first step; nothing had to be saved", preemption.signal_name)
             return as_path(config.output_dir)
         except Exception as error:
             if isinstance(error, UserError) or not is_out_of_memory(error):

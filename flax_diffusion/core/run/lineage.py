@@ -1,4 +1,4 @@
-"""What a checkpoint must share with the run that goes on from it, and what of its options has changed since."""
+"""What a run that resumes must have in common with its checkpoint, and which options have changed since."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from flax_diffusion.core.errors import CheckpointError, DataError, shown
 from flax_diffusion.core.spec import weight_files
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 
-_ELSEWHERE = ("output_dir", "logging_dir")
-"""Options that say where a run is, not what it is."""
+_LOCATION_OPTIONS = ("output_dir", "logging_dir")
+"""Options that say where a run is stored, not what it is."""
 
 _MEANING = {
     "data": "the names of its pictures or their captions",
@@ -26,14 +26,17 @@ _MEANING = {
 
 
 def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source, num_examples: int) -> dict[str, Any]:
-    """What the batches and the meaning of the trained weights depend on, as JSON has it.
+    """Return what the batches and the meaning of the trained weights depend on.
 
     Args:
-        task: Its name.
-        config: Of the run.
-        spec: What it trains.
-        source: Its examples, but for those that models draw.
-        num_examples: In an epoch.
+        task: Name of the task.
+        config: Options of the run.
+        spec: The models that it trains.
+        source: Its examples, without those that models draw.
+        num_examples: Examples per epoch.
+
+    Returns:
+        A JSON object, which is saved with each checkpoint.
     """
     made: dict[str, Any] = {"task": task}
     parts = spec.components
@@ -54,7 +57,10 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
 
 
 def data_digest(source: Source) -> str:
-    """A checksum of names and captions, of 64 examples at most, by which two datasets of one size differ."""
+    """Return a fingerprint of a dataset: a checksum of the names and captions of up to 64 examples.
+
+    Two datasets of the same size are told apart by it.
+    """
     digest = hashlib.sha256()
     for index in np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int).tolist():
         try:
@@ -66,7 +72,7 @@ def data_digest(source: Source) -> str:
 
 
 def weights_digest(component: Component) -> str:
-    """A checksum of parts of a model's weight files, wherever they are."""
+    """Return a fingerprint of a model's weights: a checksum of parts of its weight files, wherever these are stored."""
     assert component.weights is not None
     base = weight_files.base_name(component.kind)
     where = (component.weights, component.subfolder, component.revision)
@@ -83,15 +89,15 @@ def weights_digest(component: Component) -> str:
 
 
 def check(metadata: dict[str, Any], now: dict[str, Any], name: str) -> None:
-    """Refuses to go on where the next batch, or what the weights mean, would not be what it was.
+    """Refuse to resume if the next batch, or the meaning of the weights, would differ from the first run's.
 
     Args:
-        metadata: Of the checkpoint; what older ones do not say is not looked at.
+        metadata: Metadata of the checkpoint; values that older checkpoints lack are not compared.
         now: `identity` of this run.
-        name: Of the checkpoint.
+        name: Name of the checkpoint, for messages.
 
     Raises:
-        CheckpointError: Naming the first difference.
+        CheckpointError: If they differ; the message names the first difference.
     """
     for key, value in now.items():
         was = metadata.get(key, value)
@@ -112,20 +118,20 @@ def _first_difference(key: str, was: Any, value: Any) -> tuple[str, Any, Any]:
 
 
 def changes(saved: dict[str, Any], config: TrainConfig) -> list[str]:
-    """The options of a run that goes on which are not those that it was begun with, such as "learning_rate 0.1 → 0.2".
+    """List the options that have changed since a run was started, such as "learning_rate 0.1 → 0.2".
 
     Args:
-        saved: Its config.yaml.
-        config: Of now.
+        saved: Values of the run's config.yaml.
+        config: Options with which the run resumes.
     """
     now = recipe_values(config)
     return [
         f"{name} {shown(saved[name])} → {shown(value)}"
         for name, value in now.items()
-        if name in saved and saved[name] != value and name not in _ELSEWHERE
+        if name in saved and saved[name] != value and name not in _LOCATION_OPTIONS
     ]
 
 
 def recipe_values(config: TrainConfig) -> dict[str, Any]:
-    """The options that make the run again: all but those that are said once, for one start of it."""
+    """Return the options that reproduce a run: all except those that hold for one start only."""
     return config.model_dump(mode="json", exclude=set(ONCE))

@@ -65,11 +65,11 @@ def fit(
     """
     config, preemption = task.config, preemption or Preemption()
     output_dir = as_path(config.output_dir)
-    source, spec = preemption.aside(lambda: open_inputs(task))
+    source, spec = preemption.interruptible(lambda: open_inputs(task))
     backend = make_backend(config, spec)
-    preemption.alone = backend.process_count == 1
+    preemption.single_process = backend.process_count == 1
     scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
-    start = preemption.aside(lambda: prepare(task, spec, source, backend, scratch))
+    start = preemption.interruptible(lambda: prepare(task, spec, source, backend, scratch))
     if config.repeat_step is None:
         output_folder.prepare(output_dir, config, start.resume_from, backend)
     run = _Run(task, spec, backend, preemption, output_dir, start)
@@ -201,11 +201,11 @@ class _Run:
             rate = self.rate_of(done)
             self.pending.append((step, rate, indices, self.backend.train_step(batch, rate, ema_decay(config, done))))
             self.taken = step
-            if self.backend.stops(self.preemption.wanted, step):
+            if self.backend.stops(self.preemption.requested, step):
                 raise Preempted
             while len(self.pending) > READ_LAG:
                 self._report()
-            self.saver.poll()
+            self.saver.raise_if_failed()
             if step == self.schedule.total_steps:
                 break
             if step % config.checkpointing_steps == 0:
@@ -225,7 +225,7 @@ class _Run:
         batches = iter(loader)
 
         def following() -> tuple[np.ndarray, Any] | None:
-            batch = self.preemption.aside(lambda: next(batches, None))
+            batch = self.preemption.interruptible(lambda: next(batches, None))
             return None if batch is None else (batch["example_index"], self.backend.put(batch))
 
         current = following()
@@ -251,7 +251,7 @@ class _Run:
         self.backend.everywhere(True)
         kept = f"saved as {self._newest()}; go on with" if self.taken else "nothing to save; start again with"
         self.tracker.say(
-            f"ended by {self.preemption.told} after step {self.taken}, {kept}: "
+            f"ended by {self.preemption.signal_name} after step {self.taken}, {kept}: "
             f"{self._command()} --resume_from_checkpoint latest"
         )
 
@@ -293,7 +293,7 @@ class _Run:
         raise NonFiniteError(
             f"step {step} is not finite ({_said(metrics)}); its examples are in {file.name}: lower --learning_rate, "
             "check the data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
-            + folders.newest_named(self.output_dir)
+            + folders.describe_newest(self.output_dir)
         )
 
     def _examples(self, indices: np.ndarray) -> list[dict[str, Any]]:
@@ -323,7 +323,7 @@ class _Run:
             return
         self._drain()
         draw = functools.partial(self.preview.draw, self.backend)
-        self.tracker.grid(step, self.preemption.aside(draw), self.preview.columns)
+        self.tracker.grid(step, self.preemption.interruptible(draw), self.preview.columns)
 
     def _export(self) -> None:
         """Writes what the run is for: a pipeline, an autoencoder, or adapters."""

@@ -1,4 +1,4 @@
-"""Saves beside training: one at a time, and a checkpoint counts when it is sealed."""
+"""Saves in the background of training: one at a time; a checkpoint counts once it is sealed."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from flax_diffusion.core.errors import CheckpointError
 from flax_diffusion.core.io.files import is_local, walk
 from flax_diffusion.core.run import output_folder
 
-_FAILURES = (OSError, ValueError, RuntimeError, SafetensorError)
-"""What file systems and the libraries that write to them raise; a full disk is each of them somewhere."""
+_SAVE_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
+"""Errors of file systems and of the libraries that write to them; a full disk may appear as any of these."""
 
 
 class Saver:
-    """Writes, seals and rotates the checkpoints of a run.
+    """Writer of a run's checkpoints, which also seals them and deletes old ones.
 
     Args:
-        backend: Has the state.
-        output_dir: Of the run.
+        backend: The backend that holds the train state.
+        output_dir: Folder of the run.
         limit: Checkpoints to keep; None for all.
-        parent: `checkpoints.identity_of` the one that the run goes on from.
+        parent: `folders.identity_of` the checkpoint that the run resumes from; None if it starts new.
     """
 
     def __init__(self, backend: Backend, output_dir: Path, limit: int | None, parent: str | None = None):
         self.backend, self.output_dir, self.limit, self._parent = backend, output_dir, limit, parent
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
-        self._step = self._size = 0  # of the last checkpoint; bytes
+        self._step = self._size = 0  # step of the last checkpoint, and its size in bytes
         self._sealing: Future[None] | None = None
 
-    def start(self, step: int, metadata: dict[str, Any], beside: Callable[[Path], None] | None = None) -> None:
-        """Copies the state and goes on with the rest in the background, once the save before it is complete.
+    def start(self, step: int, metadata: dict[str, Any], write_models: Callable[[Path], None] | None = None) -> None:
+        """Start a save once the previous one is complete: copy the state now and write it in the background.
 
         Args:
-            step: Names the checkpoint.
-            metadata: Of the loop.
-            beside: Writes more into the checkpoint's folder; it is waited for.
+            step: The optimizer step, which names the checkpoint.
+            metadata: The loop's metadata, as JSON.
+            write_models: A function that writes more files to the checkpoint's folder; it is waited for.
 
         Raises:
-            CheckpointError: If the save before it, or the start of this one, failed.
+            CheckpointError: If the previous save, or the start of this one, failed.
         """
         self.wait()
         self._step = step
@@ -59,15 +59,15 @@ class Saver:
                 self._check_space()
             self.backend.everywhere(True)
             self.backend.save(written, metadata)
-            if beside is not None:
+            if write_models is not None:
                 self.backend.wait()
-                beside(written)
-        except _FAILURES as error:
+                write_models(written)
+        except _SAVE_ERRORS as error:
             raise self._failed(error) from error
         self._sealing = self._pool.submit(self._complete, folder)
 
     def _check_space(self) -> None:
-        """Finds out before anything is written whether it fits: of libraries that run into it no reason can be read."""
+        # Checked before anything is written: the errors of the libraries on a full disk do not tell the reason.
         if is_local(self.output_dir):
             needed, free = max(self._size, self.backend.state_bytes()), shutil.disk_usage(self.output_dir).free
             if free < needed:
@@ -86,13 +86,17 @@ class Saver:
             folders.rotate(self.output_dir, self.limit, folder)
             output_folder.discard_replaced(self.output_dir)
 
-    def poll(self) -> None:
-        """Raises, without waiting, what went wrong in a save."""
+    def raise_if_failed(self) -> None:
+        """Raise the error of a save that has failed, without waiting for one that is running.
+
+        Raises:
+            CheckpointError: If a save failed.
+        """
         if self._sealing is not None and self._sealing.done():
             self.wait()
 
     def wait(self) -> None:
-        """Waits until the save under way is sealed.
+        """Wait until the running save is sealed.
 
         Raises:
             CheckpointError: If it failed.
@@ -101,17 +105,17 @@ class Saver:
         if sealing is not None:
             try:
                 sealing.result()
-            except _FAILURES as error:
+            except _SAVE_ERRORS as error:
                 raise self._failed(error) from error
 
     def close(self) -> None:
-        """Lets the save under way end, however it ends."""
+        """Wait for the running save to end, whether it succeeds or fails."""
         self._pool.shutdown()
 
     def _failed(self, error: Exception) -> CheckpointError:
         return CheckpointError(
             f"checkpoint-{self._step} could not be written to {self.output_dir}: {_reason(error)}; "
-            + folders.newest_named(self.output_dir)
+            + folders.describe_newest(self.output_dir)
         )
 
 

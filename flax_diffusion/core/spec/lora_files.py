@@ -1,6 +1,6 @@
-"""LoRA files of any program: PEFT's, Diffusers' since 2023, kohya's and LyCORIS' LoCon, read to one form.
+"""Reader of LoRA files of any program: PEFT, Diffusers since 2023, kohya and LyCORIS' LoCon.
 
-What else such files may hold (DoRA, LoHa, …) is named once for what it is, and refused.
+Other kinds of weights in such files (DoRA, LoHa, …) are refused with an error that names the kind.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from flax_diffusion.core.spec.adapters import LORA_FILE, LoraLayer
 log = logging.getLogger(__name__)
 
 Layers = Mapping[str, Mapping[str, tuple[int, ...]]]
-"""Component to the shapes of its parameters by PyTorch name."""
+"""Shapes of a model's parameters, by component and PyTorch name."""
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
-# The spellings of both matrices: PEFT's, Diffusers' of 2024, of early 2023, its text encoder's, kohya's.
+# Name endings of the two matrices: in PEFT, in Diffusers of 2024, of early 2023, for its text encoder, and in kohya.
 _PAIRS = (
     (".lora_A.weight", ".lora_B.weight"),
     (".lora_A.default.weight", ".lora_B.default.weight"),
@@ -58,7 +58,7 @@ _KINDS = (
 )
 _OTHER_KINDS = tuple((re.compile(pattern), name) for pattern, name in _KINDS)
 
-# Of PEFT's LoraConfig: what says where adapters stand or how they were trained, and nothing of what they add.
+# Keys of PEFT's LoraConfig that say where adapters are or how they were trained, but do not change what they add.
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
     "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_config",
@@ -66,22 +66,23 @@ _HARMLESS = {
 }  # fmt: skip
 _HONOURED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
 _DEFAULTS: dict[str, Any] = {"bias": "none", "peft_type": "LORA"}
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of init_lora_weights: the model's weights stay
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that keep the base weights
 
 
 def read_lora_layers(path: Path, layers: Layers, prefixes: Mapping[str, str]) -> dict[str, dict[str, LoraLayer]]:
-    """Reads what a LoRA file adds to a model.
+    """Read what a LoRA file adds to a model.
 
     Args:
         path: The safetensors file, or the folder that holds it.
-        layers: Of the model.
-        prefixes: Of kohya's names, by component.
+        layers: Shapes of the model's parameters.
+        prefixes: Start of kohya's names of the layers, by component.
 
     Returns:
-        Component to, by the name of each adapted layer, its two matrices and its alpha.
+        The two matrices and the alpha of each adapted layer, by component and layer name.
 
     Raises:
-        WeightsError: If the file is not there, is of another kind or another model, or says what is not known here.
+        WeightsError: If the file does not exist, is of another kind, belongs to another model, or has settings that are
+            not supported.
     """
     path = model_files.weights_file(path, "--lora", (LORA_FILE, PEFT_FILE))
     stored = model_files.read_safetensors(path)
@@ -91,7 +92,7 @@ def read_lora_layers(path: Path, layers: Layers, prefixes: Mapping[str, str]) ->
     settings = _settings(path)
     names = _Names(layers, prefixes)
     found: dict[str, dict[str, LoraLayer]] = {}
-    strangers, problems = [], []
+    unknown_layers, problems = [], []
     used = set()
     for key in stored:
         suffix = next((suffix for suffix in _DOWN if key.endswith(suffix)), None)
@@ -102,9 +103,9 @@ def read_lora_layers(path: Path, layers: Layers, prefixes: Mapping[str, str]) ->
         used |= set(keys.values())
         model, layer = names.find(raw)
         if keys["up"] not in stored:
-            problems.append(f"{key} has no second half")
+            problems.append(f"{key} has no second matrix")
         elif layer is None:
-            strangers.append(raw)
+            unknown_layers.append(raw)
         elif layer in found.get(model, {}):
             problems.append(f"{raw} is there twice")
         else:
@@ -117,10 +118,12 @@ def read_lora_layers(path: Path, layers: Layers, prefixes: Mapping[str, str]) ->
             alpha = settings.alpha(model, layer, rank)
             alpha = float(own["alpha"].reshape(-1)[0]) if "alpha" in own else alpha
             found.setdefault(model, {})[layer] = LoraLayer(down=down, up=own["up"], alpha=alpha)
-    settings.warn_of_unsaid(found)
+    settings.warn_of_missing(found)
     problems += [f"{key} is no part of a LoRA" for key in stored if key not in used]
-    if strangers:
-        problems.insert(0, f"{strangers[0]} is no layer of the model{_and_more(len(strangers) - 1, 'such layer')}")
+    if unknown_layers:
+        problems.insert(
+            0, f"{unknown_layers[0]} is no layer of the model{_and_more(len(unknown_layers) - 1, 'such layer')}"
+        )
     if problems:
         raise WeightsError(
             f"{path} does not fit the model: {'; '.join(problems[:5])}{_and_more(len(problems) - 5, 'problem')}: give "
@@ -138,24 +141,26 @@ def _refuse_other_kinds(path: Path, stored: Mapping[str, Any]) -> None:
         count = sum(1 for key in stored if pattern.search(key))
         if count:
             raise WeightsError(
-                f"{path} holds {kind} ({count} of its {len(stored)} tensors), and only plain LoRA is read here: merge "
+                f"{path} holds {kind} ({count} of its {len(stored)} tensors), and only plain LoRA is supported: merge "
                 "it into its model with the program that made it, and give that model by --model"
             )
 
 
 def _misfit(own: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> str | None:
-    """What is wrong with a layer's tensors, for a weight of this shape; None: nothing."""
+    """Return what is wrong with a layer's tensors, for a weight of this shape; None if nothing is."""
     down, up, mid = own["down"], own["up"], own.get("mid")
-    first = down if mid is None else mid  # whose rows meet the columns of B
-    together = min(down.ndim, up.ndim) >= 2 and math.prod(up.shape[2:]) == 1 and up.shape[1] == len(first) > 0
+    first = down if mid is None else mid  # its rows match the columns of the matrix B
+    fits = min(down.ndim, up.ndim) >= 2 and math.prod(up.shape[2:]) == 1 and up.shape[1] == len(first) > 0
     if mid is not None:
-        together = together and mid.ndim == 4 and mid.shape[1] == len(down) and math.prod(down.shape[2:]) == 1
-    if not together:
+        fits = fits and mid.ndim == 4 and mid.shape[1] == len(down) and math.prod(down.shape[2:]) == 1
+    if not fits:
         sizes = ", ".join(str(part.shape) for part in (down, mid, up) if part is not None)
-        return f"has matrices of shapes {sizes}, which do not go together"
+        return f"has matrices of shapes {sizes}, which do not fit together"
     kernel = first.shape[2:]
-    of_kernel = kernel == shape[2:] or math.prod(kernel) == math.prod(shape[2:]) == 1  # linear or a 1 x 1 convolution
-    if (len(up), down.shape[1]) != shape[:2] or not of_kernel:
+    same_kernel = (
+        kernel == shape[2:] or math.prod(kernel) == math.prod(shape[2:]) == 1
+    )  # a linear layer or a 1 x 1 convolution
+    if (len(up), down.shape[1]) != shape[:2] or not same_kernel:
         size = f"{len(up)} x {down.shape[1]}" + (f" with {' x '.join(map(str, kernel))} pixels" if kernel else "")
         return f"is {size}, the model's is {shape}"
     alpha = own.get("alpha", np.ones(1))
@@ -165,7 +170,7 @@ def _misfit(own: Mapping[str, np.ndarray], shape: tuple[int, ...]) -> str | None
 
 
 def _with_middle(own: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The first matrix, (rank, in, …); where a LoCon has three, the product of the two that come first."""
+    """Return the first matrix, float32 (rank, in, …); if a LoCon has three, the product of the first two."""
     down, mid = own["down"], own.get("mid")
     if mid is None:
         return down
@@ -173,11 +178,11 @@ def _with_middle(own: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 class _Names:
-    """Finds the layers that files name.
+    """Look-up of the model's layers by the names in files.
 
     Args:
-        layers: Of the model.
-        prefixes: Of kohya's names, by component.
+        layers: Shapes of the model's parameters.
+        prefixes: Start of kohya's names of the layers, by component.
     """
 
     def __init__(self, layers: Layers, prefixes: Mapping[str, str]):
@@ -192,13 +197,15 @@ class _Names:
                     self.flat[f"{prefixes[model]}_{spelling.replace('.', '_')}"] = (model, name)
 
     def find(self, raw: str) -> tuple[str, str | None]:
-        """The component and the name of a layer; None where the model has none such."""
+        """Return the component and the name of a layer; the name is None if the model has no such layer."""
         raw = raw.removeprefix("base_model.model.").replace(".processor.", ".")
         flat = self.flat.get(re.sub("^lora_te1_", "lora_te_", raw))
         if flat is not None:
             return flat
         model, _, inside = raw.partition(".")
-        owners = {model: inside} if model in self.known else dict.fromkeys(self.known, raw)  # PEFT's name no component
+        owners = (
+            {model: inside} if model in self.known else dict.fromkeys(self.known, raw)
+        )  # PEFT's names have no component
         for owner, name in owners.items():
             for spelling in _spellings(name):
                 if spelling in self.known[owner]:
@@ -207,11 +214,11 @@ class _Names:
 
 
 _OF_TEXT_ENCODER = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-"""How Diffusers of early 2023 calls the layers of a text encoder."""
+"""Names that Diffusers of early 2023 gives to the layers of a text encoder, and the model's names."""
 
 
 def _spellings(name: str) -> Iterator[str]:
-    """The names that a layer may have in the model."""
+    """Yield the names that a layer of a file may have in the model."""
     yield name
     parent, _, last = name.rpartition(".")
     if last == "to_out":
@@ -223,31 +230,32 @@ def _spellings(name: str) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class _Settings:
-    """PEFT's settings beside a LoRA, by component; with the key "" for all. None: there are none."""
+    """PEFT's settings of a LoRA by component; the key "" stands for all components. Empty if the file has none."""
 
     path: Path
     by_model: Mapping[str, Mapping[str, Any]]
 
     def alpha(self, model: str, layer: str, rank: int) -> float:
-        """The alpha of a layer by which its scale is alpha / rank."""
+        """Return the alpha of a layer, such that the layer's scale is alpha / rank."""
         own = self.by_model.get(model, self.by_model.get("", {}))
         if not own:
             return float(rank)
-        said = self._of_layer(own, "rank_pattern", layer, own.get("r", 8))
-        if said != rank:
+        stated = self._of_layer(own, "rank_pattern", layer, own.get("r", 8))
+        if stated != rank:
             raise WeightsError(
-                f"{self.path}: its header says rank {said} for {model}.{layer}, which is of rank {rank}: save it anew"
+                f"{self.path}: its header says rank {stated} for {model}.{layer}, which is of rank {rank}: save the "
+                "file again"
             )
         alpha = float(self._of_layer(own, "alpha_pattern", layer, own.get("lora_alpha", 8)))
         return alpha * math.sqrt(rank) if own.get("use_rslora") else alpha
 
-    def warn_of_unsaid(self, found: Mapping[str, Mapping[str, LoraLayer]]) -> None:
-        """Says what was taken for granted: Diffusers saves the settings of those models only that it is told of."""
+    def warn_of_missing(self, found: Mapping[str, Mapping[str, LoraLayer]]) -> None:
+        """Warn of components without settings: Diffusers saves settings only for the models that the caller names."""
         for model in found.keys() - self.by_model.keys() if self.by_model and "" not in self.by_model else ():
-            log.warning("%s: its header has no settings of %s; its alphas are taken to be its ranks", self.path, model)
+            log.warning("%s: its header has no settings for %s; each alpha is taken to be the rank", self.path, model)
 
     def _of_layer(self, own: Mapping[str, Any], pattern: str, layer: str, default: float) -> float:
-        """A number of a layer: of the first pattern that the end of its name matches."""
+        """Return a layer's number from the first pattern that matches the end of its name, or the default."""
         for key, value in own.get(pattern, {}).items():
             whole, wanted = key.startswith("^"), key.removeprefix("^")
             for name in {layer, layer.removeprefix("text_model.")}:
@@ -257,7 +265,7 @@ class _Settings:
 
 
 def _settings(path: Path) -> _Settings:
-    """The settings in the header of a LoRA file or, of one of PEFT's own, beside it."""
+    """Read the settings in the header of a LoRA file or, for one of PEFT's own, in the file next to it."""
     saved = model_files.safetensors_metadata(path).get("lora_adapter_metadata")
     where = f"{path}: lora_adapter_metadata in its header"
     if saved is None and path.name == PEFT_FILE and path.with_name(PEFT_CONFIG).is_file():
@@ -269,9 +277,9 @@ def _settings(path: Path) -> _Settings:
         try:
             values = parse_json(saved)
         except ValueError as error:
-            raise WeightsError(f"{where} is not JSON ({error}): save it anew") from error
+            raise WeightsError(f"{where} is not JSON ({error}): save the file again") from error
         if not isinstance(values, dict):
-            raise WeightsError(f"{where} is {shown(saved)}, must be a JSON object: save it anew")
+            raise WeightsError(f"{where} is {shown(saved)}, must be a JSON object: save the file again")
         by_model = {}
         for key, value in values.items():
             model, _, name = key.partition(".")
@@ -282,7 +290,11 @@ def _settings(path: Path) -> _Settings:
 
 
 def _check_settings(own: Mapping[str, Any], where: str) -> None:
-    """Raises WeightsError for a value of another type, and for a setting that would change what the file adds."""
+    """Refuse values of wrong types, and settings that would change what the file adds.
+
+    Raises:
+        WeightsError: If a setting is refused.
+    """
     for name, value in own.items():
         if name in ("r", "lora_alpha"):
             good = _is_number(value) and (name != "r" or (isinstance(value, int) and value > 0))
@@ -291,8 +303,8 @@ def _check_settings(own: Mapping[str, Any], where: str) -> None:
             odd = [key for key in value if not re.fullmatch(r"\^?[\w.]+", key)] if good else []
             if odd:
                 raise WeightsError(
-                    f"{where} has the {name} {shown(odd[0])}, a regular expression, and only names of layers are read "
-                    "here: save it with names"
+                    f"{where} has the {name} {shown(odd[0])}, a regular expression, and only names of layers are "
+                    "supported: save it with names"
                 )
         elif name == "use_rslora":
             good = isinstance(value, bool)
@@ -300,16 +312,16 @@ def _check_settings(own: Mapping[str, Any], where: str) -> None:
             good = True
         elif name == "use_dora" and value:
             raise WeightsError(
-                f"{where} says DoRA, and only plain LoRA is read here: merge it into its model with the program that "
+                f"{where} says DoRA, and only plain LoRA is supported: merge it into its model with the program that "
                 "made it, and give that model by --model"
             )
         elif name == "init_lora_weights":
-            good = value in _PLAIN_STARTS
+            good = value in _PLAIN_INITS
         else:
             good = not value or value == _DEFAULTS.get(name)
         if not good:
             raise WeightsError(
-                f"{where} sets {name} to {shown(value)}, which is not known here: merge it into its model with the "
+                f"{where} sets {name} to {shown(value)}, which is not supported: merge it into its model with the "
                 "program that made it, and give that model by --model"
             )
 

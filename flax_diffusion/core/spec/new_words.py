@@ -1,4 +1,4 @@
-"""New words of textual inversion: their files, of any program, and their places in a tokenizer."""
+"""New words of textual inversion: reading their files, of any program, and adding them to a tokenizer."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNNAMED = "emb_params"
-"""What kohya's programs call the rows, whatever the word: that is the name of the file."""
-_OF_XL = {"clip_l", "clip_g"}
+"""Key of the rows in kohya's files. It is the same for every word; the word is the name of the file."""
+_SDXL_KEYS = {"clip_l", "clip_g"}
 
 
 def read_words(path: Path, word: str | None = None) -> dict[str, np.ndarray]:
-    """Reads the rows of new words.
+    """Read the embedding rows of new words.
 
     Args:
-        path: A safetensors file of Diffusers, of the programs that save as it does, or of kohya; or its folder.
-        word: Instead of the one in the file.
+        path: A safetensors file of Diffusers, of programs with the same format, or of kohya; or its folder.
+        word: The word to use instead of the one in the file.
 
     Returns:
-        Word to float32 rows (tokens, features).
+        Rows by word, float32 (tokens, features).
 
     Raises:
-        WeightsError: If the file is not there, is of another kind, or holds no rows.
+        WeightsError: If the file does not exist, is of another kind, or holds no rows.
     """
     file = model_files.weights_file(path, "--embeddings", (EMBEDDINGS_FILE,))
     stored = model_files.read_safetensors(file)
-    if _OF_XL & stored.keys():
+    if _SDXL_KEYS & stored.keys():
         raise WeightsError(
-            f"{path}: holds {' and '.join(sorted(stored))}, a word of Stable Diffusion XL, not known here"
+            f"{path} holds {' and '.join(sorted(stored))}, a word of Stable Diffusion XL, which is not supported"
         )
     if not stored or (word is not None and len(stored) > 1):
-        raise WeightsError(f"{path}: holds {len(stored)} words ({', '.join(stored)}): give the file of one")
+        raise WeightsError(f"{path} holds {len(stored)} words ({', '.join(stored)}): give a file with one")
     words = {}
     for key, tensor in stored.items():
         rows = tensor.array().astype(np.float32)
@@ -51,31 +51,32 @@ def read_words(path: Path, word: str | None = None) -> dict[str, np.ndarray]:
         if rows.ndim != 2 or 0 in rows.shape:
             raise WeightsError(
                 f"{path}: {key} has the shape {tensor.shape}, must be (vectors, features) with one vector or more: it "
-                "is no file of textual inversion, or was not saved whole"
+                "is not a file of textual inversion, or was not saved whole"
             )
         own = word or (path.stem if key == UNNAMED else key)
         name = own.lower()
         if name != key and name != word:
-            log.warning("%s: holds %s; its word in prompts is %s (for another, PATH:WORD)", path, key, name)
+            log.warning("%s holds %s; its word in prompts is %s (for another word, give PATH:WORD)", path, key, name)
         words[name] = rows
     return words
 
 
 def add_word(tokenizer: CLIPTokenizer, word: str, count: int, origin: str, fix: str) -> tuple[int, tuple[str, ...]]:
-    """Adds a new word to a tokenizer, as tokens of its own.
+    """Add a new word to a tokenizer, as one or more new tokens.
 
     Args:
-        tokenizer: Changed.
-        word: In small letters, as CLIP's tokenizer reads every prompt.
-        count: Tokens that it stands for.
-        origin: The option that names it, for messages.
-        fix: What to do about a word that cannot be added, likewise.
+        tokenizer: The tokenizer, which is changed.
+        word: The word in lower case, because CLIP's tokenizer turns prompts into lower case.
+        count: Number of tokens that the word stands for.
+        origin: The option that names the word, for messages.
+        fix: What to do about a word that cannot be added, for messages.
 
     Returns:
-        The id of the first token, whom the others follow, and the tokens.
+        The id of the first token (those of the others follow it), and the tokens.
 
     Raises:
-        ConfigError: If the vocabulary has the word, or one that would be taken for part of it.
+        ConfigError: If the vocabulary has the word already, or one that would be taken for part of it; or if the
+            tokenizer does not accept the word.
     """
     tokens = tokens_of(word, count)
     added = {name.lower() for name in tokenizer.get_added_vocab()}
@@ -89,5 +90,5 @@ def add_word(tokenizer: CLIPTokenizer, word: str, count: int, origin: str, fix: 
         raise ConfigError(f"{origin} {word}: is in the tokenizer's vocabulary already{other}: {fix}")
     first = len(tokenizer)
     if not word.strip() or tokenizer.add_tokens(list(tokens)) != count:
-        raise ConfigError(f"{origin} {word}: is no word that the tokenizer takes: {fix}")
+        raise ConfigError(f"{origin} {word}: is not a word that the tokenizer accepts: {fix}")
     return first, tokens

@@ -1,4 +1,4 @@
-"""The weights in a model's folder by PyTorch name, without a framework: safetensors, or a Flax release's msgpack."""
+"""Reader of the weights in a model's folder, without a framework: safetensors, or msgpack of a Flax release."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flax_diffusion.core.io.torch_names import LEAVES, to_torch_layout, torch_na
 
 FLAX_FILES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
 
-# Spellings of old files, tried on names that the model does not have.
+# Name parts in old files and their present form, tried on names that the model does not have.
 ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.query\."), ".to_q."),
     (re.compile(r"\.key\."), ".to_k."),
@@ -28,8 +28,8 @@ ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
 )
 IGNORED = re.compile(r"(^|\.)position_ids$")  # CLIP's buffer 0, 1, 2 …, in files before Transformers 4.31
 
-# What msgpack and NumPy raise of a file that is not one of Flax's, or is one of something else.
-_NO_MSGPACK = (
+# Errors of msgpack and NumPy for a file that is not Flax's msgpack.
+_NOT_MSGPACK = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError, MemoryError,
     msgpack.UnpackException,
 )  # fmt: skip
@@ -39,15 +39,15 @@ _DTYPES = re.compile(r"b?float\d+|u?int\d+|bool")
 
 
 class Tensor(Protocol):
-    """What is read from a file."""
+    """A tensor of a weights file."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape in the file."""
+        """Shape in the file."""
         ...
 
     def array(self) -> np.ndarray:
-        """Return its values."""
+        """Return the values."""
         ...
 
 
@@ -59,24 +59,24 @@ class _InMemory:
         self.shape = tuple(values.shape)
 
     def array(self) -> np.ndarray:
-        """Return its values."""
+        """Return the values."""
         return self.values
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Return arrays as tensors of a file."""
+    """Return arrays in the form of a file's tensors."""
     return {name: _InMemory(array) for name, array in arrays.items()}
 
 
-def same_names(stored: Iterable[str], known: Iterable[str]) -> dict[str, str]:
-    """Map the model's names to those in a file, through the aliases where need be.
+def match_names(stored: Iterable[str], known: Iterable[str]) -> dict[str, str]:
+    """Match the names in a file with the model's, with the help of `ALIASES`.
 
     Args:
-        stored: names in the file.
-        known: names that the model has.
+        stored: Names in the file.
+        known: Names that the model has.
 
     Returns:
-        The model's name (the file's own where no alias helps) to that in the file.
+        Name in the file by the model's name, or by the name in the file where nothing matches.
     """
     known, names = set(known), {}
     for name in stored:
@@ -90,12 +90,17 @@ def same_names(stored: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 
 def base_name(kind: str) -> str:
-    """Return the name of a model's weights file, without extension, by its PyTorch class."""
+    """Return the name, without extension, of the weights file of a model of a given PyTorch class."""
     return "model" if kind.startswith("CLIP") else "diffusion_pytorch_model"
 
 
 def file_patterns(base: str, variant: str | None) -> list[str]:
-    """Return the names of safetensors files, with `*` for shard numbers, and of their index."""
+    """Return the names of safetensors files: the single file, a glob of the shards, and the index of the shards.
+
+    Args:
+        base: File name without extension.
+        variant: Variant such as "fp16"; None for the plain files.
+    """
     dot = f".{variant}" if variant else ""
     return [
         f"{base}{dot}.safetensors",
@@ -105,12 +110,12 @@ def file_patterns(base: str, variant: str | None) -> list[str]:
 
 
 def variant_of(names: Iterable[str], base: str, variant: str | None) -> str | None:
-    """Return the variant to read of a part: the one asked for, or None where only other files of it are there.
+    """Return which variant of a component to read: the requested one if it has files, else None.
 
     Args:
-        names: of the files in the part's folder.
-        base: file name without extension.
-        variant: that was asked for.
+        names: Names of the files in the component's folder.
+        base: File name without extension.
+        variant: Requested variant.
     """
     patterns = file_patterns(base, variant)
     there = any(fnmatch.fnmatchcase(name, pattern) for name in names for pattern in patterns)
@@ -118,7 +123,7 @@ def variant_of(names: Iterable[str], base: str, variant: str | None) -> str | No
 
 
 def has_weights(folder: Path, base: str, variant: str | None) -> bool:
-    """Tell whether a folder holds safetensors of this name and variant."""
+    """Return whether a folder holds safetensors of this name and variant."""
     single, _, index = file_patterns(base, variant)
     return (folder / single).is_file() or (folder / index).is_file()
 
@@ -129,19 +134,19 @@ def fetch(
     revision: str | None,
     base: str,
     variant: str | None,
-    beside: Sequence[str] = (),
+    other_files: Sequence[str] = (),
 ) -> Path:
-    """Return a local folder with a model's weights: safetensors, or a Flax release's where there are none.
+    """Return a local folder with a model's weights: safetensors, or a Flax release's if there are none.
 
     Args:
-        source: folder or Hub id.
-        subfolder: folder inside it.
-        revision: branch, tag or commit of a Hub id.
-        base: file name without extension.
-        variant: such as "fp16".
-        beside: other files to get.
+        source: Folder, or id on the Hub.
+        subfolder: Folder inside it.
+        revision: Branch, tag or commit on the Hub.
+        base: File name without extension.
+        variant: Variant such as "fp16"; None for the plain files.
+        other_files: Names or globs of other files to fetch.
     """
-    names = [*beside, *file_patterns(base, variant)]
+    names = [*other_files, *file_patterns(base, variant)]
     folder = model_files.resolve(source, subfolder, revision, names)
     if has_weights(folder, base, variant):
         return folder
@@ -149,7 +154,7 @@ def fetch(
 
 
 def files_of(folder: Path, base: str, variant: str | None = None) -> list[Path]:
-    """Return the files that `read` reads, by name."""
+    """Return the files that `read` reads, sorted by name."""
     names = file_patterns(base, variant) if has_weights(folder, base, variant) else FLAX_FILES
     return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, name) for name in names))
 
@@ -158,15 +163,15 @@ def read(folder: Path, base: str, variant: str | None = None) -> tuple[dict[str,
     """Open a model's weights: safetensors, whole or sharded, else a Flax release's msgpack.
 
     Args:
-        folder: holds the files.
-        base: file name without extension, "diffusion_pytorch_model" or "model".
-        variant: such as "fp16".
+        folder: Folder with the files.
+        base: File name without extension, "diffusion_pytorch_model" or "model".
+        variant: Variant such as "fp16"; None for the plain files.
 
     Returns:
-        The tensors by their names in the file and in PyTorch's layout, and the file.
+        The tensors in PyTorch's layout by their names in the file, and the file or its index.
 
     Raises:
-        WeightsError: if there is no file that may be read.
+        WeightsError: If there is no file that can be read.
     """
     single, _, index = file_patterns(base, variant)
     if (folder / single).is_file():
@@ -185,30 +190,30 @@ def read(folder: Path, base: str, variant: str | None = None) -> tuple[dict[str,
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the names of the files that an index divides a model into, which lie beside it."""
+    """Return the names of the shards that an index lists; they are in the same folder."""
     listed = model_files.read_json(index).get("weight_map")
     names: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
     wrong = [name for name in names if not isinstance(name, str) or name != Path(name).name]
     if wrong:
-        raise WeightsError(f"{index} names {shown(wrong[0])}, which is no file beside it: fetch the folder again")
+        raise WeightsError(f"{index} names {shown(wrong[0])}, which is not a file next to it: fetch the folder again")
     return sorted(set(names))
 
 
 def _read_msgpack(path: Path) -> dict[str, Tensor]:
-    """Return the arrays of a Flax msgpack file by PyTorch name.
+    """Read a Flax msgpack file and return its arrays by PyTorch name.
 
     Raises:
-        WeightsError: if it holds anything else.
+        WeightsError: If it holds anything else.
     """
     try:
         flat = dict(_leaves(msgpack.unpackb(path.read_bytes(), ext_hook=_array_of, raw=False)))
-    except _NO_MSGPACK as error:
+    except _NOT_MSGPACK as error:
         reason = f"{type(error).__name__}: {error}"
         raise WeightsError(f"{path} is not a whole Flax msgpack file ({reason}): fetch it again") from error
     arrays = {}
     for where, array in flat.items():
         if not (where and all(isinstance(key, str) for key in where) and isinstance(array, np.ndarray)):
-            place = "/".join(map(str, where)) or "all there is"
+            place = "/".join(map(str, where)) or "its whole content"
             raise WeightsError(f"{path} holds {shown(array)} as {place}, must be an array: fetch it again")
         name = torch_name(where) if where[-1] in LEAVES else ".".join(where)
         arrays[name] = to_torch_layout(where, array)
@@ -217,7 +222,7 @@ def _read_msgpack(path: Path) -> dict[str, Tensor]:
 
 def _array_of(code: int, data: bytes) -> np.ndarray:
     if code != _ARRAY:
-        raise ValueError(f"msgpack type {code} is no array")
+        raise ValueError(f"msgpack type {code} is not an array")
     shape, dtype, values = msgpack.unpackb(data, raw=True)
     name = dtype.decode()
     if not _DTYPES.fullmatch(name):
@@ -230,7 +235,7 @@ def _array_of(code: int, data: bytes) -> np.ndarray:
 
 
 def _leaves(tree: Any, where: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """The leaves of nested mappings by path, arrays in chunks put together."""
+    """Yield the path and value of each leaf of nested mappings; arrays in chunks are put together."""
     if not isinstance(tree, dict):
         yield where, tree
     elif _CHUNKED in tree:

@@ -1,1 +1,1 @@
-"""From a stored picture to the pixels that are trained on."""
+"""Decoding and transformation of pictures, from a stored file to the pixels for training."""

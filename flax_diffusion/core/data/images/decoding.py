@@ -14,20 +14,20 @@ from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import is_local
 from flax_diffusion.core.io.untrusted import LFS_POINTER, read_bytes
 
-# Others that Pillow knows run programs (EPS), draw (WMF) or are no pictures.
+# Pillow's other formats run programs (EPS), draw (WMF) or are no pictures.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_FILE_BYTES = 2**30
 MAX_SIDE = 2**20
-"""Pixels. Memory for resizing grows with the long side; no picture has more."""
+"""Largest side in pixels. Memory for resizing grows with the long side, and no real picture is longer."""
 HEADER_BYTES = 2**16
-"""Of a file, which most often hold its header."""
+"""Bytes at the start of a file that most often hold its header."""
 _WHITE = (255, 255, 255, 255)
-# How files begin that are taken for pictures and are none that is read here: at which byte, how, what it is.
+# Starts of files that are often mistaken for pictures that can be read here: offset, bytes, description.
 _OTHER_KINDS = (
-    (0, LFS_POINTER, "it is a Git LFS pointer, of which `git lfs pull` brings the picture"),
+    (0, LFS_POINTER, "it is a Git LFS pointer; `git lfs pull` downloads the picture"),
     (4, b"ftyphe", "it is HEIC"),
     (4, b"ftypmif1", "it is HEIF"),
-    (4, b"ftyp", "it is a video, or of a camera's kind"),
+    (4, b"ftyp", "it is a video, or a camera's own format"),
     (0, b"\xff\x0a", "it is JPEG XL"),
     (0, b"\x00\x00\x00\x0cJXL ", "it is JPEG XL"),
     (0, b"8BPS", "it is a Photoshop document"),
@@ -50,18 +50,18 @@ _OTHER_KINDS = (
 def decode(record: Record) -> Image.Image:
     """Decode a record's picture.
 
-    The content decides the format, not the file's extension. EXIF orientation is applied, transparency is laid
-    over white, 16-bit grey is scaled to 8 bits, and of an animation the first frame is taken.
+    The content decides the format, not the file's extension. EXIF orientation is applied, transparency is put
+    on white, 16-bit grey is scaled to 8 bits, and of an animation the first frame is taken.
 
     Args:
-        record: as a source gives it.
+        record: A record of a source.
 
     Returns:
         The picture in mode RGB.
 
     Raises:
-        DataError: the file is missing, empty, truncated, no image, implausibly large (told before its pixels are
-            decoded), or of unbounded floats.
+        DataError: If the file is missing, empty, truncated, no image, implausibly large (found before its pixels are
+            decoded), or has floating-point pixels.
     """
     source = record.image
     with _named(record):
@@ -80,19 +80,19 @@ def decode(record: Record) -> Image.Image:
 
 
 def check_header(record: Record) -> None:
-    """Find what can be found wrong with a record's picture without decoding it.
+    """Check a record's picture as far as possible without decoding it.
 
     Args:
-        record: as a source gives it.
+        record: A record of a source.
 
     Raises:
-        DataError: as `decode`, but for what only the pixels show.
+        DataError: As `decode`, except for errors that only the pixels show.
     """
     source = record.image
     if isinstance(source, (Image.Image, np.ndarray)):
         return
     with _named(record):
-        if isinstance(source, bytes) or not is_local(source) or not _begins_well(source):
+        if isinstance(source, bytes) or not is_local(source) or not _has_good_start(source):
             _open(png.without_text(_content(source)))
 
 
@@ -100,9 +100,9 @@ def _content(source: bytes | Path) -> bytes:
     return source if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES)
 
 
-def _begins_well(path: Path) -> bool:
-    """Whether the first bytes of a file already are a header. Where they are not, all of it says what is wrong."""
-    start = read_bytes(path, MAX_FILE_BYTES, first=HEADER_BYTES)
+def _has_good_start(path: Path) -> bool:
+    """Return whether the start of a file holds a good header. If not, the caller reads all of it to find the error."""
+    start = read_bytes(path, MAX_FILE_BYTES, first_bytes=HEADER_BYTES)
     try:
         _open(png.without_text(start))
     except Exception:
@@ -112,7 +112,7 @@ def _begins_well(path: Path) -> bool:
 
 @contextmanager
 def _named(record: Record) -> Iterator[None]:
-    """Turns whatever reading a picture raises into an error that names it."""
+    """Turn every error from reading a picture into one that names it."""
     name = record.name
     try:
         yield
@@ -121,39 +121,37 @@ def _named(record: Record) -> Iterator[None]:
     except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise DataError(
-            f"{name} is not an image in a format that is read here{_kind(record)}; remove or convert it"
-        ) from error
+        raise DataError(f"{name} is not an image in a supported format{_kind(record)}; remove or convert it") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(f"{name} is too large ({error}); scale it down") from error
     except FileNotFoundError as error:
         if isinstance(record.image, Path) and record.image.is_symlink():
-            raise DataError(f"{name} is a link to a file that is not there; restore or remove it") from error
-        raise DataError(f"{name} is gone since the dataset was opened; restore it") from error
+            raise DataError(f"{name} is a link to a file that does not exist; restore or remove it") from error
+        raise DataError(f"{name} has disappeared since the dataset was opened; restore it") from error
     except Exception as error:
         raise DataError(f"{name} cannot be decoded ({error}); replace or remove it") from error
 
 
 class _PictureError(Exception):
-    """What is wrong with a picture, and the fix, without its name."""
+    """An error in a picture and its fix, without the picture's name."""
 
 
 def _kind(record: Record) -> str:
-    """What a file seems to be, for a message."""
+    """Return a phrase for what a file seems to be, or ""."""
     source = record.image
     assert not isinstance(source, (Image.Image, np.ndarray))
-    start = source[:64] if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES, first=64)
-    kinds = (kind for place, begin, kind in _OTHER_KINDS if start[place:].lstrip().startswith(begin))
+    start = source[:64] if isinstance(source, bytes) else read_bytes(source, MAX_FILE_BYTES, first_bytes=64)
+    kinds = (kind for offset, begin, kind in _OTHER_KINDS if start[offset:].lstrip().startswith(begin))
     kind = next(kinds, None)
     return f": {kind}" if kind else ""
 
 
 def _open(data: bytes) -> Image.Image:
-    """A file's picture of which no pixel is read yet."""
+    """Open a picture without reading its pixels."""
     if not data:
         raise _PictureError("is empty (0 bytes); replace or remove it")
     image = Image.open(BytesIO(data), formats=FORMATS)
-    # Pillow itself warns from this size on and refuses at twice it.
+    # Pillow itself only warns above this size, and refuses above twice of it.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise _PictureError(f"is too large ({image.width}x{image.height}, over {limit} pixels); scale it down")
@@ -173,7 +171,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     elif mode == "F":
         raise _PictureError("has floating-point pixels, with no defined white; convert it to 8 or 16 bits")
     elif image.has_transparency_data:
-        if mode in ("RGBa", "La"):  # colours already multiplied by alpha
+        if mode in ("RGBa", "La"):  # colours are already multiplied by alpha
             image = image.convert(mode.replace("a", "A"))
         picture = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", picture.size, _WHITE), picture)

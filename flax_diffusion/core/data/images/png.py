@@ -1,4 +1,4 @@
-"""What Pillow does not see to in PNG files: text that is not wanted, and one transparent colour."""
+"""Corrections to what Pillow makes of PNG files: texts that are not needed, and a single transparent colour."""
 
 import struct
 import zlib
@@ -8,22 +8,22 @@ import numpy as np
 from PIL import Image
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_BESIDE_THE_PIXELS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-_ORIENTING = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
-"""Texts in which Pillow looks for the orientation."""
+_UNUSED_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
+"""Starts of the texts in which Pillow looks for the orientation."""
 
 
 def without_text(data: bytes) -> bytes:
-    """Leave out texts and colour profile, none of which is used.
+    """Remove texts and colour profile from a PNG file; neither is used.
 
     Pillow unpacks them all, refuses a whole picture if they are large, and takes a text's keyword for one of its own.
-    A chunk that is damaged stays, so that it is still found out.
+    A damaged chunk stays, so that Pillow still reports it.
 
     Args:
-        data: a file, of any format.
+        data: Content of a file of any format.
 
     Returns:
-        The same picture, without them.
+        The content without them; other formats are returned as they are.
     """
     if not data.startswith(SIGNATURE):
         return data
@@ -34,7 +34,7 @@ def without_text(data: bytes) -> bytes:
         end = place + 12 + length
         if end > len(data):
             break
-        if kind in _BESIDE_THE_PIXELS and not data.startswith(_ORIENTING, place + 8):
+        if kind in _UNUSED_CHUNKS and not data.startswith(_ORIENTATION_TEXTS, place + 8):
             (checksum,) = struct.unpack_from(">I", data, end - 4)
             if zlib.crc32(view[place + 4 : end - 4]) == checksum:
                 parts.append(view[kept:place])
@@ -44,14 +44,14 @@ def without_text(data: bytes) -> bytes:
 
 
 def correct_transparency(image: Image.Image, data: bytes) -> None:
-    """Give the transparent colour in the values that Pillow's pixels have.
+    """Convert the transparent colour of a picture to the scale of Pillow's pixels, in place.
 
-    A file names it by its own values, of 1 to 16 bits. Pillow spreads grey of 2 and 4 bits over 8 and compares with
-    the colour as it is written.
+    A file stores it with its own depth, 1 to 16 bits. Pillow scales grey of 2 and 4 bits to 8 bits, but compares the
+    pixels with the colour as it is stored.
 
     Args:
-        image: opened, of format PNG.
-        data: its file.
+        image: Opened picture of format PNG.
+        data: Content of its file.
 
     Reference: PNG (Third Edition), section 11.3.1.1 tRNS.
     """
@@ -64,21 +64,21 @@ def correct_transparency(image: Image.Image, data: bytes) -> None:
 
 
 def sixteen_bit_alpha(image: Image.Image, data: bytes) -> Image.Image | None:
-    """The opacity of a picture of 16-bit colours, one of which is transparent.
+    """Return the opacity of a picture with 16-bit colours, one of which is transparent.
 
-    Pillow keeps the upper byte of each value, and compares it with all 16 bits of the transparent colour.
+    Pillow keeps the upper byte of each value, but compares it with all 16 bits of the transparent colour.
 
     Args:
-        image: loaded, of format PNG.
-        data: its file.
+        image: Loaded picture of format PNG.
+        data: Content of its file.
 
     Returns:
-        Mode L, 0 where the picture has that very colour and else 255; None for a picture of another kind.
+        An image of mode L: 0 where the picture has exactly that colour and 255 elsewhere. None for other pictures.
     """
     key = image.info.get("transparency")
     if image.mode != "RGB" or data[24] != 16 or not isinstance(key, tuple):
         return None
     lower = Image.open(BytesIO(data), formats=["PNG"])
-    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # type: ignore[attr-defined]  # read in the other order
+    lower.tile = [lower.tile[0]._replace(args="RGB;16L")]  # type: ignore[attr-defined]  # swapped byte order gives the lower byte
     values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(lower)
     return Image.fromarray(np.where((values == key).all(-1), 0, 255).astype(np.uint8))

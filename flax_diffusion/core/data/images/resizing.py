@@ -1,8 +1,8 @@
-"""A square out of a resized picture, in memory bounded by the square and the picture, whatever lies around it.
+"""Resizing of a picture and cutting of a square, in memory bounded by the square and the original picture.
 
-Pillow resizes the width, rounds to 8 bits, and resizes the height. Its result for a picture of usual shape is cut to a
-square. A strip that is thousands of times longer than wide would become gigabytes; its long side is resized here, for
-the square alone and to the same values.
+Pillow resizes the width, rounds to 8 bits, and resizes the height. For a picture of usual shape, its result is cut to a
+square. A strip that is thousands of times longer than wide would take gigabytes. The long side of such a picture is
+resized here, only for the square and to the same values.
 
 Reference: the arithmetic of Pillow's `Resample.c` and `Geometry.c`, with which the tests compare.
 """
@@ -13,10 +13,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-_LEAST_LARGE = 2**22  # pixels, up to which nobody minds
-_TIMES_LARGER = 4  # than the square and than the picture: above it, only the square is computed
-_BITS = 22  # of a weight's fraction, as Pillow has them
-_NEAREST_ERRORS = 2**22  # steps, whose rounding errors Pillow adds up; for more at 512 pixels it needs over 8 GB
+_ALWAYS_SMALL = 2**22  # pixels; a resized picture up to this size is always computed whole
+_MAX_GROWTH = 4  # above this many times the square and the original picture, only the square is computed
+_BITS = 22  # of a weight's fraction, as in Pillow
+_MAX_NEAREST_STEPS = 2**22  # steps whose rounding errors are repeated; Pillow needs over 8 GB for more at 512 pixels
 
 
 def resize_part(
@@ -25,18 +25,18 @@ def resize_part(
     """Resize a picture and cut a square out of it.
 
     Args:
-        image: in mode L or RGB.
-        size: width and height to resize to, of which one is `side` and the other no less.
-        corner: left and top of the square in the resized picture.
-        side: of the square, pixels.
-        resample: nearest, bilinear, bicubic or lanczos.
+        image: Picture in mode L or RGB.
+        size: Width and height to resize to; one is `side` and the other is not smaller.
+        corner: Left and top of the square in the resized picture, pixels.
+        side: Side of the square, pixels.
+        resample: Nearest, bilinear, bicubic or lanczos.
 
     Returns:
-        The square: the same values as `image.resize(size, resample).crop(...)`.
+        The square, with the same values as `image.resize(size, resample).crop(…)`.
     """
     (width, height), (left, top) = size, corner
-    # A result so much larger than the picture is a picture that grows; its other sides are bounded.
-    large = _TIMES_LARGER * max(side * side, image.width * image.height, _LEAST_LARGE)
+    # Only a picture that grows has a result so much larger than itself; its other sides are bounded.
+    large = _MAX_GROWTH * max(side * side, image.width * image.height, _ALWAYS_SMALL)
     if width * height <= large:
         resized = image if image.size == size else image.resize(size, resample)
         if (left, top, *size) == (0, 0, side, side):
@@ -52,23 +52,23 @@ def resize_part(
 
 
 def _weighted(image: Image.Image, weights: np.ndarray) -> Image.Image:
-    """Sums of a picture's rows."""
-    total = np.tensordot(weights, np.asarray(image, np.float64), 1)  # of whole numbers below 2^53, so exact
+    """Return a picture whose rows are weighted sums of a picture's rows."""
+    total = np.tensordot(weights, np.asarray(image, np.float64), 1)  # exact: all are whole numbers below 2^53
     return Image.fromarray(np.clip((total + 2 ** (_BITS - 1)) // 2**_BITS, 0, 255).astype(np.uint8))
 
 
 def _weights(size: int, grown: int, first: int, count: int, resample: Image.Resampling) -> tuple[int, np.ndarray]:
-    """How some rows of a picture that grows are made of its rows.
+    """Compute the weights of a picture's rows in some rows of the enlarged picture.
 
     Args:
-        size: rows of the picture.
-        grown: rows of the larger one.
-        first: of the rows asked for.
-        count: of them.
-        resample: the filter.
+        size: Number of rows of the picture.
+        grown: Number of rows of the enlarged picture.
+        first: First of the rows to compute.
+        count: Number of rows to compute.
+        resample: The filter.
 
     Returns:
-        The first row that they are made of; their weights times 2^22, (count, rows from there on).
+        The first row of the picture that has a weight, and the weights times 2^22, float64 (count, rows from there on).
     """
     scale = size / grown
     if resample == Image.Resampling.NEAREST:
@@ -89,14 +89,14 @@ def _row(size: int, center: float, reach: float, shape: Callable[[float], float]
     low, high = max(0, int(center - reach + 0.5)), min(size, int(center + reach + 0.5))
     parts = [shape(x - center + 0.5) for x in range(low, high)]
     total = 0.0
-    for part in parts:  # not `sum`, which rounds otherwise than Pillow's loop
+    for part in parts:  # not `sum`, which rounds differently from Pillow's loop
         total += part
     return low, [part / total for part in parts]
 
 
 def _nearest(scale: float, first: int, count: int) -> list[int]:
-    """Pillow adds up the step from row to row, and with it a rounding error."""
-    start = max(0, first - _NEAREST_ERRORS)
+    # Pillow adds up the step from row to row, and with it a rounding error.
+    start = max(0, first - _MAX_NEAREST_STEPS)
     steps = np.full(first - start + count, scale)
     steps[0] = (start + 0.5) * scale
     return np.cumsum(steps)[-count:].astype(np.int64).tolist()
@@ -126,4 +126,4 @@ _FILTERS: dict[Image.Resampling, tuple[float, Callable[[float], float]]] = {
     Image.Resampling.BICUBIC: (2.0, _bicubic),
     Image.Resampling.LANCZOS: (3.0, _lanczos),
 }
-"""How far a filter reaches, in pixels, and its shape."""
+"""Radius in pixels and shape of each filter."""

@@ -1,4 +1,4 @@
-"""From a decoded picture to the array that a model is given: resize, crop, flip, scale."""
+"""Transformation of a decoded picture to the array for the model: resize, crop, flip, scale."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _SCALED = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5))
 
 
 class Transformed(NamedTuple):
-    """A picture ready for the model, and where in the original it comes from (SDXL's size conditioning)."""
+    """A picture ready for the model, and its place in the original (SDXL's size conditioning)."""
 
     pixel_values: np.ndarray  # float32 (C, resolution, resolution) in [-1, 1]
     original_size: tuple[int, int]  # (height, width) before resizing, pixels
@@ -32,7 +32,7 @@ class Transformed(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTransform:
-    """Resize, crop, flip and scale a picture, to the pixel as torchvision does on PIL images.
+    """Transform that resizes, crops, flips and scales a picture, with the same pixels as torchvision on PIL images.
 
     `crop` scales the short side to `resolution` and cuts a square out of it; `stretch` scales both sides.
     """
@@ -40,7 +40,7 @@ class ImageTransform:
     resolution: int
     resize_mode: Literal["crop", "stretch"] = "crop"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
-    center_crop: bool = False  # else at random
+    center_crop: bool = False  # otherwise at random
     random_flip: bool = False  # left to right, half of the time
     channels: Literal[1, 3] = 3  # 1: grey
 
@@ -48,8 +48,8 @@ class ImageTransform:
         """Transform one picture.
 
         Args:
-            image: in mode RGB.
-            rng: gives the example's generators, of which `CROP` and `FLIP` are drawn from where needed.
+            image: Picture in mode RGB.
+            rng: Function that returns the example's generator of a stream; `CROP` and `FLIP` are used where needed.
 
         Returns:
             The array and the sizes.
@@ -69,11 +69,15 @@ class ImageTransform:
         return Transformed(scale(np.asarray(image)), original_size, (top, left))
 
     def flips(self, rng: Callable[[Stream], np.random.Generator]) -> bool:
-        """Whether a picture is flipped, drawn from `FLIP`."""
+        """Draw from `FLIP` whether a picture is flipped.
+
+        Args:
+            rng: Function that returns the example's generator of a stream.
+        """
         return self.random_flip and rng(Stream.FLIP).random() < 0.5
 
     def _resized(self, image: Image.Image) -> tuple[int, int]:
-        """Width and height after resizing, of which a square is cut out."""
+        """Return width and height after resizing, before the square is cut out."""
         if self.resize_mode == "stretch":
             return self.resolution, self.resolution
         if self.resize_mode != "crop":
@@ -89,7 +93,7 @@ class ImageTransform:
         if spare == (0, 0):
             return spare
         if self.center_crop:
-            return round(spare[0] / 2.0), round(spare[1] / 2.0)  # half to even, as torchvision
+            return round(spare[0] / 2.0), round(spare[1] / 2.0)  # half to even, as in torchvision
         top, left = rng(Stream.CROP).integers((spare[0] + 1, spare[1] + 1))
         return int(top), int(left)
 
@@ -98,11 +102,11 @@ def scale(pixels: np.ndarray) -> np.ndarray:
     """Map 8-bit pixels to the range of the models.
 
     Args:
-        pixels: uint8 (H, W) or (H, W, C).
+        pixels: Pixels, uint8 (H, W) or (H, W, C).
 
     Returns:
-        float32 (C, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5 computed in float32.
+        The pixels x as float32 (C, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5 computed in float32.
     """
     planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-    # Look-up keeps the order of its index in memory, and Grain shares only contiguous arrays between processes.
+    # A look-up has the memory order of its index, and Grain shares only contiguous arrays between processes.
     return _SCALED[np.ascontiguousarray(planes)]

@@ -1,1 +1,1 @@
-"""Where pictures and captions come from: folders, Parquet, the Hub, built-in digits."""
+"""Sources of pictures and captions: folders, Parquet, the Hub, built-in digits."""

@@ -1,4 +1,4 @@
-"""What the card of a dataset, its README.md, says of its files: which belong to a configuration and to a split.
+"""Dataset cards: the files of a configuration and a split, as the README.md of a dataset lists them.
 
 Reference: the field `configs` of a dataset card on the Hugging Face Hub.
 """
@@ -22,16 +22,16 @@ def files_of(root: Path, files: Sequence[str], config: str | None, split: str) -
     """Choose the files of a local dataset by its card.
 
     Args:
-        root: the dataset's folder.
-        files: all that it holds, relative to it.
-        config: the configuration; None for the default one.
-        split: such as `train`.
+        root: The dataset's folder.
+        files: All files in it, relative to it.
+        config: Name of the configuration; None for the default one.
+        split: Name of the split, such as `train`.
 
     Returns:
-        Their names, in order; None where the card names no files, or there is no card.
+        The names of the files, in order; None if the card names no files or there is no card.
 
     Raises:
-        DataError: the card cannot be read, has no such configuration or split, or names files that are not there.
+        DataError: If the card cannot be read, has no such configuration or split, or names files that do not exist.
     """
     configs = _configs(root) if CARD in files else {}
     if not configs:
@@ -39,7 +39,7 @@ def files_of(root: Path, files: Sequence[str], config: str | None, split: str) -
             return None
         raise DataError(
             f"--dataset_config_name {config}: {root} has no {CARD} that lists configurations; "
-            f"give {root}/{config}, if that is its folder, or leave it out"
+            f"give {root}/{config} if that is its folder, or leave the option out"
         )
     chosen = _chosen(root, configs, config)
     where = f"{root / CARD}, config_name {chosen['config_name']}"
@@ -55,13 +55,13 @@ def files_of(root: Path, files: Sequence[str], config: str | None, split: str) -
 
 
 def _configs(root: Path) -> dict[str, dict[str, Any]]:
-    """Configurations by name."""
+    """Return the configurations in the card by name."""
     where = root / CARD
     try:
         header = _HEADER.match(read_text(where))
         values = parse_yaml(header[1]) if header and "configs:" in header[1] else None
     except (OSError, ValueError) as error:
-        raise DataError(f"{where}: its header cannot be read ({error}); repair it, or remove the file") from error
+        raise DataError(f"{where}: its header cannot be read ({error}); repair it or remove the file") from error
     listed = values.get("configs") if isinstance(values, dict) else None
     if listed is None:
         return {}
@@ -82,12 +82,12 @@ def _chosen(root: Path, configs: dict[str, dict[str, Any]], config: str | None) 
     defaults = [name for name, one in configs.items() if name == "default" or one.get("default") is True]
     candidates = defaults or list(configs)
     if len(candidates) > 1:
-        raise DataError(f"{root / CARD} has the configurations {names}; choose one by --dataset_config_name")
+        raise DataError(f"{root / CARD} has the configurations {names}; choose one with --dataset_config_name")
     return configs[candidates[0]]
 
 
 def _patterns(data_files: Any, where: str) -> dict[str, list[str]]:
-    """Glob patterns by split."""
+    """Return the glob patterns by split."""
     listed = data_files if isinstance(data_files, list) else [data_files]
     patterns: dict[str, list[str]] = {}
     for one in listed:
@@ -106,9 +106,9 @@ def _matching(files: Iterable[str], patterns: Sequence[str], where: str) -> list
         matches = [re.compile(glob_translate(pattern.removeprefix("./"))).match for pattern in patterns]
     except ValueError as error:
         raise DataError(
-            f"{where} names {', '.join(patterns)}, which is no glob pattern ({error}); repair it"
+            f"{where} names {', '.join(patterns)}, which is not a valid glob pattern ({error}); repair it"
         ) from error
     found = [name for name in files if any(match(name) for match in matches)]
     if not found:
-        raise DataError(f"{where} names {', '.join(patterns)}, and no file of the folder is one; restore the files")
+        raise DataError(f"{where} names {', '.join(patterns)}, but no file in the folder matches; restore the files")
     return found

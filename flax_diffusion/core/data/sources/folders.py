@@ -20,13 +20,13 @@ IMAGE_EXTENSIONS = (
     ".jfif", ".jpe", ".apng", ".avifs", ".dib", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx", ".pbm", ".pnm",
     ".mpo",
 )  # fmt: skip
-"""Of the formats that `images.decode` reads, by all names that Pillow knows; the last is JPEG, with more behind."""
+"""Extensions that Pillow knows of the formats that `images.decode` reads; .mpo is a JPEG followed by more pictures."""
 UNREAD_EXTENSIONS = (
     ".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".xcf", ".ai", ".eps", ".pdf", ".tga", ".ico", ".icns",
     ".dds", ".exr", ".hdr", ".pfm", ".qoi", ".pcx", ".sgi", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw",
     ".orf", ".rw2", ".raf",
 )  # fmt: skip
-"""Of pictures that are left out, which is said."""
+"""Extensions of pictures that cannot be read here; such files are left out with a warning."""
 MAX_CAPTION_BYTES = 2**20
 
 log = logging.getLogger(__name__)
@@ -37,9 +37,9 @@ class FolderSource:
     """Image files in a folder."""
 
     root: Path
-    files: list[str] = field(repr=False)  # relative to root, in order
-    captions: list[Caption] | None = field(repr=False)  # of the same length
-    text_files: bool = False  # the caption is in the .txt of the same name
+    files: list[str] = field(repr=False)  # relative to `root`, in order
+    captions: list[Caption] | None = field(repr=False)  # one for each file
+    text_files: bool = False  # whether each caption is in the .txt file of the same name
 
     def __len__(self) -> int:
         return len(self.files)
@@ -65,27 +65,28 @@ def open_folder(
 ) -> Source:
     """Open a folder of images or of Parquet files, or one Parquet file.
 
-    Subfolders are looked into (not links to folders), hidden files are not. If the README.md says which files belong to
-    a split, those are taken, see `cards.files_of`; else, where folders or names of Parquet files tell splits apart,
-    those of one split, see `splits.of_split`. Captions come from metadata.jsonl or
-    metadata.csv, in any subfolder, whose column `file_name` (or `<image_column>_file_name`, or `image_column`) is
-    relative to the metadata's own folder, in the order of its rows; else from the .txt file of each image, whole, in
-    the order of the file names.
+    Subfolders are searched, but links to folders are not followed, and hidden files are left out. If the README.md
+    lists the files of each split, those of `split` are taken (see `cards.files_of`). Otherwise, if folders or names of
+    Parquet files tell splits apart, the files of `split` are taken (see `splits.of_split`).
+
+    Captions come from metadata.jsonl or metadata.csv, in any subfolder, in the order of its rows. Its column
+    `file_name` (or `<image_column>_file_name`, or `image_column`) is relative to the metadata's own folder. If there is
+    no metadata, the caption of each image is the content of its .txt file, in the order of the file names.
 
     Args:
-        root: the folder or file.
-        image_column: in Parquet, and in metadata; `image` means `file_name` there.
-        caption_column: None for no captions: then every image is taken and metadata is not read.
-        max_samples: the first so many; None for all.
-        cache_dir: for unpacked Parquet.
-        config_name: configuration in the README.md; None for its default one.
-        split: to take, where there are several.
+        root: The folder or the Parquet file.
+        image_column: Column of the picture in Parquet and in metadata, where `image` means `file_name`.
+        caption_column: Column of the caption. None for no captions: then every image is taken and metadata is not read.
+        max_samples: Number of examples to take, from the first; None for all.
+        cache_dir: Folder for unpacked Parquet; None for the user's cache folder.
+        config_name: Configuration in the README.md; None for its default one.
+        split: Split to take if there are several.
 
     Returns:
         The source.
 
     Raises:
-        DataError: folder, images, files, columns or captions are missing, or a path leaves the folder.
+        DataError: If the folder, images, files, columns or captions are missing, or a path leaves the folder.
 
     Reference: Hugging Face's imagefolder, for the names in metadata.
     """
@@ -95,7 +96,7 @@ def open_folder(
         raise DataError(f"{root} does not exist; give a folder of images or of Parquet files")
     if root.is_file():
         if root.suffix.lower() != ".parquet":
-            raise DataError(f"{root} is a file; only a .parquet file may stand for a folder")
+            raise DataError(f"{root} is a file; give a folder or a .parquet file")
         if config_name is not None:
             raise DataError(f"--dataset_config_name {config_name}: {root} is one file; leave it out")
         return open_parquet([root], image_column, caption_column, max_samples, cache_dir)
@@ -103,7 +104,7 @@ def open_folder(
     links: list[str] = []
     files = _files(root, links)
     named = files_of(root, files, config_name, split)
-    wanted, split_told = (files, split) if named is None else (named, None)
+    wanted, split_to_choose = (files, split) if named is None else (named, None)
     images = _images(wanted)
     tables = [name for name in wanted if name.lower().endswith(".parquet")]
     if tables and images:
@@ -111,16 +112,16 @@ def open_folder(
             f"{root} holds both images and Parquet files ({first_few(tables)}); "
             "keep them in folders of their own, and metadata in metadata.jsonl or metadata.csv"
         )
-    _say_what_is_left_out(root, wanted, links)
+    _warn_of_left_out(root, wanted, links)
     if tables:
-        tables = of_split(root, tables, split_told)
+        tables = of_split(root, tables, split_to_choose)
         return open_parquet([root / name for name in tables], image_column, caption_column, max_samples, cache_dir)
     metadata = [name for name in wanted if os.path.basename(name) in METADATA_FILES]
     if not images and not metadata:
         raise DataError(
             f"{root} holds no images; looked for {' '.join(IMAGE_EXTENSIONS)} and .parquet{_found(files, links)}"
         )
-    return _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split_told)
+    return _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split_to_choose)
 
 
 def _open_pictures(
@@ -138,7 +139,9 @@ def _open_pictures(
     if caption_column is None:
         return FolderSource(root, of_split(root, images, split)[:max_samples], None)
     if metadata:
-        if not any(is_beside_splits(name, split) for name in metadata):  # else its rows say what is trained on
+        if not any(
+            is_beside_splits(name, split) for name in metadata
+        ):  # otherwise the rows decide which images are used
             images, metadata = of_split(root, images, split), of_split(root, metadata, split)
         captions = read_metadata(root, metadata, images, image_column, caption_column)
         captioned = {name for name, caption in captions.items() if caption is not None}
@@ -150,7 +153,7 @@ def _open_pictures(
 
 
 def image_files(root: Path) -> list[str]:
-    """Give the images that are taken from a folder without captions, relative to it, in order."""
+    """Return the images that are taken from a folder without captions, relative to it, in order."""
     return of_split(root, _images(_files(root, [])), "train")
 
 
@@ -165,11 +168,11 @@ def _images(files: Iterable[str]) -> list[str]:
     return [name for name in files if name.lower().endswith(IMAGE_EXTENSIONS)]
 
 
-def _say_what_is_left_out(root: Path, files: Sequence[str], links: list[str]) -> None:
+def _warn_of_left_out(root: Path, files: Sequence[str], links: list[str]) -> None:
     unread = [name for name in files if name.lower().endswith(UNREAD_EXTENSIONS)]
     if unread:
         log.warning(
-            "%s: %d pictures of kinds that are not read here are left out: %s; convert them to PNG or JPEG",
+            "%s: %d pictures in unsupported formats are left out: %s; convert them to PNG or JPEG",
             root, len(unread), first_few(unread),
         )  # fmt: skip
     if links:
@@ -177,7 +180,7 @@ def _say_what_is_left_out(root: Path, files: Sequence[str], links: list[str]) ->
 
 
 def _found(files: Sequence[str], links: Sequence[str]) -> str:
-    """What lies in a folder without images, for a message."""
+    """Return a phrase for what a folder without images holds."""
     kinds = [kind for kind, _ in Counter(os.path.splitext(name)[1].lower() for name in files).most_common(3) if kind]
     found = f"; it holds {' '.join(kinds)}" if kinds else ""
     return f"{found}; links to folders are not followed: {first_few(list(links))}" if links else found

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face Hub, through its `datasets` library."""
+"""Datasets of the Hugging Face Hub, loaded with its `datasets` library."""
 
 import os
 from dataclasses import dataclass, field
@@ -17,13 +17,13 @@ _CACHES = (HF_DATASETS_CACHE, DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
 
 @dataclass(frozen=True)
 class HubSource:
-    """Rows of a Hub dataset, whose pictures stay encoded."""
+    """Rows of a Hub dataset; the pictures stay encoded until they are decoded for training."""
 
     dataset: datasets.Dataset = field(repr=False)
     name: str
     image_column: str
     caption_column: str | None
-    folders: tuple[Path, ...] = field(default=(), repr=False)  # where downloads are, and files that rows may name
+    folders: tuple[Path, ...] = field(default=(), repr=False)  # folders of downloads; rows may name files only in these
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -57,34 +57,34 @@ def open_hub(
     cache_dir: str | Path | None = None,
     split: str = "train",
 ) -> HubSource:
-    """Download a dataset, or find it in the cache, and check its columns.
+    """Open a dataset, downloaded or from the cache, and check its columns.
 
     Args:
-        name: the dataset's id.
-        config_name: its configuration, where it has several.
-        image_column: of the picture.
-        caption_column: of the caption, text or a list of texts; None for none.
-        max_samples: the first so many rows; None for all.
-        cache_dir: of downloads; None for the library's own.
-        split: to take.
+        name: Id of the dataset.
+        config_name: Configuration of the dataset, if it has several.
+        image_column: Column of the picture.
+        caption_column: Column of the caption, a text or a list of texts; None for no captions.
+        max_samples: Number of rows to take, from the first; None for all.
+        cache_dir: Folder for downloads; None for the library's own.
+        split: Split to take.
 
     Returns:
         The source.
 
     Raises:
-        DataError: the dataset cannot be had, or columns or captions are missing.
+        DataError: If the dataset cannot be loaded, or columns or captions are missing.
     """
     try:
         dataset = datasets.load_dataset(
             name, config_name, split=split, cache_dir=None if cache_dir is None else str(cache_dir)
         )
-    except Exception as error:  # the library lets its network, file-system and parsing layers' errors through
+    except Exception as error:  # the library raises errors of its network, file-system and parsing layers
         raise DataError(
             f"dataset {name} (split {split}) cannot be loaded ({type(error).__name__}: {error}); check the id, the "
-            "split and the network, or give a local folder by --train_data_dir"
+            "split and the network, or give a local folder with --train_data_dir"
         ) from error
     if not isinstance(dataset, datasets.Dataset):
-        raise DataError(f"dataset {name}, split {split} is no table of rows; name one split")
+        raise DataError(f"dataset {name}, split {split} is not a table of rows; name one split")
     columns = [image_column] + ([] if caption_column is None else [caption_column])
     for option, column in zip(("image_column", "caption_column"), columns, strict=False):
         likely = [one for one in dataset.column_names if option == "image_column" or one != image_column]

@@ -1,4 +1,4 @@
-"""Captions from metadata.jsonl and metadata.csv: strictly read, since a cut caption is not seen in any picture."""
+"""Captions from metadata.jsonl and metadata.csv, read strictly: nobody would notice a caption that was cut off."""
 
 import csv
 import difflib
@@ -16,7 +16,7 @@ from flax_diffusion.core.io.untrusted import open_text, parse_json, path_below, 
 
 METADATA_FILES = ("metadata.jsonl", "metadata.csv")
 MAX_METADATA_BYTES = 2**31
-_MOST_COMPARED = 10_000  # names that a missing one is compared with, letter by letter
+_MOST_COMPARED = 10_000  # largest number of names that a missing one is compared with, letter by letter
 
 Caption = str | list[str] | None
 
@@ -28,21 +28,21 @@ def read_metadata(
 ) -> dict[str, Caption]:
     """Read the captions of a folder of images.
 
-    A picture is one example. Rows of one file that name it again give it further captions, of which one is drawn each
-    time; two files must give it the same.
+    Each picture is one example. If several rows of one file name a picture, it has several captions, of which one is
+    drawn each time. Two files must give a picture the same captions.
 
     Args:
-        root: the folder.
-        metadata: its metadata files, relative to it.
-        images: its pictures, relative to it.
-        image_column: of the file's name; `image`, the default, means `file_name` where there is one.
-        caption_column: of the caption.
+        root: The folder.
+        metadata: Its metadata files, relative to it.
+        images: Its pictures, relative to it.
+        image_column: Column of the file's name; `image`, the default, means `file_name` if there is one.
+        caption_column: Column of the caption.
 
     Returns:
-        By the picture's path relative to `root`, in the order of the rows: its caption, or captions.
+        The caption or captions of each picture, by its path relative to `root`, in the order of the rows.
 
     Raises:
-        DataError: a file is not CSV or JSON lines, columns or pictures are missing, a path leaves the folder, or two
+        DataError: If a file is not CSV or JSON lines, columns or pictures are missing, a path leaves the folder, or two
             files contradict each other.
     """
     captions: dict[str, Caption] = {}
@@ -75,7 +75,7 @@ def _merged(captions: list[Caption]) -> Caption:
 
 
 def _captions(root: Path, file: str, image_column: str, caption_column: str) -> dict[str, list[Caption]]:
-    """By the path of a picture, the captions of the rows that name it."""
+    """Return the captions of the rows of a file, by the path of the picture that they name."""
     where = str(root / file)
     rows = _read_csv(root / file) if file.endswith(".csv") else _read_jsonl(root / file)
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -114,7 +114,9 @@ def _checked_caption(caption: Any, where: str) -> Caption:
     try:
         "".join(caption).encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: the caption is {shown(caption)}, which is no Unicode text; repair it") from error
+        raise DataError(
+            f"{where}: the caption is {shown(caption)}, which is not valid Unicode text; repair it"
+        ) from error
     return caption
 
 
@@ -125,24 +127,24 @@ def _require_files(root: Path, where: str, folder: str, names: list[str], images
     found = _Nearest(images, folder)
     described = [f"{os.path.relpath(name, folder or '.')}{found.phrase(name)}" for name in absent[:4]]
     raise DataError(
-        f"{where} names {len(absent)} files that are not there: {first_few(described)}; names are relative to the "
-        "metadata file, and letter case counts: correct the rows, or restore the files"
+        f"{where} names {len(absent)} files that do not exist: {first_few(described)}; names are relative to the "
+        "metadata file, and upper and lower case differ: correct the rows, or restore the files"
     )
 
 
 def _is_below(root: Path, name: str) -> bool:
     try:
         return path_below(root, name).is_file()
-    except (OSError, ValueError):  # also for a name that no file can have
+    except (OSError, ValueError):  # ValueError also for a name that no file can have
         return False
 
 
 class _Nearest:
-    """Finds the file that a name was meant to be.
+    """Search for the file that a misspelt name most likely means.
 
     Args:
-        images: that there are, relative to the data's folder.
-        folder: of the metadata file, relative to it.
+        images: The pictures that exist, relative to the dataset's folder.
+        folder: Folder of the metadata file, relative to the dataset's folder.
     """
 
     def __init__(self, images: Sequence[str], folder: str):
@@ -153,13 +155,13 @@ class _Nearest:
         self._ends = {PurePosixPath(name).name: image for name, image in self._written.items()}
 
     def phrase(self, name: str) -> str:
-        """The phrase " (there is 'x')" for the nearest image, as the metadata file would name it, or nothing."""
+        """Return the phrase " (there is 'x')", where x is how the metadata file would name the nearest image, or ""."""
         plain = _plain(name)
         asked = _plain(os.path.relpath(name, self._folder or "."))
         last = PurePosixPath(plain).name
         image = (
             self._written.get(plain)
-            or self._written.get(asked)  # relative to the data's folder
+            or self._written.get(asked)  # as if relative to the dataset's folder
             or self._stems.get(os.path.splitext(plain)[0])
             or self._stems.get(plain)
             or self._ends.get(last)
@@ -176,14 +178,14 @@ class _Nearest:
 
 
 def _plain(name: str) -> str:
-    """A name without what is easily confused: letter case, backslashes, spaces around it, forms of accents."""
+    """Return a name in a form without differences of case, backslashes, outer spaces and forms of accents."""
     return unicodedata.normalize("NFC", name.replace("\\", "/").strip()).casefold()
 
 
 def _read_csv(path: Path) -> list[dict[str, Any]]:
     try:
         with open_text(path, MAX_METADATA_BYTES, newline="") as file:
-            # Strict, or a quote that is not closed takes all rows after it into one caption.
+            # Strict: otherwise an unclosed quote would make one caption of all rows after it.
             rows = [row for row in csv.reader(file, strict=True) if any(value.strip() for value in row)]
     except (csv.Error, OSError, ValueError) as error:
         raise DataError(
@@ -215,9 +217,9 @@ def _read_jsonl(path: Path) -> list[dict[str, Any]]:
             try:
                 row = parse_json(line, unique=True)
             except ValueError as error:
-                raise DataError(f"{path}, line {number} is not JSON ({error}); write one object a line") from error
+                raise DataError(f"{path}, line {number} is not JSON ({error}); write one object per line") from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number} is {line.strip()[:40]}; write one object a line")
+                raise DataError(f"{path}, line {number} is {line.strip()[:40]}; write one object per line")
             yield row
 
     try:

@@ -1,4 +1,4 @@
-"""Open a set of training images, wherever it is."""
+"""Opening of a set of training images, wherever it is stored."""
 
 from pathlib import Path
 
@@ -22,24 +22,24 @@ def open_source(
     cache_dir: str | Path | None = None,
     split: str = "train",
 ) -> Source:
-    """Open a set of training images, and find now whatever can be found wrong without decoding a picture.
+    """Open a set of training images and check everything that can be checked without decoding a picture.
 
     Args:
         dataset_name: `digits` (scikit-learn's 1,797 scans of 8x8 pixels, offline), a local folder, `imagefolder`
             (the folder is `train_data_dir`), or the id of a dataset on the Hugging Face Hub.
-        dataset_config_name: configuration of a Hub dataset, or of a copy of one, that has several.
-        train_data_dir: folder of images, or folder or file of Parquet; see `folders.open_folder`.
-        image_column: column of the picture in Parquet and Hub datasets.
-        caption_column: column of the caption, a string or a list of them; None trains without captions.
-        max_train_samples: use only that many, the first ones.
-        cache_dir: where Hub downloads and unpacked Parquet are kept; None for the library's own place.
-        split: of a Hub dataset; in a folder, the subfolder of that name where all images lie in subfolders.
+        dataset_config_name: Configuration of a Hub dataset, or of a local copy of one, if it has several.
+        train_data_dir: Folder of images, folder of Parquet files, or Parquet file; see `folders.open_folder`.
+        image_column: Column of the picture in Parquet and Hub datasets.
+        caption_column: Column of the caption, a text or a list of texts; None trains without captions.
+        max_train_samples: Number of examples to take, from the first; None for all.
+        cache_dir: Folder for Hub downloads and unpacked Parquet; None for the usual cache folders.
+        split: Split to take, of a Hub dataset or of a folder that has several (see `splits.of_split`).
 
     Returns:
-        The source, of at least one record, in an order that does not change from run to run.
+        The source, with at least one record, in an order that is the same in every run.
 
     Raises:
-        DataError: neither or both places named, or nothing usable found there.
+        DataError: If neither or both of the places are named, or nothing usable is found there.
     """
     if dataset_name == "imagefolder":
         if train_data_dir is None:
@@ -90,7 +90,7 @@ def _digits(with_captions: bool, max_samples: int | None) -> ArraySource:
 
     digits: object = load_digits()
     scans, labels = digits["data"], digits["target"]  # type: ignore[index]  # a Bunch
-    # Ink 0..16 to grey 0..255. Only 8 falls half-way (127.5); rint takes the even neighbour, 128.
+    # Ink 0..16 becomes grey 0..255. Only 8 falls half-way (127.5); rint takes the even neighbour, 128.
     images = np.rint(scans.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)[:max_samples]
     captions = [f"a handwritten {DIGIT_WORDS[label]}" for label in labels[:max_samples]]
     return ArraySource(images, captions if with_captions else None, "digits")

@@ -1,7 +1,7 @@
 """Parquet files of images, unpacked once to an Arrow file that every worker maps into memory.
 
-Parquet has no random access below a row group, often hundreds of megabytes; a shuffled epoch would decompress one
-for each example.
+Parquet has no random access below a row group, which often has hundreds of megabytes. A shuffled epoch would decompress
+a row group for each example.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import absolute, is_local, user_cache, version_of
 from flax_diffusion.core.io.untrusted import LFS_POINTER, path_below
 
-_ROWS = 256  # a record batch
+_ROWS_PER_BATCH = 256  # rows per record batch of the Arrow file
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class ParquetSource:
     """Rows of Parquet files, read from their unpacked copy."""
 
     arrow_file: Path
-    files: list[Path] = field(repr=False)  # as given, for names
-    starts: np.ndarray = field(repr=False)  # int64 (files + 1,), first row of each
-    batches: np.ndarray = field(repr=False)  # int64 (record batches + 1,), first row of each
+    files: list[Path] = field(repr=False)  # the Parquet files, for names
+    starts: np.ndarray = field(repr=False)  # int64 (files + 1,), first row of each file
+    batches: np.ndarray = field(repr=False)  # int64 (record batches + 1,), first row of each batch
 
     def __len__(self) -> int:
         return int(self.batches[-1])
@@ -56,7 +56,7 @@ class ParquetSource:
         try:
             image = batch.column("image")[row].as_py()
             caption = batch.column("caption")[row].as_py() if "caption" in batch.schema.names else None
-        except UnicodeDecodeError as error:  # Arrow does not look at what it copies
+        except UnicodeDecodeError as error:  # Arrow does not check the text that it copies
             raise DataError(f"{name} holds text that is not UTF-8 ({error}); repair or remove the row", name) from error
         if isinstance(image, dict):
             image = image.get("bytes") or image.get("path")
@@ -80,17 +80,17 @@ def open_parquet(
     """Open Parquet files whose pictures are encoded bytes, paths, or Hugging Face's struct of the two.
 
     Args:
-        files: in order.
-        image_column: of the picture.
-        caption_column: of the caption, text or a list of texts; None for none.
-        max_samples: the first so many rows; None for all.
-        cache_dir: where the unpacked copy is kept, as large as the images; None for the user's cache folder.
+        files: The files, in order.
+        image_column: Column of the picture.
+        caption_column: Column of the caption, a text or a list of texts; None for no captions.
+        max_samples: Number of rows to take, from the first; None for all.
+        cache_dir: Folder for the unpacked copy, which is as large as the images; None for the user's cache folder.
 
     Returns:
         The source.
 
     Raises:
-        DataError: a file is not Parquet, a column is missing or of another type, or a caption is missing.
+        DataError: If a file is not Parquet, a column is missing or of another type, or a caption is missing.
     """
     columns = {"image": image_column} | ({} if caption_column is None else {"caption": caption_column})
     counts = [_check(file, columns) for file in files]
@@ -130,16 +130,16 @@ def _check(file: Path, columns: dict[str, str]) -> int:
 
 def _unreadable(file: Path, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{file} is not there, or is a link to nothing; download it again")
+        return DataError(f"{file} does not exist, or is a link to nothing; download it again")
     with file.open("rb") as start:
         if start.read(len(LFS_POINTER)) == LFS_POINTER:
-            return DataError(f"{file} is a Git LFS pointer, of which `git lfs pull` brings the file")
+            return DataError(f"{file} is a Git LFS pointer; `git lfs pull` downloads the file")
     return DataError(f"{file} is not a readable Parquet file ({error}); download it again")
 
 
 def _batches(parquet: pq.ParquetFile, file: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
     try:
-        yield from parquet.iter_batches(_ROWS, columns=columns)
+        yield from parquet.iter_batches(_ROWS_PER_BATCH, columns=columns)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
 
@@ -165,7 +165,7 @@ def _is_image_struct(kind: pa.DataType) -> bool:
 
 
 def _unpacked(files: list[Path], columns: dict[str, str], starts: np.ndarray, cache_dir: Path | None) -> Path:
-    """Return the Arrow file of these rows and columns, made now unless an earlier run did."""
+    """Return the Arrow file of these rows and columns; write it if no earlier run did."""
     versions = [(str(absolute(file)), *version_of(file)) for file in files]
     identity = repr((versions, sorted(columns.items()), starts.tolist()))
     folder = cache_dir or user_cache()
@@ -174,7 +174,7 @@ def _unpacked(files: list[Path], columns: dict[str, str], starts: np.ndarray, ca
         return target
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Under another name until it is whole: another process may be doing the same.
+        # Written under another name until it is whole: another process may be doing the same.
         handle, partial = tempfile.mkstemp(dir=folder, suffix=".partial")
         os.close(handle)
         try:
@@ -184,7 +184,7 @@ def _unpacked(files: list[Path], columns: dict[str, str], starts: np.ndarray, ca
             Path(partial).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
-            f"cannot unpack Parquet into {folder} ({error}); make room there or give another cache_dir"
+            f"cannot unpack Parquet into {folder} ({error}); free some space there or give another cache_dir"
         ) from error
     return target
 
@@ -207,7 +207,9 @@ def _unpack(files: list[Path], columns: dict[str, str], starts: np.ndarray, path
                     if writer is None:
                         writer, schema = pa.ipc.new_file(path, batch.schema), batch.schema
                     if batch.schema != schema:
-                        raise DataError(f"{file} has other column types than {files[0]}; write them alike")
+                        raise DataError(
+                            f"{file} has other column types than {files[0]}; write both with the same types"
+                        )
                     writer.write_batch(batch)
                     row += batch.num_rows
     finally:

@@ -1,4 +1,4 @@
-"""Where training images come from: one random-access, picklable interface over folders, Parquet, the Hub, digits."""
+"""The interface of all sources of training images, with random access and picklable, and what they share."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -16,16 +16,16 @@ DEFAULT_IMAGE_COLUMN = "image"
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example as stored: the picture is not decoded yet."""
+    """One example as it is stored, with its picture not decoded yet."""
 
-    image: bytes | Path | Image.Image | np.ndarray  # encoded file, path of one, decoded, or uint8 (H, W[, 3 or 4])
+    image: bytes | Path | Image.Image | np.ndarray  # encoded file, its path, decoded, or uint8 (H, W[, 3 or 4])
     caption: str | list[str] | None
     name: str  # for messages
-    weight: float = 1.0  # of its loss
+    weight: float = 1.0  # weight of the loss
 
 
 class Source(Protocol):
-    """Random access to records. Picklable, and cheap to open again in a worker process."""
+    """Sequence of records with random access. Picklable, and cheap to open again in a worker process."""
 
     def __len__(self) -> int: ...
 
@@ -51,17 +51,17 @@ class ArraySource:
 def require_column(
     column: str, columns: Iterable[str], *, option: str, where: str, likely: Sequence[str] | None = None
 ) -> None:
-    """Refuse a column that is not there.
+    """Refuse a column that does not exist.
 
     Args:
-        column: asked for.
-        columns: that there are.
-        option: by which it was asked for.
-        where: file or dataset, for the message.
-        likely: of them, those that may have been meant; None for all.
+        column: The requested column.
+        columns: The columns that exist.
+        option: Name of the option that requests it.
+        where: File or dataset, for the message.
+        likely: Columns that the user may have meant; None for all.
 
     Raises:
-        DataError: naming the columns there are, and the option with the one that was meant, if that can be told.
+        DataError: If the column does not exist. The message lists the columns, and suggests the closest likely one.
     """
     columns = list(columns)
     if column in columns:
@@ -73,17 +73,17 @@ def require_column(
 
 
 def whole_caption(caption: str | list[str | None] | None, name: str) -> str | list[str] | None:
-    """Refuse a list of captions that is empty, or has an empty place.
+    """Refuse a list of captions that is empty or contains None.
 
     Args:
-        caption: of a row; None for data without captions.
-        name: of the row, for the message.
+        caption: Caption or captions of a row; None for data without captions.
+        name: Name of the row, for the message.
 
     Returns:
         The caption as it is.
 
     Raises:
-        DataError: naming the row.
+        DataError: If the list is refused.
     """
     if caption is None or isinstance(caption, str):
         return caption

@@ -1,9 +1,9 @@
-"""Which files of a local dataset belong to the split that is trained on.
+"""Choice of the files of a local dataset that belong to one split, such as `train`.
 
-Copies of datasets of the Hub hold their splits side by side: in folders (`train/`, `val2017/`), or by the names of
-Parquet files (`train-00000-of-00002.parquet`). Trained on together, they would be a result that no test set measures.
+Copies of Hub datasets hold their splits side by side: in folders (`train/`, `val2017/`), or by the names of Parquet
+files (`train-00000-of-00002.parquet`). If a model were trained on all of them, no test set could measure it.
 
-Reference: the words are those by which Hugging Face's `datasets` finds the splits of files.
+Reference: the words are those with which Hugging Face's `datasets` finds the splits of files.
 """
 
 import logging
@@ -22,29 +22,42 @@ _WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
-_BESIDE = {"", "partial", "image", "images", "img", "imgs", "picture", "pictures", "data", "set", "dataset", "split"}
-"""Words that may stand beside a split's in the name of a folder; among others it is a name like any."""
+_IGNORED_WORDS = {
+    "",
+    "partial",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "picture",
+    "pictures",
+    "data",
+    "set",
+    "dataset",
+    "split",
+}
+"""Words that may stand next to a split's name in the name of a folder; with any other word it names no split."""
 
 
 def of_split(root: Path, names: Sequence[str], split: str | None) -> list[str]:
-    """Choose the files of one split, if splits are what the names tell apart.
+    """Choose the files of one split, if the names tell splits apart.
 
     Args:
-        root: the dataset's folder, for messages.
-        names: of pictures, or of Parquet files, relative to it.
-        split: to choose, such as `train`; None for all, whatever their names are.
+        root: The dataset's folder, for messages.
+        names: Names of pictures or Parquet files, relative to it.
+        split: Split to choose, such as `train`; None for all files, whatever their names are.
 
     Returns:
-        All names, where there is one split or none; else those of the split.
+        All names if there is at most one split; otherwise those of `split`.
 
     Raises:
-        DataError: there are others and not this one, or files of splits lie beside files of none.
+        DataError: If there are splits but not this one, or only some of the files belong to a split.
     """
     if split is None:
         return list(names)
     of = [_by_folder(name, split) or (_by_name(name) if name.lower().endswith(".parquet") else None) for name in names]
     if not any(of):
-        # A picture of a train, or of a test: only where every picture's name tells a split, they are meant so.
+        # A picture may show a train or a test: names mean splits only if every picture's name has one.
         of = [_by_name(name) for name in names]
         if None in of or split not in of:
             return list(names)
@@ -53,8 +66,8 @@ def of_split(root: Path, names: Sequence[str], split: str | None) -> list[str]:
         inside = next(name for name, one in zip(names, of, strict=True) if one is not None)
         outside = [name for name, one in zip(names, of, strict=True) if one is None]
         raise DataError(
-            f"{root} holds files of the split {found[0]} ({inside}) beside files of none ({first_few(outside)}); give "
-            "the folder to train on, move the others away, or rename what is no split"
+            f"{root} holds files of the split {found[0]} ({inside}) beside files of no split ({first_few(outside)}); "
+            "give the folder to train on, move the others away, or rename what is not a split"
         )
     if len(found) == 1:
         return list(names)
@@ -67,14 +80,19 @@ def of_split(root: Path, names: Sequence[str], split: str | None) -> list[str]:
 
 
 def is_beside_splits(name: str, split: str | None) -> bool:
-    """Whether a file lies in no split's folder."""
+    """Return whether a file lies in no split's folder.
+
+    Args:
+        name: Path of the file, relative to the dataset's folder.
+        split: Split that is trained on, whose name may be any word.
+    """
     return _by_folder(name, split) is None
 
 
 def _by_folder(name: str, split: str | None) -> str | None:
-    """The split that a folder in a path is of."""
+    """Return the split that a folder in a path names, or None."""
     for folder in PurePosixPath(name).parts[:-1]:
-        words = [word for word in _parts(folder) if word not in _BESIDE]
+        words = [word for word in _parts(folder) if word not in _IGNORED_WORDS]
         if len(words) == 1 and (words[0] in _SPLIT_OF or folder == split):
             return _SPLIT_OF.get(words[0], folder)
     return None
