@@ -27,11 +27,9 @@ from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
 from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, load, make
 from torch_backend.names import file_name
+from torch_backend.optimizers import OPTIMIZERS, make_optimizer
 from torch_backend.sampling import Sampler, scheduler_from_config, to_uint8
 from torch_backend.train_step import Loss, update_ema
-
-PORTABLE = {"exp_avg": "mu", "exp_avg_sq": "nu"}
-"""AdamW's moments, by PyTorch's name and by the portable one. The 8-bit ones have no other name than their own."""
 
 EIGHT_BIT_TABLES = ("absmax", "qmap")
 """What bitsandbytes keeps beside its moments; a small parameter has none."""
@@ -67,6 +65,7 @@ class TorchBackend:
         self.device_count: int = self.process_count
         self.device: torch.device = self.accelerator.device
         self._scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler)) if spec.scheduler else None
+        self._state_names = OPTIMIZERS[config.optimizer].state(config)
         self.count = self.steps = 0
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._writing: Future[None] | None = None
@@ -91,7 +90,7 @@ class TorchBackend:
         options.apply(config, self.modules)
         trained = [(name, p) for name, p in loss.named_parameters() if p.requires_grad]
         factors = {name: part.rate_factor for name, part in self.spec.components.items()}
-        optimizer = options.make_optimizer(config, trained, factors)
+        optimizer = make_optimizer(config, trained, factors)
         self.loss: Any
         self.optimizer: Any
         self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
@@ -179,7 +178,7 @@ class TorchBackend:
         for name, parameter in self._parameters().items():
             yield f"params/{name}", self.placement.weight(parameter).detach()
             for key, value in self.placement.moments(parameter).items():
-                yield f"{PORTABLE.get(key, key)}/{name}", value.detach()
+                yield f"{self._state_names.get(key, key)}/{name}", value.detach()
             if self.ema is not None:
                 yield f"ema/{name}", whole(self.ema[name])
 
@@ -196,7 +195,9 @@ class TorchBackend:
         self.count, self.steps = int(arrays["count"]), step
         # In one order on every process: each `put` is a collective operation.
         kinds = sorted({name.partition("/")[0] for name in arrays if "/" in name} - {"params", "ema"})
-        torch_keys = {kind: next((key for key, short in PORTABLE.items() if short == kind), kind) for kind in kinds}
+        torch_keys = {
+            kind: next((key for key, short in self._state_names.items() if short == kind), kind) for kind in kinds
+        }
         for name, parameter in self._parameters().items():
             moments = {
                 key: torch.tensor(arrays[f"{kind}/{name}"])
@@ -228,7 +229,7 @@ class TorchBackend:
 
     def state_bytes(self) -> int:
         """Counts weights, moments and averages, whole."""
-        moments = 2 * (1 if self.config.use_8bit_adam else 4)
+        moments = len(self._state_names) * (1 if self.config.use_8bit_adam else 4)
         average = self.ema is not None
         return sum(p.numel() * (p.element_size() * (1 + average) + moments) for p in self._parameters().values())
 
@@ -258,8 +259,7 @@ class TorchBackend:
 
     def check(self, folder: Path) -> None:
         """Compares a checkpoint of either backend with the state."""
-        moments = ("state1", "state2") if self.config.use_8bit_adam else tuple(PORTABLE.values())
-        kinds = ["params", *moments, *(["ema"] if self.ema is not None else [])]
+        kinds = ["params", *self._state_names.values(), *(["ema"] if self.ema is not None else [])]
         want = {f"{kind}/{name}": tuple(p.shape) for kind in kinds for name, p in self._parameters().items()}
         want |= dict.fromkeys(self._scalars(), ())
         shapes = portable.shapes(folder)

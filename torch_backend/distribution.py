@@ -46,6 +46,10 @@ def make_accelerator(config: TrainConfig) -> Any:
         )
     if kind in (DistributedType.DEEPSPEED, DistributedType.FSDP) and config.use_8bit_adam:
         raise ConfigError(f"--use_8bit_adam does not go with {kind.value}, which has its own optimizer: drop one")
+    if kind == DistributedType.DEEPSPEED and config.optimizer != "adamw":
+        raise ConfigError(
+            f"--optimizer {config.optimizer} does not go with DeepSpeed, which has its own AdamW: drop it"
+        )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("FSDP of version 1: set fsdp_version: 2 in Accelerate's configuration")
     if kind == DistributedType.DEEPSPEED:
@@ -145,7 +149,7 @@ class TorchPlacement:
     def put(self, parameter: Tensor, weight: Tensor, moments: Moments, count: int) -> None:
         """Divides them as the parameter is divided."""
         parameter.copy_(divided_as(parameter, weight))
-        own = isinstance(self.optimizer, torch.optim.AdamW)  # bitsandbytes counts in plain integers
+        own = type(self.optimizer).__module__.startswith("torch.")  # bitsandbytes counts in plain integers
         step = torch.tensor(float(count)) if own else count
         placed = {key: divided_as(parameter, value) for key, value in moments.items()}
         self.optimizer.state[parameter] = {"step": step} | placed

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from flax_diffusion.core.backend import refuse
+from flax_diffusion.core.backend import check_optimizer, refuse
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import as_path, is_local
 from torch_backend.modules import Modules
+from torch_backend.optimizers import OPTIMIZERS
 
 JAX_ONLY = {
     "data_parallelism": "start several processes with `accelerate launch -m torch_backend.train` or torchrun",
@@ -53,6 +52,7 @@ def check(config: TrainConfig) -> None:
         ConfigError: Naming the option and the fix.
     """
     refuse(config, JAX_ONLY, "JAX")
+    check_optimizer(config, OPTIMIZERS)
     if not is_local(as_path(config.output_dir)):
         raise ConfigError(
             f"--output_dir {config.output_dir}: only the JAX backend writes to object stores; name a folder of "
@@ -95,30 +95,3 @@ def apply(config: TrainConfig, modules: Modules) -> None:
                 module.enable_gradient_checkpointing(functools.partial(checkpoint, **how))
         if component.trains and config.torch_compile:
             module.compile()
-
-
-def make_optimizer(
-    config: TrainConfig, parameters: Iterable[tuple[str, Tensor]], rate_factors: Mapping[str, float]
-) -> torch.optim.Optimizer:
-    """AdamW, with 8-bit moments where asked for; the learning rate is set at every step.
-
-    Args:
-        config: The run's options.
-        parameters: By name, which begins with that of the component.
-        rate_factors: Of the learning rate of each component.
-    """
-    groups: dict[float, list[Tensor]] = {}
-    for name, parameter in parameters:
-        groups.setdefault(rate_factors[name.partition(".")[0]], []).append(parameter)
-    kind: Any = torch.optim.AdamW
-    if config.use_8bit_adam:
-        import bitsandbytes
-
-        kind = bitsandbytes.optim.AdamW8bit  # pyright: ignore[reportPrivateImportUsage]
-    return kind(
-        [{"params": group, "rate_factor": factor} for factor, group in groups.items()],
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-        weight_decay=config.adam_weight_decay,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from flax_diffusion.core.checkpoints.portable import Arrays
 from flax_diffusion.core.config.options import TrainConfig
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.io.files import write_text
 
 Batch = dict[str, np.ndarray]
@@ -33,6 +33,17 @@ def refuse(config: TrainConfig, options: Mapping[str, str], backend: str) -> Non
     for name, instead in options.items():
         if getattr(config, name) != fields[name].default:
             raise ConfigError(f"--{name}: only the {backend} backend has it; {instead}")
+
+
+def check_optimizer(config: TrainConfig, known: Iterable[str]) -> None:
+    """Raise ConfigError for an optimizer that a backend does not have.
+
+    Args:
+        config: The run's options.
+        known: Names of those that it has.
+    """
+    if config.optimizer not in known:
+        raise unknown("--optimizer", config.optimizer, known)
 
 
 class Backend(Protocol):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import pkgutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TypeVar
@@ -22,41 +23,43 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T]):
-    """Members by name, whichever was imported first: in the order of their modules, then by the alphabet.
+    """Members by name: those of this project in the order of their modules, then those of other packages.
 
     Args:
         what: What a member is, for messages: "task".
-        modules: Modules whose import registers members, each the one of its name; a package stands for the modules
-            in it.
+        modules: Modules whose import registers members; a package stands for the modules in it.
         group: Group of entry points whose modules may register more: "flax_diffusion.core".
     """
 
     def __init__(self, what: str, modules: Sequence[str], group: str):
         self.what, self._modules, self._group = what, modules, group
         self._members: dict[str, T] = {}
+        self._owners: dict[str, str] = {}  # module of each member
         self._loaded = False
 
     def register(self, name: str, member: T) -> T:
-        """Add a member and return it.
+        """Add a member and return it. To be called where a module is imported.
 
         Raises:
             ValueError: If another member has the name.
         """
         if self._members.setdefault(name, member) is not member:
             raise ValueError(f"there are two {self.what}s of the name {name}: rename one")
+        self._owners[name] = sys._getframe(1).f_globals["__name__"]
         return member
 
     def _load(self) -> dict[str, T]:
         if not self._loaded:
             self._loaded = True
+            imported = []
             for name in self._modules:
                 module = importlib.import_module(name)
-                for inner in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}."):
-                    importlib.import_module(inner.name)
+                inner = [one.name for one in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}.")]
+                imported += [name, *map(_imported, inner)]
             load_extensions(self._group)
-            first = [name.rpartition(".")[2] for name in self._modules]
-            order = {name: first.index(name) if name in first else len(first) for name in self._members}
-            self._members = dict(sorted(self._members.items(), key=lambda item: (order[item[0]], item[0])))
+            places = {module: place for place, module in enumerate(imported)}
+            names = sorted(self._members, key=lambda name: (places.get(self._owners[name], len(places)), name))
+            self._members = {name: self._members[name] for name in names}
         return self._members
 
     def __getitem__(self, name: str) -> T:
@@ -67,6 +70,11 @@ class Registry(Mapping[str, T]):
 
     def __len__(self) -> int:
         return len(self._load())
+
+
+def _imported(name: str) -> str:
+    importlib.import_module(name)
+    return name
 
 
 @functools.cache

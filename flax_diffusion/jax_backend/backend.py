@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flax_diffusion.core.backend import Batch, refuse
+from flax_diffusion.core.backend import Batch, check_optimizer, refuse
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import check_same_shapes
 from flax_diffusion.core.config.options import TrainConfig
@@ -26,7 +26,7 @@ from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.jax_backend import adapters
 from flax_diffusion.jax_backend.modules import load_pretrained
-from flax_diffusion.jax_backend.optimizers.optimizer import Params
+from flax_diffusion.jax_backend.optimizers.optimizer import OPTIMIZERS, Params
 from flax_diffusion.jax_backend.processes import everywhere, from_first, to_host
 from flax_diffusion.jax_backend.program import Program
 from flax_diffusion.jax_backend.sampling import Sampler, to_uint8
@@ -93,6 +93,7 @@ class JaxBackend:
     def check_options(config: TrainConfig) -> None:
         """Refuses options that only PyTorch has."""
         refuse(config, PYTORCH_ONLY, "PyTorch")
+        check_optimizer(config, OPTIMIZERS)
 
     def init_state(self) -> int:
         """Loads or draws the weights straight onto their shards."""

@@ -99,6 +99,7 @@ class TrainConfig(BaseModel):
     lr_num_cycles: int = Field(1, ge=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(1.0, gt=0, description="Exponent of polynomial.")
     lr_step_rules: str | None = Field(None, description="piecewise_constant: '1:10,0.1:20,0.01' (factor:until step).")
+    optimizer: str = Field("adamw", description="Optimizer: adamw, or one that an installed package adds.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
     adam_weight_decay: float = Field(1e-2, ge=0, description="AdamW's decoupled weight decay.")
@@ -195,6 +196,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"--data_parallelism {self.data_parallelism}: give a size from 1, or -1 for what is left")
         if self.repeat_step is not None and self.resume_from_checkpoint is None:
             raise ValueError("--repeat_step computes with the weights of a checkpoint: add --resume_from_checkpoint")
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise ValueError(f"--use_8bit_adam goes with --optimizer adamw, not {self.optimizer}: drop one")
         if self.scale_lr and self.global_batch_size:
             raise ValueError("--scale_lr multiplies by the batch a device: drop it or --global_batch_size")
         return self

@@ -53,6 +53,8 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
         made["base"] = {name: weights_digest(part) for name, part in parts.items() if part.weights is not None}
     if spec.autoencoder_loss is None:
         made["prediction_type"] = spec.prediction_type
+        if spec.objective_name is not None:
+            made["objective"] = spec.objective_name
     return made | {"num_examples": num_examples, "seed": config.seed, "data": data_digest(source)}
 
 

@@ -18,7 +18,7 @@ from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, Role, family_of, model_class
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import write_json, written_folder
-from flax_diffusion.core.objectives.objective import Objective, objective_of
+from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, objective_of
 from flax_diffusion.core.spec import adapters, weight_files
 from flax_diffusion.core.spec.adapters import Lora, NewTokens, Overlay
 from flax_diffusion.core.typed import check_values
@@ -97,6 +97,7 @@ class PipelineSpec:
     size: tuple[int, int] | None = None  # height and width of what is drawn; None: both are the resolution
     tokenizer: CLIPTokenizer | None = None
     autoencoder_loss: AutoencoderLoss | None = None  # None: a denoiser is trained
+    objective_name: str | None = None  # of a run that is not trained by the objective of its scheduler
 
     def __post_init__(self) -> None:
         if self.scheduler:
@@ -156,7 +157,7 @@ class PipelineSpec:
     @property
     def objective(self) -> type[Objective]:
         """What the denoiser was or will be trained by."""
-        return objective_of(self.scheduler)
+        return OBJECTIVES[self.objective_name] if self.objective_name else objective_of(self.scheduler)
 
     @property
     def prediction_type(self) -> str:

@@ -144,10 +144,15 @@ class DiffusionTask(Task[D]):
             ConfigError: If they cannot.
         """
         config = self.config
-        scheduler = self._scheduler(kind)
+        scheduler, objective = self._scheduler(kind)
         check_variant(components.values(), config.variant)
         spec = PipelineSpec(
-            kind=kind, components=components, scheduler=scheduler, resolution=config.resolution, tokenizer=tokenizer
+            kind=kind,
+            components=components,
+            scheduler=scheduler,
+            resolution=config.resolution,
+            tokenizer=tokenizer,
+            objective_name=None if objective is objective_of(scheduler) else objective.name,
         )
         if spec.denoiser.train:
             denoiser = sized(spec.denoiser, config.resolution // spec.vae_factor)
@@ -169,8 +174,11 @@ class DiffusionTask(Task[D]):
         self.objective(spec)  # which looks at its options
         return spec
 
-    def _scheduler(self, kind: str) -> dict[str, Any]:
-        """The config of the scheduler: of the options, of the model, or of the objective where it is ours to choose."""
+    def _scheduler(self, kind: str) -> tuple[dict[str, Any], type[Objective]]:
+        """The scheduler's config, and what is learnt.
+
+        The config is that of the options, of the model, or of the objective where it is ours to choose.
+        """
         config = self.config
         if config.objective is not None and config.objective not in OBJECTIVES:
             raise unknown("--objective", config.objective, OBJECTIVES)
@@ -186,14 +194,16 @@ class DiffusionTask(Task[D]):
             values = self._new_scheduler(asked or OBJECTIVES[DEFAULT_OBJECTIVE], kind)
         objective = objective_of(values)
         if asked not in (None, objective):
-            if config.noise_scheduler is not None:
-                raise ConfigError(
-                    f"--objective {config.objective} with a --noise_scheduler of {values['_class_name']}, whose models "
-                    f"are trained by {objective.name}: drop one of them"
-                )
-            objective, values = asked, self._new_scheduler(asked, kind)
+            if str(values["_class_name"]).removeprefix("Flax") not in asked.schedulers:
+                if config.noise_scheduler is not None:
+                    raise ConfigError(
+                        f"--objective {config.objective} with a --noise_scheduler of {values['_class_name']}, whose "
+                        f"models are trained by {objective.name}: drop one of them"
+                    )
+                values = self._new_scheduler(asked, kind)
+            objective = asked
         check_options(objective, config)
-        return objective.changed(values, config)
+        return objective.changed(values, config), objective
 
     def _new_scheduler(self, objective: type[Objective], kind: str) -> dict[str, Any]:
         values = objective.scheduler(self.config)

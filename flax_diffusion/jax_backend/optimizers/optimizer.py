@@ -1,10 +1,12 @@
-"""AdamW, gradient clipping, the moving average and fp16 loss scaling, as PyTorch computes them.
+"""The table of optimizers; gradient clipping, the moving average and fp16 loss scaling, as PyTorch computes them.
 
 Learning rate and EMA decay are arguments of the step (see `core.rates`), so no schedule is compiled in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
@@ -14,7 +16,8 @@ from flax import struct
 
 from flax_diffusion.core.backend import MIN_LOSS_SCALE
 from flax_diffusion.core.config.options import TrainConfig
-from flax_diffusion.jax_backend.optimizers.eight_bit import scale_by_8bit_adam
+from flax_diffusion.core.registry import Registry
+from flax_diffusion.jax_backend.families.family import GROUP
 from flax_diffusion.jax_backend.optimizers.offload import from_host
 
 Params = Any
@@ -24,22 +27,35 @@ CLIP_EPSILON = 1e-6
 """Added to the norm by `torch.nn.utils.clip_grad_norm_`, and so by Diffusers' scripts."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """An optimizer, up to the learning rate: the step subtracts the rate times the update.
+
+    Attributes:
+        scale: Makes, of the options, the transformation that has the state: a named tuple of `count` and of trees
+            that are shaped as the parameters. Checkpoints name the state by these fields.
+        decay: Makes, of the options, a transformation without a state that comes after it.
+    """
+
+    scale: Callable[[TrainConfig], optax.GradientTransformation]
+    decay: Callable[[TrainConfig], optax.GradientTransformation] = lambda config: optax.identity()
+
+
+OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", ["flax_diffusion.jax_backend.optimizers"], GROUP)
+"""All optimizers, by the value of --optimizer."""
+
+
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    """AdamW up to the learning rate: the update is `m̂ / (√v̂ + ε) + decay · weight`.
+    """Make the optimizer of a run.
 
     Its `update` takes `finite`: where that is given and False, the state stays as it was.
 
     Args:
-        config: Gives β1, β2, ε and the decoupled weight decay, which falls on every parameter as in PyTorch; and
-            whether moments take 8 bits or are at the host.
-
-    Reference: Loshchilov and Hutter, https://arxiv.org/abs/1711.05101, algorithm 2; `torch.optim.AdamW`.
+        config: The run's options, which also say whether the state is in the host's memory.
     """
-    scale = scale_by_8bit_adam if config.use_8bit_adam else optax.scale_by_adam
-    adam = _skipping(scale(b1=config.adam_beta1, b2=config.adam_beta2, eps=config.adam_epsilon))
-    return optax.chain(
-        from_host(adam) if config.offload_optimizer else adam, optax.add_decayed_weights(config.adam_weight_decay)
-    )
+    chosen = OPTIMIZERS[config.optimizer]
+    scale = _skipping(chosen.scale(config))
+    return optax.chain(from_host(scale) if config.offload_optimizer else scale, chosen.decay(config))
 
 
 def where_finite(finite: jax.Array | None, after: Any, before: Any) -> Any:
