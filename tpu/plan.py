@@ -14,6 +14,7 @@ from typing import Any
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.families.family import FAMILIES, Role
 from flax_diffusion.core.tasks.task import Task
 from tpu import topologies
 from tpu.chips import GIB
@@ -78,19 +79,22 @@ def report(plan: Plan, top: int = 10) -> str:
 
 def part_of(module: str) -> str:
     """What a layer belongs to, for the sums by part."""
+    models = {model.name: model.role for family in FAMILIES.values() for model in family.models.values()}
+    role = next((role for name, role in models.items() if name in module), None)
+    if role in (Role.TEXT_ENCODER, Role.AUTOENCODER):
+        return str(role)
     for part, words in _PARTS.items():
         if any(word in module for word in words):
             return part
+    if role is Role.DENOISER:
+        return "rest of the denoiser"
     return "optimizer and the rest"
 
 
 _PARTS = {
-    "text encoder": ("CLIPTextModel",),
-    "autoencoder": ("AutoencoderKL",),
     "attention": ("attn", "attentions_0/to_", "attention"),
     "feed-forward": ("/ff",),
     "resnets": ("resnets",),
-    "rest of the UNet": ("UNet2D",),
 }
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from flax_diffusion.core.families.family import FAMILIES
+
 PACKAGES = ("flax_diffusion", "torch_backend", "tpu")
 CORE = "flax_diffusion.core."
 BELOW = {
@@ -19,6 +21,8 @@ BELOW = {
     "checkpoints": {"io"},
     "families": {"io"},
     "spec": {"io", "randomness", "objectives", "data", "checkpoints", "families"},
+    "tasks": {"io", "config", "objectives", "data", "families", "spec"},
+    "cli": {"io", "config", "tasks"},
 }
 """What a room of `core` may import beside itself and the files that lie in `core` directly."""
 
@@ -108,6 +112,43 @@ def test_rooms_import_downwards(root):
         assert rooms <= BELOW[room], module
         found.add(room)
     assert found == BELOW.keys()
+
+
+def literals(path):
+    """The texts in a file, but for docstrings."""
+    tree = ast.parse(path.read_text())
+    told = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told:
+            yield node.value
+
+
+def outside(root, *rooms):
+    """The files of all packages that lie in none of the folders of these names."""
+    for package in PACKAGES:
+        for path in (root / package).rglob("*.py"):
+            if not set(rooms) & set(path.relative_to(root).parts):
+                yield path
+
+
+def test_no_file_outside_tasks_and_families_names_a_component(root):
+    pipelines = [pipeline for family in FAMILIES.values() for pipeline in family.pipelines.values()]
+    components = {name for pipeline in pipelines for name in pipeline.parts}
+    classes = {model for family in FAMILIES.values() for model in family.models}
+    assert {"unet", "vae", "text_encoder"} <= components
+    found = {
+        (path.name, text) for path in outside(root, "tasks", "families", "models") for text in literals(path)
+        if text in components | classes
+    }  # fmt: skip
+    assert not found
+
+
+def test_no_file_asks_what_task_options_are_of(root):
+    for path in outside(root):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                kinds = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+                assert not [kind for kind in kinds if kind.endswith(("Config", "Task"))], (path, ast.unparse(node))
 
 
 def test_no_room_and_no_file_is_too_large(root):

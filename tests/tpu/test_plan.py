@@ -12,6 +12,7 @@ from tiny import ONE_BLOCK, RUN, UNET
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from tpu import compiled, hlo, kernels, plan, sweep, topologies
 from tpu.chips import CHIPS, GIB
@@ -252,7 +253,7 @@ SD = ["--pretrained_model_name_or_path", "sd"]
 def test_a_plan_asks_for_no_data(request, monkeypatch, words):
     monkeypatch.chdir(request.config.rootpath)
     _, config = command_line.parse_train(words, "plan", plan.without_data)
-    compiled._described_source(config)
+    compiled._described_source(task_of(config))
     with pytest.raises(ConfigError, match=r"no data|needs --|exclude each other"):
         command_line.parse_train([*words, "--train_data_dir", "x"] if "digits" in words else words, "train")
 
