@@ -91,11 +91,7 @@ def part_of(module: str) -> str:
     return "optimizer and the rest"
 
 
-_PARTS = {
-    "attention": ("attn", "attentions_0/to_", "attention"),
-    "feed-forward": ("/ff",),
-    "resnets": ("resnets",),
-}
+_PARTS = {"attention": ("attn", "attentions_0/to_", "attention"), "feed-forward": ("/ff",), "resnets": ("resnets",)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

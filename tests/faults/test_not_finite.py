@@ -62,7 +62,7 @@ def inject(monkeypatch):
 
         monkeypatch.setattr(ExampleFn, "__call__", example)
         monkeypatch.setattr("flax_diffusion.core.run.assembly.Loader", without_threads)
-        with_jax, with_torch = train_step.diffusion_loss, torch_train_step.diffusion_loss
+        with_jax, with_torch = train_step.denoising_loss, torch_train_step.denoising_loss
 
         def jax_loss(modules, params, batch, dropout):
             loss, happens = with_jax(modules, params, batch, dropout), (batch["loss_weights"] == MARK).any()
@@ -76,8 +76,8 @@ def inject(monkeypatch):
                 return NanGradient.apply(loss, happens)
             return torch.where(happens, torch.nan, loss) if place == "loss" else loss
 
-        monkeypatch.setattr(train_step, "diffusion_loss", jax_loss)
-        monkeypatch.setattr(torch_train_step, "diffusion_loss", torch_loss)
+        monkeypatch.setattr(train_step, "denoising_loss", jax_loss)
+        monkeypatch.setattr(torch_train_step, "denoising_loss", torch_loss)
         return made
 
     return at

@@ -238,11 +238,11 @@ def test_pipeline(count, file, tmp_path, figure):
 
     def read():
         spec = open_pipeline(str(tmp_path))
-        assert spec.sample_shape[0] == spec.unet["in_channels"]
-        FlaxUNet2DModel.from_config(spec.unet.config)
+        assert spec.sample_shape[0] == spec.denoiser["in_channels"]
+        FlaxUNet2DModel.from_config(spec.denoiser.config)
         FlaxDDPMScheduler.from_config(spec.scheduler)
         with torch.device("meta"):
-            make(spec.unet)
+            make(spec.denoiser)
 
     fuzz(figure, "json", count, [json.dumps(files[file]).encode()], tmp_path / file, read)
 

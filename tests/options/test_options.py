@@ -254,7 +254,7 @@ TABLE: dict[str, list[Row]] = {
     "seed": [Row(1, "batch")],
 }  # fmt: skip
 
-PAIRS = [(task, name) for task in TASKS for name in TASKS[task].model_fields]
+PAIRS = [(task, name) for task in TASKS for name in TASKS[task].config_class.model_fields]
 
 
 @pytest.fixture(scope="module")
@@ -316,7 +316,7 @@ def check(observer: Observer, task: str, name: str, row: Row, w: Any, models: bo
         models: Look at the channels that make models, or at the others.
     """
     options = base(task, w) | (row.given(w) if callable(row.given) else row.given)
-    was = options.get(name, TASKS[task].model_fields[name].default)
+    was = options.get(name, TASKS[task].config_class.model_fields[name].default)
     value = row.value(w, was) if callable(row.value) else row.value
     assert value != was, f"the row changes --{name} to the value that it has"
     changed = options | {name: value}
@@ -344,7 +344,7 @@ def test_every_option_has_a_row_and_a_description() -> None:
     unknown = set(TABLE) - {name for _, name in PAIRS}
     assert not unknown, f"rows of options that there are not: {unknown}"
     for task, name in PAIRS:
-        assert TASKS[task].model_fields[name].description, name
+        assert TASKS[task].config_class.model_fields[name].description, name
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -80,7 +80,7 @@ def ours(folder, prompt):
     spec = open_pipeline(str(folder))
     modules = build_modules(spec)
     params = {name: load_pretrained(part) for name, part in spec.components.items()}
-    context = jax.jit(modules.encode_text)(params, spec.tokenize(prompt)[None])
+    context = jax.jit(modules.condition)(params, {"input_ids": spec.tokenize(prompt)[None]})
     return np.asarray(jax.jit(modules.predict)(params, np.ones((1, 4, 8, 8), np.float32), np.array([10]), context))
 
 
@@ -143,18 +143,10 @@ def test_lora_resumed_as_another(shared, folder, model, tmp_path, backend, chang
 
 
 def test_textual_inversion_resumed_from_another_word(shared, folder):
-    fit(
-        "textual_inversion",
-        TASKS["textual_inversion"].config_class(**inversion(shared, folder, max_train_steps=1)),
-        JaxBackend,
-    )
+    fit(task_of(TASKS["textual_inversion"].config_class(**inversion(shared, folder, max_train_steps=1))), JaxBackend)
     again = {"max_train_steps": 2, "resume_from_checkpoint": "latest", "placeholder_token": "<dog-doll>"}
     with pytest.raises(CheckpointError, match=r"new_tokens text_encoder tokens .*<dog-toy>.*this run has .*<dog-doll>"):
-        fit(
-            "textual_inversion",
-            TASKS["textual_inversion"].config_class(**inversion(shared, folder, **again)),
-            JaxBackend,
-        )
+        fit(task_of(TASKS["textual_inversion"].config_class(**inversion(shared, folder, **again))), JaxBackend)
 
 
 def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):
@@ -166,11 +158,7 @@ def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):
             return made[-1]
 
         values = lora(shared, folder, lora_dropout=0.3, use_ema=True, max_train_steps=4)
-        fit(
-            "dreambooth",
-            TASKS["dreambooth"].config_class(**values | {"output_dir": str(tmp_path / where)} | options),
-            make,
-        )
+        fit(task_of(TASKS["dreambooth"].config_class(**values | {"output_dir": str(tmp_path / where)} | options)), make)
         return made[-1].state_arrays()
 
     whole = run("whole")
@@ -265,7 +253,7 @@ def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backe
     assert (out / "samples/00000004.png").is_file()
     vae = AutoencoderKL.from_pretrained(out / "vae")
     source = task_of(config).open_source()
-    make = assembly.make_example_fn(config, task_of(config).make_spec(source))
+    make = task_of(config).make_example_fn(task_of(config).make_spec(source))
     examples = [make(source, 0, 0, index) for index in range(3)]
     pixels, noise = (torch.from_numpy(np.stack([e[key] for e in examples])) for key in ("pixel_values", "latent_noise"))
     with torch.no_grad():

@@ -22,12 +22,13 @@ from flax_diffusion import models
 from flax_diffusion.core.checkpoints.folders import require_whole
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
+from flax_diffusion.core.families.family import FAMILIES, model_class
 from flax_diffusion.core.io import model_files
-from flax_diffusion.core.spec import pipeline
 from flax_diffusion.core.spec.adapters import LoraLayer, Overlay
 from flax_diffusion.core.spec.pipeline import open_pipeline
 from flax_diffusion.core.tasks.task import TASKS, task_of
 from torch_backend import modules as torch_modules
+from torch_backend.families.family import class_of
 
 BACKENDS = {"jax": flax_diffusion, "torch": torch_backend}
 
@@ -63,12 +64,12 @@ def lists(value):
     return list(value) if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("kind", pipeline._KNOWN)
+@pytest.mark.parametrize("kind", sorted({name for family in FAMILIES.values() for name in family.models}))
 def test_defaults_that_are_known_early_are_those_of_the_models(kind):
     """Of the Flax class, and of Diffusers' and Transformers'."""
-    known = pipeline._KNOWN[kind]
+    known = model_class(kind).schema
     ours = getattr(models, f"Flax{kind}")().config
-    theirs = torch_modules._CLASSES[kind]
+    theirs = class_of(kind)
     if kind == "CLIPTextModel":
         defaults = theirs.config_class().to_dict()
     else:

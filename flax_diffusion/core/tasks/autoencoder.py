@@ -18,7 +18,6 @@ from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.batches import ExampleFn
-from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import WeightsError
 from flax_diffusion.core.families import folders
@@ -145,6 +144,8 @@ class _Pictures:
         Yields:
             Pixels (N, C, H, W) in -1..1, and noise (N, c, h, w) that samples the posterior.
         """
+        from flax_diffusion.core.data.loader import Loader  # Grain, which takes long to import
+
         size = min(self.config.eval_batch_size, len(self.source))
         loader = Loader(
             self.source,
