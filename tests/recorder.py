@@ -30,5 +30,5 @@ class Idle:
     def check(self, folder):
         pass
 
-    def let_go(self, name):
+    def release(self, name):
         pass

@@ -173,7 +173,7 @@ class Observer:
         try:
             if before is not None:
                 without = {name: value for name, value in options.items() if name not in ONCE}
-                fit(task, self.config(task, {"output_dir": str(folder)} | without | before), Recorder)
+                fit(task_of(self.config(task, {"output_dir": str(folder)} | without | before)), Recorder)
             self._asked, made, records = [], [], []
             handler = logging.Handler()
             handler.emit = lambda record: records.append(record.getMessage())
@@ -186,7 +186,7 @@ class Observer:
             with ExitStack() as stack:
                 stack.callback(logger.removeHandler, handler)
                 logger.addHandler(handler)
-                left = fit(task, self.config(task, {"output_dir": str(folder)} | options), make)
+                left = fit(task_of(self.config(task, {"output_dir": str(folder)} | options)), make)
             (backend,) = made
             return {
                 "batch": backend.batches, "rates": backend.rates, "samples": backend.sampled,

@@ -343,7 +343,7 @@ def test_options_of_a_scheduler_that_is_not_ours_to_choose(folder, tmp_path, mod
             if given:
                 del options["pretrained_model_name_or_path"]
             with pytest.raises(ConfigError, match=f"--{name} {value} is for a scheduler that we choose, and --{owner}"):
-                command_line.build(TASKS["text_to_image"], options, "train")
+                command_line.build(TASKS["text_to_image"].config_class, options, "train")
 
 
 def test_a_mapping_on_the_command_line_is_yaml_too():
