@@ -14,6 +14,7 @@ from flax_diffusion import generate as jax_generate
 from flax_diffusion.core.cli.command_line import merge
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.families.family import FAMILIES
+from flax_diffusion.core.objectives.objective import OBJECTIVES
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.tasks.task import TASKS, task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
@@ -29,6 +30,8 @@ QUIET = {"report_to": "none", "validation_epochs": None, "save_model_epochs": No
 CASES = {
     "sample": {"prediction_type": "sample", "lr_scheduler": "linear", "gradient_checkpointing": "minimal"},
     "v_min_snr": {"prediction_type": "v_prediction", "snr_gamma": 5.0, "lr_scheduler": "cosine_with_restarts"},
+    "flow": {"objective": "flow_matching", "weighting_scheme": "logit_normal", "shift": 3.0, "noise_offset": 0.1},
+    "edm": {"objective": "edm", "gradient_accumulation_steps": 2, "input_perturbation": 0.1},
     "everything": {
         "snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "gradient_accumulation_steps": 2,
         "ema_warmup": False, "max_grad_norm": 0.05, "lr_scheduler": "polynomial", "random_flip": True,
@@ -82,6 +85,8 @@ LONG = [
         *[("epsilon", name) for name in SCHEDULES],
         ("v_prediction", "cosine"),
         ("sample", "linear"),
+        ("flow_matching", "cosine"),
+        ("edm", "linear"),
     ]
 ]
 
@@ -90,11 +95,13 @@ LONG = [
 @pytest.mark.parametrize(("task", "prediction", "schedule", "dtype"), LONG)
 def test_fifty_steps(task, prediction, schedule, dtype):
     number = list(SCHEDULES).index(schedule)
+    predicts = {"objective" if prediction in OBJECTIVES else "prediction_type": prediction}
+    gamma = 5.0 if number % 2 and prediction not in OBJECTIVES else None
     config = make_config(
-        task, max_train_steps=50, prediction_type=prediction, lr_scheduler=schedule, lr_warmup_steps=5,
+        task, max_train_steps=50, lr_scheduler=schedule, lr_warmup_steps=5,
         gradient_accumulation_steps=1 if number % 2 else 4, max_grad_norm=1.0 if number % 3 else 0.05,
-        ema_warmup=bool(number % 2), snr_gamma=5.0 if number % 2 else None, noise_offset=0.1 if number % 3 else 0.0,
-        **SCHEDULES[schedule],
+        ema_warmup=bool(number % 2), snr_gamma=gamma, noise_offset=0.1 if number % 3 else 0.0,
+        **predicts, **SCHEDULES[schedule],
     )  # fmt: skip
     equal, line = verdict(list(compare(config, 50, dtype)), dtype)
     print(f"\n{task} {prediction} {schedule}: {line}")
