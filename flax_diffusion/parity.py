@@ -120,7 +120,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         source = task.open_source()
         spec = task.make_spec(source)
         for name, component in spec.components.items():
-            if component.trains and component.config.get("dropout"):
+            if component.is_trained and component.config.get("dropout"):
                 raise ConfigError(
                     f"{name}: dropout {component.config['dropout']} draws different masks on the two backends: set it "
                     "to 0 in the model's config"

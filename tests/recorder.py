@@ -18,17 +18,17 @@ class Idle:
     def wait(self):
         pass
 
-    def everywhere(self, holds):
-        return holds
+    def all_processes(self, condition):
+        return condition
 
-    def from_first(self, value):
+    def broadcast_from_first(self, value):
         return value
 
-    def stops(self, wanted, step):
-        return wanted
+    def should_stop(self, requested, step):
+        return requested
 
     def check(self, folder):
         pass
 
-    def let_go(self, name):
+    def release(self, name):
         pass

@@ -57,7 +57,7 @@ class TorchBackend:
         AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
         self.accelerator = make_accelerator(config)
         kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and spec.adapted:
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and spec.trains_adapters:
             raise ConfigError(
                 f"LoRA and textual inversion do not go with {kind.value}: what they train is too small to divide; use "
                 "accelerate launch --multi_gpu -m torch_backend.train, or python -m torch_backend.train for one device"
@@ -237,24 +237,24 @@ class TorchBackend:
         if self._writing is not None:
             self._writing.result()
 
-    def everywhere(self, holds: bool) -> bool:
+    def all_processes(self, condition: bool) -> bool:
         """Asks all processes."""
-        answers = self.accelerator.gather(torch.tensor([holds], device=self.device))
+        answers = self.accelerator.gather(torch.tensor([condition], device=self.device))
         return bool(answers.all())
 
-    def from_first(self, value: int) -> int:
+    def broadcast_from_first(self, value: int) -> int:
         """Tells all processes."""
         return int(broadcast(torch.tensor([value], device=self.device))[0])  # pyright: ignore[reportArgumentType]
 
-    def stops(self, wanted: bool, step: int) -> bool:
+    def should_stop(self, requested: bool, step: int) -> bool:
         """Asks all processes, over the network of the hosts: the devices are not waited for."""
         if self.process_count == 1:
-            return wanted
+            return requested
         if self._hosts is None:
             self._hosts = torch.distributed.new_group(backend="gloo")
-        any_wants = torch.tensor(int(wanted))
-        torch.distributed.all_reduce(any_wants, torch.distributed.ReduceOp.MAX, self._hosts)
-        return bool(any_wants)
+        any_request = torch.tensor(int(requested))
+        torch.distributed.all_reduce(any_request, torch.distributed.ReduceOp.MAX, self._hosts)
+        return bool(any_request)
 
     def check(self, folder: Path) -> None:
         """Compares a checkpoint of either backend with the state."""
@@ -337,9 +337,9 @@ class TorchBackend:
     def export(self, folder: Path, *, only_trained: bool = False) -> None:
         """Writes the components' float32 weights."""
         for name, component in self.spec.components.items():
-            if only_trained and not component.trains:
+            if only_trained and not component.is_trained:
                 continue
-            finished = self._finished(name) if component.trains else None  # every process has a part of it
+            finished = self._finished(name) if component.is_trained else None  # every process has a part of it
             if self.process_index == 0:
                 module = load(component) if finished is None else finished
                 module.save_pretrained(folder / name, safe_serialization=True)
@@ -360,7 +360,7 @@ class TorchBackend:
     def _to_sample(self) -> Iterator[Modules]:
         """Modules that hold the moving average if there is one. They are others than those that train, which stay."""
         with self._all_back(), torch.no_grad(), self.accelerator.autocast():
-            trained = [name for name, component in self.spec.components.items() if component.trains]
+            trained = [name for name, component in self.spec.components.items() if component.is_trained]
             yield replace(self.modules, by_name=self.modules.by_name | {name: self._averaged(name) for name in trained})
 
     def _averaged(self, name: str) -> Any:

@@ -19,7 +19,7 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.randomness import initial_weights
 from flax_diffusion.core.spec import weight_files
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from torch_backend import adapters
 from torch_backend.families.family import FAMILIES, Family, class_of
 from torch_backend.names import file_name
@@ -103,13 +103,13 @@ def build_modules(
     by_name = {}
     for name, component in spec.components.items():
         module = load(component) if component.weights or component.overlay else _draw(component, seed)
-        wide = component.train or component.config.get("force_upcast")
+        wide = component.training is Training.ALL or component.config.get("force_upcast")
         # PyTorch's own `to`: Diffusers' warns about modules to keep in float32 where there are none.
         nn.Module.to(module, device=device, dtype=trained_dtype if wide else frozen_dtype)
         if trained_dtype == torch.float64 and hasattr(module, "time_proj"):
             module.time_proj = Float64Timesteps(module.time_proj)
-        by_name[name] = module.train(component.trains).requires_grad_(component.train)
-        if component.adapted:
+        by_name[name] = module.train(component.is_trained).requires_grad_(component.training is Training.ALL)
+        if component.training is Training.ADAPTERS:
             adapters.add(component, module, seed, trained_dtype)
     return Modules(spec=spec, by_name=by_name)
 

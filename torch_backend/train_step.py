@@ -27,7 +27,7 @@ class Loss(nn.Module):
         super().__init__()
         self._modules_of = [modules]  # in a list, so that frozen modules are not registered as children
         for name, component in modules.spec.components.items():
-            if component.trains:
+            if component.is_trained:
                 self.add_module(name, modules.by_name[name])
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present & FSDP_UNITS)  # where Accelerate looks for them
@@ -49,8 +49,8 @@ def denoising_loss(modules: Modules, batch: Batch) -> Tensor:
 
     Reference: `core.objectives.objective`, for input, target and weight; the twin of the JAX side's.
     """
-    if "moments" in batch:
-        mean, logvar = batch["moments"].unbind(dim=1)
+    if "posterior" in batch:
+        mean, logvar = batch["posterior"].unbind(dim=1)
         clean = modules.sample_latents(mean, (0.5 * logvar).exp(), batch["latent_noise"])
     else:
         clean = modules.encode_images(batch["pixel_values"], batch.get("latent_noise"))

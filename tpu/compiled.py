@@ -127,7 +127,7 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
         for name in spec.names_of(Role.TEXT_ENCODER):
             del frozen[name]
     if task.caches_latents:
-        made = replace(made, moments={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
+        made = replace(made, posteriors={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
         del frozen[spec.vae_name]
     example = task.make_example_fn(spec, made)(source, 0, 0, 0)
     pairs = task.rows_per_example

@@ -23,11 +23,11 @@ from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import absolute, written_folder
 from flax_diffusion.core.io.torch_names import from_torch_layout
 from flax_diffusion.core.objectives import samplers
-from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.jax_backend import adapters
 from flax_diffusion.jax_backend.modules import load_pretrained
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
-from flax_diffusion.jax_backend.processes import everywhere, from_first, to_host
+from flax_diffusion.jax_backend.processes import all_processes, broadcast_from_first, to_host
 from flax_diffusion.jax_backend.program import Program
 from flax_diffusion.jax_backend.sampling import Sampler, to_uint8
 from flax_diffusion.jax_backend.sharding import make_mesh, put, put_batch, put_replicated, state_shardings
@@ -101,13 +101,13 @@ class JaxBackend:
         for name in self.program.trained:
             part = self.spec.components[name]
             host = loaded[name] if name in loaded else self.modules.by_name[name].init_weights(self.config.seed)
-            host = adapters.draw(part, host, self.config.seed) if part.adapted else host
+            host = adapters.draw(part, host, self.config.seed) if part.training is Training.ADAPTERS else host
             params[name] = put(_cast(host, self.dtype), state_shardings(host, self.mesh))
         self.state = self.program.init_state(params)
         self.frozen = {
             name: self._place_frozen(name, host)
             for name, host in loaded.items()
-            if not self.spec.components[name].train
+            if self.spec.components[name].training is not Training.ALL
         }
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
@@ -119,7 +119,7 @@ class JaxBackend:
         """The weights that samples are drawn with; reads again what was let go of."""
         frozen = dict(self.frozen)
         for name, component in self.spec.components.items():
-            if name not in frozen and not component.train:
+            if name not in frozen and component.training is not Training.ALL:
                 frozen[name] = self._place_frozen(name, load_pretrained(component))
         return adapters.merge(frozen, self._exported())
 
@@ -190,17 +190,17 @@ class JaxBackend:
         if self._checkpointer is not None:
             self._checkpointer.wait_until_finished()
 
-    def everywhere(self, holds: bool) -> bool:
+    def all_processes(self, condition: bool) -> bool:
         """Asks all processes."""
-        return everywhere(holds)
+        return all_processes(condition)
 
-    def from_first(self, value: int) -> int:
+    def broadcast_from_first(self, value: int) -> int:
         """Tells all processes."""
-        return from_first(value)
+        return broadcast_from_first(value)
 
-    def stops(self, wanted: bool, step: int) -> bool:
+    def should_stop(self, requested: bool, step: int) -> bool:
         """Asks JAX, which where there are several processes hears the signal itself."""
-        return wanted if self.process_count == 1 else multihost_utils.reached_preemption_sync_point(step)
+        return requested if self.process_count == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     def check(self, folder: Path) -> None:
         """Compares a checkpoint of either backend with the state, whatever mesh wrote it."""
@@ -289,7 +289,7 @@ class JaxBackend:
         """Writes the components' float32 weights."""
         trained = self._exported()
         for name, component in self.spec.components.items():
-            if only_trained and not component.train:
+            if only_trained and component.training is not Training.ALL:
                 continue
             params = to_host(trained[name]) if name in trained else load_pretrained(component)
             if self.process_index == 0:

@@ -16,7 +16,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from flax_diffusion.core.families.family import Role
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.weight_files import in_memory
 from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.jax_backend.adapters import interceptor
@@ -108,9 +108,13 @@ class Modules:
             The model's outputs.
         """
         component = self.spec.components[name]
-        train = dropout is not None and component.trains
+        train = dropout is not None and component.is_trained
         rngs = {"dropout": dropout} if train else None
-        with nn.intercept_methods(interceptor(component, train=train)) if component.adapted else nullcontext():
+        with (
+            nn.intercept_methods(interceptor(component, train=train))
+            if component.training is Training.ADAPTERS
+            else nullcontext()
+        ):
             return self._apply(name, params, *inputs, train=train, rngs=rngs)
 
     def _apply(self, name: str, params: Params, *inputs: jax.Array, **options: Any) -> Any:
@@ -143,7 +147,7 @@ def build_modules(
 
     def make(component: Component) -> Any:
         options: dict[str, Any] = {"dtype": wide if component.config.get("force_upcast") else dtype}
-        if component.trains or component.role is Role.DENOISER:
+        if component.is_trained or component.role is Role.DENOISER:
             options["gradient_checkpointing"] = gradient_checkpointing
         return class_of(component.kind).from_config(component.config, **options)
 

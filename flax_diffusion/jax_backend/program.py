@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_diffusion.core.config.options import TrainConfig
-from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.jax_backend import adapters
 from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules
 from flax_diffusion.jax_backend.optimizers.offload import on_host
@@ -84,12 +84,16 @@ class Program:
     @property
     def trained(self) -> list[str]:
         """Components of which something trains."""
-        return [name for name, part in self.spec.components.items() if part.trains]
+        return [name for name, part in self.spec.components.items() if part.is_trained]
 
     @property
     def frozen(self) -> Params:
         """Shapes, dtypes and shardings of the weights that do not train, in the precision that they compute in."""
-        own = {name: self.modules.by_name[name] for name, part in self.spec.components.items() if not part.train}
+        own = {
+            name: self.modules.by_name[name]
+            for name, part in self.spec.components.items()
+            if part.training is not Training.ALL
+        }
         return self.placed({name: self._shapes(model.params_shape(), model.dtype) for name, model in own.items()})
 
     def batch(self, example: Mapping[str, np.ndarray], accumulation: int, batch_size: int) -> dict[str, Any]:
@@ -138,7 +142,7 @@ class Program:
     def _trained(self, name: str) -> Params:
         """Arrays or shapes of what trains of a component."""
         component, shapes = self.spec.components[name], self.modules.by_name[name].params_shape()
-        if not component.adapted:
+        if component.training is not Training.ADAPTERS:
             return shapes
         return adapters.draw(
             component, jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes), 0

@@ -67,8 +67,8 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
 
     Reference: `core.objectives.objective`, for input, target and weight.
     """
-    if "moments" in batch:
-        posterior = FlaxDiagonalGaussianDistribution(batch["moments"][:, 0], batch["moments"][:, 1])
+    if "posterior" in batch:
+        posterior = FlaxDiagonalGaussianDistribution(batch["posterior"][:, 0], batch["posterior"][:, 1])
         clean = modules.sample_latents(posterior, batch["latent_noise"])
     else:
         clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))

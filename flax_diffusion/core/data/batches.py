@@ -28,13 +28,14 @@ class Precomputed:
     """What examples take from here instead of making it.
 
     Attributes:
-        embeddings: Of every caption, (L, D); None where each step encodes its own.
-        moments: By the name of a record, mean and log variance of its latents, (1 or 2, 2, c, h, w): of the picture
-            and, where it is flipped at random, of its mirror image; None where each step encodes its pictures.
+        embeddings: embedding of every caption, (L, D); None where each step encodes its captions.
+        posteriors: Mean and log variance of each picture's latents by the name of its record,
+            (1 or 2, 2, c, h, w): those of the picture and, where it is flipped at random, of its mirror image; None
+            where each step encodes its pictures.
     """
 
     embeddings: Mapping[str, np.ndarray] | None = None
-    moments: Mapping[str, np.ndarray] | None = None
+    posteriors: Mapping[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class ExampleFn:
 
         Returns:
             `pixel_values` float32 (channels, resolution, resolution) in [-1, 1] or, where they were made before,
-            `moments` float32 (2, c, h, w) of the autoencoder's posterior; what `NoiseSpec.draw` gives, with
+            `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
             `loss_weights` times the record's own weight; `input_ids` int32 (model_max_length,) or, where they were
             made before, `text_embeddings` (L, D), unless unconditional; `example_index` int64 ().
 
@@ -74,11 +75,11 @@ class ExampleFn:
             return example_rng(seed, stream, epoch, index)
 
         record = source[index]
-        embeddings, moments = self.made.embeddings, self.made.moments
-        if moments is None:
+        embeddings, posteriors = self.made.embeddings, self.made.posteriors
+        if posteriors is None:
             example = {"pixel_values": self.transform(decode(record), rng).pixel_values}
-        elif record.name in moments:
-            example = {"moments": moments[record.name][int(self.transform.flips(rng))]}
+        elif record.name in posteriors:
+            example = {"posterior": posteriors[record.name][int(self.transform.flips(rng))]}
         else:
             raise DataError(f"{record.name} could not be read when its latents were made")
         example |= self.noise.draw(rng)

@@ -12,7 +12,7 @@ from flax_diffusion.core.errors import CheckpointError, WeightsError
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
 from flax_diffusion.core.spec.merging import Shapes, with_adapters, with_checkpoint, with_learnt_word
-from flax_diffusion.core.spec.pipeline import PipelineSpec, open_pipeline
+from flax_diffusion.core.spec.pipeline import PipelineSpec, Training, open_pipeline
 from flax_diffusion.core.tasks.task import TASKS, task_of
 
 
@@ -62,7 +62,10 @@ def _open_run(run: Path, checkpoint: Path | None, shapes: Shapes) -> PipelineSpe
         spec = with_checkpoint(trained, checkpoint)
     else:
         spec = _with_what_the_run_left(run, trained, shapes)
-    done = {name: replace(part, train=False, lora=None, new_tokens=None) for name, part in spec.components.items()}
+    done = {
+        name: replace(part, training=Training.NOTHING, lora=None, new_tokens=None)
+        for name, part in spec.components.items()
+    }
     return replace(spec, components=done)
 
 

@@ -183,7 +183,7 @@ def with_checkpoint(spec: PipelineSpec, folder: Path) -> PipelineSpec:
     """
     for name, arrays in checkpoint_arrays(folder).items():
         component = spec.components.get(name)
-        if component is None or not component.trains:
+        if component is None or not component.is_trained:
             raise WeightsError(f"{folder} trained a {name}, and the config.yaml of its run does not: use its own")
         if component.lora is not None:
             spec = _with_lora(spec, {name: trained_layers(component.lora, arrays)}, 1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,9 +33,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class Training(StrEnum):
+    """Which part of a model trains."""
+
+    NOTHING = "nothing"
+    ALL = "all"
+    ADAPTERS = "adapters"  # LoRA or new tokens beside the model's own weights, which stay as they are
+
+
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One model: its PyTorch class, its config, where its weights are (None: drawn at random), what of it trains."""
+    """One model of a pipeline.
+
+    Attributes:
+        kind: Name of its PyTorch class.
+        config: Its config.
+        weights: Folder or Hub id of its weights; None to draw them at random.
+        subfolder: Subfolder of `weights` that holds them.
+        revision: Branch, tag or commit of a Hub id.
+        variant: Variant of the weight files.
+        training: Which part of it trains.
+        lora: LoRA that trains; None for none.
+        new_tokens: New tokens whose rows train, behind the embedding table; None for none.
+        overlay: Differences from the weights in the files; None for none.
+        rate_factor: Factor on the learning rate.
+    """
 
     kind: str
     config: dict[str, Any]
@@ -42,13 +65,15 @@ class Component:
     subfolder: str | None = None
     revision: str | None = None
     variant: str | None = None
-    train: bool = False  # all of it
-    lora: Lora | None = None  # these beside it
-    new_tokens: NewTokens | None = None  # their rows behind its embedding table
-    overlay: Overlay | None = None  # what differs from the weights
-    rate_factor: float = 1.0  # of the learning rate
+    training: Training = Training.NOTHING
+    lora: Lora | None = None
+    new_tokens: NewTokens | None = None
+    overlay: Overlay | None = None
+    rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        if (self.training is Training.ADAPTERS) != (self.lora is not None or self.new_tokens is not None):
+            raise ValueError(f"a component that trains {self.training} has lora {self.lora}, tokens {self.new_tokens}")
         check_values(self.model.schema, self.config, f"config of a {self.kind}")
 
     @property
@@ -62,14 +87,9 @@ class Component:
         return self.model.role
 
     @property
-    def adapted(self) -> bool:
-        """Whether something beside the model's own weights trains, and those do not."""
-        return self.lora is not None or self.new_tokens is not None
-
-    @property
-    def trains(self) -> bool:
-        """Whether anything of it trains."""
-        return self.train or self.adapted
+    def is_trained(self) -> bool:
+        """Whether any part of it trains."""
+        return self.training is not Training.NOTHING
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key, getattr(self.model.schema, key, None))
@@ -112,9 +132,9 @@ class PipelineSpec:
         return Tokenize.from_clip(self.tokenizer)
 
     @property
-    def adapted(self) -> bool:
+    def trains_adapters(self) -> bool:
         """Whether adapters train, and no whole model."""
-        return any(component.adapted for component in self.components.values())
+        return any(component.training is Training.ADAPTERS for component in self.components.values())
 
     @property
     def family(self) -> Family:
@@ -244,10 +264,18 @@ def read_component(
     subfolder: str | None,
     revision: str | None,
     variant: str | None,
-    *,
-    train: bool = False,
+    training: Training = Training.NOTHING,
 ) -> Component:
-    """Reads the config of one model of a pipeline.
+    """Read the config of one model of a pipeline.
+
+    Args:
+        folder: Local folder with its config.json.
+        kind: Name of the PyTorch class that it must be of.
+        source: Folder or Hub id of the weights.
+        subfolder: Subfolder of `source`; None for a model by itself.
+        revision: Branch, tag or commit of a Hub id.
+        variant: Variant of the weight files; None for the plain ones.
+        training: Which part of it is to train.
 
     Raises:
         WeightsError: If it is missing, or of another class.
@@ -269,7 +297,7 @@ def read_component(
         subfolder=subfolder,
         revision=revision,
         variant=variant,
-        train=train,
+        training=training,
     )
 
 

@@ -116,7 +116,7 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
                         save_picture(to_pillow(image), _unused_name(folder))
                 have += len(images)
                 bar.update(len(images))
-        backend.everywhere(True)  # no process reads the folder before it is full
+        backend.all_processes(True)  # no process reads the folder before it is full
 
 
 def _unused_name(folder: Path) -> Path:

@@ -20,7 +20,7 @@ from flax_diffusion.core.objectives.edm import EdmOptions
 from flax_diffusion.core.objectives.flow_matching import FlowMatchingOptions
 from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, check_options, objective_of
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, check_variant
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, check_variant
 from flax_diffusion.core.tasks.parts import check_channels, check_resolution, sized
 from flax_diffusion.core.tasks.task import Preview, Task
 
@@ -149,7 +149,7 @@ class DiffusionTask(Task[D]):
         spec = PipelineSpec(
             kind=kind, components=components, scheduler=scheduler, resolution=config.resolution, tokenizer=tokenizer
         )
-        if spec.denoiser.train:
+        if spec.denoiser.training is Training.ALL:
             denoiser = sized(spec.denoiser, config.resolution // spec.vae_factor)
             spec = replace(spec, components=components | {spec.denoiser_name: denoiser})
         denoiser, vae = spec.denoiser, spec.vae

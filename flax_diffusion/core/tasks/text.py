@@ -22,7 +22,7 @@ from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import as_path, local_copy
 from flax_diffusion.core.spec import pipeline
 from flax_diffusion.core.spec.adapters import Lora
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.parts import check_part, check_pipeline, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import Preview
@@ -197,7 +197,7 @@ class TextTask(DiffusionTask[T]):
         self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
     ) -> None:
         """Write the models, or the adapters where these train."""
-        if not spec.adapted:
+        if not spec.trains_adapters:
             super().export_trained(backend, spec, source, folder, only_trained=only_trained)
             return
         arrays = backend.trained_arrays()
@@ -206,7 +206,7 @@ class TextTask(DiffusionTask[T]):
 
     def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
         """Write a pipeline that Diffusers loads, or the adapters."""
-        if spec.adapted:
+        if spec.trains_adapters:
             self.export_trained(backend, spec, source, folder)
         else:
             super().export(backend, spec, source, folder)
@@ -233,7 +233,8 @@ class LoraTask(TextTask[L]):
     def read_models(self) -> tuple[Component, Component]:
         """Read the configs of text encoder and UNet."""
         encoder, unet = super().read_models()
-        return replace(encoder, train=self.config.train_text_encoder), unet
+        training = Training.ALL if self.config.train_text_encoder else Training.NOTHING
+        return replace(encoder, training=training), unet
 
     def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
         """Return text encoder and UNet with LoRA beside their weights, if there is any, and their rates."""
@@ -242,10 +243,10 @@ class LoraTask(TextTask[L]):
             encoder = replace(encoder, rate_factor=config.text_encoder_learning_rate / config.learning_rate)
         if config.lora_rank is None:
             return encoder, unet
-        unet = replace(unet, train=False, lora=self._lora(config.lora_target_modules))
+        unet = replace(unet, training=Training.ADAPTERS, lora=self._lora(config.lora_target_modules))
         if config.train_text_encoder:
             lora = self._lora(config.lora_text_encoder_target_modules)
-            encoder = replace(encoder, train=False, lora=lora)
+            encoder = replace(encoder, training=Training.ADAPTERS, lora=lora)
         return encoder, unet
 
     def _lora(self, targets: list[str]) -> Lora:

@@ -17,7 +17,7 @@ from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.spec.adapters import NewTokens
 from flax_diffusion.core.spec.new_words import add_word
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.task import TASKS
 from flax_diffusion.core.tasks.text import TextConfig, TextTask
 
@@ -116,7 +116,8 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
 
     def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
         """Return text encoder and UNet, of which the new word's rows train."""
-        return replace(encoder, new_tokens=self._add_tokens(tokenizer)), replace(unet, train=False)
+        encoder = replace(encoder, training=Training.ADAPTERS, new_tokens=self._add_tokens(tokenizer))
+        return encoder, replace(unet, training=Training.NOTHING)
 
     def _add_tokens(self, tokenizer: CLIPTokenizer) -> NewTokens:
         """Adds the tokens to the tokenizer: the new word, then the word with a number."""
