@@ -1,4 +1,4 @@
-"""One training example: record → pixels, timestep, noise, token ids, loss weight."""
+"""Making of one training example from a record: pixels, timestep, noise, token ids, loss weight."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 
 class MakeExample(Protocol):
-    """Makes one example's arrays. Pure: the arguments decide everything, including all random numbers."""
+    """Function that makes one example's arrays. Its arguments alone decide the result, with all random numbers."""
 
     def __call__(self, source: Source, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
         """Return the arrays of one example, among them `example_index`; see `ExampleFn.__call__`."""
@@ -25,7 +25,7 @@ class MakeExample(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Precomputed:
-    """What examples take from here instead of making it.
+    """What was computed once before training, so that examples need not compute it.
 
     Attributes:
         embeddings: embedding of every caption, (L, D); None where each step encodes its captions.
@@ -40,11 +40,19 @@ class Precomputed:
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleFn:
-    """The examples of unconditional and of captioned training. Picklable."""
+    """Maker of the examples of unconditional and of captioned training. Picklable.
+
+    Attributes:
+        transform: What happens to the pictures.
+        noise: What is drawn for each example.
+        tokenize: The captions' tokenizer; None for unconditional training.
+        made: What was computed before training.
+        proportion_empty_prompts: Probability with which a caption is replaced by the empty one.
+    """
 
     transform: ImageTransform
     noise: NoiseSpec
-    tokenize: Tokenize | None = None  # None: unconditional
+    tokenize: Tokenize | None = None
     made: Precomputed = field(default=Precomputed(), repr=False)
     proportion_empty_prompts: float = 0.0
 
@@ -56,10 +64,10 @@ class ExampleFn:
         """Make one example.
 
         Args:
-            source: of the records.
-            seed: of the run.
-            epoch: pass over the data, from 0.
-            index: of the example in the source, from 0.
+            source: The records.
+            seed: Seed of the run.
+            epoch: Number of the pass over the data, from 0.
+            index: Index of the example in the source, from 0.
 
         Returns:
             `pixel_values` float32 (channels, resolution, resolution) in [-1, 1] or, where they were made before,
@@ -68,7 +76,7 @@ class ExampleFn:
             made before, `text_embeddings` (L, D), unless unconditional; `example_index` int64 ().
 
         Raises:
-            DataError: the picture cannot be decoded, or there is no caption.
+            DataError: If the picture cannot be decoded, or has no caption.
         """
 
         def rng(stream: Stream) -> np.random.Generator:
