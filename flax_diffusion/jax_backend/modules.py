@@ -61,7 +61,7 @@ class Modules:
         return self.sample_latents(self.posterior(params, pixels), noise)
 
     def sample_latents(self, posterior: FlaxDiagonalGaussianDistribution, noise: jax.Array) -> jax.Array:
-        """Sample a posterior with standard normal noise, and return scaled latents (B, C, h, w), in float32 at least."""
+        """Sample a posterior with standard normal noise, to scaled latents (B, C, h, w), in float32 at least."""
         assert self.spec.vae is not None
         latents = posterior.sample_with(noise) * self.spec.vae["scaling_factor"]
         return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))

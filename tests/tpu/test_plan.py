@@ -111,9 +111,9 @@ def test_time_of_kernels():
 def test_bytes_on_the_host_are_none_of_a_device():
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = [jax.ShapeDtypeStruct((3, 5), np.float32, sharding=device)]
-    assert compiled.bytes_a_device(shapes) == 60
+    assert compiled.bytes_per_device(shapes) == 60
     shapes += [jax.ShapeDtypeStruct((7,), np.float32, sharding=device.with_memory_kind("pinned_host"))]
-    assert compiled.bytes_a_device(shapes) == 60
+    assert compiled.bytes_per_device(shapes) == 60
 
 
 SLICE = topologies.Slice(CHIPS["v5e"], [None] * 4)
@@ -407,7 +407,7 @@ def test_long_images_compile(request, topology, has_kernel):
 def test_digits(request, topology, memory):
     ran = run(request, *PLAN, "--topology", topology, "--fsdp_parallelism", "2")
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert f"{topology[: topology.index(':')]}, 4 chips, data 2 x fsdp 2: 64 images a device and step" in ran.stdout
+    assert f"{topology[: topology.index(':')]}, 4 chips, data 2 x fsdp 2: 64 images per device and step" in ran.stdout
     assert f"of {memory}: fits" in ran.stdout
     print("\n" + ran.stdout)
 
