@@ -74,12 +74,12 @@ def report(plan: Plan, top: int = 10) -> str:
         lines += [f"  {plan.kernel_seconds * 1e3:.1f} of these in kernels, computed from their FLOPs and bytes"]
     if plan.uncounted:
         lines += [f"  not included, since their cost is not known: {', '.join(plan.uncounted)}"]
-    lines += ["", f"the {top} most expensive operations"]
-    most_expensive = sorted(plan.operations, key=lambda one: -plan.seconds_of(one))[:top]
+    lines += ["", f"the {top} costliest operations"]
+    costliest = sorted(plan.operations, key=lambda one: -plan.seconds_of(one))[:top]
     lines += [
         f"  {plan.seconds_of(one) * 1e3:8.2f} ms  {one.opcode:12} {one.module or one.name}"
         + (f" x {one.count}" if one.count > 1 else "")
-        for one in most_expensive
+        for one in costliest
     ]
     return "\n".join(lines)
 

@@ -137,7 +137,7 @@ def test_report():
     assert "100.0 ms" not in text
     assert "117.3 ms estimated" in text  # 100, and three times 1 TFLOP
     assert "17.3 of these in kernels, counted from their FLOPs and bytes" in text
-    assert "not counted, since they say nothing of their cost: mine" in text
+    assert "not included, since their cost is not known: mine" in text
     assert "custom-call  attn1 x 3" in text
     assert "  program                   0.250\n" in text
 
@@ -272,7 +272,7 @@ def test_a_program_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setattr(topologies, "set_environment", lambda: None)
     monkeypatch.setattr(topologies, "describe", lambda _: SLICE)
     file = tmp_path / "missing/step.hlo"
-    says = rf"^--hlo {file}: cannot be written \(No such file or directory\); name a file in a folder that is there$"
+    says = rf"^--hlo {file}: cannot be written \(No such file or directory\); name a file in a folder that exists$"
     with pytest.raises(ConfigError, match=says):
         plan.main(["--config", "configs/digits_unconditional.yaml", "--hlo", str(file)])
 

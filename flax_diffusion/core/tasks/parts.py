@@ -1,4 +1,4 @@
-"""The models that options name: read from folders, files and the Hub, and checked before any weight is touched."""
+"""The models that options name. Their configs are read and checked before any weights are read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pretrained(config: TrainConfig, name: str | None, model: ModelClass, *, trai
 
     Args:
         config: The run's options.
-        name: Subfolder of the part; None for a model by itself.
+        name: Subfolder of the part; None for a model without a pipeline.
         model: The class that it must be of.
         train: Whether all of it trains.
 
@@ -64,7 +64,7 @@ def frozen_vae(source: str) -> Component:
 
 
 def _read_config(given: dict[str, Any] | str, option: str) -> dict[str, Any]:
-    """A model config from a mapping, a .json file, or a folder or Hub id that holds config.json."""
+    """Read a model config from a mapping, a .json file, or a folder or Hub id that holds config.json."""
     if isinstance(given, dict):
         values = given
     else:
