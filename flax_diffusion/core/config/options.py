@@ -140,7 +140,9 @@ class TrainConfig(BaseModel):
     enable_xformers_memory_efficient_attention: bool = Field(
         False, description="PyTorch: use the attention of xformers instead of PyTorch's own."
     )
-    set_grads_to_none: bool = Field(False, description="PyTorch: free gradients between steps, instead of zeroing.")
+    set_grads_to_none: bool = Field(
+        False, description="PyTorch: free the gradients between steps, instead of zeroing them."
+    )
     allow_tf32: bool = Field(False, description="PyTorch: use TF32 in matrix products, on Ampere and newer.")
     channels_last: bool = Field(False, description="PyTorch: use NHWC convolutions, faster on tensor cores.")
     torch_compile: bool = Field(False, description="PyTorch: compile the trained models.")
@@ -172,7 +174,12 @@ class TrainConfig(BaseModel):
     resume_from_checkpoint: str | None = Field(
         None, description="Checkpoint to resume from: `latest` or one such as checkpoint-1500."
     )
-    skip_nonfinite: int = Field(0, ge=0, description="Number of steps that may be skipped because they are not finite.")
+    skip_nonfinite: int = Field(
+        0,
+        ge=0,
+        description="Number of steps that may be skipped because their loss or gradient is not finite. One more stops "
+        "the run.",
+    )
     repeat_step: int | None = Field(
         None, ge=1, description="Compute the batch of this step once with the resumed weights, print its loss, and end."
     )
