@@ -136,7 +136,7 @@ def test_report():
     text = plan.report(a_plan(operations=[*a_plan().operations, mine, silent]))
     assert "100.0 ms" not in text
     assert "117.3 ms estimated" in text  # 100, and three times 1 TFLOP
-    assert "17.3 of these in kernels, counted from their FLOPs and bytes" in text
+    assert "17.3 of these in kernels, computed from their FLOPs and bytes" in text
     assert "not included, since their cost is not known: mine" in text
     assert "custom-call  attn1 x 3" in text
     assert "  program                   0.250\n" in text

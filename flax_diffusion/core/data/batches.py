@@ -25,7 +25,7 @@ class MakeExample(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Precomputed:
-    """What was computed once before training, so that examples need not compute it.
+    """Values that were computed once before training, so that examples need not compute them.
 
     Attributes:
         embeddings: embedding of every caption, (L, D); None where each step encodes its captions.

@@ -1,4 +1,4 @@
-"""What a resumed run must have in common with its checkpoint, and which options have changed since."""
+"""Comparison of a resumed run with its checkpoint: what must be the same, and which options have changed."""
 
 from __future__ import annotations
 

@@ -195,7 +195,7 @@ class PipelineSpec:
 
     @property
     def prediction_type(self) -> str:
-        """What the denoiser predicts: epsilon, v_prediction, sample, flow_matching or edm."""
+        """Prediction of the denoiser: epsilon, v_prediction, sample, flow_matching or edm."""
         return self.objective.prediction(self.scheduler)
 
     @property

@@ -140,7 +140,7 @@ class DiffusionTask(Task[D]):
         Args:
             kind: Class of the pipeline.
             components: Its models.
-            tokenizer: Of its prompts, if there are any.
+            tokenizer: Tokenizer of the prompts; None where there are none.
 
         Raises:
             ConfigError: If they cannot.
