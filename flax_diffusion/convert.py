@@ -1,8 +1,8 @@
-"""Between file formats: `python -m flax_diffusion.convert --model DIR [--lora FILE] … --output_dir OUT`.
+"""Conversion of file formats: `python -m flax_diffusion.convert --model DIR [--lora FILE] … --output_dir OUT`.
 
-Reads a pipeline in safetensors or Flax msgpack; puts in the weights of a training checkpoint or of a single file of
-the original Stable Diffusion, merges LoRA, adds the words of textual inversion; writes a pipeline in either format, or
-a single file. LoRA files change between PEFT's names and kohya's.
+It reads a pipeline in safetensors or Flax msgpack, takes the weights of a training checkpoint or of a single file of
+the original Stable Diffusion, merges LoRA, and adds the words of textual inversion. It writes a pipeline in either
+format, or a single file. It also converts LoRA files between PEFT's names and kohya's.
 """
 
 from __future__ import annotations
@@ -37,31 +37,32 @@ class ConvertOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(
-        description="Folder or Hub id of a Diffusers pipeline, in safetensors or Flax msgpack; or a run of LoRA or "
+        description="Folder or Hub id of a Diffusers pipeline, in safetensors or Flax msgpack. Or a run of LoRA or "
         "textual inversion, or a checkpoint in a run."
     )
-    output_dir: str = Field(description="Folder to write to; must be empty or new.")
+    output_dir: str = Field(description="Folder to write to, which must be empty or new.")
     checkpoint: str | None = Field(
         None,
-        description="Whose weights go into the pipeline: a training checkpoint's folder, averages if it has them, or a "
-        "single-file checkpoint (.safetensors) of Stable Diffusion 1 or 2.",
+        description="Weights to put into the pipeline: the folder of a training checkpoint, whose averages are taken "
+        "if it has any, or a single-file checkpoint (.safetensors) of Stable Diffusion 1 or 2.",
     )
     lora: list[str] = Field(
         [],
-        description="LoRA files to merge, each as PATH or PATH:STRENGTH: PEFT's names, Diffusers' older ones, kohya's.",
+        description="LoRA files to merge, each as PATH or PATH:STRENGTH. They have PEFT's names, Diffusers' older ones "
+        "or kohya's.",
     )
-    lora_scale: FiniteFloat = Field(1.0, description="Strength of all of them, times each one's own.")
+    lora_scale: FiniteFloat = Field(1.0, description="Strength of all LoRA files, which multiplies each one's own.")
     embeddings: list[str] = Field(
-        [], description="Files of textual inversion to add, each as PATH or PATH:WORD, the word to use in prompts."
+        [], description="Files of textual inversion to add, each as PATH or PATH:WORD. WORD is the one for prompts."
     )
     format: Literal["diffusers", "flax", "single_file", "peft", "kohya"] = Field(
         "diffusers",
-        description="diffusers: safetensors. flax: msgpack. single_file: all in one, by the original names. peft, "
-        "kohya: not a pipeline but the one --lora file anew.",
+        description="diffusers: a pipeline in safetensors. flax: a pipeline in msgpack. single_file: one file with the "
+        "original names. peft, kohya: no pipeline, but the one --lora file with these names.",
     )
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Of the weights written.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
-    variant: str | None = Field(None, description="Variant of its weight files, e.g. fp16.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of the written weights.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the Hub id.")
+    variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
 
     @model_validator(mode="after")
     def _check(self) -> ConvertOptions:
@@ -71,18 +72,18 @@ class ConvertOptions(BaseModel):
 
 
 def convert(model: str | Path, output_dir: str | Path, **options: Any) -> Path:
-    """Converts, as the command line does.
+    """Convert a model, as the command line does.
 
     Args:
         model: Folder or Hub id of a pipeline.
         output_dir: Folder to write to.
-        options: Any flag of the command line, by the same name.
+        options: Values of the command line's flags, by name.
 
     Returns:
         The output folder.
 
     Raises:
-        UserError: For input that cannot be used; its text is one line with the fix.
+        UserError: For input that cannot be used; its message is one line with the fix.
     """
     values = {"model": str(model), "output_dir": str(output_dir)} | options
     return _convert(command_line.build(ConvertOptions, values, "convert"))
@@ -118,10 +119,10 @@ def _convert(options: ConvertOptions) -> Path:
 
 
 def _checkpoint(name: str | None) -> Path | None:
-    """The folder of a training checkpoint, or the single file on this machine, that --checkpoint names.
+    """Return what --checkpoint names: the folder of a training checkpoint, or a local copy of a single file.
 
     Raises:
-        CheckpointError: If it is neither; names the checkpoints of a run.
+        CheckpointError: If it is neither; for a run, the message names its checkpoints.
     """
     if name is None:
         return None
@@ -142,26 +143,31 @@ def _checkpoint(name: str | None) -> Path | None:
 
 
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Of every model's parameters, by PyTorch name; no weight is read, and no JAX loaded before."""
+    """Return the shapes of a pipeline's parameters by component and PyTorch name; only this imports JAX."""
     from flax_diffusion.jax_backend import modules
 
     return modules.shapes(spec)
 
 
 def read_weights(component: Component) -> Arrays:
-    """A component's float32 weights by PyTorch name, in PyTorch's layout."""
+    """Read a component's weights, float32 by PyTorch name, in PyTorch's layout."""
     from flax_diffusion.jax_backend.modules import load_pretrained
     from flax_diffusion.models.weights import to_torch
 
-    if component.weights is None:  # of a model made from scratch all is in the checkpoint
+    if component.weights is None:  # a model that was made from scratch is wholly in the checkpoint
         return {}
     return dict(to_torch(load_pretrained(component)))
 
 
 def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
-    """Every component's float32 weights, from a single file, for a pipeline of its architecture.
+    """Read every component's weights from a single file.
 
-    An autoencoder or a text encoder that the file lacks is the pipeline's own.
+    Args:
+        file: The single file.
+        spec: A pipeline of the same architecture, whose own autoencoder or text encoder is read if the file lacks it.
+
+    Returns:
+        Weights by component and PyTorch name, float32.
 
     Raises:
         WeightsError: If it is no such file, or does not fit.
@@ -180,11 +186,15 @@ def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
 
 
 def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:
-    """Puts the trained weights of a checkpoint of either backend in place of a pipeline's.
+    """Replace a pipeline's weights by the trained ones of a checkpoint of either backend.
+
+    Args:
+        folder: The checkpoint.
+        weights: Weights by component and PyTorch name, which are changed.
 
     Raises:
-        CheckpointError: If it is no checkpoint, or its files are not those that were written.
-        WeightsError: If it is of another architecture, or of adapters.
+        CheckpointError: If the folder is no checkpoint, or its files have changed since they were written.
+        WeightsError: If the checkpoint is of another architecture, or holds adapters.
     """
     for component, arrays in checkpoint_arrays(folder).items():
         for name, array in arrays.items():
@@ -203,7 +213,7 @@ def put_checkpoint(folder: Path, weights: dict[str, Arrays]) -> None:
 
 
 def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptions, out: Path) -> None:
-    """Writes a whole pipeline, or its weights as a single file."""
+    """Write a whole pipeline, or its weights as a single file."""
     from flax.serialization import msgpack_serialize
     from ml_dtypes import bfloat16
 
@@ -238,7 +248,7 @@ def _cast(tree: dict[str, Any], dtype: Any) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line, with the words of `argv`, or of this process for None."""
     parser = command_line.Parser(prog="python -m flax_diffusion.convert", description=__doc__)
     command_line.add_fields(parser, ConvertOptions)
     options = command_line.build(ConvertOptions, parser.parse(sys.argv[1:] if argv is None else argv), "command line")

@@ -1,4 +1,4 @@
-"""Images from a pipeline folder: `python -m flax_diffusion.generate --model DIR [--prompt …] [flags]`."""
+"""Sampling of images from a pipeline folder: `python -m flax_diffusion.generate --model DIR [--prompt …] [flags]`."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from flax_diffusion.core.objectives import samplers
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
-    """Draws images.
+    """Draw images from a model.
 
     Args:
         model: Folder or Hub id of a Diffusers pipeline, or a run or a checkpoint in one.
-        options: Any flag of the command line but `output_dir` and `overwrite_output_dir`, by the same name.
+        options: Values of the command line's flags, by name, except `output_dir` and `overwrite_output_dir`.
 
     Returns:
-        uint8 images (n, height, width, channels), prompt by prompt.
+        Images, uint8 (N, H, W, C), prompt by prompt.
 
     Raises:
-        UserError: For input that cannot be used; its text is one line with the fix.
+        UserError: For input that cannot be used; its message is one line with the fix.
     """
     return np.concatenate([*_draw(command.options_of(model, options))])
 
 
 def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
-    # JAX loads only now: --help and mistakes in options are answered at once.
+    # JAX is imported only now, so that --help and mistakes in options are answered at once.
     from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules, load_pretrained, shapes
     from flax_diffusion.jax_backend.sampling import Sampler
     from flax_diffusion.jax_backend.sharding import make_mesh, put_replicated
@@ -46,7 +46,7 @@ def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line, with the words of `argv`, or of this process for None."""
     command.main(_draw, "python -m flax_diffusion.generate", argv)
 
 

@@ -1,6 +1,6 @@
-"""Both backends side by side: `python -m flax_diffusion.parity [TASK] --config FILE --steps N [--dtype float64]`.
+"""Comparison of both backends: `python -m flax_diffusion.parity [TASK] --config FILE --steps N [--dtype float64]`.
 
-The same weights, batches and rates go through the JAX and the PyTorch train step; losses, gradient norms, weights and
+The same weights, batches and rates go through the JAX and the PyTorch train step. Losses, gradient norms, weights and
 moving averages are compared after every step.
 """
 
@@ -29,24 +29,34 @@ from flax_diffusion.core.run.schedule import make_rate, make_schedule
 from flax_diffusion.core.tasks.task import task_of
 
 BOUNDS = {"float64": {"loss": 1e-10, "state": 1e-9}, "float32": {"loss": 1e-4, "state": 1e-4}}
-"""Largest relative differences for a verdict of equal, over a run of 50 steps."""
+"""Largest relative differences that count as equal, over a run of 50 steps."""
 
 
 class ParityOptions(BaseModel):
-    """Options of `parity`; all options of `train` go with them."""
+    """Options of `parity`, besides all options of `train`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     steps: int = Field(10, ge=1, description="Optimizer steps to compare.")
     dtype: Literal["float32", "float64"] = Field(
-        "float64", description="Precision of weights and computation; float32 leaves the biases of attention keys out."
+        "float64", description="Precision of weights and computation. float32 leaves out the biases of attention keys."
     )
     report_dir: str = Field("parity", description="Folder for parity.json and parity.png.")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One optimizer step on both backends, and their largest relative differences after it."""
+    """Results of one optimizer step on both backends.
+
+    Attributes:
+        step: Number of the step, from 1.
+        loss_jax: Loss on JAX.
+        loss_torch: Loss on PyTorch.
+        grad_norm_jax: Gradient norm on JAX.
+        grad_norm_torch: Gradient norm on PyTorch.
+        params: Largest relative difference of the weights after the step.
+        ema: Largest relative difference of the moving averages after the step.
+    """
 
     step: int
     loss_jax: float
@@ -63,21 +73,22 @@ class Row:
 
 
 NO_GRADIENT = re.compile(r"\.(to_k|k_proj)\.bias$")
-"""The bias of an attention key adds the same to all scores of a query, which the softmax takes out again: its
-gradient is zero but for rounding. Adam divides a gradient by its size, so in float32 rounding alone moves these
-weights, by up to the learning rate a step; nothing that the model computes depends on them. In float64 they keep to
-the bounds.
+"""Names of the biases of attention keys, whose gradient is zero except for rounding.
+
+Such a bias adds the same to all scores of a query, which the softmax removes again, so nothing that the model computes
+depends on it. Adam divides a gradient by its size, so in float32 rounding alone moves these weights, by up to the
+learning rate per step. In float64 they stay within the bounds.
 """
 
 
 def difference(ours: Arrays, theirs: Arrays, kind: str, leave_out: re.Pattern[str] | None = None) -> float:
-    """The largest difference of any weight, relative to the root mean square of its model's weights.
+    """Compute the largest difference of any weight, relative to the root mean square of its model's weights.
 
     Args:
         ours: Arrays of one backend, by portable name.
-        theirs: Those of the other.
+        theirs: Arrays of the other backend.
         kind: `params` or `ema`.
-        leave_out: Names that do not count.
+        leave_out: Pattern of names to leave out; None for none.
     """
     models: dict[str, list[str]] = {}
     for name in ours:
@@ -92,15 +103,18 @@ def difference(ours: Arrays, theirs: Arrays, kind: str, leave_out: re.Pattern[st
 
 
 def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator[Row]:
-    """Runs both backends, a step at a time.
+    """Run both backends step by step.
 
     Args:
-        config: A run's options; nothing is written to its output folder.
-        steps: Optimizer steps.
-        dtype: float32 or float64.
+        config: Options of a run; nothing is written to its output folder.
+        steps: Optimizer steps to compare.
+        dtype: Precision of weights and computation, "float32" or "float64".
+
+    Yields:
+        The results of each step.
 
     Raises:
-        ConfigError: If a framework is missing, or the run draws numbers on the device.
+        ConfigError: If a framework is missing, or if the run draws numbers on the device.
     """
     launch.require(("jax", "torch", "diffusers", "accelerate"), launch.INSTALL_PYTORCH)
     if dtype == "float64" and config.mixed_precision != "no":
@@ -120,7 +134,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         source = task.open_source()
         spec = task.make_spec(source)
         for name, component in spec.components.items():
-            if component.trains and component.config.get("dropout"):
+            if component.is_trained and component.config.get("dropout"):
                 raise ConfigError(
                     f"{name}: dropout {component.config['dropout']} draws different masks on the two backends: set it "
                     "to 0 in the model's config"
@@ -168,7 +182,15 @@ def _row(
 
 
 def verdict(rows: Sequence[Row], dtype: str) -> tuple[bool, str]:
-    """Whether the rows keep to the bounds of `dtype`, and a line that says so."""
+    """Judge whether both backends are equal.
+
+    Args:
+        rows: The results of the steps.
+        dtype: Precision of the run, "float32" or "float64".
+
+    Returns:
+        Whether all rows are within the bounds of `dtype`, and a line that says so.
+    """
     bounds = BOUNDS[dtype]
     loss = max(row.loss for row in rows)
     state = max(max(row.params, row.ema) for row in rows)
@@ -180,7 +202,7 @@ def verdict(rows: Sequence[Row], dtype: str) -> tuple[bool, str]:
 
 
 def _plot(rows: Sequence[Row], path: Path) -> None:
-    """Draws both loss curves, and below them the differences on a logarithmic scale."""
+    """Plot both loss curves, and below them the differences on a logarithmic scale."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,7 +224,14 @@ def _plot(rows: Sequence[Row], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line; exit status 1 if the backends differ."""
+    """Run the command line.
+
+    Args:
+        argv: The words of the command line; None for those of this process.
+
+    Raises:
+        SystemExit: With status 1 if the backends differ.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = command_line.Parser(prog="python -m flax_diffusion.parity", description=__doc__, add_help=False)
     command_line.add_fields(parser, ParityOptions)

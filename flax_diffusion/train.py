@@ -12,19 +12,19 @@ from flax_diffusion.core.run import launch
 
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
-    """Trains a model, as the command line does.
+    """Train a model, as the command line does.
 
     Args:
         task: `unconditional`, `text_to_image`, `dreambooth`, `textual_inversion` or `autoencoder`.
-        config: A YAML recipe.
-        options: Anything that is a flag on the command line, by the same name; they override the recipe.
+        config: Path of a YAML recipe; None for none.
+        options: Values of the command line's flags, by name; they override the recipe.
 
     Returns:
         The output folder: a Diffusers pipeline, an autoencoder or adapters, with the run's checkpoints, samples and
         logs.
 
     Raises:
-        UserError: For input that cannot be used; its text is one line with the fix.
+        UserError: For input that cannot be used; its message is one line with the fix.
     """
     return launch.train(_backend, task, config, options)
 
@@ -39,9 +39,9 @@ def _backend() -> Any:
 
 
 def _keep_programs() -> None:
-    """Compiled programs of accelerators, which take minutes, are there at the next start.
+    """Keep the compiled programs of accelerators for the next start, because compiling takes minutes.
 
-    In the folder that the environment variable JAX_COMPILATION_CACHE_DIR names, else in the user's cache.
+    They are kept in the folder that the environment variable JAX_COMPILATION_CACHE_DIR names, else in the user's cache.
     """
     import jax
 
@@ -50,7 +50,7 @@ def _keep_programs() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line, with the words of `argv`, or of this process for None."""
     launch.main(_backend, "python -m flax_diffusion.train", argv)
 
 

@@ -18,14 +18,14 @@ class Idle:
     def wait(self):
         pass
 
-    def everywhere(self, holds):
-        return holds
+    def all_processes(self, condition):
+        return condition
 
-    def from_first(self, value):
+    def broadcast_from_first(self, value):
         return value
 
-    def stops(self, wanted, step):
-        return wanted
+    def should_stop(self, requested, step):
+        return requested
 
     def check(self, folder):
         pass

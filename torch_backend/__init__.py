@@ -1,1 +1,1 @@
-"""The PyTorch twin: the same tasks, configs, data order and noise on Diffusers and Accelerate."""
+"""The PyTorch twin: the same tasks, configs, data order and noise, with Diffusers and Accelerate."""

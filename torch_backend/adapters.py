@@ -1,4 +1,4 @@
-"""LoRA, by PEFT, and new tokens in PyTorch; the twin of `flax_diffusion.jax_backend.adapters`."""
+"""LoRA, with PEFT, and new tokens in PyTorch. The twin of `flax_diffusion.jax_backend.adapters`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from flax_diffusion.core.spec.pipeline import Component
 
 
 class ExtendedEmbedding(nn.Module):
-    """An embedding table with rows of new tokens behind it, which alone train.
+    """An embedding table followed by rows of new tokens; only these rows train.
 
     Args:
         known: The table.
-        rows: (new tokens, features), first values.
+        rows: First values of the rows, (new tokens, features).
         first: Id of the first new token.
     """
 
@@ -28,11 +28,18 @@ class ExtendedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The table, of which Transformers asks the dtype."""
+        """Weight of the table, whose dtype Transformers reads."""
         return self.known.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Looks ids (…) up, to (…, features)."""
+        """Look up the rows of token ids.
+
+        Args:
+            ids: Token ids, (…).
+
+        Returns:
+            The rows, (…, features).
+        """
         new = ids >= self.first
         rows = self.new_rows[(ids - self.first).clamp(min=0)]
         known = self.known(ids.masked_fill(new, 0))
@@ -40,13 +47,13 @@ class ExtendedEmbedding(nn.Module):
 
 
 def add(component: Component, module: Any, seed: int, dtype: torch.dtype) -> None:
-    """Puts a component's adapters beside its weights, with the first values of the JAX side.
+    """Add a component's adapters to its module, with the same first values as on the JAX side.
 
     Args:
-        component: Says what adapts it.
-        module: Its module; nothing of it trains.
-        seed: Of the run.
-        dtype: Of the adapters.
+        component: The component, with its LoRA or new tokens.
+        module: The module of the component, whose own weights do not train.
+        seed: Seed of the run.
+        dtype: Dtype of the adapters.
 
     Raises:
         ConfigError: If a LoRA does not fit the model.
@@ -58,7 +65,7 @@ def add(component: Component, module: Any, seed: int, dtype: torch.dtype) -> Non
     if lora is not None:
         shapes = {name: tuple(parameter.shape) for name, parameter in by_name.items()}
         arrays = adapters.draw_lora(lora, shapes, component.kind, seed)
-        alpha: Any = lora.alpha  # PEFT documents whole numbers, and takes any
+        alpha: Any = lora.alpha  # PEFT documents integers, but accepts any number
         # PEFT's own function: the models' `add_adapter` refuses versions of PEFT that are new enough for this.
         inject_adapter_in_model(
             LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=list(lora.targets)),

@@ -32,16 +32,16 @@ from torch_backend.sampling import Sampler, scheduler_from_config, to_uint8
 from torch_backend.train_step import Loss, update_ema
 
 EIGHT_BIT_TABLES = ("absmax", "qmap")
-"""What bitsandbytes keeps beside its moments; a small parameter has none."""
+"""Arrays that bitsandbytes keeps beside its moments; a small parameter has none."""
 
 
 class TorchBackend:
-    """Implements `core.backend.Backend`.
+    """Implementation of `core.backend.Backend`, which documents the methods, with Diffusers' models and Accelerate.
 
     Args:
         config: The run's options.
         spec: The pipeline.
-        dtype: Of the trained weights and, without mixed precision, of all computation.
+        dtype: Dtype of the trained weights and, without mixed precision, of all computation.
 
     Raises:
         ConfigError: For an option that this backend, this machine or this installation does not have.
@@ -55,7 +55,7 @@ class TorchBackend:
         AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
         self.accelerator = make_accelerator(config)
         kind = self.accelerator.distributed_type
-        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and spec.adapted:
+        if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED) and spec.trains_adapters:
             raise ConfigError(
                 f"LoRA and textual inversion do not go with {kind.value}: what they train is too small to divide; use "
                 "accelerate launch --multi_gpu -m torch_backend.train, or python -m torch_backend.train for one device"
@@ -71,15 +71,15 @@ class TorchBackend:
         self._writing: Future[None] | None = None
         self._host_copy: dict[str, Tensor] = {}  # of the state, on the host
         self._hosts: Any = None  # all processes, on their CPUs
-        self._gone: set[str] = set()  # frozen components that wait on the host
+        self._released: set[str] = set()  # frozen components that wait on the host
 
     @staticmethod
     def check_options(config: TrainConfig) -> None:
-        """Refuses what this backend, this machine or this installation does not have."""
+        """Refuse options that this backend, this machine or this installation does not have."""
         options.check(config)
 
     def init_state(self) -> int:
-        """Loads or draws the weights and wraps them as Accelerate's configuration says."""
+        """Load or draw the weights, and wrap them as Accelerate's configuration says."""
         config = self.config
         options.set_globals(config)
         frozen = COMPUTE_DTYPES[config.mixed_precision] if config.mixed_precision != "no" else self.dtype
@@ -101,16 +101,16 @@ class TorchBackend:
         return sum(parameter.numel() for parameter in self._parameters().values())
 
     def _parameters(self) -> dict[str, Tensor]:
-        """Trained parameters by portable name, such as unet/conv_in.weight."""
+        """Return the trained parameters by portable name, such as unet/conv_in.weight."""
         return {self._portable(name): p for name, p in self.loss.named_parameters() if p.requires_grad}
 
     def _portable(self, name: str) -> str:
-        """`unet.conv_in.weight`, however wrapped, to `unet/conv_in.weight`."""
+        """Return the portable name of a parameter: unet/conv_in.weight for unet.conv_in.weight, wrapped or not."""
         component, _, inside = name.removeprefix("module.").partition(".")
         return f"{component}/{file_name(self.spec.components[component].kind, inside)}"
 
     def put(self, batch: Batch) -> list[dict[str, Tensor]]:
-        """Starts the copy of the micro-batches to the device."""
+        """Start the copy of the micro-batches to the device."""
         count = len(batch["loss_weights"])
         return [
             {key: self._put(value[index]) for key, value in batch.items() if key != "example_index"}
@@ -123,11 +123,11 @@ class TorchBackend:
         return tensor.to(self.device, kind, non_blocking=True)
 
     def train_step(self, batch: list[dict[str, Tensor]], learning_rate: float, ema_decay: float) -> dict[str, Tensor]:
-        """Takes one optimizer step."""
+        """Take one optimizer step."""
         scale = self.placement.loss_scale()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group["rate_factor"]
-        # Dropout is drawn on the device; seeded by the step, it does not depend on where the run was interrupted.
+        # Dropout is drawn on the device. Its seed is that of the step, so that interruptions do not change it.
         entropy = np.random.SeedSequence([self.config.seed, self.steps, self.process_index])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
         losses: list[Tensor] = []
@@ -143,9 +143,9 @@ class TorchBackend:
                         self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.max_grad_norm)
                     )
                     mean = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
-                    # Under fp16 the scaler looks at the gradients itself.
-                    looks = self.config.skip_nonfinite > 0 and self.accelerator.scaler is None
-                    skipped = looks and not bool(torch.isfinite(norm + mean))
+                    # Under fp16 the scaler checks the gradients itself.
+                    checks = self.config.skip_nonfinite > 0 and self.accelerator.scaler is None
+                    skipped = checks and not bool(torch.isfinite(norm + mean))
                 if not skipped:
                     self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=self.config.set_grads_to_none)
@@ -161,20 +161,20 @@ class TorchBackend:
         return metrics
 
     def set_step(self, step: int) -> None:
-        """Counts on from another step."""
+        """Set the number of steps taken."""
         self.steps = step
 
     def read(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """Waits for a step's numbers."""
+        """Wait for the metrics of a step."""
         return {key: float(value) for key, value in metrics.items()}
 
     def state_arrays(self) -> portable.Arrays:
-        """The whole state as plain arrays on the host; nothing on processes other than the first."""
+        """Return the whole state as plain arrays on the host; only the first process has any."""
         arrays = {name: value.cpu().numpy().copy() for name, value in self._state() if self.process_index == 0}
         return arrays | self._scalars() if self.process_index == 0 else {}
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """Whole weights, moments and averages by portable name; every process must go through all of them."""
+        """Yield whole weights, moments and averages by portable name; every process must go through all of them."""
         for name, parameter in self._parameters().items():
             yield f"params/{name}", self.placement.weight(parameter).detach()
             for key, value in self.placement.moments(parameter).items():
@@ -191,9 +191,9 @@ class TorchBackend:
         return scalars
 
     def _load(self, arrays: portable.Arrays, step: int) -> None:
-        """Takes over a state: the inverse of `state_arrays`, on every process."""
+        """Load a state on every process: the inverse of `state_arrays`."""
         self.count, self.steps = int(arrays["count"]), step
-        # In one order on every process: each `put` is a collective operation.
+        # Every process takes the same order, because each `put` is a collective operation.
         kinds = sorted({name.partition("/")[0] for name in arrays if "/" in name} - {"params", "ema"})
         torch_keys = {
             kind: next((key for key, short in self._state_names.items() if short == kind), kind) for kind in kinds
@@ -211,10 +211,10 @@ class TorchBackend:
             self.placement.set_loss_scale(LossScale(float(arrays["loss_scale"]), int(arrays["good_steps"])))
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Copies the state to the host and writes it in the background.
+        """Copy the state to the host, and write it in the background.
 
-        The copy's memory is kept for the next save: to touch it for the first time costs more than to fill it. For a
-        GPU it is pinned, which its copies want.
+        The copy's memory is kept for the next save, because touching it for the first time takes longer than filling
+        it. For a GPU it is pinned, which makes copies faster.
         """
         for name, value in self._state():
             if self.process_index == 0:
@@ -228,37 +228,37 @@ class TorchBackend:
             self._writing = self._writer.submit(portable.write, folder, arrays, metadata)
 
     def state_bytes(self) -> int:
-        """Counts weights, moments and averages, whole."""
+        """Return the bytes of weights, moments and averages over all processes."""
         moments = len(self._state_names) * (1 if self.config.use_8bit_adam else 4)
         average = self.ema is not None
         return sum(p.numel() * (p.element_size() * (1 + average) + moments) for p in self._parameters().values())
 
     def wait(self) -> None:
-        """Waits until the last save is written."""
+        """Wait until the last save is written."""
         if self._writing is not None:
             self._writing.result()
 
-    def everywhere(self, holds: bool) -> bool:
-        """Asks all processes."""
-        answers = self.accelerator.gather(torch.tensor([holds], device=self.device))
+    def all_processes(self, condition: bool) -> bool:
+        """Return whether a condition is true in all processes."""
+        answers = self.accelerator.gather(torch.tensor([condition], device=self.device))
         return bool(answers.all())
 
-    def from_first(self, value: int) -> int:
-        """Tells all processes."""
+    def broadcast_from_first(self, value: int) -> int:
+        """Return the first process's value in all processes."""
         return int(broadcast(torch.tensor([value], device=self.device))[0])  # pyright: ignore[reportArgumentType]
 
-    def stops(self, wanted: bool, step: int) -> bool:
-        """Asks all processes, over the network of the hosts: the devices are not waited for."""
+    def should_stop(self, requested: bool, step: int) -> bool:
+        """Return whether any process is told to end; hosts exchange this without waiting for the devices."""
         if self.process_count == 1:
-            return wanted
+            return requested
         if self._hosts is None:
             self._hosts = torch.distributed.new_group(backend="gloo")
-        any_wants = torch.tensor(int(wanted))
-        torch.distributed.all_reduce(any_wants, torch.distributed.ReduceOp.MAX, self._hosts)
-        return bool(any_wants)
+        any_request = torch.tensor(int(requested))
+        torch.distributed.all_reduce(any_request, torch.distributed.ReduceOp.MAX, self._hosts)
+        return bool(any_request)
 
     def check(self, folder: Path) -> None:
-        """Compares a checkpoint of either backend with the state."""
+        """Compare a checkpoint of either backend with the state."""
         kinds = ["params", *self._state_names.values(), *(["ema"] if self.ema is not None else [])]
         want = {f"{kind}/{name}": tuple(p.shape) for kind in kinds for name, p in self._parameters().items()}
         want |= dict.fromkeys(self._scalars(), ())
@@ -267,7 +267,7 @@ class TorchBackend:
         check_same_shapes(have, want, folder)
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Loads a checkpoint of either backend."""
+        """Load a checkpoint of either backend."""
         self.check(folder)
         arrays, metadata = portable.read(folder)
         self._load(arrays, metadata["step"])
@@ -283,8 +283,8 @@ class TorchBackend:
         seed: int,
         batch_size: int = 64,
     ) -> np.ndarray:
-        """Draws images with the moving average, or with the weights themselves where there is none."""
-        with self._to_sample() as modules:
+        """Draw images with the moving average, or with the weights themselves where there is none."""
+        with self._sampling_modules() as modules:
             return Sampler(modules, self._scheduler, self.device)(
                 prompts=prompts,
                 num_images=num_images,
@@ -296,7 +296,7 @@ class TorchBackend:
 
     @torch.no_grad()
     def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encodes prompts."""
+        """Encode prompts to float32 (N, L, D)."""
         tokenize = self.spec.tokenize
         assert tokenize is not None
         ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts])).long().to(self.device)
@@ -305,19 +305,19 @@ class TorchBackend:
 
     @torch.no_grad()
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:
-        """Encodes images to the moments of their latents."""
+        """Encode images to means and log variances of their latents."""
         with self.accelerator.autocast():
             posterior = self.modules.posterior(self._put(pixels))
         made = self.accelerator.gather(torch.stack([posterior.mean, posterior.logvar], dim=1))
         return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
 
     def release(self, name: str) -> None:
-        """Moves a frozen component to the host; it comes back for samples."""
+        """Move a frozen component to the host; samples bring it back."""
         self.modules.by_name[name].to("cpu")
-        self._gone.add(name)
+        self._released.add(name)
 
     def trained_arrays(self) -> portable.Arrays:
-        """What trains, averaged if there is an average, by component and PyTorch name."""
+        """Return the trained weights, averaged if there is an average, by component and PyTorch name."""
         whole_of = {
             name: self.placement.weight(parameter) if self.ema is None else whole(self.ema[name])
             for name, parameter in self._parameters().items()
@@ -325,28 +325,28 @@ class TorchBackend:
         return {name: value.detach().cpu().numpy() for name, value in whole_of.items()}
 
     def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Encodes images to scaled latents."""
-        with self._to_sample() as modules:
+        """Encode images to scaled latents."""
+        with self._sampling_modules() as modules:
             return modules.encode_images(self._put(pixels), self._put(noise)).float().cpu().numpy()
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Decodes scaled latents to pictures."""
-        with self._to_sample() as modules:
+        """Decode scaled latents to pictures."""
+        with self._sampling_modules() as modules:
             return to_uint8(modules, self._put(latents))
 
     def export(self, folder: Path, *, only_trained: bool = False) -> None:
-        """Writes the components' float32 weights."""
+        """Write the components' float32 weights."""
         for name, component in self.spec.components.items():
-            if only_trained and not component.trains:
+            if only_trained and not component.is_trained:
                 continue
-            finished = self._finished(name) if component.trains else None  # every process has a part of it
+            finished = self._finished(name) if component.is_trained else None  # every process may have a part of it
             if self.process_index == 0:
                 module = load(component) if finished is None else finished
                 module.save_pretrained(folder / name, safe_serialization=True)
 
     @torch.no_grad()
     def _finished(self, name: str) -> Any:
-        """A new module of a trained component on the host, with its averaged weights if there are any."""
+        """Return a new module of a trained component on the host, with its averaged weights if there are any."""
         component = self.spec.components[name]
         module = make(component)
         targets = {f"{name}/{file_name(component.kind, inside)}": p for inside, p in module.named_parameters()}
@@ -357,15 +357,15 @@ class TorchBackend:
         return module
 
     @contextmanager
-    def _to_sample(self) -> Iterator[Modules]:
-        """Modules that hold the moving average if there is one. They are others than those that train, which stay."""
-        with self._all_back(), torch.no_grad(), self.accelerator.autocast():
-            trained = [name for name, component in self.spec.components.items() if component.trains]
+    def _sampling_modules(self) -> Iterator[Modules]:
+        """Yield modules with the moving average if there is one; the modules that train are not changed."""
+        with self._released_on_device(), torch.no_grad(), self.accelerator.autocast():
+            trained = [name for name, component in self.spec.components.items() if component.is_trained]
             yield replace(self.modules, by_name=self.modules.by_name | {name: self._averaged(name) for name in trained})
 
     def _averaged(self, name: str) -> Any:
-        """A component that trains, built again in evaluation mode around the same tensors, or around the average's."""
-        if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what it wraps cannot be called
+        """Copy a component that trains, in evaluation mode, around the same tensors or those of the average."""
+        if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what FSDP wraps cannot be called
             return self._finished(name).to(self.device).eval()
         module = self.modules.by_name[name]
         average = {} if self.ema is None else {id(p): self.ema[full] for full, p in self._parameters().items()}
@@ -377,12 +377,12 @@ class TorchBackend:
         return copy.deepcopy(module, shared).eval()
 
     @contextmanager
-    def _all_back(self) -> Iterator[None]:
-        """What training has let go of is on the device meanwhile."""
-        for name in self._gone:
+    def _released_on_device(self) -> Iterator[None]:
+        """Have the frozen components that were released on the device for a while."""
+        for name in self._released:
             self.modules.by_name[name].to(self.device)
         try:
             yield
         finally:
-            for name in self._gone:
+            for name in self._released:
                 self.modules.by_name[name].to("cpu")

@@ -1,7 +1,7 @@
-"""Where weights and moments live: whole in every process, divided by FSDP, or divided and off the device by DeepSpeed.
+"""Placement of weights and moments: whole in every process, divided by FSDP, or divided and offloaded by DeepSpeed.
 
-A `Placement` gives every parameter and its moments whole, and takes them whole, so that checkpoints, exports and
-moving averages do not depend on how Accelerate was configured.
+A `Placement` returns every parameter and its moments whole, and accepts them whole, so that checkpoints, exports and
+moving averages do not depend on Accelerate's configuration.
 """
 
 from __future__ import annotations
@@ -19,20 +19,26 @@ from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 
 Moments = dict[str, Tensor]
-"""An optimizer's arrays of one parameter, by PyTorch's names: exp_avg and exp_avg_sq of AdamW."""
+"""An optimizer's tensors of one parameter, by PyTorch's names: exp_avg and exp_avg_sq for AdamW."""
 
 
 def make_accelerator(config: TrainConfig) -> Any:
-    """Starts Accelerate as its launcher's configuration says.
+    """Start Accelerate as its launcher's configuration says.
+
+    Args:
+        config: The run's options.
+
+    Returns:
+        The `Accelerator`.
 
     Raises:
-        ConfigError: For a configuration that does not work here, or that this backend does not have.
+        ConfigError: For a configuration that does not work here, or that this backend does not support.
     """
     try:
         accelerator: Any = Accelerator(
             mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
         )
-    except (ImportError, KeyError, ValueError) as error:  # a package that is missing, values that it does not know
+    except (ImportError, KeyError, ValueError) as error:  # a package is missing, or a value is unknown
         reason = f"{error} is no value it knows" if isinstance(error, KeyError) else str(error).rstrip(".")
         raise ConfigError(
             f"Accelerate's configuration does not work here: {reason}; correct it in the file that accelerate launch "
@@ -84,47 +90,59 @@ def _set_up_deepspeed(accelerator: Any, config: TrainConfig) -> None:
 
 
 class LossScale(NamedTuple):
-    """The dynamic loss scale of fp16, and the steps since it last changed."""
+    """The dynamic loss scale of fp16, and the number of steps since it last changed."""
 
     scale: float
     good_steps: int
 
 
 class Placement(Protocol):
-    """Reads and writes whole tensors; every process must call each method, in the same order."""
+    """Reader and writer of whole tensors. Every process must call each method, in the same order."""
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """Returns the weight in float32, or the precision that trains."""
+        """Return a parameter's whole weight, in float32 or the precision of the trained weights."""
         ...
 
     def moments(self, parameter: Tensor) -> Moments:
-        """Returns the moments; none before the first step."""
+        """Return a parameter's whole moments; there are none before the first step."""
         ...
 
     def put(self, parameter: Tensor, weight: Tensor, moments: Moments, count: int) -> None:
-        """Takes over a weight, its moments, and the number of updates that they have seen."""
+        """Load a parameter's weight and moments.
+
+        Args:
+            parameter: The parameter.
+            weight: Its whole weight.
+            moments: Its whole moments.
+            count: Number of updates that the moments have seen.
+        """
         ...
 
     def loss_scale(self) -> LossScale | None:
-        """Returns the loss scale; None but under fp16."""
+        """Return the loss scale; None except under fp16."""
         ...
 
     def set_loss_scale(self, value: LossScale) -> None:
-        """Goes on from a loss scale."""
+        """Set the loss scale."""
         ...
 
     def hold_loss_scale(self) -> None:
-        """Lets the loss scale get no smaller than `MIN_LOSS_SCALE`."""
+        """Keep the loss scale from getting smaller than `MIN_LOSS_SCALE`."""
         ...
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Gathers a tensor that FSDP divides; any other as it is."""
+    """Gather a tensor that FSDP divides; return any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def divided_as(tensor: Tensor, value: Tensor) -> Tensor:
-    """Places a whole value, of its own dtype, as a tensor is placed."""
+    """Place a value as another tensor is placed.
+
+    Args:
+        tensor: The other tensor.
+        value: The whole value, which keeps its dtype.
+    """
     value = value.to(tensor.device)
     if isinstance(tensor, DTensor):
         return distribute_tensor(value, tensor.device_mesh, tensor.placements)
@@ -132,22 +150,22 @@ def divided_as(tensor: Tensor, value: Tensor) -> Tensor:
 
 
 class TorchPlacement:
-    """Of a plain module, one under DDP, or one divided by FSDP: PyTorch's own optimizers keep the state."""
+    """Placement of a plain module, one under DDP, or one divided by FSDP, whose state PyTorch's optimizers keep."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None):
         self.optimizer, self.scaler = optimizer, scaler
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """Gathers the weight."""
+        """Gather the weight."""
         return whole(parameter.detach())
 
     def moments(self, parameter: Tensor) -> Moments:
-        """Gathers the moments."""
+        """Gather the moments."""
         return {key: whole(value) for key, value in self.optimizer.state[parameter].items() if key != "step"}
 
     @torch.no_grad()
     def put(self, parameter: Tensor, weight: Tensor, moments: Moments, count: int) -> None:
-        """Divides them as the parameter is divided."""
+        """Divide weight and moments as the parameter is divided."""
         parameter.copy_(divided_as(parameter, weight))
         own = type(self.optimizer).__module__.startswith("torch.")  # bitsandbytes counts in plain integers
         step = torch.tensor(float(count)) if own else count
@@ -155,39 +173,39 @@ class TorchPlacement:
         self.optimizer.state[parameter] = {"step": step} | placed
 
     def loss_scale(self) -> LossScale | None:
-        """Reads PyTorch's scaler."""
+        """Read PyTorch's scaler."""
         if self.scaler is None:
             return None
         state = self.scaler.state_dict()
         return LossScale(state["scale"], state["_growth_tracker"])
 
     def set_loss_scale(self, value: LossScale) -> None:
-        """Sets PyTorch's scaler."""
+        """Set PyTorch's scaler."""
         if self.scaler is not None:
             changed = {"scale": value.scale, "_growth_tracker": value.good_steps}
             self.scaler.load_state_dict(self.scaler.state_dict() | changed)
 
     def hold_loss_scale(self) -> None:
-        """Raises the scaler's scale again where it fell below."""
+        """Raise the scaler's scale to the minimum where it fell below."""
         value = self.loss_scale()
         if value is not None and value.scale < MIN_LOSS_SCALE:
             self.set_loss_scale(value._replace(scale=MIN_LOSS_SCALE))
 
 
 class DeepSpeedPlacement:
-    """Of DeepSpeed's ZeRO stages 1 and 2: each process keeps a part of the float32 weights and of the moments."""
+    """Placement of DeepSpeed's ZeRO stages 1 and 2: each process has a part of the float32 weights and moments."""
 
     def __init__(self, zero: Any):
         self.zero = zero
 
     def weight(self, parameter: Tensor) -> Tensor:
-        """Gathers the float32 weight of which the parameter is a copy in the compute precision."""
+        """Gather the float32 weight, of which the parameter is a copy in the precision of the computation."""
         from deepspeed.utils import safe_get_full_fp32_param  # pyright: ignore[reportMissingImports]
 
         return safe_get_full_fp32_param(parameter)  # pyright: ignore[reportReturnType]
 
     def moments(self, parameter: Tensor) -> Moments:
-        """Gathers the moments."""
+        """Gather the moments."""
         from deepspeed.utils import safe_get_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
         if not self.zero.optimizer.state:
@@ -197,7 +215,7 @@ class DeepSpeedPlacement:
 
     @torch.no_grad()
     def put(self, parameter: Tensor, weight: Tensor, moments: Moments, count: int) -> None:
-        """Divides them over the processes; the copy in the compute precision follows."""
+        """Divide weight and moments over the processes, and set the copy in the precision of the computation."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state  # pyright: ignore[reportMissingImports]
 
         self._make_moments(count)
@@ -207,7 +225,7 @@ class DeepSpeedPlacement:
         parameter.copy_(weight)
 
     def _make_moments(self, count: int) -> None:
-        """DeepSpeed makes the moments in its first step; a run that resumes needs them before."""
+        """Make the moments before the first step, where a resumed run needs them; DeepSpeed makes them in it."""
         base = self.zero.optimizer
         parts = [part for group in base.param_groups for part in group["params"]]
         for part in parts:
@@ -219,26 +237,31 @@ class DeepSpeedPlacement:
         self.zero._lazy_init_hp_params_optimizer_state()  # links them to the parameters; there is no public way
 
     def loss_scale(self) -> LossScale | None:
-        """Reads DeepSpeed's scaler."""
+        """Read DeepSpeed's scaler."""
         scaler = self.zero.loss_scaler
         if not self.zero.dynamic_loss_scale:
             return None
         return LossScale(scaler.cur_scale, scaler.cur_iter - scaler.last_overflow_iter - 1)
 
     def set_loss_scale(self, value: LossScale) -> None:
-        """Sets DeepSpeed's scaler."""
+        """Set DeepSpeed's scaler."""
         scaler = self.zero.loss_scaler
         scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = value.scale, value.good_steps, -1
 
     def hold_loss_scale(self) -> None:
-        """Keeps DeepSpeed from ending the process where its own minimum is reached: the loop says what happened."""
+        """Keep DeepSpeed from ending the process at its own minimum; the loop reports the failure instead."""
         if self.zero.dynamic_loss_scale:
             self.zero.loss_scaler.raise_error_at_min_scale = False
             self.zero.loss_scaler.min_scale = MIN_LOSS_SCALE
 
 
 def placement_of(accelerator: Any, optimizer: Any) -> Placement:
-    """The placement of what Accelerate has wrapped."""
+    """Return the placement that fits what Accelerate has wrapped.
+
+    Args:
+        accelerator: The `Accelerator`.
+        optimizer: The optimizer that it has wrapped.
+    """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return DeepSpeedPlacement(optimizer.optimizer)
     return TorchPlacement(optimizer.optimizer, accelerator.scaler)

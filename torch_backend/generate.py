@@ -1,4 +1,4 @@
-"""Images with PyTorch: `python -m torch_backend.generate --model DIR [--prompt …] [flags]`."""
+"""Sampling of images with PyTorch: `python -m torch_backend.generate --model DIR [--prompt …] [flags]`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch_backend.train import PACKAGES
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
-    """Draws images; arguments, result and errors as `flax_diffusion.generate.generate`."""
+    """Draw images, with the arguments, result and errors of `flax_diffusion.generate.generate`."""
     return np.concatenate([*_draw(command.options_of(model, options))])
 
 
@@ -39,7 +39,7 @@ def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line, with the words of `argv`, or of this process for None."""
     command.main(_draw, "python -m torch_backend.generate", argv)
 
 

@@ -1,6 +1,6 @@
-"""The PyTorch modules of a pipeline, and the few functions that training and sampling compose them with.
+"""The PyTorch modules of a pipeline, and the functions of them that training and sampling are composed of.
 
-The twin of `flax_diffusion.jax_backend.modules`, function for function; shapes as there.
+The twin of `flax_diffusion.jax_backend.modules`, function for function, with the same shapes.
 """
 
 from __future__ import annotations
@@ -19,17 +19,23 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.randomness import initial_weights
 from flax_diffusion.core.spec import weight_files
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from torch_backend import adapters
 from torch_backend.families.family import FAMILIES, Family, class_of
 from torch_backend.names import file_name
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtype of the computation, by --mixed_precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Modules:
-    """A pipeline's modules by component name."""
+    """A pipeline's modules by component name.
+
+    Attributes:
+        spec: The pipeline.
+        by_name: The modules by component name.
+    """
 
     spec: PipelineSpec
     by_name: dict[str, Any]
@@ -40,7 +46,15 @@ class Modules:
         return self.by_name[self.spec.vae_name]
 
     def encode_images(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
-        """Pixels (B,C,H,W) in -1..1 to scaled latents (B,C,h,w); pixels themselves where there is no VAE."""
+        """Encode images to scaled latents.
+
+        Args:
+            pixels: The images, (B, C, H, W) in -1..1.
+            noise: Standard normal noise (B, C, h, w) that samples the posterior; None where there is no autoencoder.
+
+        Returns:
+            The latents, (B, C, h, w); the pixels themselves where there is no autoencoder.
+        """
         if self.spec.vae is None:
             return pixels
         assert noise is not None
@@ -49,30 +63,30 @@ class Modules:
             return self.sample_latents(posterior.mean, posterior.std, noise)
 
     def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents (B,C,h,w), in float32 at least."""
+        """Sample a posterior with standard normal noise, to scaled latents (B, C, h, w), in float32 at least."""
         assert self.spec.vae is not None
         latents = (mean + std * noise) * self.spec.vae["scaling_factor"]
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
     def posterior(self, pixels: Tensor) -> Any:
-        """The distribution of the latents of images, not scaled."""
+        """Encode images (B, C, H, W) to the distribution of their latents, which are not scaled."""
         return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
+        """Decode scaled latents (B, C, h, w) to images (B, C, H, W) in about -1..1: the inverse of `encode_images`."""
         return latents if self.spec.vae is None else self.decode(latents / self.spec.vae["scaling_factor"])
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents that are not scaled to images."""
+        """Decode latents (B, C, h, w) that are not scaled to images (B, C, H, W)."""
         return self.vae.decode(latents.to(self.vae.dtype)).sample
 
     @property
     def family(self) -> Family:
-        """What the pipeline's family computes."""
+        """Functions of the pipeline's family."""
         return FAMILIES[self.spec.family.name]
 
     def condition(self, batch: Mapping[str, Tensor]) -> Any:
-        """Return what the denoiser is told beside sample and time; see `Family.condition`."""
+        """Return what the denoiser is told besides sample and time; see `Family.condition`."""
         return self.family.condition(self, batch)
 
     def predict(self, sample: Tensor, timesteps: Tensor, condition: Any = None) -> Tensor:
@@ -81,20 +95,21 @@ class Modules:
 
 
 _MALFORMED = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, NameError, RuntimeError)
-"""What PyTorch's classes raise for configs with values of other types or sizes than they have."""
+"""Errors of PyTorch's classes for configs whose values have a wrong type or size."""
 
 
 def build_modules(
     spec: PipelineSpec, *, seed: int, frozen_dtype: torch.dtype, trained_dtype: torch.dtype, device: torch.device
 ) -> Modules:
-    """Makes the modules of a pipeline, with their weights: read, or drawn from the seed as the JAX side draws them.
+    """Make the modules of a pipeline, with weights that are read, or drawn as on the JAX side.
 
     Args:
-        spec: What to build.
-        seed: Of weights that are drawn.
-        frozen_dtype: Of components that do not train. A VAE whose config says `force_upcast` stays in `trained_dtype`.
-        trained_dtype: Of the others.
-        device: Where they live.
+        spec: The pipeline.
+        seed: Seed of weights that are drawn.
+        frozen_dtype: Dtype of components whose own weights do not train. A VAE whose config says `force_upcast` has
+            `trained_dtype`.
+        trained_dtype: Dtype of the other components, and of adapters.
+        device: Device of all modules.
 
     Raises:
         ConfigError: For a config that the PyTorch class does not take.
@@ -103,22 +118,22 @@ def build_modules(
     by_name = {}
     for name, component in spec.components.items():
         module = load(component) if component.weights or component.overlay else _draw(component, seed)
-        wide = component.train or component.config.get("force_upcast")
-        # PyTorch's own `to`: Diffusers' warns about modules to keep in float32 where there are none.
+        wide = component.training is Training.ALL or component.config.get("force_upcast")
+        # PyTorch's own `to`, because Diffusers' warns about modules to keep in float32 even where there are none.
         nn.Module.to(module, device=device, dtype=trained_dtype if wide else frozen_dtype)
         if trained_dtype == torch.float64 and hasattr(module, "time_proj"):
             module.time_proj = Float64Timesteps(module.time_proj)
-        by_name[name] = module.train(component.trains).requires_grad_(component.train)
-        if component.adapted:
+        by_name[name] = module.train(component.is_trained).requires_grad_(component.training is Training.ALL)
+        if component.training is Training.ADAPTERS:
             adapters.add(component, module, seed, trained_dtype)
     return Modules(spec=spec, by_name=by_name)
 
 
 class Float64Timesteps(nn.Module):
-    """Sinusoidal embeddings in float64, where Diffusers' `Timesteps` computes in float32 whatever the model's dtype.
+    """Sinusoidal embeddings in float64; Diffusers' `Timesteps` computes in float32 for any dtype of the model.
 
     Args:
-        original: Gives width, order and shift.
+        original: The `Timesteps` to replace, with its width, order and shift.
 
     Reference: Ho et al., https://arxiv.org/abs/2006.11239; Vaswani et al., https://arxiv.org/abs/1706.03762.
     """
@@ -132,17 +147,24 @@ class Float64Timesteps(nn.Module):
         self.odd = original.num_channels % 2
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Maps (B,) to (B, channels)."""
+        """Embed timesteps (B,), to (B, channels)."""
         angles = timesteps.double()[:, None] * self.frequencies.to(timesteps.device)
         parts = (angles.cos(), angles.sin()) if self.flip else (angles.sin(), angles.cos())
         return nn.functional.pad(torch.cat(parts, dim=1), (0, self.odd))
 
 
 def load(component: Component) -> Any:
-    """Reads a component in float32: safetensors, or a Flax release's msgpack, with what is laid over them.
+    """Read a component in float32 from safetensors or a Flax release's msgpack, and apply its overlay.
+
+    Args:
+        component: The component.
+
+    Returns:
+        Its module, on the CPU.
 
     Raises:
-        WeightsError: Naming every tensor that is missing, unexpected or of another shape.
+        WeightsError: If the weights do not fit; the message names every tensor that is missing, unexpected or of
+            another shape.
     """
     with init_empty_weights(include_buffers=False):
         module = make(component)
@@ -174,7 +196,7 @@ def load(component: Component) -> Any:
 
 
 def _stored(component: Component, known: Mapping[str, str]) -> tuple[portable.Arrays, str]:
-    """The arrays in a component's files, by the names of `known` where they have one, and which file they are from."""
+    """Read the arrays of a component's files, by the names of `known` where they match one, and the file's name."""
     base = weight_files.base_name(component.kind)
     folder = weight_files.fetch(
         str(component.weights), component.subfolder, component.revision, base, component.variant
@@ -185,7 +207,7 @@ def _stored(component: Component, known: Mapping[str, str]) -> tuple[portable.Ar
 
 
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of every model's parameters by their names in files; no weight is read."""
+    """Return the shapes of a pipeline's parameters by component and name in files, without reading a weight."""
     found = {}
     for name, component in spec.components.items():
         with torch.device("meta"):
@@ -195,14 +217,17 @@ def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def make(component: Component) -> Any:
-    """A module of a component's config, with PyTorch's own random weights.
+    """Make a module of a component's config, with PyTorch's own random weights.
+
+    Args:
+        component: The component.
 
     Raises:
-        ConfigError: For a key that the class does not know, or values that do not go together.
+        ConfigError: For a key that the class does not have, or values that do not go together.
     """
     kind, of_transformers = class_of(component.kind), component.model.library == "transformers"
     if of_transformers:
-        # The latter two stand in files of old releases.
+        # The latter two are in files of old releases.
         known = set(kind.config_class().to_dict()) | {"dropout", "torch_dtype"}
     else:
         known = set(kind._get_init_keys(kind)) - {"self"}  # as Diffusers reads its own configs

@@ -85,7 +85,7 @@ def apply(config: TrainConfig, modules: Modules) -> None:
             module.enable_xformers_memory_efficient_attention()
         if config.channels_last and component.role is not Role.TEXT_ENCODER:
             module.to(memory_format=torch.channels_last)
-        if config.gradient_checkpointing and (component.trains or component.role is Role.DENOISER):
+        if config.gradient_checkpointing and (component.is_trained or component.role is Role.DENOISER):
             how: dict[str, Any] = {"use_reentrant": False}
             if config.gradient_checkpointing == "minimal":
                 how["context_fn"] = functools.partial(create_selective_checkpoint_contexts, KEPT)
@@ -93,5 +93,5 @@ def apply(config: TrainConfig, modules: Modules) -> None:
                 module.activation_checkpointing_enable(how)
             else:
                 module.enable_gradient_checkpointing(functools.partial(checkpoint, **how))
-        if component.trains and config.torch_compile:
+        if component.is_trained and config.torch_compile:
             module.compile()

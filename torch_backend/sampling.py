@@ -1,4 +1,7 @@
-"""Images from noise with Diffusers' schedulers; all noise comes from the host, keyed by (seed, image, step)."""
+"""Sampling of images from noise with Diffusers' schedulers.
+
+All noise is drawn on the host from a generator keyed by (seed, image, step).
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,14 @@ _NAME_OF_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 
 
 def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> Any:
-    """Diffusers' scheduler of a config, or another sampler for the same noise schedule.
+    """Make Diffusers' scheduler of a config, or another sampler with the same noise schedule.
+
+    Args:
+        config: Config of a Diffusers scheduler.
+        kind: Key of `SAMPLERS`; None for the class that the config names.
 
     Raises:
-        ConfigError: For a class that Diffusers does not have here, or values that it does not take.
+        ConfigError: For a class that does not draw images here, or values that it does not accept.
     """
     name = SAMPLERS[kind] if kind else class_name(config)
     if name not in SAMPLERS.values():
@@ -40,13 +47,17 @@ def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> An
         fix = "choose another --scheduler" if kind else "correct its scheduler_config.json"
         raise ConfigError(f"scheduler {name} does not take this config: {reason}; {fix}") from error
     if name == SAMPLERS["dpm++"]:
-        # Diffusers' class does not look, and goes through negative timesteps.
+        # Diffusers' class does not check this, and goes through negative timesteps.
         timesteps_with_signal(made.alphas_cumprod.numpy(), made.config["lambda_min_clipped"])
     return made
 
 
 class HostNoise(TorchFunctionMode):
-    """Answers a scheduler's `torch.randn` with given noise: its random numbers are then those of the JAX side."""
+    """Mode in which `torch.randn` returns given noise, so that a scheduler's random numbers are those of the JAX side.
+
+    Args:
+        draw: Returns the noise.
+    """
 
     def __init__(self, draw: Callable[[], Tensor]):
         super().__init__()
@@ -59,13 +70,19 @@ class HostNoise(TorchFunctionMode):
 
 
 class Sampler:
-    """Draws images from a pipeline's modules; the twin of `flax_diffusion.jax_backend.sampling.Sampler`."""
+    """Sampler of images from a pipeline's modules; the twin of `flax_diffusion.jax_backend.sampling.Sampler`.
+
+    Args:
+        modules: The pipeline's modules.
+        scheduler: A scheduler of Diffusers.
+        device: Device of the modules.
+    """
 
     def __init__(self, modules: Modules, scheduler: Any, device: torch.device):
         self.modules, self.scheduler, self.device = modules, scheduler, device
 
     def __call__(self, **options: Any) -> np.ndarray:
-        """Draws all pictures, uint8 (images, H, W, C), prompt by prompt; arguments and errors as of `batches`."""
+        """Draw all pictures, uint8 (images, H, W, C), prompt by prompt, with the arguments and errors of `batches`."""
         return np.concatenate([*self.batches(**options)])
 
     @torch.no_grad()
@@ -80,12 +97,12 @@ class Sampler:
         negative_prompt: str = "",
         batch_size: int = 64,
     ) -> Iterator[np.ndarray]:
-        """Draws `num_images` for each prompt, or in all where the pipeline takes no prompts.
+        """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
-        Args and errors as on the JAX side.
+        Arguments and errors are those of the JAX side.
 
         Yields:
-            uint8 (images, H, W, C), prompt by prompt, a batch at a time.
+            Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
         """
         spec = self.modules.spec
         check_prompts(spec, prompts)
@@ -116,7 +133,7 @@ class Sampler:
         def noise() -> Tensor:
             return torch.from_numpy(sampling_noise(seed, indices, drawn, shape)).to(self.device)
 
-        sample = noise() * getattr(scheduler, "init_noise_sigma", 1.0)  # flow matching's class has none
+        sample = noise() * getattr(scheduler, "init_noise_sigma", 1.0)  # the class of flow matching has none
         for timestep in scheduler.timesteps:
             drawn += 1
             model_input = scheduler.scale_model_input(sample, timestep) if scales else sample
@@ -131,6 +148,6 @@ class Sampler:
 
 
 def to_uint8(modules: Modules, latents: Tensor) -> np.ndarray:
-    """Denoised samples to pictures: BCHW in -1..1 to BHWC in 0..255, rounded as Diffusers does."""
+    """Decode denoised samples (B, C, h, w) to pictures, uint8 (B, H, W, C), rounded as Diffusers does."""
     images = (modules.decode_latents(latents).float() / 2 + 0.5).clamp(0, 1)
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

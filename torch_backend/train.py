@@ -1,6 +1,6 @@
 """Training with PyTorch: `python -m torch_backend.train TASK [--config FILE.yaml] [flags]`.
 
-The same under `accelerate launch -m torch_backend.train …`, which brings several processes, FSDP and DeepSpeed.
+With `accelerate launch -m torch_backend.train …` it runs in several processes, with FSDP or with DeepSpeed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PACKAGES = ("torch", "diffusers", "accelerate")
 
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
-    """Trains a model, as the command line does; arguments, result and errors as `flax_diffusion.train.train`."""
+    """Train a model, with the arguments, result and errors of `flax_diffusion.train.train`."""
     return launch.train(_backend, task, config, options)
 
 
@@ -28,7 +28,7 @@ def _backend() -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line, with the words of `argv`, or of this process for None."""
     launch.main(_backend, "python -m torch_backend.train", argv)
 
 

@@ -1,6 +1,6 @@
 """The loss of a micro-batch, as a module that holds what trains, so that DDP, FSDP and DeepSpeed can wrap it.
 
-Shapes: B images of a micro-batch on this process, C channels, H W pixels, h w of what is denoised, L tokens.
+Shapes: B images per micro-batch in this process, C channels, H and W in pixels, h and w of what is denoised, L tokens.
 """
 
 from __future__ import annotations
@@ -13,44 +13,48 @@ from torch_backend.modules import Modules
 Batch = dict[str, Tensor]
 
 FSDP_UNITS = {"ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer"}
-"""What FSDP gathers at a time."""
+"""Classes of the modules that FSDP gathers one at a time."""
 
 
 class Loss(nn.Module):
-    """The loss of the task, as a module whose children are what trains.
+    """The loss of a task, as a module whose children are the modules that train.
 
     Args:
-        modules: The pipeline. Those of its modules that train are this module's children; the others stay outside.
+        modules: The pipeline's modules. Those that train become children of this module, the others do not.
     """
 
     def __init__(self, modules: Modules):
         super().__init__()
         self._modules_of = [modules]  # in a list, so that frozen modules are not registered as children
         for name, component in modules.spec.components.items():
-            if component.trains:
+            if component.is_trained:
                 self.add_module(name, modules.by_name[name])
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present & FSDP_UNITS)  # where Accelerate looks for them
 
     def forward(self, batch: Batch) -> Tensor:
-        """Computes the loss in float32 at least; arguments as of the family's `loss`, or `denoising_loss`."""
+        """Compute the loss of a batch of the family's `loss`, or of `denoising_loss`, in float32 at least."""
         modules = self._modules_of[0]
         loss_of = modules.family.loss or denoising_loss
         return loss_of(modules, batch)
 
 
 def denoising_loss(modules: Modules, batch: Batch) -> Tensor:
-    """The weighted denoising loss, Σ_i w_i · mean((prediction_i − target_i)²) / B.
+    """Compute the weighted denoising loss; the twin of `flax_diffusion.jax_backend.train_step.denoising_loss`.
 
     Args:
-        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), the objective's
-            `Mixture`, each field (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation
-            (B,C,h,w), and what its family conditions on.
+        modules: The pipeline's modules.
+        batch: Images as pixel_values (B, C, H, W) or as the posterior (B, 2, C, h, w) of their latents, noise
+            (B, C, h, w), the fields of the objective's `Mixture`, each (B,), and where the pipeline needs them
+            latent_noise (B, C, h, w), perturbation (B, C, h, w), and what its family conditions on.
 
-    Reference: `core.objectives.objective`, for input, target and weight; the twin of the JAX side's.
+    Returns:
+        Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
+
+    Reference: `core.objectives.objective`, for input, target and weight.
     """
-    if "moments" in batch:
-        mean, logvar = batch["moments"].unbind(dim=1)
+    if "posterior" in batch:
+        mean, logvar = batch["posterior"].unbind(dim=1)
         clean = modules.sample_latents(mean, (0.5 * logvar).exp(), batch["latent_noise"])
     else:
         clean = modules.encode_images(batch["pixel_values"], batch.get("latent_noise"))
@@ -65,13 +69,19 @@ def denoising_loss(modules: Modules, batch: Batch) -> Tensor:
 
 
 def _mixed(batch: Batch, what: str, clean: Tensor, noise: Tensor) -> Tensor:
-    """The model's input or target, (B,C,h,w): what_clean · clean + what_noise · noise."""
+    """Return the model's input or target, (B, C, h, w): what_clean · clean + what_noise · noise."""
     of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
     return of_clean * clean + of_noise * noise
 
 
 @torch.no_grad()
 def update_ema(ema: dict[str, Tensor], params: dict[str, Tensor], decay: float) -> None:
-    """One step of the moving average in place: ema − (1 − decay) · (ema − params)."""
+    """Update the moving average in place, to ema − (1 − decay) · (ema − params).
+
+    Args:
+        ema: The average by parameter name.
+        params: The weights by parameter name.
+        decay: Decay of this step.
+    """
     for name, average in ema.items():
         average.sub_((1.0 - decay) * (average - params[name]))

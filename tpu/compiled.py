@@ -1,4 +1,4 @@
-"""What the TPU's compiler says of a run's step: memory, time, costs; or that it does not fit."""
+"""Memory, time and costs of a run's step, as the TPU's compiler computes them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from tpu.topologies import Slice
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a step costs one device. Bytes and FLOPs are the compiler's, unless they say otherwise.
+    """Costs of one step on one device. Bytes and FLOPs are the compiler's, unless stated otherwise.
 
     Attributes:
         slice: The chips.
-        mesh: Sizes of its axes.
-        images: A device and step.
-        state: Bytes of each kind of array that is there before the step, as shapes and shardings say, unpadded.
-        arguments: Bytes of all of them, padded.
-        temporaries: Bytes of gradients, activations and what else comes and goes.
+        mesh: Sizes of the mesh's axes.
+        images: Images per device and step.
+        state: Bytes of each kind of array that exists before the step, by shapes and shardings, without padding.
+        arguments: Bytes of all these arrays, with padding.
+        temporaries: Bytes of gradients, activations and other arrays that live only during the step.
         code: Bytes of the program.
-        peak: Bytes at most: arguments, outputs that are not written over them, temporaries and code.
+        peak: Largest number of bytes in use: arguments, outputs that are not written over them, temporaries and code.
         host: Bytes that stay in the host's memory.
-        flops: A step.
-        accessed: Bytes read and written, a step.
-        compile_seconds: That it took here to trace and compile the step.
-        operations: All that is scheduled.
+        flops: FLOPs per step.
+        accessed: Bytes read and written per step.
+        compile_seconds: Seconds that this machine took to trace and compile the step.
+        operations: All scheduled operations.
     """
 
     slice: Slice
@@ -55,11 +55,11 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Of a step, without exchanges."""
+        """Seconds per step, without exchanges between chips."""
         return sum(map(self.seconds_of, self.operations))
 
     def seconds_of(self, operation: hlo.Operation) -> float:
-        """Of an operation: the compiler's estimated cycles at the chip's clock, or what `tpu.kernels` says."""
+        """Return the seconds of an operation, from the compiler's estimated cycles or, for a kernel, `tpu.kernels`."""
         if operation.kernel is None:
             return operation.cycles / self.slice.chip.clock
         one = kernels.seconds(operation.kernel, self.slice.chip)
@@ -67,43 +67,46 @@ class Plan:
 
     @property
     def kernel_seconds(self) -> float:
-        """Of those, in kernels that are counted by their FLOPs and bytes."""
+        """Seconds per step in kernels, which are computed from their FLOPs and bytes."""
         return sum(self.seconds_of(operation) for operation in self.operations if operation.kernel)
 
     @property
     def uncounted(self) -> list[str]:
-        """Names of kernels that say nothing of their cost, so that their time is not known."""
+        """Names of kernels that state no costs, so that their time is not known."""
         chip = self.slice.chip
         found = {one.kernel for one in self.operations if one.kernel and kernels.seconds(one.kernel, chip) is None}
         return sorted({kernel.name for kernel in found})
 
     @property
     def capacity(self) -> float:
-        """Bytes of memory that a device has."""
+        """Bytes of memory per device."""
         return self.slice.chip.hbm_bytes
 
     @property
     def utilization(self) -> float:
-        """FLOPs of the step over those that the device could do in its time (MFU)."""
+        """FLOPs of the step, divided by those that the device could do in the same time (MFU)."""
         return self.flops / self.seconds / self.slice.chip.flops
 
     @property
     def exchanged(self) -> int:
-        """Bytes that exchanges result in on a device in a step: of an all-reduce, those of what is reduced."""
+        """Bytes per device and step in the results of exchanges; for an all-reduce, those of what is reduced."""
         return sum(operation.bytes_exchanged for operation in self.operations)
 
 
 def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) -> Plan:
-    """Compiles a config's step for a slice.
+    """Compile a run's step for a slice.
 
     Args:
-        config: Of the run. Nothing is read of its data, and of its weights the configs only.
+        config: Options of the run. No data are read, and no weights, only the configs of the models.
         where: The slice.
-        text_to: File for the compiled program's text.
+        text_to: File for the text of the compiled program; None for none.
+
+    Returns:
+        The costs of the step.
 
     Raises:
         UserError: For a config that cannot be run there.
-        DoesNotFit: If the compiler refuses it for its memory.
+        DoesNotFit: If the compiler refuses the step because of its memory.
     """
     import jax
 
@@ -127,7 +130,7 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
         for name in spec.names_of(Role.TEXT_ENCODER):
             del frozen[name]
     if task.caches_latents:
-        made = replace(made, moments={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
+        made = replace(made, posteriors={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
         del frozen[spec.vae_name]
     example = task.make_example_fn(spec, made)(source, 0, 0, 0)
     pairs = task.rows_per_example
@@ -153,7 +156,7 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
         slice=where,
         mesh=dict(mesh.shape),
         images=schedule.step_examples * pairs / mesh.size,
-        state={kind: bytes_a_device(tree) for kind, tree in kinds.items()},
+        state={kind: bytes_per_device(tree) for kind, tree in kinds.items()},
         arguments=memory.argument_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         code=memory.generated_code_size_in_bytes,
@@ -171,7 +174,7 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
 
 
 def _described_source(task: Task[TrainConfig]) -> Any:
-    """One picture with a caption; the real data only where a tokenizer is trained on its captions."""
+    """Return a source of one picture with a caption, or the real data where a tokenizer is trained on its captions."""
     from flax_diffusion.core.data.sources.source import ArraySource
 
     if task.makes_tokenizer:
@@ -180,8 +183,8 @@ def _described_source(task: Task[TrainConfig]) -> Any:
     return ArraySource(images, ["a photo"], "described")
 
 
-def bytes_a_device(tree: Any) -> int:
-    """Of described arrays that lie in the memory of devices, on one of them."""
+def bytes_per_device(tree: Any) -> int:
+    """Return the bytes per device of a tree of described arrays, without those in the host's memory."""
     import jax
 
     return sum(
@@ -195,8 +198,8 @@ class DoesNotFit(ConfigError):
     """The compiler's refusal of a program that needs more memory than a device has.
 
     Attributes:
-        needed: GiB.
-        available: GiB.
+        needed: GiB per device that the step needs.
+        available: GiB that a device has.
     """
 
     def __init__(self, needed: float, available: float, fixes: Sequence[str]):
@@ -217,12 +220,12 @@ _GIB = {"K": 2**-20, "M": 2**-10, "G": 1.0, "T": 2.0**10}
 
 
 def refusal(error: Exception, config: TrainConfig, devices: int) -> Exception:
-    """What a compiler's error says of memory, with what would make the program smaller; any other as it is.
+    """Return the error for a compiler's error of missing memory, with ways to save some; return others as they are.
 
     Args:
-        error: Of the compiler.
-        config: Of the run.
-        devices: Of the slice.
+        error: Error of the compiler.
+        config: Options of the run.
+        devices: Number of devices in the slice.
     """
     found = next(filter(None, (pattern.search(str(error)) for pattern in _NEEDED)), None)
     if found is None:

@@ -1,7 +1,7 @@
-"""Does it fit, and how fast is it: `python -m tpu.plan --config FILE --topology v5e:2x2 [flags of train]`.
+"""Memory and speed of a run on TPUs: `python -m tpu.plan --config FILE --topology v5e:2x2 [flags of train]`.
 
-Compiles the step that `flax_diffusion.train` runs, for TPUs that are not there, with weights and pictures that are only
-described, and prints what the compiler says of memory and time.
+It compiles the step that `flax_diffusion.train` runs, for TPUs that this machine does not have and with weights and
+pictures that are only described, and prints the memory and time that the compiler computes.
 """
 
 from __future__ import annotations
@@ -22,22 +22,30 @@ from tpu.compiled import Plan, make_plan
 
 
 def without_data(task: type[Task[Any]], values: dict[str, Any]) -> dict[str, Any]:
-    """Return options with those that name data, where they are not given: a plan reads no data.
+    """Add options that name data where they are not given, because a plan reads no data.
 
     Args:
         task: Class of the task.
-        values: Options given, by field.
+        values: The given options, by field.
+
+    Returns:
+        All options, by field.
     """
     return task.stand_ins(values) | values
 
 
 def report(plan: Plan, top: int = 10) -> str:
-    """The plan as text."""
+    """Format a plan as text.
+
+    Args:
+        plan: The plan.
+        top: Number of operations to list.
+    """
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [
-        f"{plan.slice.chip.name}, {len(plan.slice.devices)} chips, {mesh}: {plan.images:g} images a device and step",
+        f"{plan.slice.chip.name}, {len(plan.slice.devices)} chips, {mesh}: {plan.images:g} images per device and step",
         "",
-        f"{'memory a device':24} {'GiB':>8}",
+        f"{'memory per device':24} {'GiB':>8}",
     ]
     padded = plan.arguments - sum(plan.state.values())
     rows = dict(plan.state) | {"padding": padded, "gradients, activations": plan.temporaries, "program": plan.code}
@@ -49,12 +57,12 @@ def report(plan: Plan, top: int = 10) -> str:
     teraflops = plan.flops / 1e12
     lines += [
         "",
-        f"{'time of a step':24} {plan.seconds * 1e3:8.1f} ms estimated, {plan.seconds / count * 1e3:.3g} an image; "
-        "exchanges between chips are not in it",
-        f"{'images a second':24} {count / plan.seconds:8.1f} a device, {devices * count / plan.seconds:.0f} in all",
-        f"{'FLOPs':24} {teraflops:8.3g} T, {teraflops / count:.3g} T an image, MFU {plan.utilization:.1%}",
-        f"{'memory accessed':24} {plan.accessed / 1e9:8.1f} GB, {plan.accessed / count / 1e9:.3g} an image",
-        f"{'exchanged':24} {plan.exchanged / 1e9:8.3f} GB a device",
+        f"{'time of a step':24} {plan.seconds * 1e3:8.1f} ms estimated, {plan.seconds / count * 1e3:.3g} per image; "
+        "exchanges between chips are not included",
+        f"{'images per second':24} {count / plan.seconds:8.1f} per device, {devices * count / plan.seconds:.0f} in all",
+        f"{'FLOPs':24} {teraflops:8.3g} T, {teraflops / count:.3g} T per image, MFU {plan.utilization:.1%}",
+        f"{'memory accessed':24} {plan.accessed / 1e9:8.1f} GB, {plan.accessed / count / 1e9:.3g} per image",
+        f"{'exchanged':24} {plan.exchanged / 1e9:8.3f} GB per device",
         f"{'compiled in':24} {plan.compile_seconds:8.0f} s",
         "",
         f"{'by part':24} {'ms':>8}",
@@ -64,9 +72,9 @@ def report(plan: Plan, top: int = 10) -> str:
         parts[part_of(operation.module)] += plan.seconds_of(operation) * 1e3  # pyright: ignore[reportArgumentType]
     lines += [f"  {part:22} {spent:8.1f}" for part, spent in parts.most_common()]
     if plan.kernel_seconds:
-        lines += [f"  {plan.kernel_seconds * 1e3:.1f} of these in kernels, counted from their FLOPs and bytes"]
+        lines += [f"  {plan.kernel_seconds * 1e3:.1f} of these in kernels, computed from their FLOPs and bytes"]
     if plan.uncounted:
-        lines += [f"  not counted, since they say nothing of their cost: {', '.join(plan.uncounted)}"]
+        lines += [f"  not included, since their cost is not known: {', '.join(plan.uncounted)}"]
     lines += ["", f"the {top} costliest operations"]
     costliest = sorted(plan.operations, key=lambda one: -plan.seconds_of(one))[:top]
     lines += [
@@ -78,7 +86,11 @@ def report(plan: Plan, top: int = 10) -> str:
 
 
 def part_of(module: str) -> str:
-    """What a layer belongs to, for the sums by part."""
+    """Return the part of the pipeline that a layer belongs to, for the sums by part.
+
+    Args:
+        module: Path of the layer in the program.
+    """
     models = {model.name: model.role for family in FAMILIES.values() for model in family.models.values()}
     role = next((role for name, role in models.items() if name in module), None)
     if role in (Role.TEXT_ENCODER, Role.AUTOENCODER):
@@ -95,7 +107,7 @@ _PARTS = {"attention": ("attn", "attentions_0/to_", "attention"), "feed-forward"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line."""
+    """Run the command line, with the words of `argv`, or of this process for None."""
     words = list(sys.argv[1:] if argv is None else argv)
     own = command_line.Parser(prog="python -m tpu.plan", add_help=False)
     own.add_argument("--topology", default="v5e:2x2")
@@ -114,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             options.hlo.touch()
         except OSError as error:
             raise ConfigError(
-                f"--hlo {options.hlo}: cannot be written ({error.strerror}); name a file in a folder that is there"
+                f"--hlo {options.hlo}: cannot be written ({error.strerror}); name a file in a folder that exists"
             ) from error
     if options.sweep:
         from tpu import sweep
@@ -133,10 +145,10 @@ _HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NA
 
 {__doc__}
   --topology NAME   The slice to compile for (default v5e:2x2): {", ".join(topologies.KNOWN_TOPOLOGIES)}.
-  --sweep           Try batch sizes, meshes and gradient checkpointing, and print what fits, fastest first.
-  --hlo FILE        Write the compiled program there, as text.
+  --sweep           Try batch sizes, meshes and gradient checkpointing, and print those that fit, the fastest first.
+  --hlo FILE        Write the compiled program to this file, as text.
 
-Of pretrained models the configs are read, so a folder without weights will do. Data need not be named.
+Only the configs of pretrained models are read, so a folder without weights is enough. Data need not be named.
 """
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the training loop asks of a framework. JAX and PyTorch each implement it once."""
+"""The interface between the training loop and a framework. JAX and PyTorch each implement it once."""
 
 from __future__ import annotations
 
@@ -18,16 +18,19 @@ Batch = dict[str, np.ndarray]
 
 
 MIN_LOSS_SCALE = 1.0
-"""Of fp16: a gradient that overflows without any scale is not the scale's fault."""
+"""Smallest loss scale of fp16: where a gradient overflows even at this scale, the scale is not the cause."""
 
 
 def refuse(config: TrainConfig, options: Mapping[str, str], backend: str) -> None:
-    """Raises ConfigError for the first option that is set but that only the other backend has.
+    """Refuse options that only the other backend has.
 
     Args:
         config: The run's options.
-        options: Name to what to use instead.
-        backend: The one that has them: "JAX" or "PyTorch".
+        options: Names of the refused options, each with what to use instead.
+        backend: The backend that has them: "JAX" or "PyTorch".
+
+    Raises:
+        ConfigError: For the first of them that is set.
     """
     fields = type(config).model_fields
     for name, instead in options.items():
@@ -47,74 +50,97 @@ def check_optimizer(config: TrainConfig, known: Iterable[str]) -> None:
 
 
 class Backend(Protocol):
-    """Owns models, optimizer state and devices; the loop owns order, time and files."""
+    """Owner of models, optimizer state and devices; the loop owns order, time and files.
+
+    Attributes:
+        command: The command that trains on this backend.
+        process_index: Index of this process, from 0.
+        process_count: Number of processes in the run.
+        device_count: Number of devices over all processes; the batch is divided over them.
+    """
 
     command: str
-    """That trains on this backend."""
     process_index: int
     process_count: int
     device_count: int
-    """Devices over all processes; the batch is divided over them."""
 
     @staticmethod
     def check_options(config: TrainConfig) -> None:
-        """Raises ConfigError for options that this backend does not have, before any input is opened."""
+        """Refuse options that this backend does not have, before any input is opened.
+
+        Raises:
+            ConfigError: For such an option.
+        """
         ...
 
     def init_state(self) -> int:
-        """Loads or draws the weights, makes the optimizer state and returns the number of trained parameters."""
+        """Load or draw the weights, make the optimizer state, and return the number of trained parameters."""
         ...
 
     def put(self, batch: Batch) -> Any:
-        """Starts the copy of a host batch to the devices and returns a handle for `train_step`."""
+        """Start the copy of a host batch to the devices, and return a handle for `train_step`."""
         ...
 
     def train_step(self, batch: Any, learning_rate: float, ema_decay: float) -> Any:
-        """Starts one optimizer step and returns a handle for `read`, without waiting for it."""
+        """Start one optimizer step without waiting for it.
+
+        Args:
+            batch: A handle from `put`.
+            learning_rate: Learning rate of this step.
+            ema_decay: Decay of the moving average at this step.
+
+        Returns:
+            A handle for `read`.
+        """
         ...
 
     def set_step(self, step: int) -> None:
-        """Lets the next step draw its dropout as the one after `step` does."""
+        """Make the next step draw the dropout masks of the step that follows `step`."""
         ...
 
     def read(self, metrics: Any) -> dict[str, float]:
-        """Waits for a step and returns its `loss` and `grad_norm` (and `loss_scale` under fp16)."""
+        """Wait for a step, and return its `loss` and `grad_norm` (and `loss_scale` under fp16)."""
         ...
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Starts writing state and metadata to a folder that is not there yet, the save before it being complete.
+        """Start to write a checkpoint; training may go on meanwhile.
 
-        Training may go on meanwhile.
+        Args:
+            folder: The new checkpoint's folder, which does not exist yet. The previous save is complete.
+            metadata: The loop's metadata, as JSON.
         """
         ...
 
     def state_bytes(self) -> int:
-        """Bytes of the state, which is most of a checkpoint."""
+        """Return the size of the state in bytes, which is most of a checkpoint."""
         ...
 
     def wait(self) -> None:
-        """Waits for the save in flight and raises what went wrong in it. Any thread may call it, in some processes."""
+        """Wait for the running save, and raise its error if it failed.
+
+        Any thread may call this, and not all processes need to.
+        """
         ...
 
-    def everywhere(self, holds: bool) -> bool:
-        """Waits until every process calls it, and returns whether `holds` is true in all of them."""
+    def all_processes(self, condition: bool) -> bool:
+        """Wait until every process calls this, and return whether a condition is true in all of them."""
         ...
 
-    def from_first(self, value: int) -> int:
-        """Returns the first process's value in all of them."""
+    def broadcast_from_first(self, value: int) -> int:
+        """Return the first process's value in all processes."""
         ...
 
-    def stops(self, wanted: bool, step: int) -> bool:
-        """Returns whether the run ends after a step: in all processes after the same one.
+    def should_stop(self, requested: bool, step: int) -> bool:
+        """Return whether the run must end after a step, which is the same step in all processes.
 
         Args:
-            wanted: This process was told to.
-            step: That was just started.
+            requested: Whether this process was told to end the run.
+            step: The step that was just started.
         """
         ...
 
     def check(self, folder: Path) -> None:
-        """Compares names and shapes of a checkpoint's arrays with those of the state, without reading the arrays.
+        """Compare names and shapes of a checkpoint's arrays with those of the state, without reading the arrays.
 
         Raises:
             CheckpointError: If the checkpoint is of another architecture or optimizer.
@@ -122,44 +148,59 @@ class Backend(Protocol):
         ...
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Loads the state in place and returns the metadata.
+        """Load a checkpoint into the state, and return its metadata.
 
         Raises:
-            CheckpointError: As `check`.
+            CheckpointError: As in `check`.
         """
         ...
 
     def state_arrays(self) -> Arrays:
-        """Returns the whole state as plain arrays on the host, by the names of `core.portable`."""
+        """Return the whole state as plain arrays on the host, by the names of `core.checkpoints.portable`."""
         ...
 
     def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encodes prompts to float32 (N, L, D)."""
+        """Encode prompts, and return their embeddings, float32 (N, L, D)."""
         ...
 
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:
-        """Encodes images, float32 (N, C, H, W) in -1..1, N a multiple of this process's devices.
+        """Encode images to the posteriors of their latents.
+
+        Args:
+            pixels: The images, float32 (N, C, H, W) in -1..1. N is a multiple of the number of this process's devices.
 
         Returns:
-            Means and log variances of their latents, not scaled, float32 (P x N, 2, c, h, w): those of the images of
-            all P processes, one process after the other.
+            Means and log variances of the latents, which are not scaled, float32 (P x N, 2, c, h, w): those of the
+            images of all P processes, one process after the other.
         """
         ...
 
     def release(self, name: str) -> None:
-        """Free a frozen component's memory: only samples need it from now on."""
+        """Free the memory of a frozen component, which only samples need from now on."""
         ...
 
     def trained_arrays(self) -> Arrays:
-        """Returns what trains, averaged if there is an average, as `unet/conv_in.weight`, in PyTorch's layout."""
+        """Return the trained weights, averaged if there is an average, in PyTorch's layout.
+
+        Returns:
+            Arrays by component and PyTorch name, such as `unet/conv_in.weight`.
+        """
         ...
 
     def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Encodes images, float32 (N, C, H, W) in -1..1, to scaled latents (N, c, h, w), sampled with `noise`."""
+        """Encode images to scaled latents.
+
+        Args:
+            pixels: The images, float32 (N, C, H, W) in -1..1.
+            noise: Standard normal noise that samples the posterior, float32 (N, c, h, w).
+
+        Returns:
+            The latents, (N, c, h, w).
+        """
         ...
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Decodes scaled latents to uint8 images (N, H, W, C)."""
+        """Decode scaled latents (N, c, h, w) to images, uint8 (N, H, W, C)."""
         ...
 
     def sample(
@@ -172,36 +213,49 @@ class Backend(Protocol):
         seed: int,
         batch_size: int = 64,
     ) -> np.ndarray:
-        """Draws images with the averaged weights if there are any, `batch_size` at a time over all devices.
+        """Draw images with the averaged weights if there are any.
+
+        Args:
+            prompts: Texts to draw; empty for an unconditional pipeline.
+            num_images: Images per prompt, or in all where there are no prompts.
+            num_inference_steps: Denoising steps.
+            guidance_scale: Scale of classifier-free guidance; 1 or less turns it off.
+            seed: Seed of all noise.
+            batch_size: Images drawn at a time, over all devices.
 
         Returns:
-            uint8 images shaped (prompts x num_images, height, width, channels), or (num_images, …) with no prompts.
+            Images, uint8 (prompts x num_images, H, W, C), or (num_images, H, W, C) where there are no prompts.
         """
         ...
 
     def export(self, folder: Path, *, only_trained: bool = False) -> None:
-        """Writes the weights of the pipeline's models, one subfolder each, in Diffusers' format."""
+        """Write the weights of the pipeline's models, one subfolder each, in Diffusers' format.
+
+        Args:
+            folder: Folder of the pipeline.
+            only_trained: Whether to leave out the models that do not train.
+        """
         ...
 
 
 def shared_folder(folder: Path, backend: Backend, option: str) -> None:
-    """Makes sure that all processes see the same folder.
+    """Make sure that all processes see the same folder.
 
     Args:
-        folder: That exists.
-        backend: Of this process.
-        option: That names the folder.
+        folder: The folder, which exists.
+        backend: The backend of this process.
+        option: The option that names the folder, for messages.
 
     Raises:
-        ConfigError: In every process, if one does not see what the first one writes.
+        ConfigError: If a process does not see what the first one writes. Every process raises it.
     """
     if backend.process_count == 1:
         return
     sign = folder / ".shared"
     if backend.process_index == 0:
         write_text(sign, "all processes of a run must see this\n")
-    backend.everywhere(True)
-    seen = backend.everywhere(sign.exists())
+    backend.all_processes(True)
+    seen = backend.all_processes(sign.exists())
     if backend.process_index == 0:
         sign.unlink()
     if not seen:

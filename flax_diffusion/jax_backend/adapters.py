@@ -1,7 +1,7 @@
-"""LoRA and new tokens in Flax: arrays beside the frozen weights, found by the layers as they are called.
+"""LoRA and new tokens in Flax: arrays beside the frozen weights, which the layers find when they are called.
 
-The models know nothing of it. An adapter stands in the parameter tree beside the weights of its layer (`to_q/lora_A`,
-`token_embedding/new_rows`), and an interceptor of the layers' calls adds its part.
+The models themselves have no code for adapters. An adapter is in the parameter tree beside the weights of its layer
+(`to_q/lora_A`, `token_embedding/new_rows`), and an interceptor of the layers' calls adds its part to the output.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ Tree = dict[str, Any]
 
 
 def draw(component: Component, weights: Tree, seed: int) -> Tree:
-    """First values of a component's adapters, as the tree that stands beside its weights.
+    """Draw the first values of a component's adapters.
 
     Args:
-        component: Says what adapts it.
-        weights: Its weights, or those of another with the same shapes.
-        seed: Of the run.
+        component: The component, with its LoRA or new tokens.
+        weights: Its weights, or others of the same shapes.
+        seed: Seed of the run.
+
+    Returns:
+        The adapters, as a tree to be merged with the weights.
 
     Raises:
         ConfigError: If a LoRA does not fit the model.
@@ -52,7 +55,7 @@ def draw(component: Component, weights: Tree, seed: int) -> Tree:
 
 
 def _place(name: str, layers: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
-    """The path of an adapter's array: beside the weights of its layer."""
+    """Return the path of an adapter's array, which is beside the weights of its layer."""
     if name == adapters.NEW_ROWS:
         return (*layers[adapters.TOKEN_EMBEDDING], "new_rows")
     layer, part, _ = name.rsplit(".", 2)
@@ -60,17 +63,17 @@ def _place(name: str, layers: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def merge(ours: Tree, theirs: Tree) -> Tree:
-    """Two parameter trees as one; they share branches, and no leaf."""
+    """Merge two parameter trees, which share branches but no leaves."""
     both = {key: merge(ours[key], theirs[key]) for key in ours.keys() & theirs.keys()}
     return {**ours, **theirs, **both}
 
 
 def interceptor(component: Component, *, train: bool) -> Any:
-    """What `nn.intercept_methods` takes, to call the layers of a component with their adapters.
+    """Return an interceptor for `nn.intercept_methods`, which calls the layers of a component with their adapters.
 
     Args:
-        component: Says what adapts it.
-        train: Drop inputs of LoRA at random.
+        component: The component, with its LoRA or new tokens.
+        train: Whether to drop inputs of LoRA at random.
     """
     lora, new_tokens = component.lora, component.new_tokens
 
@@ -86,7 +89,7 @@ def interceptor(component: Component, *, train: bool) -> Any:
             rows = own["new_rows"].astype(known.dtype)[jnp.maximum(ids - new_tokens.first, 0)]
             return jnp.where(new[..., None], rows, known)
         made = next_call(*args, **kwargs)
-        alone = not isinstance(made, tuple)  # else the parts of one output
+        alone = not isinstance(made, tuple)  # else the layer returns the parts of its output
         outs = [made] if alone else list(made)
         if lora is not None and "lora_A" in own:
             (x,) = args

@@ -23,11 +23,11 @@ from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import absolute, written_folder
 from flax_diffusion.core.io.torch_names import from_torch_layout
 from flax_diffusion.core.objectives import samplers
-from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.jax_backend import adapters
 from flax_diffusion.jax_backend.modules import load_pretrained
 from flax_diffusion.jax_backend.optimizers.optimizer import OPTIMIZERS, Params
-from flax_diffusion.jax_backend.processes import everywhere, from_first, to_host
+from flax_diffusion.jax_backend.processes import all_processes, broadcast_from_first, to_host
 from flax_diffusion.jax_backend.program import Program
 from flax_diffusion.jax_backend.sampling import Sampler, to_uint8
 from flax_diffusion.jax_backend.sharding import make_mesh, put, put_batch, put_replicated, state_shardings
@@ -42,20 +42,21 @@ PYTORCH_ONLY = {
     "channels_last": "drop it, XLA chooses the layouts",
     "torch_compile": "drop it, the step is always compiled",
 }
-"""Options of `python -m torch_backend.train`, and what to use here."""
+"""Options that only `python -m torch_backend.train` has, and what to use here instead."""
 
 SLICE_BYTES = 2**22
-"""A save divides an array among the devices that hold copies of it, if the parts are as large: each is a dispatch."""
+"""Smallest part of an array that is saved by one of the devices that hold copies of it; each part is a dispatch."""
 
 
 class JaxBackend:
-    """Implements `core.backend.Backend` with Flax modules on a mesh of all devices.
+    """Implementation of `core.backend.Backend`, which documents the methods, with Flax modules on a mesh of devices.
 
     Args:
         config: The run's options.
         spec: The pipeline.
-        devices: By default all of them.
-        dtype: Of the trained weights and, without mixed precision, of all computation; float64 needs jax_enable_x64.
+        devices: Devices of the mesh; None for all.
+        dtype: Dtype of the trained weights and, without mixed precision, of all computation. float64 needs
+            jax_enable_x64.
 
     Raises:
         ConfigError: For an option that this backend does not have, or that does not fit the devices.
@@ -91,41 +92,41 @@ class JaxBackend:
 
     @staticmethod
     def check_options(config: TrainConfig) -> None:
-        """Refuses options that only PyTorch has."""
+        """Refuse options that only the PyTorch backend has."""
         refuse(config, PYTORCH_ONLY, "PyTorch")
         check_optimizer(config, OPTIMIZERS)
 
     def init_state(self) -> int:
-        """Loads or draws the weights straight onto their shards."""
+        """Load or draw the weights directly onto their shards, and return the number of trained parameters."""
         loaded = {name: load_pretrained(part) for name, part in self.spec.components.items() if part.weights}
         params = {}
         for name in self.program.trained:
             part = self.spec.components[name]
             host = loaded[name] if name in loaded else self.modules.by_name[name].init_weights(self.config.seed)
-            host = adapters.draw(part, host, self.config.seed) if part.adapted else host
+            host = adapters.draw(part, host, self.config.seed) if part.training is Training.ADAPTERS else host
             params[name] = put(_cast(host, self.dtype), state_shardings(host, self.mesh))
         self.state = self.program.init_state(params)
         self.frozen = {
             name: self._place_frozen(name, host)
             for name, host in loaded.items()
-            if not self.spec.components[name].train
+            if self.spec.components[name].training is not Training.ALL
         }
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
 
     def _place_frozen(self, name: str, host: Params) -> Params:
-        """Weights that do not train, in the precision that they compute in."""
+        """Place weights that do not train on the devices, in the precision of their computation."""
         return put(_cast(host, self.modules.by_name[name].dtype), state_shardings(host, self.mesh))
 
     def _all_params(self) -> Params:
-        """The weights that samples are drawn with; reads again what was let go of."""
+        """Return the weights that samples are drawn with; those that were freed are read again."""
         frozen = dict(self.frozen)
         for name, component in self.spec.components.items():
-            if name not in frozen and not component.train:
+            if name not in frozen and component.training is not Training.ALL:
                 frozen[name] = self._place_frozen(name, load_pretrained(component))
         return adapters.merge(frozen, self._exported())
 
     def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encodes prompts."""
+        """Encode prompts to float32 (N, L, D)."""
         tokenize = self.spec.tokenize
         assert tokenize is not None
         ids = put_replicated(np.stack([tokenize(prompt) for prompt in prompts]), self.mesh)
@@ -134,8 +135,8 @@ class JaxBackend:
         return made.astype(np.promote_types(self.dtype, np.float32))
 
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:
-        """Encodes images to the moments of their latents."""
-        # A mesh may order devices, and with them the images, in another way than by process.
+        """Encode images to means and log variances of their latents."""
+        # A mesh may order devices, and so the images, in another way than by process.
         places = self.process_index * len(pixels) + np.arange(len(pixels), dtype=np.int32)
         placed = put_batch({"pixels": pixels.astype(self.dtype), "places": places}, self.mesh, leading=0)
         posterior = self._posterior({self.spec.vae_name: self.frozen[self.spec.vae_name]}, placed["pixels"])
@@ -144,11 +145,11 @@ class JaxBackend:
         return made.astype(np.promote_types(self.dtype, np.float32))
 
     def release(self, name: str) -> None:
-        """Frees a frozen component's weights; samples read them again."""
+        """Free the weights of a frozen component; samples read them again."""
         del self.frozen[name]
 
     def put(self, batch: Batch) -> dict[str, jax.Array]:
-        """Starts the copy of this process's examples to its devices; names of examples stay on the host."""
+        """Start the copy of this process's examples to its devices; their indices stay on the host."""
         wanted = {key: value for key, value in batch.items() if key != "example_index"}
         if self.dtype != jnp.float32:
             wanted = {
@@ -157,7 +158,7 @@ class JaxBackend:
         return put_batch(wanted, self.mesh)
 
     def train_step(self, batch: dict[str, jax.Array], learning_rate: float, ema_decay: float) -> dict[str, jax.Array]:
-        """Dispatches the compiled step."""
+        """Dispatch the compiled step."""
         real = np.promote_types(self.dtype, np.float32).type
         rates = put_replicated({"learning_rate": real(learning_rate), "ema_decay": real(ema_decay)}, self.mesh)
         with jax.transfer_guard("disallow"):
@@ -165,16 +166,16 @@ class JaxBackend:
         return metrics
 
     def set_step(self, step: int) -> None:
-        """Counts on from another step."""
+        """Set the number of steps taken."""
         now = self.state.step
         self.state = self.state.replace(step=put(np.asarray(step, now.dtype), now.sharding))
 
     def read(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
-        """Waits for a step's numbers."""
+        """Wait for the metrics of a step."""
         return {key: float(value) for key, value in jax.device_get(metrics).items()}
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
-        """Copies the state to the host and writes it in the background."""
+        """Copy the state to the host, and write it in the background."""
         if self._checkpointer is None:
             self._checkpointer = ocp.AsyncCheckpointer(_checkpoint_handler())
         self._checkpointer.save(
@@ -183,28 +184,28 @@ class JaxBackend:
         )
 
     def state_bytes(self) -> int:
-        """Counts weights, moments and averages, whole."""
+        """Return the bytes of weights, moments and averages over all devices."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.state))
 
     def wait(self) -> None:
-        """Waits until the last save is complete."""
+        """Wait until the last save is complete."""
         if self._checkpointer is not None:
             self._checkpointer.wait_until_finished()
 
-    def everywhere(self, holds: bool) -> bool:
-        """Asks all processes."""
-        return everywhere(holds)
+    def all_processes(self, condition: bool) -> bool:
+        """Return whether a condition is true in all processes."""
+        return all_processes(condition)
 
-    def from_first(self, value: int) -> int:
-        """Tells all processes."""
-        return from_first(value)
+    def broadcast_from_first(self, value: int) -> int:
+        """Return the first process's value in all processes."""
+        return broadcast_from_first(value)
 
-    def stops(self, wanted: bool, step: int) -> bool:
-        """Asks JAX, which where there are several processes hears the signal itself."""
-        return wanted if self.process_count == 1 else multihost_utils.reached_preemption_sync_point(step)
+    def should_stop(self, requested: bool, step: int) -> bool:
+        """Return whether the run must end; with several processes JAX itself listens for the signal."""
+        return requested if self.process_count == 1 else multihost_utils.reached_preemption_sync_point(step)
 
     def check(self, folder: Path) -> None:
-        """Compares a checkpoint of either backend with the state, whatever mesh wrote it."""
+        """Compare a checkpoint of either backend and of any mesh with the state."""
         if portable.is_portable(folder):
             leaves = jax.tree_util.tree_flatten_with_path(self.state)[0]
             own = ((_keys(path), np.broadcast_to(np.float32(0), leaf.shape)) for path, leaf in leaves)
@@ -215,7 +216,7 @@ class JaxBackend:
                 _check_same_tree(checkpointer, folder, self.state)
 
     def restore(self, folder: Path) -> dict[str, Any]:
-        """Loads a checkpoint of either backend onto the shards of this mesh."""
+        """Load a checkpoint of either backend onto the shards of this mesh."""
         self.check(folder)
         if portable.is_portable(folder):
             arrays, metadata = portable.read(folder)
@@ -233,12 +234,12 @@ class JaxBackend:
         return restored["metadata"]
 
     def state_arrays(self) -> portable.Arrays:
-        """The whole state as plain arrays on the host, by portable name."""
+        """Return the whole state as plain arrays on the host, by portable name."""
         leaves = jax.tree_util.tree_flatten_with_path(to_host(self.state))[0]
         return portable.from_tree((_keys(path), leaf) for path, leaf in leaves)
 
     def _load(self, arrays: portable.Arrays, step: int) -> None:
-        """Takes over a state by portable name: the inverse of `state_arrays`."""
+        """Load a state by portable name: the inverse of `state_arrays`."""
 
         def take(path: Any, leaf: jax.Array) -> jax.Array:
             named = portable.portable_name(_keys(path))
@@ -259,7 +260,7 @@ class JaxBackend:
         seed: int,
         batch_size: int = 64,
     ) -> np.ndarray:
-        """Draws images with the moving average, or with the weights themselves where there is none."""
+        """Draw images with the moving average, or with the weights themselves where there is none."""
         return self._sampler(
             self._all_params(),
             prompts=prompts,
@@ -271,26 +272,26 @@ class JaxBackend:
         )
 
     def trained_arrays(self) -> portable.Arrays:
-        """What trains, averaged if there is an average, by component and PyTorch name."""
+        """Return the trained weights, averaged if there is an average, by component and PyTorch name."""
         leaves = jax.tree_util.tree_flatten_with_path(to_host(self._exported()))[0]
         named = portable.from_tree((("params", *_keys(path)), leaf) for path, leaf in leaves)
         return {name.removeprefix("params/"): array for name, array in named.items()}
 
     def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
-        """Encodes images to scaled latents."""
+        """Encode images to scaled latents."""
         params = self._all_params()
         return to_host(self._encode(params, *put_replicated((pixels, noise), self.mesh)))
 
     def decode(self, latents: np.ndarray) -> np.ndarray:
-        """Decodes scaled latents to pictures."""
+        """Decode scaled latents to pictures."""
         params = self._all_params()
         return to_host(self._decode(params, put_replicated(latents, self.mesh)))
 
     def export(self, folder: Path, *, only_trained: bool = False) -> None:
-        """Writes the components' float32 weights."""
+        """Write the components' float32 weights."""
         trained = self._exported()
         for name, component in self.spec.components.items():
-            if only_trained and not component.train:
+            if only_trained and component.training is not Training.ALL:
                 continue
             params = to_host(trained[name]) if name in trained else load_pretrained(component)
             if self.process_index == 0:
@@ -318,10 +319,10 @@ def _checkpoint_handler() -> ocp.CompositeCheckpointHandler:
 
 
 def _check_same_tree(checkpointer: ocp.Checkpointer, folder: Path, target: Any) -> None:
-    """Compares names and shapes before anything is read. (In other types, values are converted.)
+    """Compare names and shapes before any array is read. (Values of another dtype are converted.)
 
     Raises:
-        CheckpointError: Naming the first differences.
+        CheckpointError: If they differ; the message names the first differences.
     """
     try:
         items = checkpointer.metadata(absolute(folder)).item_metadata

@@ -1,6 +1,7 @@
-"""The Flax modules of a pipeline, and the few functions that training and sampling compose them with.
+"""The Flax modules of a pipeline, and the functions of them that training and sampling are composed of.
 
-Shapes: B images, C channels, H W pixels, h w of what is denoised (pixels or latents), L tokens, D text features.
+Shapes: B images, C channels, H and W in pixels, h and w of what is denoised (pixels or latents), L tokens, D text
+features.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from flax_diffusion.core.families.family import Role
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.weight_files import in_memory
 from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.jax_backend.adapters import interceptor
@@ -26,6 +27,7 @@ from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.models.weights import from_tensors, to_torch, torch_shapes
 
 COMPUTE_DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
+"""Dtype of the computation, by --mixed_precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +36,8 @@ class Modules:
 
     Attributes:
         spec: The pipeline.
-        by_name: Its modules.
-        mesh: Devices over which batches are split, which attention has to know to choose its kernel; None: any.
+        by_name: The modules by component name.
+        mesh: Devices over which batches are split. Attention chooses its kernel by them; None for any devices.
     """
 
     spec: PipelineSpec
@@ -43,12 +45,15 @@ class Modules:
     mesh: Mesh | None = None
 
     def encode_images(self, params: Params, pixels: jax.Array, noise: jax.Array | None) -> jax.Array:
-        """Pixels (B,C,H,W) in -1..1 to scaled latents (B,C,h,w); pixels themselves where there is no VAE.
+        """Encode images to scaled latents.
 
         Args:
             params: Weights of all components.
-            pixels: The images.
-            noise: Standard normal (B,C,h,w) that samples the posterior.
+            pixels: The images, (B, C, H, W) in -1..1.
+            noise: Standard normal noise (B, C, h, w) that samples the posterior; None where there is no autoencoder.
+
+        Returns:
+            The latents, (B, C, h, w); the pixels themselves where there is no autoencoder.
         """
         if self.spec.vae is None:
             return pixels
@@ -56,32 +61,32 @@ class Modules:
         return self.sample_latents(self.posterior(params, pixels), noise)
 
     def sample_latents(self, posterior: FlaxDiagonalGaussianDistribution, noise: jax.Array) -> jax.Array:
-        """Scaled latents (B,C,h,w), in float32 at least."""
+        """Sample a posterior with standard normal noise, to scaled latents (B, C, h, w), in float32 at least."""
         assert self.spec.vae is not None
         latents = posterior.sample_with(noise) * self.spec.vae["scaling_factor"]
         return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
 
     def posterior(self, params: Params, pixels: jax.Array) -> FlaxDiagonalGaussianDistribution:
-        """The distribution of the latents of images, not scaled."""
+        """Encode images (B, C, H, W) to the distribution of their latents, which are not scaled."""
         return self._apply(self.spec.vae_name, params, pixels, method="encode").latent_dist
 
     def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
-        """The inverse of `encode_images`: images (B,C,H,W) in about -1..1."""
+        """Decode scaled latents (B, C, h, w) to images (B, C, H, W) in about -1..1: the inverse of `encode_images`."""
         if self.spec.vae is None:
             return latents
         return self.decode(params, latents / self.spec.vae["scaling_factor"])
 
     def decode(self, params: Params, latents: jax.Array) -> jax.Array:
-        """Latents that are not scaled to images."""
+        """Decode latents (B, C, h, w) that are not scaled to images (B, C, H, W)."""
         return self._apply(self.spec.vae_name, params, latents, method="decode").sample
 
     @property
     def family(self) -> Family:
-        """What the pipeline's family computes."""
+        """Functions of the pipeline's family."""
         return FAMILIES[self.spec.family.name]
 
     def condition(self, params: Params, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None) -> Any:
-        """Return what the denoiser is told beside sample and time; see `Family.condition`."""
+        """Return what the denoiser is told besides sample and time; see `Family.condition`."""
         return self.family.condition(self, params, batch, dropout)
 
     def predict(
@@ -96,21 +101,25 @@ class Modules:
         return self.family.predict(self, params, sample, timesteps, condition, dropout)
 
     def call(self, name: str, params: Params, dropout: jax.Array | None, *inputs: jax.Array) -> Any:
-        """Call a model, with its adapters; what does not train has no dropout.
+        """Call a model with its adapters; a model that does not train has no dropout.
 
         Args:
-            name: The component.
+            name: Name of the component.
             params: Weights of all components.
             dropout: Key of the dropout masks; None in evaluation.
-            inputs: Of the model.
+            inputs: Inputs of the model.
 
         Returns:
             The model's outputs.
         """
         component = self.spec.components[name]
-        train = dropout is not None and component.trains
+        train = dropout is not None and component.is_trained
         rngs = {"dropout": dropout} if train else None
-        with nn.intercept_methods(interceptor(component, train=train)) if component.adapted else nullcontext():
+        with (
+            nn.intercept_methods(interceptor(component, train=train))
+            if component.training is Training.ADAPTERS
+            else nullcontext()
+        ):
             return self._apply(name, params, *inputs, train=train, rngs=rngs)
 
     def _apply(self, name: str, params: Params, *inputs: jax.Array, **options: Any) -> Any:
@@ -128,13 +137,13 @@ def build_modules(
     gradient_checkpointing: Checkpointing = False,
     mesh: Mesh | None = None,
 ) -> Modules:
-    """Makes the modules of a pipeline; no weights yet.
+    """Make the modules of a pipeline, without weights.
 
     Args:
-        spec: What to build.
-        dtype: Compute precision. A VAE whose config says `force_upcast` (SDXL's) computes in float32 at least.
-        gradient_checkpointing: What the backward pass computes again, of all that gradients pass through.
-        mesh: Devices over which batches are split.
+        spec: The pipeline.
+        dtype: Dtype of the computation. A VAE whose config says `force_upcast` (SDXL's) computes in float32 at least.
+        gradient_checkpointing: Activations that the backward pass computes again, in models that gradients go through.
+        mesh: Devices over which batches are split; None for any.
 
     Raises:
         ConfigError: For a config field that the Flax modules do not support.
@@ -143,7 +152,7 @@ def build_modules(
 
     def make(component: Component) -> Any:
         options: dict[str, Any] = {"dtype": wide if component.config.get("force_upcast") else dtype}
-        if component.trains or component.role is Role.DENOISER:
+        if component.is_trained or component.role is Role.DENOISER:
             options["gradient_checkpointing"] = gradient_checkpointing
         return class_of(component.kind).from_config(component.config, **options)
 
@@ -152,15 +161,21 @@ def build_modules(
 
 
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
-    """The shapes of every model's parameters by PyTorch name; no weight is read."""
+    """Return the shapes of a pipeline's parameters by component and PyTorch name, without reading a weight."""
     return {name: torch_shapes(model.params_shape()) for name, model in build_modules(spec).by_name.items()}
 
 
 def load_pretrained(component: Component) -> Params:
-    """The float32 weights of a component, as NumPy arrays on the host: its files', with what is laid over them.
+    """Read the weights of a component from its files, and apply its overlay.
+
+    Args:
+        component: The component.
+
+    Returns:
+        The weights as NumPy arrays on the host, float32.
 
     Raises:
-        WeightsError: If they do not fit.
+        WeightsError: If the weights do not fit the component's config.
     """
     model, overlay = class_of(component.kind), component.overlay
     source = f"{component.weights}/{component.subfolder or ''}"

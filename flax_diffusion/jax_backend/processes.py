@@ -61,14 +61,14 @@ def _number(name: str) -> int:
     return int(value)
 
 
-def everywhere(holds: bool) -> bool:
-    """Return whether `holds` is true in every process; waits for all of them."""
+def all_processes(condition: bool) -> bool:
+    """Return whether a condition is true in every process; waits for all of them."""
     if jax.process_count() == 1:
-        return holds
-    return bool(multihost_utils.process_allgather(np.asarray(holds)).all())
+        return condition
+    return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
 
 
-def from_first(value: int) -> int:
+def broadcast_from_first(value: int) -> int:
     """Return the first process's value in all processes; waits for all of them."""
     if jax.process_count() == 1:
         return value

@@ -1,6 +1,6 @@
-"""The program of a run: its modules, its optimizer and its compiled step, known by shapes and shardings alone.
+"""The program of a run: its modules, its optimizer and its compiled step, which need only shapes and shardings.
 
-Training gives it weights; a plan compiles it for chips that are not there.
+Training gives it weights. A plan compiles it for chips that this machine does not have.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_diffusion.core.config.options import TrainConfig
-from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.jax_backend import adapters
 from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules
 from flax_diffusion.jax_backend.optimizers.offload import on_host
@@ -24,34 +24,35 @@ from flax_diffusion.jax_backend.sharding import batch_sharding, replicated, stat
 from flax_diffusion.jax_backend.train_step import TrainState, create_state, train_step
 
 COMPILER_OPTIONS = {
-    # Of batches under 8 a chip, XLA makes larger ones by cutting pictures into strips before each convolution: by its
-    # own estimate a residual block of SD 1.5 at batch 4 then takes 2.9 times as long.
+    # XLA enlarges batches under 8 per chip by cutting pictures into strips before each convolution. By its own
+    # estimate a residual block of SD 1.5 at batch 4 then takes 2.9 times as long.
     "tpu": {
         "xla_tpu_run_space_to_batch": False,
         "xla_tpu_run_space_to_batch_on_new_platforms": False,
-        # Else products whose result is divided over devices are cut into one for each device, with an exchange after
-        # each: at the sizes of Stable Diffusion a feed-forward layer takes 12% longer, and twice as long to compile.
+        # Else matrix products whose result is divided over devices are cut into one per device, each followed by an
+        # exchange: at the sizes of Stable Diffusion a feed-forward layer takes 12% longer, and twice as long to
+        # compile.
         "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000,
     }
 }
-"""For the step, by platform."""
+"""Compiler options of the step, by platform."""
 
 OFFLOADING = {
-    # To hide how long a copy takes, the scheduler fills what memory there is with moments that wait. Turned off, it
-    # leaves all copies back to the host to the step's end; this makes it save memory instead.
+    # To hide the time of copies, the scheduler fills the free memory with moments that wait. With that turned off, it
+    # leaves all copies back to the host until the end of the step. This option makes it save memory instead.
     "tpu": {"xla_tpu_scheduler_percent_shared_memory_limit": 1}
 }
-"""The same where moments are in the host's memory."""
+"""Further compiler options of the step where the moments are in the host's memory, by platform."""
 
 
 class Program:
-    """What a config and a pipeline make on a mesh.
+    """Modules, optimizer, state and step of a run on a mesh.
 
     Args:
         config: The run's options.
         spec: The pipeline.
-        mesh: Devices, which may be those of a topology that is only described.
-        dtype: Of the trained weights and, without mixed precision, of all computation.
+        mesh: The devices, which may belong to a topology that is only described.
+        dtype: Dtype of the trained weights and, without mixed precision, of all computation.
     """
 
     def __init__(self, config: TrainConfig, spec: PipelineSpec, mesh: Mesh, dtype: Any = jnp.float32):
@@ -83,17 +84,27 @@ class Program:
 
     @property
     def trained(self) -> list[str]:
-        """Components of which something trains."""
-        return [name for name, part in self.spec.components.items() if part.trains]
+        """Names of the components that train, wholly or by adapters."""
+        return [name for name, part in self.spec.components.items() if part.is_trained]
 
     @property
     def frozen(self) -> Params:
-        """Shapes, dtypes and shardings of the weights that do not train, in the precision that they compute in."""
-        own = {name: self.modules.by_name[name] for name, part in self.spec.components.items() if not part.train}
+        """Shapes, dtypes and shardings of the weights that do not train, in the precision of their computation."""
+        own = {
+            name: self.modules.by_name[name]
+            for name, part in self.spec.components.items()
+            if part.training is not Training.ALL
+        }
         return self.placed({name: self._shapes(model.params_shape(), model.dtype) for name, model in own.items()})
 
     def batch(self, example: Mapping[str, np.ndarray], accumulation: int, batch_size: int) -> dict[str, Any]:
-        """Shapes, dtypes and shardings of a step's batch of examples like one; names of examples are no part of it."""
+        """Return shapes, dtypes and shardings of a step's batch; the indices of examples are no part of it.
+
+        Args:
+            example: An example like those of the batch.
+            accumulation: Micro-batches per optimizer step.
+            batch_size: Images per micro-batch, over all devices.
+        """
         sharding = batch_sharding(self.mesh)
         return {
             key: jax.ShapeDtypeStruct((accumulation, batch_size, *value.shape), value.dtype, sharding=sharding)
@@ -103,14 +114,14 @@ class Program:
 
     @property
     def rates(self) -> dict[str, Any]:
-        """Shapes, dtypes and shardings of the scalars of a step."""
+        """Shapes, dtypes and shardings of a step's learning rate and EMA decay."""
         real = jnp.promote_types(self.dtype, jnp.float32)
         scalar = jax.ShapeDtypeStruct((), real, sharding=replicated(self.mesh))
         return {"learning_rate": scalar, "ema_decay": scalar}
 
     @functools.cached_property
     def step(self) -> Any:
-        """The jitted step of (state, frozen, batch, rates); the state is donated."""
+        """The jitted step, a function of (state, frozen, batch, rates), to which the state is donated."""
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(
             self._step,
@@ -123,12 +134,16 @@ class Program:
         return COMPILER_OPTIONS.get(platform, {}) | (OFFLOADING.get(platform, {}) if self._offload else {})
 
     def init_state(self, params: Params) -> TrainState:
-        """The state before the first step, on its shards. The weights are donated: they never stand beside it."""
+        """Make the state before the first step, on its shards.
+
+        Args:
+            params: The trained weights. They are donated, so that they and the state are never both in memory.
+        """
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state)
         return jax.jit(self.create_state, donate_argnums=0, out_shardings=shardings)(params)
 
     def placed(self, tree: Any) -> Any:
-        """A tree of shapes with the sharding of each by its path."""
+        """Return a tree of shapes with shardings, each chosen by the path in the tree."""
         return jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
             tree,
@@ -136,9 +151,9 @@ class Program:
         )
 
     def _trained(self, name: str) -> Params:
-        """Arrays or shapes of what trains of a component."""
+        """Return the trained part of a component, as arrays or shapes."""
         component, shapes = self.spec.components[name], self.modules.by_name[name].params_shape()
-        if not component.adapted:
+        if component.training is not Training.ADAPTERS:
             return shapes
         return adapters.draw(
             component, jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes), 0

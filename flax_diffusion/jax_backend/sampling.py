@@ -1,7 +1,7 @@
-"""Images from noise: one compiled denoising step, run by a plain loop.
+"""Sampling of images from noise: one compiled denoising step, which a plain loop runs.
 
-All noise comes from the host, keyed by (seed, image, step), so a picture depends on neither batch size nor
-devices nor backend.
+All noise is drawn on the host from a generator keyed by (seed, image, step), so a picture does not depend on batch
+size, devices or backend.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from flax_diffusion.schedulers import FlaxDDPMScheduler
 
 
 class Sampler:
-    """Draws images from a pipeline's modules with any of the schedulers.
+    """Sampler of images from a pipeline's modules, with any of the schedulers.
 
     Args:
-        modules: The pipeline.
-        scheduler: A `flax_diffusion.schedulers` scheduler.
-        mesh: Devices to spread a batch over.
+        modules: The pipeline's modules.
+        scheduler: A scheduler of `flax_diffusion.schedulers`.
+        mesh: Devices over which a batch is split.
     """
 
     def __init__(self, modules: Modules, scheduler: Any, mesh: Mesh):
@@ -42,10 +42,17 @@ class Sampler:
         self._finish = jax.jit(functools.partial(to_uint8, modules))
 
     def __call__(self, params: Params, **options: Any) -> np.ndarray:
-        """Draws all pictures; arguments and errors as of `batches`.
+        """Draw all pictures.
+
+        Args:
+            params: Weights of all components.
+            options: The other arguments of `batches`.
 
         Returns:
-            uint8 (images, H, W, C), prompt by prompt.
+            Pictures, uint8 (images, H, W, C), prompt by prompt.
+
+        Raises:
+            ConfigError: As in `batches`.
         """
         return np.concatenate([*self.batches(params, **options)])
 
@@ -61,25 +68,25 @@ class Sampler:
         negative_prompt: str = "",
         batch_size: int = 64,
     ) -> Iterator[np.ndarray]:
-        """Draws `num_images` for each prompt, or in all where the pipeline takes no prompts.
+        """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
         Args:
             params: Weights of all components.
             prompts: Texts; empty for an unconditional pipeline.
-            num_images: Images a prompt.
+            num_images: Images per prompt.
             num_inference_steps: Denoising steps.
-            guidance_scale: w of classifier-free guidance; 1 or less turns it off.
-            seed: Of all noise.
+            guidance_scale: Scale w of classifier-free guidance; 1 or less turns it off.
+            seed: Seed of all noise.
             negative_prompt: Text to guide away from.
-            batch_size: Images at a time; changes speed and memory, not the pictures.
+            batch_size: Images drawn at a time; it changes speed and memory, not the pictures.
 
         Yields:
-            uint8 (images, H, W, C), prompt by prompt, a batch at a time.
+            Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
 
         Raises:
-            ConfigError: If prompts and pipeline do not go together.
+            ConfigError: If prompts are missing, or given to a pipeline that takes none.
 
-        Reference: Ho and Salimans, https://arxiv.org/abs/2207.12598, in Diffusers' scale: ε_∅ + w·(ε_c − ε_∅).
+        Reference: Ho and Salimans, https://arxiv.org/abs/2207.12598, with Diffusers' w: ε_∅ + w·(ε_c − ε_∅).
         """
         check_prompts(self.modules.spec, prompts)
         tokenize = self.modules.spec.tokenize
@@ -91,7 +98,7 @@ class Sampler:
         if tokenize is not None:
             ids = np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])
         for first in range(0, count, batch_size):
-            # The last batch is filled up, so that every batch has the one compiled shape.
+            # The last batch is filled up, so that every batch has the same compiled shape.
             indices = np.arange(first, first + batch_size)
             condition = None
             if ids is not None:
@@ -130,7 +137,7 @@ class Sampler:
         return self._finish(params, sample)
 
     def _noises(self, seed: int, indices: np.ndarray, shape: tuple[int, ...], steps: int) -> Iterator[np.ndarray | Any]:
-        """The starting noise, then one a step: None where the scheduler is deterministic."""
+        """Yield the starting noise, then one noise per step, which is None where the scheduler is deterministic."""
         yield sampling_noise(seed, indices, 0, shape)
         for step in range(steps):
             yield sampling_noise(seed, indices, step + 1, shape) if self.stochastic else None
@@ -161,7 +168,16 @@ class Sampler:
 
 
 def to_uint8(modules: Modules, params: Params, latents: jax.Array) -> jax.Array:
-    """Denoised samples to pictures: BCHW in -1..1 to BHWC in 0..255, rounded as Diffusers does."""
+    """Decode denoised samples to pictures, rounded as Diffusers does.
+
+    Args:
+        modules: The pipeline's modules.
+        params: Weights of all components.
+        latents: Denoised samples, (B, C, h, w).
+
+    Returns:
+        Pictures, uint8 (B, H, W, C).
+    """
     images = modules.decode_latents(params, latents).astype(jnp.float32)
     images = jnp.clip(images / 2 + 0.5, 0, 1)
     return jnp.round(images * 255).astype(jnp.uint8).transpose(0, 2, 3, 1)

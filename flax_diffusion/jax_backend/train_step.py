@@ -1,7 +1,7 @@
 """The train step: one pure function of (state, frozen weights, batch, rates), for every task.
 
-Shapes: A accumulation, B images of a micro-batch over all devices, C channels, H W pixels, h w of what is denoised
-(pixels or latents), L tokens, D text features. Tensors are BCHW at this level, as in the batch.
+Shapes: A micro-batches per step, B images per micro-batch over all devices, C channels, H and W in pixels, h and w of
+what is denoised (pixels or latents), L tokens, D text features. Images are (B, C, H, W) here, as in the batch.
 """
 
 from __future__ import annotations
@@ -31,17 +31,32 @@ Batch = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that a run must keep to go on: what a checkpoint holds."""
+    """State of a run, which a checkpoint holds.
 
-    step: jax.Array  # int32, optimizer steps taken
-    params: Params  # {"unet": …, …} trained weights, float32
+    Attributes:
+        step: Optimizer steps taken, int32 ().
+        params: Trained weights by component name, float32.
+        opt_state: State of the optimizer.
+        ema: Moving average of the weights; None for none.
+        loss_scale: Loss scale of fp16; None without it.
+    """
+
+    step: jax.Array
+    params: Params
     opt_state: optax.OptState
-    ema: Params | None  # moving average of params
-    loss_scale: LossScale | None  # under fp16
+    ema: Params | None
+    loss_scale: LossScale | None
 
 
 def create_state(params: Params, optimizer: optax.GradientTransformation, *, use_ema: bool, fp16: bool) -> TrainState:
-    """The state before the first step; the moving average starts as the weights."""
+    """Make the state before the first step; the moving average starts as the weights.
+
+    Args:
+        params: The trained weights.
+        optimizer: The optimizer.
+        use_ema: Whether to keep a moving average.
+        fp16: Whether to keep a loss scale.
+    """
     return TrainState(
         step=jnp.int32(0),
         params=params,
@@ -52,14 +67,14 @@ def create_state(params: Params, optimizer: optax.GradientTransformation, *, use
 
 
 def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
-    """The weighted denoising loss of a micro-batch.
+    """Compute the weighted denoising loss of a micro-batch.
 
     Args:
-        modules: The pipeline's modules and noise scheduler.
-        params: Weights of every module, trained and frozen.
-        batch: pixel_values (B,C,H,W) or moments (B,2,C,h,w) of their latents, noise (B,C,h,w), the objective's
-            `Mixture`, each field (B,), and where the pipeline needs them latent_noise (B,C,h,w), perturbation
-            (B,C,h,w), and what its family conditions on.
+        modules: The pipeline's modules.
+        params: Weights of all components, trained and frozen.
+        batch: Images as pixel_values (B, C, H, W) or as the posterior (B, 2, C, h, w) of their latents, noise
+            (B, C, h, w), the fields of the objective's `Mixture`, each (B,), and where the pipeline needs them
+            latent_noise (B, C, h, w), perturbation (B, C, h, w), and what its family conditions on.
         dropout: Key of the dropout masks.
 
     Returns:
@@ -67,8 +82,8 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
 
     Reference: `core.objectives.objective`, for input, target and weight.
     """
-    if "moments" in batch:
-        posterior = FlaxDiagonalGaussianDistribution(batch["moments"][:, 0], batch["moments"][:, 1])
+    if "posterior" in batch:
+        posterior = FlaxDiagonalGaussianDistribution(batch["posterior"][:, 0], batch["posterior"][:, 1])
         clean = modules.sample_latents(posterior, batch["latent_noise"])
     else:
         clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
@@ -84,19 +99,23 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
 
 
 def _mixed(batch: Batch, what: str, clean: jax.Array, noise: jax.Array) -> jax.Array:
-    """The model's input or target, (B,C,h,w): what_clean · clean + what_noise · noise."""
+    """Return the model's input or target, (B, C, h, w): what_clean · clean + what_noise · noise."""
     of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
     return of_clean * clean + of_noise * noise
 
 
 def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...], *, unroll: bool) -> Any:
-    """Adds up a function of each micro-batch, along the leading axis of `inputs`.
+    """Sum a function over the micro-batches.
 
     Args:
-        function: Gives a tree of arrays.
-        inputs: Its arguments, with a leading axis.
-        unroll: Lay the micro-batches out one after the other. A loop is smaller and as fast on an accelerator, but on
-            a CPU XLA compiles its body (and that of an unrolled `lax.scan`) to code that is 15 times slower.
+        function: Function of one micro-batch, which returns a tree of arrays.
+        inputs: Arguments of the function, each with a leading axis of micro-batches.
+        unroll: Whether to write the micro-batches out one after the other. A loop is smaller and as fast on an
+            accelerator, but on a CPU XLA compiles its body (and that of an unrolled `lax.scan`) to code that is 15
+            times slower.
+
+    Returns:
+        The sum, a tree of arrays.
     """
 
     def take(index: int) -> Any:
@@ -116,10 +135,17 @@ def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...]
 
 
 def compute_copies(modules: Modules, params: Params) -> Params:
-    """Matrices in the precision that their modules compute in, made once a step.
+    """Copy the weight matrices in the precision that their modules compute in, once per step.
 
-    Where weights are divided over devices, it is these that are gathered, once, at half the bytes under bf16. Norms and
-    biases stay as they are: sums in float32 take them.
+    Where weights are divided over devices, these copies are gathered, once, at half the bytes under bf16. Norms and
+    biases stay as they are, because they enter sums in float32.
+
+    Args:
+        modules: The pipeline's modules.
+        params: The trained weights.
+
+    Returns:
+        The weights with the copies in place of the matrices.
     """
 
     def of_module(name: str, tree: Params) -> Params:
@@ -135,7 +161,7 @@ def compute_copies(modules: Modules, params: Params) -> Params:
 
 
 def _widened(grad: jax.Array, weight: jax.Array) -> jax.Array:
-    """A gradient in the precision of its weight; in memory it keeps its own, at half the bytes under bf16."""
+    """Convert a gradient to the precision of its weight; in memory it keeps its own, at half the bytes under bf16."""
     return grad if grad.dtype == weight.dtype else jax.lax.optimization_barrier(grad).astype(weight.dtype)
 
 
@@ -153,23 +179,25 @@ def train_step(
     unroll: bool,
     skip_nonfinite: bool = False,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Takes one optimizer step.
+    """Take one optimizer step.
+
+    All arguments after `rates` are static under jit.
 
     Args:
-        state: Donated by the caller.
+        state: The state, which the caller donates.
         frozen: Weights that do not train.
-        batch: As `denoising_loss`, with a leading axis A.
-        rates: learning_rate and ema_decay, scalars.
-        modules: Static; the pipeline.
-        optimizer: Static; of `make_optimizer`, gives the update before the learning rate.
-        max_grad_norm: Static; global norm to clip to.
-        rate_factors: Static; by which the learning rate of some components is multiplied.
-        seed: Static; of dropout.
-        unroll: Static; see `sum_over_micro_batches`.
-        skip_nonfinite: Static; where the loss or the gradient is not finite, only the step is counted.
+        batch: Batch of `denoising_loss`, or of the family's own loss, with a leading axis A.
+        rates: Scalars learning_rate and ema_decay.
+        modules: The pipeline's modules.
+        optimizer: Optimizer of `make_optimizer`, whose update is not yet multiplied by the learning rate.
+        max_grad_norm: Global gradient norm to clip to.
+        rate_factors: Factors on the learning rate, by component name.
+        seed: Seed of dropout.
+        unroll: As in `sum_over_micro_batches`.
+        skip_nonfinite: Whether a step whose loss or gradient is not finite changes nothing but the step count.
 
     Returns:
-        The new state and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
+        The new state, and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
     """
     count = batch["loss_weights"].shape[0]
     loss_of = modules.family.loss or denoising_loss

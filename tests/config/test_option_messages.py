@@ -224,7 +224,7 @@ def warned(caplog, config, device_count=1):
     spec = task_of(config).make_spec(source)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assembly.say_what_is_in_vain(task_of(config), spec, make_schedule(config, len(source), device_count))
+        assembly.warn_of_vain_options(task_of(config), spec, make_schedule(config, len(source), device_count))
     return [record.getMessage() for record in caplog.records]
 
 

@@ -209,13 +209,14 @@ def test_every_process_ends_alike(folder):
             return source[index]
 
     def process(number):
-        def everywhere(holds):
-            answers[number] = holds
+        def all_processes(condition):
+            answers[number] = condition
             both.wait(timeout=30)
             return all(answers)
 
         try:
-            check_source([source, Damaged()][number], skip_bad_images=False, everywhere=everywhere, main=number == 0)
+            own = [source, Damaged()][number]
+            check_source(own, skip_bad_images=False, all_processes=all_processes, main=number == 0)
         except DataError as error:
             errors[number] = str(error)
 

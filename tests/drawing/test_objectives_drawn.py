@@ -29,9 +29,7 @@ def test_models_of_other_objectives(tmp_path, objective):
     mine, other = {"flow_matching": ("flow_match", "edm"), "edm": ("edm", "flow_match")}[objective]
     np.testing.assert_array_equal(jax_generate(out, scheduler=mine, **options), ours)
     for generate, wrong in ((jax_generate, other), (torch_generate, "ddim")):
-        with pytest.raises(
-            ConfigError, match=f"--scheduler {wrong}: this model was trained by {objective}, which is drawn"
-        ):
+        with pytest.raises(ConfigError, match=f"--scheduler {wrong}: this model was trained by {objective}, which"):
             generate(out, scheduler=wrong, **options)
 
 
@@ -51,7 +49,10 @@ def test_another_objective_for_a_pretrained_model(tmp_path, train):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"objective": "flow"}, "--objective 'flow' is unknown; use one of ddpm, edm, flow_matching; did you mean"),
+        (
+            {"objective": "flowmatching"},
+            "--objective 'flowmatching' is unknown; use one of ddpm, .*; did you mean 'flow_",
+        ),
         (
             {"objective": "edm", "snr_gamma": 5.0},
             "--snr_gamma goes with --objective ddpm, and this model is trained by edm",

@@ -24,6 +24,7 @@ from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.spec.adapters import NEW_ROWS
+from flax_diffusion.core.spec.pipeline import Training
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
 from torch_backend import options as torch_options
@@ -101,7 +102,7 @@ class Recorder(Idle):
     def export(self, folder, *, only_trained=False):
         self.exported.append(self.steps)
         for name, component in self.spec.components.items():
-            if component.train or not only_trained:
+            if component.training is Training.ALL or not only_trained:
                 (folder / name).mkdir(exist_ok=True, parents=True)
                 (folder / name / "config.json").write_text(json.dumps(component.config))
 

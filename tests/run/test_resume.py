@@ -38,7 +38,7 @@ def run(backend, folder, until=None, **options):
     def make(config, spec):
         made = BACKENDS[backend](config, spec)
         if until is not None:
-            made.stops = lambda wanted, step: step == until
+            made.should_stop = lambda requested, step: step == until
         return made
 
     fit(task_of(UnconditionalConfig(output_dir=str(folder), **CONFIG | options)), make)

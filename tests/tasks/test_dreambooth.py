@@ -61,8 +61,8 @@ class Painter:
         self.options.append(options)
         return np.stack([np.full((16, 16, 3), seed + i, np.uint8) for i in range(num_images)])
 
-    def everywhere(self, holds):
-        return holds
+    def all_processes(self, condition):
+        return condition
 
 
 def test_the_shortfall_is_drawn_and_nothing_is_overwritten(options, tmp_path):

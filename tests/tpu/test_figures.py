@@ -38,13 +38,13 @@ ROWS = {
     "v5p": ("sd15", "v5p:2x2x1", EIGHT, {"GiB": 95}),
     "pod": ("sd15", "v5e:16x16", EIGHT, {"GiB": 16, "ms": 32, "GB": 25}),
 }
-"""Pipeline, slice, flags and bounds: memory a device, and milliseconds and bytes accessed an image."""
+"""Pipeline, slice, flags and bounds: memory per device, and milliseconds and bytes accessed per image."""
 
 SAID = {
-    "images": r"([\d.]+) images a device",
+    "images": r"([\d.]+) images per device",
     "GiB": r"peak +([\d.]+)",
-    "ms": r"estimated, ([\d.]+) an image",
-    "GB": r"memory accessed .*, ([\d.]+) an image",
+    "ms": r"estimated, ([\d.]+) per image",
+    "GB": r"memory accessed .*, ([\d.]+) per image",
     "MFU": r"MFU ([\d.]+)%",
     "exchanged": r"exchanged +([\d.]+) GB",
     "compiled": r"compiled in +(\d+) s",

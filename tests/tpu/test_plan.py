@@ -112,9 +112,9 @@ def test_time_of_kernels():
 def test_bytes_on_the_host_are_none_of_a_device():
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shapes = [jax.ShapeDtypeStruct((3, 5), np.float32, sharding=device)]
-    assert compiled.bytes_a_device(shapes) == 60
+    assert compiled.bytes_per_device(shapes) == 60
     shapes += [jax.ShapeDtypeStruct((7,), np.float32, sharding=device.with_memory_kind("pinned_host"))]
-    assert compiled.bytes_a_device(shapes) == 60
+    assert compiled.bytes_per_device(shapes) == 60
 
 
 SLICE = topologies.Slice(CHIPS["v5e"], [None] * 4)
@@ -137,8 +137,8 @@ def test_report():
     text = plan.report(a_plan(operations=[*a_plan().operations, mine, silent]))
     assert "100.0 ms" not in text
     assert "117.3 ms estimated" in text  # 100, and three times 1 TFLOP
-    assert "17.3 of these in kernels, counted from their FLOPs and bytes" in text
-    assert "not counted, since they say nothing of their cost: mine" in text
+    assert "17.3 of these in kernels, computed from their FLOPs and bytes" in text
+    assert "not included, since their cost is not known: mine" in text
     assert "custom-call  attn1 x 3" in text
     assert "  program                   0.250\n" in text
 
@@ -273,7 +273,7 @@ def test_a_program_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setattr(topologies, "set_environment", lambda: None)
     monkeypatch.setattr(topologies, "describe", lambda _: SLICE)
     file = tmp_path / "missing/step.hlo"
-    says = rf"^--hlo {file}: cannot be written \(No such file or directory\); name a file in a folder that is there$"
+    says = rf"^--hlo {file}: cannot be written \(No such file or directory\); name a file in a folder that exists$"
     with pytest.raises(ConfigError, match=says):
         plan.main(["--config", "configs/digits_unconditional.yaml", "--hlo", str(file)])
 
@@ -408,7 +408,7 @@ def test_long_images_compile(request, topology, has_kernel):
 def test_digits(request, topology, memory):
     ran = run(request, *PLAN, "--topology", topology, "--fsdp_parallelism", "2")
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert f"{topology[: topology.index(':')]}, 4 chips, data 2 x fsdp 2: 64 images a device and step" in ran.stdout
+    assert f"{topology[: topology.index(':')]}, 4 chips, data 2 x fsdp 2: 64 images per device and step" in ran.stdout
     assert f"of {memory}: fits" in ran.stdout
     print("\n" + ran.stdout)
 

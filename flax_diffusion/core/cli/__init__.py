@@ -1,1 +1,1 @@
-"""From the command line and YAML files to typed options."""
+"""Parsing of the command line and of YAML files to typed options."""

@@ -1,7 +1,7 @@
-"""From command line and YAML file to a typed config, with one-line errors.
+"""Parsing of the command line and a YAML file to a typed config, with errors of one line.
 
-Flags over file over defaults. argparse only splits the command line; every value, from either source, is checked
-by the same pydantic model, so that a mistake reads the same wherever it was made.
+Flags override the file, and the file overrides the defaults. argparse only splits the command line. Every value, from
+either source, is checked by the same pydantic model, so that a mistake gets the same message wherever it was made.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from flax_diffusion.core.io.untrusted import MAX_YAML_BYTES, parse_json, parse_y
 from flax_diffusion.core.tasks.task import TASKS, Task
 
 Complete = Callable[[type[Task[Any]], dict[str, Any]], dict[str, Any]]
-"""Field to value, with what is added to them, by the class of the task and the values given."""
+"""Function of a task's class and the given values by field, which returns the values with others added."""
 
 
 def _parse_flag(text: str, annotation: Any) -> Any:
-    """Prepares one command-line word for pydantic: `null` for optional fields, JSON or YAML for mappings."""
+    """Prepare one word of the command line for pydantic: `null` for optional fields, JSON or YAML for mappings."""
     members = union_members(annotation)
     if type(None) in members and text.lower() in ("null", "none"):
         return None
@@ -47,7 +47,7 @@ def _parse_flag(text: str, annotation: Any) -> Any:
 
 
 def _mapping(text: str) -> Any:
-    """The value of a JSON text, whose numbers may look like 1e-4, or of a YAML text."""
+    """Parse JSON, whose numbers may look like 1e-4, or YAML."""
     try:
         return parse_json(text)
     except ValueError:
@@ -66,13 +66,16 @@ def _takes_mapping(annotation: Any) -> bool:
 
 
 def build(model: type[BaseModel], values: dict[str, Any], origin: str, given: Given | None = None) -> Any:
-    """Makes the config and turns pydantic's report into one line.
+    """Make a config, or turn pydantic's report into an error of one line.
 
     Args:
         model: The config class.
-        values: Field name or alias to value.
+        values: Values by field name or alias.
         origin: Where the values come from, for the message: a file name or "command line".
-        given: How and where single options were given, if not as in `values`.
+        given: The spelling and the origin of single options; None if they are as in `values`.
+
+    Returns:
+        An instance of the config class.
 
     Raises:
         ConfigError: For unknown names, wrong types or values, and rules between fields.
@@ -89,10 +92,10 @@ def build(model: type[BaseModel], values: dict[str, Any], origin: str, given: Gi
 
 
 class Recipe(dict[str, Any]):
-    """Option to value, as YAML reads it.
+    """Values by option, as YAML reads them.
 
     Attributes:
-        written: The same, with each scalar as it is written there.
+        written: The same values, with each scalar as it is written in the file.
     """
 
     def __init__(self, values: dict[str, Any], written: dict[str, Any]):
@@ -101,7 +104,13 @@ class Recipe(dict[str, Any]):
 
 
 def read_yaml(path: str | Path) -> Recipe:
-    """Reads a recipe: a YAML mapping of option to value.
+    """Read a recipe, which is a YAML mapping of option to value.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The values by option.
 
     Raises:
         ConfigError: If the file is missing, is not YAML, is larger than any recipe, or is not a mapping.
@@ -123,25 +132,35 @@ _NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-inf$|-nan$")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse without abbreviations, whose mistakes are `ConfigError`s with the nearest right name."""
+    """argparse without abbreviations, which raises `ConfigError` with the nearest right name."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
-        self._negative_number_matcher = _NEGATIVE  # argparse's own knows no exponents: -1e-4 would be an option
+        self._negative_number_matcher = _NEGATIVE  # argparse's own has no exponents, and takes -1e-4 for an option
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of printing usage and exiting."""
+        """Raise ConfigError instead of printing the usage and exiting.
+
+        Args:
+            message: argparse's message.
+        """
         if message.endswith("expected one argument"):
             option = message.removeprefix("argument ").split(":")[0].split("/")[0]
             message += f"; one that begins with a dash is written {option}=-…"
         raise ConfigError(f"command line: {message}")
 
     def parse(self, argv: Sequence[str], model: type[BaseModel] | None = None) -> dict[str, Any]:
-        """Parses the words; only options that were given are in the result.
+        """Parse the words of a command line.
 
         Args:
             argv: The words.
-            model: The config class whose options they are, for messages.
+            model: The config class that has the options, for messages; None for none.
+
+        Returns:
+            Values by field, of the options that were given.
+
+        Raises:
+            ConfigError: For an unknown option or a word that belongs to none.
         """
         known = [option for action in self._actions for option in action.option_strings]
         values, extra = self.parse_known_args(argv)
@@ -153,12 +172,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], *, defaults: bool = True) -> None:
-    """Adds a flag for every field of the config class; values stay words until `build` checks them.
+    """Add a flag to a parser for every field of a config class; values stay words until `build` checks them.
 
     Args:
-        parser: To add to.
+        parser: The parser.
         model: The config class.
-        defaults: Whether the class's defaults are those that hold, and so belong into the help.
+        defaults: Whether the help shows the class's defaults. It does not where a task may have others.
     """
     for name, field in model.model_fields.items():
         flags = [f"--{spelling}" for spelling in spellings(name, field)]
@@ -176,7 +195,7 @@ def add_fields(parser: argparse.ArgumentParser, model: type[BaseModel], *, defau
 
 
 class _Switch(argparse.Action):
-    """A boolean flag: `--use_ema`, `--no_use_ema` or `--use_ema false`."""
+    """Boolean flag: `--use_ema`, `--no_use_ema` or `--use_ema false`."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any):
         negative = [f"--no_{option[2:]}" for option in option_strings]
@@ -204,20 +223,20 @@ def _metavar(annotation: Any) -> str:
 
 
 def parse_train(argv: Sequence[str], prog: str, complete: Complete | None = None) -> tuple[str, TrainConfig]:
-    """Reads `[TASK] [--config FILE.yaml] [flags]`.
+    """Parse `[TASK] [--config FILE.yaml] [flags]`.
 
-    The task may stand in the file instead (`task: unconditional`).
+    The file may name the task instead (`task: unconditional`).
 
     Args:
-        argv: The words.
-        prog: Name of the program, for help.
-        complete: Adds what the user need not give, by the class of the task and the options given.
+        argv: The words of the command line.
+        prog: Name of the program, for its help.
+        complete: Adds options that the user need not give; None for none.
 
     Returns:
         The task's name and its config.
 
     Raises:
-        ConfigError: For anything that does not fit, before any long work.
+        ConfigError: For unknown options and wrong values, before any long work.
         SystemExit: After `--help`.
     """
     first = Parser(prog=prog, add_help=False)
@@ -247,7 +266,7 @@ def parse_train(argv: Sequence[str], prog: str, complete: Complete | None = None
 
 
 def _task_config(task: str) -> type[TrainConfig]:
-    """The config class of a task.
+    """Return the config class of a task.
 
     Raises:
         ConfigError: If there is no such task.
@@ -258,7 +277,7 @@ def _task_config(task: str) -> type[TrainConfig]:
 
 
 def _leading_words(argv: Sequence[str]) -> list[str]:
-    """The task, as the first word or behind `--config FILE`, and that, which decide how the rest is read."""
+    """Return the task, which is the first word or follows `--config FILE`, and `--config FILE` itself."""
     words, places = [], [0]
     for position, word in enumerate(argv):
         if word == "--config":
@@ -279,18 +298,21 @@ def merge(
     spelt: dict[str, str] | None = None,
     complete: Complete | None = None,
 ) -> TrainConfig:
-    """Flags over file over defaults, as one checked config.
+    """Merge flags, file and defaults into one checked config; the former override the latter.
 
     Args:
-        task: Its name.
-        from_file: Option to value; of a `Recipe` the words that are written there.
-        flags: The same, given directly.
-        file_name: For messages about what it holds.
-        spelt: Names that fields were given by among the flags, where `flags` has the fields' own.
-        complete: As for `parse_train`.
+        task: Name of the task.
+        from_file: Values by option, from a file. The words of a `Recipe` are taken as they are written there.
+        flags: Values by option, given directly.
+        file_name: Name of the file, for messages.
+        spelt: Spellings by field, of flags that were given under another name than the field's.
+        complete: As in `parse_train`.
+
+    Returns:
+        The config.
 
     Raises:
-        ConfigError: For anything that does not fit.
+        ConfigError: For unknown options and wrong values.
     """
     model = _task_config(task)
     fields = fields_by_spelling(model)
@@ -316,12 +338,19 @@ def merge(
 
 
 def first_spelling(model: type[BaseModel], name: str) -> str:
-    """The name that pydantic takes a field by."""
+    """Return the spelling of a field that pydantic accepts."""
     return spellings(name, model.model_fields[name])[0] if name in model.model_fields else name
 
 
 def main_guard(main: Callable[[], None]) -> None:
-    """Runs a command; a `UserError` becomes its one line on stderr and an exit status."""
+    """Run a command, and turn its errors for users into one line on stderr.
+
+    Args:
+        main: The command.
+
+    Raises:
+        SystemExit: With the exit status of a `UserError`, or 130 after Ctrl-C.
+    """
     try:
         main()
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Options by all their names, as a file holds them, and what is said of those that are wrong."""
+"""Spellings of options, their values in files, and the errors for wrong ones."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ from flax_diffusion.core.errors import ConfigError, nearest, shown
 from flax_diffusion.core.tasks.task import TASKS
 
 Given = Mapping[str, tuple[str, str]]
-"""By field: the name that the user gave it by, and where: the file's name, or "command line"."""
+"""Spelling and origin of each given option, by field. The origin is a file's name or "command line"."""
 
 
 def spellings(name: str, field: FieldInfo) -> list[str]:
-    """All names that a config field may be given by, its own first."""
+    """Return all spellings of a config field, its own name first."""
     alias = field.validation_alias
     return [str(choice) for choice in alias.choices] if isinstance(alias, AliasChoices) else [name]
 
 
 def fields_by_spelling(model: type[BaseModel]) -> dict[str, str]:
-    """The field that each name of an option stands for."""
+    """Return the fields of a config class by each of their spellings."""
     return {spelling: name for name, field in model.model_fields.items() for spelling in spellings(name, field)}
 
 
 def union_members(annotation: Any) -> tuple[Any, ...]:
-    """The types that a value may have."""
+    """Return the types of a union, or the one type of any other annotation."""
     if get_origin(annotation) in (types.UnionType, typing.Union):
         return get_args(annotation)
     return (annotation,)
 
 
 def in_file(value: Any, written: Any, annotation: Any) -> Any:
-    """What a value in a YAML file stands for: a word there is what the same word is on the command line.
+    """Return a value of a YAML file such that a word means the same there as on the command line.
 
-    YAML reads `no` as False, `7` as a number and `2024-01-01` as a day, where an option may take a text. So scalars
-    are taken as they are written, and one of them will do for a list; what goes into a model's config stays YAML's.
+    YAML reads `no` as False, `7` as a number and `2024-01-01` as a date, where an option may take a text. So scalars
+    are taken as they are written, and a single scalar may stand for a list. The values of a model's config stay as YAML
+    reads them.
 
     Args:
-        value: As YAML reads it.
-        written: The same, with scalars as they are written.
+        value: The value as YAML reads it.
+        written: The same value, with scalars as they are written.
         annotation: The option's type.
     """
     members = union_members(annotation)
@@ -69,17 +70,17 @@ def _is_model(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
 
 
 _FOLDERS = ("instance_data_dir", "train_data_dir")
-"""What tasks call the folder of pictures; none has both."""
+"""Names that tasks give to the folder of pictures; no task has both."""
 
 
 def unknown_option(name: str, model: type[BaseModel] | None, known: Iterable[str], origin: str) -> ConfigError:
-    """Makes the error for a name that is no option: which tasks have it, or the nearest that there is.
+    """Return the error for an unknown option, which names the tasks that have it, or the nearest known option.
 
     Args:
-        name: As it was given, with dashes or without.
-        model: The config class, where there is one.
-        known: The names that there are, likewise.
-        origin: Where it was given.
+        name: The unknown name, with or without dashes.
+        model: The config class; None where there is none.
+        known: The known names, with or without dashes like `name`.
+        origin: Where the name was given.
     """
     word = name.removeprefix("--")
     positive = word.removeprefix("no_")
@@ -101,19 +102,19 @@ def _and(words: Sequence[str]) -> str:
 
 
 def invalid(error: ValidationError, model: type[BaseModel], origin: str, given: Given) -> ConfigError:
-    """Makes one line of pydantic's report: for each option its name as given, the rule, and the value.
+    """Return the error for pydantic's report: one line with the spelling, the rule and the value of each wrong option.
 
     Args:
         error: The report.
         model: The config class.
         origin: Where the values come from, for rules between options.
-        given: How and where single options were given.
+        given: The spelling and the origin of each given option.
     """
     fields = fields_by_spelling(model)
     by_place: dict[tuple[Any, ...], list[Any]] = {}
     for item in error.errors():
         _, *inside = item["loc"] or ("",)
-        in_list = inside and isinstance(inside[0], int)  # else pydantic names the type that it tried
+        in_list = inside and isinstance(inside[0], int)  # else it is the type that pydantic tried
         by_place.setdefault(item["loc"] if in_list else item["loc"][:1], []).append(item)
     says = [_describe(place, items, model) for place, items in by_place.items()]
     places = {
@@ -127,7 +128,7 @@ def invalid(error: ValidationError, model: type[BaseModel], origin: str, given: 
 
 
 def _describe(place: tuple[Any, ...], items: Sequence[Any], model: type[BaseModel]) -> str:
-    """What is wrong with the value at one place, which each type that it may have says in its own way."""
+    """Describe what is wrong with the value at one place, from the reports of all types that it may have."""
     first = items[0]
     text = first["msg"].removeprefix("Value error, ")
     if not place:
@@ -178,7 +179,7 @@ _RULES: dict[str, Callable[[Any], str]] = {
 
 
 def _rule(item: Any) -> str:
-    """What the value must be."""
+    """Describe what the value must be."""
     kind = item["type"]
     if kind in _RULES:
         return _RULES[kind](item["ctx"])

@@ -1,8 +1,8 @@
-"""Options that every task has; a task's own stand beside it.
+"""Options that every task has; a task's own options are in the task's file.
 
-Options are named as the flags of the Diffusers training scripts, so that their commands keep working, and a YAML
-file holds the same names. `cli.command_line` fills these classes from file and flags; the rules that join options
-stand in the class that has them, in its `_check…`.
+Options have the names of the flags of the Diffusers training scripts, so that their commands keep working, and a YAML
+file has the same names. `cli.command_line` fills these classes from file and flags. The rules between options are in
+the `_check…` of the class that has these options.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ LrScheduler = Literal[
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 CONFIG_FILE = "config.yaml"
-"""Where a run's folder keeps its options."""
+"""File in a run's folder that holds its options."""
 
 ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "repeat_step")
-"""What is said for one start of a run: a run's own config.yaml, which makes it again, leaves these out."""
+"""Options that hold for one start of a run. The run's config.yaml, which reproduces the run, leaves them out."""
 
 
 class Reads(Enum):
-    """Marks an option that names what a run reads, which may be a folder or a file of this machine."""
+    """Mark of an option that names an input of the run, which may be a folder or a file on this machine."""
 
     MODEL = "a model, or a part of one"
     DATA = "data, or their name"
@@ -37,7 +37,7 @@ class Reads(Enum):
 
 
 def named_inputs(options: BaseModel) -> Iterator[tuple[str, Reads, str]]:
-    """List the options that name what a run reads: each one's name, mark and text, also inside lists of mappings."""
+    """Yield name, mark and value of each option that names an input of the run, also inside lists of mappings."""
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
         marks = [mark for mark in field.metadata if isinstance(mark, Reads)]
@@ -49,12 +49,12 @@ def named_inputs(options: BaseModel) -> Iterator[tuple[str, Reads, str]]:
 
 
 def also(*names: str) -> AliasChoices:
-    """Other spellings of a field: the first name is ours, the rest are those of other Diffusers scripts."""
+    """Return the spellings of a field: first its own name, then those of other Diffusers scripts."""
     return AliasChoices(*names)
 
 
 class TrainConfig(BaseModel):
-    """What every task shares; a task changes defaults and adds what only it needs."""
+    """Options that all tasks share. A task changes defaults, and adds its own options."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
@@ -63,7 +63,7 @@ class TrainConfig(BaseModel):
         None, description="Folder or Hub id of a Diffusers pipeline to start from. None: from scratch."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of that Hub id.")
-    variant: str | None = Field(None, description="Variant of its weight files, e.g. fp16.")
+    variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
 
     # Data
     resolution: int = Field(64, ge=1, description="Height and width of the training images, in pixels.")
@@ -73,17 +73,17 @@ class TrainConfig(BaseModel):
     center_crop: bool = Field(False, description="Crop the centre instead of a random place.")
     random_flip: bool = Field(False, description="Mirror each image left to right with probability one half.")
     image_interpolation_mode: Interpolation = Field("bilinear", description="Filter that resizes.")
-    dataloader_num_workers: int = Field(0, ge=0, description="Processes that decode images. 0: threads.")
+    dataloader_num_workers: int = Field(0, ge=0, description="Number of processes that decode images. 0: threads do.")
     skip_bad_images: bool = Field(False, description="Count unreadable images and go on, instead of stopping.")
 
     # Batch and devices
-    train_batch_size: int = Field(16, ge=1, description="Images a device in one forward pass.")
-    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes an optimizer step.")
+    train_batch_size: int = Field(16, ge=1, description="Images per device in one forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
     global_batch_size: int | None = Field(
-        None, ge=1, description="Images an optimizer step over all devices. Overrides train_batch_size."
+        None, ge=1, description="Images per optimizer step over all devices. Overrides train_batch_size."
     )
-    data_parallelism: int = Field(-1, description="Size of the mesh's data axis. -1: all devices left over.")
-    fsdp_parallelism: int = Field(1, ge=1, description="Size of the mesh's fsdp axis, which shards the state.")
+    data_parallelism: int = Field(-1, description="JAX: size of the mesh's data axis. -1: all remaining devices.")
+    fsdp_parallelism: int = Field(1, ge=1, description="JAX: size of the mesh's fsdp axis, which shards the state.")
 
     # Length
     num_train_epochs: int = Field(
@@ -93,12 +93,16 @@ class TrainConfig(BaseModel):
 
     # Optimizer
     learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate.")
-    scale_lr: bool = Field(False, description="Multiply the rate by accumulation x batch a device x devices.")
+    scale_lr: bool = Field(False, description="Multiply the rate by accumulation x batch per device x devices.")
     lr_scheduler: LrScheduler = Field("constant", description="Shape of the rate over the run.")
     lr_warmup_steps: int = Field(500, ge=0, description="Optimizer steps of linear warm-up.")
     lr_num_cycles: int = Field(1, ge=1, description="Restarts of cosine_with_restarts.")
     lr_power: float = Field(1.0, gt=0, description="Exponent of polynomial.")
-    lr_step_rules: str | None = Field(None, description="piecewise_constant: '1:10,0.1:20,0.01' (factor:until step).")
+    lr_step_rules: str | None = Field(
+        None,
+        description="Rules of piecewise_constant: '1:10,0.1:20,0.01' is factor 1 before step 10, 0.1 before step 20, "
+        "and 0.01 from there on.",
+    )
     optimizer: str = Field("adamw", description="Optimizer: adamw, or one that an installed package adds.")
     adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's decay of the first moment.")
     adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's decay of the second moment.")
@@ -107,35 +111,41 @@ class TrainConfig(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="Global gradient norm to clip to.")
 
     # Moving average
-    use_ema: bool = Field(False, description="Keep a moving average of the weights; samples and exports use it.")
+    use_ema: bool = Field(False, description="Keep a moving average of the weights. Samples and exports use it.")
     ema_max_decay: float = Field(0.9999, ge=0, lt=1, description="Largest decay of the average.")
-    ema_warmup: bool = Field(False, description="Decay 1-(1+n/inv_gamma)^-power instead of (1+n)/(10+n).")
+    ema_warmup: bool = Field(False, description="Use the decay 1-(1+n/inv_gamma)^-power instead of (1+n)/(10+n).")
     ema_inv_gamma: float = Field(1.0, gt=0, description="inv_gamma of the warm-up rule.")
     ema_power: float = Field(0.75, gt=0, description="power of the warm-up rule.")
 
     # Precision and memory
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
-        "no", description="Compute precision. Weights stay float32; fp16 scales the loss."
+        "no", description="Precision of the computation. Weights stay float32. fp16 scales the loss."
     )
     gradient_checkpointing: Checkpointing = Field(
-        False, description="Recompute activations in the backward pass. minimal: all but products and convolutions."
+        False,
+        description="Compute activations again in the backward pass. minimal: all except those of matrix products, "
+        "convolutions and attention.",
     )
 
     use_8bit_adam: bool = Field(
-        False, description="AdamW with 8-bit moments; on PyTorch those of bitsandbytes, which rounds differently."
+        False,
+        description="Keep AdamW's moments in 8 bits. On PyTorch they are those of bitsandbytes, which rounds "
+        "differently.",
     )
 
     offload_optimizer: bool = Field(
-        False, description="JAX: keep the moments in the host's memory; they visit the device in each step."
+        False, description="JAX: keep the moments in the host's memory. They are copied to the device in each step."
     )
 
-    # What only PyTorch has, most of it on CUDA; the JAX side says what to use instead
+    # Options that only PyTorch has, most of them on CUDA; the JAX side says what to use instead
     enable_xformers_memory_efficient_attention: bool = Field(
-        False, description="PyTorch: attention by xformers instead of PyTorch's own."
+        False, description="PyTorch: use the attention of xformers instead of PyTorch's own."
     )
-    set_grads_to_none: bool = Field(False, description="PyTorch: free gradients between steps instead of zeroing them.")
-    allow_tf32: bool = Field(False, description="PyTorch: TF32 matrix products on Ampere and newer.")
-    channels_last: bool = Field(False, description="PyTorch: NHWC convolutions, faster on tensor cores.")
+    set_grads_to_none: bool = Field(
+        False, description="PyTorch: free the gradients between steps, instead of zeroing them."
+    )
+    allow_tf32: bool = Field(False, description="PyTorch: use TF32 in matrix products, on Ampere and newer.")
+    channels_last: bool = Field(False, description="PyTorch: use NHWC convolutions, faster on tensor cores.")
     torch_compile: bool = Field(False, description="PyTorch: compile the trained models.")
 
     # Samples during training
@@ -143,37 +153,42 @@ class TrainConfig(BaseModel):
         5,
         ge=1,
         validation_alias=also("validation_epochs", "save_images_epochs"),
-        description="Sample a grid every so many epochs, and at the end. None: only at the end.",
+        description="Draw a grid every so many epochs, and at the end. None: only at the end.",
     )
-    validation_steps: int | None = Field(None, ge=1, description="Sample every so many steps instead.")
-    eval_batch_size: int = Field(16, ge=1, description="Images in the grid (a prompt).")
+    validation_steps: int | None = Field(None, ge=1, description="Draw a grid every so many steps instead.")
+    eval_batch_size: int = Field(16, ge=1, description="Images in the grid (per prompt).")
 
     # Output
     output_dir: str = Field("ddpm-model-64", description="Folder of the run.")
     overwrite_output_dir: bool = Field(
         False,
-        description="Take the place of an earlier run in that folder, which goes when this one saves a checkpoint.",
+        description="Replace an earlier run in that folder, which is deleted once this one has saved a checkpoint.",
     )
     save_model_epochs: int | None = Field(
         None, ge=1, description="Write the pipeline every so many epochs. None: only at the end."
     )
     checkpointing_steps: int = Field(500, ge=1, description="Optimizer steps between checkpoints.")
     checkpoint_models: bool = Field(
-        False, description="Each checkpoint also holds the trained models, in Diffusers' format."
+        False, description="Write the trained models to each checkpoint too, in Diffusers' format."
     )
-    checkpoints_total_limit: int | None = Field(None, ge=1, description="Checkpoints to keep. None: all.")
-    resume_from_checkpoint: str | None = Field(None, description="`latest`, or the name of one: checkpoint-1500.")
+    checkpoints_total_limit: int | None = Field(None, ge=1, description="Number of checkpoints to keep. None: all.")
+    resume_from_checkpoint: str | None = Field(
+        None, description="Checkpoint to resume from: `latest` or one such as checkpoint-1500."
+    )
     skip_nonfinite: int = Field(
-        0, ge=0, description="Steps whose loss or gradient is not finite to pass over; one more stops the run."
+        0,
+        ge=0,
+        description="Number of steps that may be skipped because their loss or gradient is not finite. One more stops "
+        "the run.",
     )
     repeat_step: int | None = Field(
         None, ge=1, description="Compute the batch of this step once with the resumed weights, print its loss, and end."
     )
     report_to: Literal["tensorboard", "none"] = Field(
-        "tensorboard", validation_alias=also("report_to", "logger"), description="Where metrics and grids go."
+        "tensorboard", validation_alias=also("report_to", "logger"), description="Where to write metrics and grids."
     )
     logging_dir: str = Field("logs", description="TensorBoard's folder inside output_dir.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Of the weights, data order, noise and samples.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order, noise and samples.")
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -182,7 +197,7 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
-        """The rules that every task has. A ValueError's text is the error line."""
+        """Check the rules between options that every task has. A ValueError's text is the error line."""
         for name, value in self:
             if SECRET.search(str(value)):  # a run's config.yaml is there for others to read
                 raise ValueError(f"--{name} holds a password or token: log in instead, by `hf auth login` for the Hub")

@@ -1,4 +1,4 @@
-"""One training example: record → pixels, timestep, noise, token ids, loss weight."""
+"""Making of one training example from a record: pixels, timestep, noise, token ids, loss weight."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 
 class MakeExample(Protocol):
-    """Makes one example's arrays. Pure: the arguments decide everything, including all random numbers."""
+    """Function that makes one example's arrays. Its arguments alone decide the result, with all random numbers."""
 
     def __call__(self, source: Source, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
         """Return the arrays of one example, among them `example_index`; see `ExampleFn.__call__`."""
@@ -25,25 +25,34 @@ class MakeExample(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Precomputed:
-    """What examples take from here instead of making it.
+    """Values that were computed once before training, so that examples need not compute them.
 
     Attributes:
-        embeddings: Of every caption, (L, D); None where each step encodes its own.
-        moments: By the name of a record, mean and log variance of its latents, (1 or 2, 2, c, h, w): of the picture
-            and, where it is flipped at random, of its mirror image; None where each step encodes its pictures.
+        embeddings: embedding of every caption, (L, D); None where each step encodes its captions.
+        posteriors: Mean and log variance of each picture's latents by the name of its record,
+            (1 or 2, 2, c, h, w): those of the picture and, where it is flipped at random, of its mirror image; None
+            where each step encodes its pictures.
     """
 
     embeddings: Mapping[str, np.ndarray] | None = None
-    moments: Mapping[str, np.ndarray] | None = None
+    posteriors: Mapping[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleFn:
-    """The examples of unconditional and of captioned training. Picklable."""
+    """Maker of the examples of unconditional and of captioned training. Picklable.
+
+    Attributes:
+        transform: What happens to the pictures.
+        noise: What is drawn for each example.
+        tokenize: The captions' tokenizer; None for unconditional training.
+        made: What was computed before training.
+        proportion_empty_prompts: Probability with which a caption is replaced by the empty one.
+    """
 
     transform: ImageTransform
     noise: NoiseSpec
-    tokenize: Tokenize | None = None  # None: unconditional
+    tokenize: Tokenize | None = None
     made: Precomputed = field(default=Precomputed(), repr=False)
     proportion_empty_prompts: float = 0.0
 
@@ -55,30 +64,30 @@ class ExampleFn:
         """Make one example.
 
         Args:
-            source: of the records.
-            seed: of the run.
-            epoch: pass over the data, from 0.
-            index: of the example in the source, from 0.
+            source: The records.
+            seed: Seed of the run.
+            epoch: Number of the pass over the data, from 0.
+            index: Index of the example in the source, from 0.
 
         Returns:
             `pixel_values` float32 (channels, resolution, resolution) in [-1, 1] or, where they were made before,
-            `moments` float32 (2, c, h, w) of the autoencoder's posterior; what `NoiseSpec.draw` gives, with
+            `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
             `loss_weights` times the record's own weight; `input_ids` int32 (model_max_length,) or, where they were
             made before, `text_embeddings` (L, D), unless unconditional; `example_index` int64 ().
 
         Raises:
-            DataError: the picture cannot be decoded, or there is no caption.
+            DataError: If the picture cannot be decoded, or has no caption.
         """
 
         def rng(stream: Stream) -> np.random.Generator:
             return example_rng(seed, stream, epoch, index)
 
         record = source[index]
-        embeddings, moments = self.made.embeddings, self.made.moments
-        if moments is None:
+        embeddings, posteriors = self.made.embeddings, self.made.posteriors
+        if posteriors is None:
             example = {"pixel_values": self.transform(decode(record), rng).pixel_values}
-        elif record.name in moments:
-            example = {"moments": moments[record.name][int(self.transform.flips(rng))]}
+        elif record.name in posteriors:
+            example = {"posterior": posteriors[record.name][int(self.transform.flips(rng))]}
         else:
             raise DataError(f"{record.name} could not be read when its latents were made")
         example |= self.noise.draw(rng)

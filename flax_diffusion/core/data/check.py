@@ -37,7 +37,7 @@ def check_source(
     source: Source,
     *,
     skip_bad_images: bool,
-    everywhere: Callable[[bool], bool] = bool,
+    all_processes: Callable[[bool], bool] = bool,
     main: bool = True,
     tokenize: Tokenize | None = None,
 ) -> None:
@@ -46,8 +46,8 @@ def check_source(
     Args:
         source: The examples.
         skip_bad_images: Whether to accept as many bad examples as a run may skip.
-        everywhere: Function that returns whether its argument is true in every process of the run; all of them must
-            call this function.
+        all_processes: Function that returns whether its argument is true in every process of the run; all of them
+            must call this function.
         main: Whether this is the first process, which logs what was found and shows a progress bar after two seconds.
         tokenize: The captions' tokenizer, to log how many captions are cut off; None for no such check.
 
@@ -58,7 +58,7 @@ def check_source(
     checked, findings = _check(source, main, tokenize)
     reasons = dict(findings.reasons[index] for index in sorted(findings.reasons))
     failure = _failure(checked, len(source), reasons, skip_bad_images)
-    if not everywhere(failure is None) and failure is None:
+    if not all_processes(failure is None) and failure is None:
         raise DataError("another process of this run cannot use its data, and says why; it must see the same files")
     if failure is not None:
         raise failure

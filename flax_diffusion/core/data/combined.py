@@ -1,4 +1,4 @@
-"""Sources made of other sources: one prompt for all pictures, and pictures in pairs."""
+"""Sources that combine other sources: with one prompt for all pictures, or with pictures in pairs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,18 @@ from flax_diffusion.core.io.files import as_path
 
 @dataclass(frozen=True)
 class PromptedSource:
-    """The pictures of several sources, one after the other, each source's with a prompt of its own."""
+    """The pictures of several sources, one source after the other, each with its own prompt.
+
+    Attributes:
+        sources: The sources.
+        captions: The prompt of each source, or a list from which one is drawn for each example.
+        repeats: Times that each picture of a source occurs in an epoch.
+        ends: Index after the last picture of each source.
+    """
 
     sources: Sequence[Source]
-    captions: Sequence[str | list[str]]  # of each source; one of a list is drawn for an example
-    repeats: Sequence[int]  # times that each picture of a source stands in an epoch
+    captions: Sequence[str | list[str]]
+    repeats: Sequence[int]
     ends: list[int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -38,10 +45,15 @@ class PromptedSource:
 
 @dataclass(frozen=True)
 class PairedSource:
-    """Record 2i is of a new thing, record 2i + 1 of a class; the shorter side starts over.
+    """Pairs of pictures: record 2i shows the new thing, record 2i + 1 its class; the shorter source starts over.
 
-    The loss is the mean over the first plus `prior_loss_weight` times the mean over the second. As weights in one mean
-    over both, these are 2 and twice that.
+    The loss is the mean over the former plus `prior_loss_weight` times the mean over the latter. As weights in one mean
+    over both, these are 2 and 2 · `prior_loss_weight`.
+
+    Attributes:
+        instances: Pictures of the new thing.
+        classes: Pictures of its class.
+        prior_loss_weight: Weight of the class pictures' loss.
     """
 
     instances: Source
@@ -59,15 +71,15 @@ class PairedSource:
 
 
 def open_uncaptioned(option: str, folder: str | None, most: int | None = None) -> Source:
-    """Opens a folder of pictures that one prompt stands for.
+    """Open a folder of pictures without captions.
 
     Args:
-        option: That names the folder, for messages.
-        folder: Its path.
-        most: Pictures to take; None for all.
+        option: The option that names the folder, for messages.
+        folder: Path of the folder.
+        most: Largest number of pictures to take; None for all.
 
     Raises:
-        DataError: If the folder is missing or holds none.
+        DataError: If the folder does not exist or holds no pictures.
     """
     with naming(option):
         return open_folder(as_path(str(folder)), caption_column=None, max_samples=most)

@@ -1,1 +1,1 @@
-"""What `generate` and `convert` open, and how pictures are written."""
+"""The models that `generate` and `convert` open, and the writing of pictures."""

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 GRID = "grid.png"
 _WRITTEN = re.compile(r"\d{5,}\.png")
-_ROOM_BYTES = 2**20  # about a picture
+_ROOM_BYTES = 2**20  # about the size of a picture
 
 
 class GenerateConfig(BaseModel):
@@ -33,33 +33,37 @@ class GenerateConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = Field(
-        description="Folder or Hub id of a Diffusers pipeline, such as the output_dir of a run; or a run of LoRA or "
+        description="Folder or Hub id of a Diffusers pipeline, such as the output_dir of a run. Or a run of LoRA or "
         "textual inversion, or a checkpoint in a run."
     )
     lora: list[str] = Field([], description="LoRA files to draw with, each as PATH or PATH:STRENGTH.")
-    lora_scale: FiniteFloat = Field(1.0, description="Strength of all of them, times each one's own.")
+    lora_scale: FiniteFloat = Field(1.0, description="Strength of all LoRA files, which multiplies each one's own.")
     embeddings: list[str] = Field([], description="Files of textual inversion, each as PATH or PATH:WORD.")
-    prompt: list[str] = Field([], description="Texts to draw; each gets num_images images.")
+    prompt: list[str] = Field([], description="Texts to draw. Each gets num_images images.")
     negative_prompt: str = Field("", description="Text to guide away from.")
-    num_images: int = Field(1, ge=1, description="Images to draw (a prompt).")
-    height: int | None = Field(None, ge=1, le=2**14, description="Pixels. None: the pipeline's own.")
-    width: int | None = Field(None, ge=1, le=2**14, description="Pixels. None: the pipeline's own.")
-    seed: int = Field(0, ge=0, lt=2**32, description="Of all noise. Image i of a seed is always the same.")
+    num_images: int = Field(1, ge=1, description="Images to draw (per prompt).")
+    height: int | None = Field(None, ge=1, le=2**14, description="Height in pixels. None: the pipeline's own.")
+    width: int | None = Field(None, ge=1, le=2**14, description="Width in pixels. None: the pipeline's own.")
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of all noise. Image i of a seed is always the same.")
     num_inference_steps: int = Field(50, ge=1, description="Denoising steps.")
-    guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance; 1 turns it off.")
+    guidance_scale: float = Field(7.5, ge=0, description="Scale of classifier-free guidance. 1 turns it off.")
     scheduler: Literal["ddpm", "ddim", "pndm", "euler", "dpm++", "flow_match", "edm"] | None = Field(
         None, description="Sampler. None: the pipeline's own."
     )
-    batch_size: int = Field(16, ge=1, description="Images at a time; changes speed and memory, not the images.")
-    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Compute precision.")
-    revision: str | None = Field(None, description="Branch, tag or commit of a Hub id.")
-    variant: str | None = Field(None, description="Variant of its weight files, e.g. fp16.")
+    batch_size: int = Field(16, ge=1, description="Images drawn at a time. The images do not depend on it.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Precision of the computation.")
+    revision: str | None = Field(None, description="Branch, tag or commit of the Hub id.")
+    variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
     output_dir: str = Field("images", description="Folder for the PNG files and the grid.")
     overwrite_output_dir: bool = Field(False, description="Delete the pictures of an earlier call in that folder.")
 
 
 def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
-    """The options of a call from Python; one prompt, LoRA or new word may be a plain string.
+    """Return the checked options of a call from Python; a single prompt, LoRA or new word may be a plain string.
+
+    Args:
+        model: Folder or Hub id of the model.
+        options: Values by option.
 
     Raises:
         ConfigError: For unknown names and wrong values.
@@ -72,14 +76,17 @@ def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
 
 
 def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
-    """Reads the pipeline's configs and what is added to it, and checks that size and prompts go with it.
+    """Read a pipeline's configs, LoRA and new words, and check that size and prompts fit the pipeline.
 
     Args:
         config: The options.
-        shapes: Of a pipeline's models, by the backend that draws.
+        shapes: Gives the shapes of a pipeline's parameters, with the backend that draws.
+
+    Returns:
+        The pipeline.
 
     Raises:
-        UserError: If it is no pipeline, or something does not fit.
+        UserError: If the model is no pipeline, or something does not fit it.
     """
     spec = open_model(config.model, shapes, config.revision, config.variant)
     check_prompts(spec, config.prompt)
@@ -100,49 +107,52 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
 
 
 def sampler_options(config: GenerateConfig) -> dict[str, Any]:
-    """What the samplers of both backends take from the options."""
+    """Return the options that the samplers of both backends take."""
     names = ("prompt", "negative_prompt", "num_images", "num_inference_steps", "guidance_scale", "seed", "batch_size")
     return {{"prompt": "prompts"}.get(name, name): getattr(config, name) for name in names}
 
 
 def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv: Sequence[str] | None) -> None:
-    """Runs the command line: writes 00000.png, 00001.png, … as they come, and grid.png.
+    """Run the command line, which writes 00000.png, 00001.png, … as they are drawn, and grid.png.
 
     Args:
-        draw: Opens the model, and then draws a batch of pictures at a time.
-        prog: Name of the command.
-        argv: Its words.
+        draw: Opens the model, and then draws a batch of pictures at a time, each uint8 (N, H, W, C).
+        prog: Name of the command, for its help.
+        argv: The words of the command line; None for those of this process.
+
+    Raises:
+        UserError: For input that cannot be used.
     """
     parser = command_line.Parser(prog=prog, description="Draw images from a trained pipeline.")
     command_line.add_fields(parser, GenerateConfig)
     config = command_line.build(GenerateConfig, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
     folder = _free_folder(config)
     batches = draw(config)
-    for path in _pictures_of_before(folder):
+    for path in _earlier_pictures(folder):
         path.unlink()
     count = _write(batches, folder, config.num_images if config.prompt else None)
     sys.stderr.write(f"{count} images and {GRID} are in {folder}\n")
 
 
-def _pictures_of_before(folder: Path) -> list[Path]:
-    """What an earlier call has written."""
-    if not folder.is_dir():  # in an object store a folder is there when something is in it
+def _earlier_pictures(folder: Path) -> list[Path]:
+    """Return the pictures that an earlier call has written."""
+    if not folder.is_dir():  # in an object store a folder exists only when something is in it
         return []
     return sorted(path for path in folder.iterdir() if _WRITTEN.fullmatch(path.name) or path.name == GRID)
 
 
 def _free_folder(config: GenerateConfig) -> Path:
-    """The output folder, which can be written and in which no picture is that would stand among the new ones.
+    """Return the output folder, once it can be written and holds no pictures that would mix with the new ones.
 
     Raises:
-        ConfigError: If it is not so.
+        ConfigError: If it cannot be written, or holds pictures of an earlier call.
     """
     folder = as_path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output_dir {folder}: cannot be made: {error.strerror}; name another folder") from error
-    before = _pictures_of_before(folder)
+    before = _earlier_pictures(folder)
     if before and not config.overwrite_output_dir:
         raise ConfigError(
             f"--output_dir {folder}: holds {before[0].name} of an earlier call, and {len(before) - 1} more: name "
@@ -161,10 +171,10 @@ def _free_folder(config: GenerateConfig) -> Path:
 
 
 def _write(batches: Iterator[np.ndarray], folder: Path, columns: int | None) -> int:
-    """Writes pictures as they come, then the grid; returns how many.
+    """Write pictures as they are drawn, then the grid, and return the number of pictures.
 
     Raises:
-        ConfigError: If one cannot be written; those before it are.
+        ConfigError: If one cannot be written; those before it stay.
     """
     from flax_diffusion.core.io.tracking import enlarge, image_grid, save_picture, to_pillow
 

@@ -1,4 +1,4 @@
-"""The model that a user names: a pipeline, or a run that trained part of one, or a checkpoint of a run."""
+"""Opening of the model that a user names: a pipeline, a run that trained part of one, or a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ from flax_diffusion.core.errors import CheckpointError, WeightsError
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
 from flax_diffusion.core.spec.merging import Shapes, with_adapters, with_checkpoint, with_learnt_word
-from flax_diffusion.core.spec.pipeline import PipelineSpec, open_pipeline
+from flax_diffusion.core.spec.pipeline import PipelineSpec, Training, open_pipeline
 from flax_diffusion.core.tasks.task import TASKS, task_of
 
 
 def open_model(source: str, shapes: Shapes, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
-    """Reads what a model is made of, to draw from it or to write it anew.
+    """Open a model, to draw from it or to write it in another format.
 
     Args:
-        source: Folder or Hub id of a pipeline; or a run of LoRA or textual inversion, or a checkpoint in a run: then
-            the pipeline that its config.yaml names, with what was trained.
-        shapes: Of a pipeline's models.
+        source: Folder or Hub id of a pipeline; or folder of a run of LoRA or textual inversion, or of a checkpoint in
+            a run, which stand for the pipeline that the run's config.yaml names, with what was trained.
+        shapes: Gives the shapes of a pipeline's parameters.
         revision: Branch, tag or commit of a Hub id.
         variant: Variant of the weight files of a pipeline.
+
+    Returns:
+        The pipeline.
 
     Raises:
         UserError: If it is none of these.
@@ -51,7 +54,7 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _open_run(run: Path, checkpoint: Path | None, shapes: Shapes) -> PipelineSpec:
-    """The pipeline that a run trains, with what it has trained: in a checkpoint, or at its end."""
+    """Open the pipeline that a run trains, with the weights of one of its checkpoints, or of its end."""
     if not (run / CONFIG_FILE).is_file():
         raise WeightsError(
             f"{checkpoint}: is a checkpoint without its run, whose {CONFIG_FILE} names the model: give that model by "
@@ -61,12 +64,15 @@ def _open_run(run: Path, checkpoint: Path | None, shapes: Shapes) -> PipelineSpe
     if checkpoint is not None:
         spec = with_checkpoint(trained, checkpoint)
     else:
-        spec = _with_what_the_run_left(run, trained, shapes)
-    done = {name: replace(part, train=False, lora=None, new_tokens=None) for name, part in spec.components.items()}
+        spec = _with_results(run, trained, shapes)
+    done = {
+        name: replace(part, training=Training.NOTHING, lora=None, new_tokens=None)
+        for name, part in spec.components.items()
+    }
     return replace(spec, components=done)
 
 
-def _with_what_the_run_left(run: Path, trained: PipelineSpec, shapes: Shapes) -> PipelineSpec:
+def _with_results(run: Path, trained: PipelineSpec, shapes: Shapes) -> PipelineSpec:
     if not any((run / file).is_file() for file in (LORA_FILE, EMBEDDINGS_FILE)):
         saved = [str(folder) for folder in folders.committed(run)]
         fix = f"give one of its checkpoints: {', '.join(saved)}" if saved else "it has no checkpoint either; train on"

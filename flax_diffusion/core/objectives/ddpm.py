@@ -1,4 +1,4 @@
-"""Denoising diffusion over T timesteps: the model says the noise, the velocity or the clean sample.
+"""Denoising diffusion over T timesteps: the model predicts the noise, the velocity or the clean sample.
 
 Reference: Ho et al., arXiv:2006.11239, equations 4 and 14; Salimans and Ho, arXiv:2202.00512, appendix D, for the
 velocity.
@@ -30,16 +30,14 @@ _TARGETS: dict[str, Callable[[Table, Table], tuple[Table, Table]]] = {
 
 
 class DdpmOptions(BaseModel):
-    """Options of this objective."""
+    """Options of the objective."""
 
-    ddpm_num_steps: int = Field(1000, ge=1, description="Training timesteps, when the scheduler is ours to choose.")
-    ddpm_beta_schedule: BetaSchedule = Field(
-        "linear", description="Beta schedule, when the scheduler is ours to choose."
-    )
+    ddpm_num_steps: int = Field(1000, ge=1, description="DDPM's training timesteps, where no scheduler is given.")
+    ddpm_beta_schedule: BetaSchedule = Field("linear", description="DDPM's beta schedule, where no scheduler is given.")
     prediction_type: PredictionType | None = Field(
-        None, description="What the denoiser predicts. None: what the scheduler's config says."
+        None, description="DDPM: what the denoiser predicts. None: that of the scheduler's config."
     )
-    snr_gamma: float | None = Field(None, gt=0, description="Min-SNR loss weights; 5 is the paper's choice.")
+    snr_gamma: float | None = Field(None, gt=0, description="DDPM: gamma of Min-SNR loss weights. The paper uses 5.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Ddpm(Objective):
     """An objective whose time is one of T timesteps, each as likely as the others.
 
     Attributes:
-        tables: Of every timestep, arrays (T,).
+        tables: The mixtures of all timesteps, as arrays (T,).
     """
 
     tables: Mixture = field(repr=False)
@@ -67,7 +65,7 @@ class Ddpm(Objective):
 
     @classmethod
     def changed(cls, scheduler: Mapping[str, Any], options: DdpmOptions) -> dict[str, Any]:
-        """Return the config with the prediction type that is asked for."""
+        """Return the config with the requested prediction type."""
         return dict(scheduler) | ({"prediction_type": options.prediction_type} if options.prediction_type else {})
 
     @classmethod
@@ -122,12 +120,12 @@ def ddpm(
     Args:
         alphas_cumprod: ᾱ, (T,).
         prediction_type: epsilon, v_prediction or sample.
-        loss_weights: Of every timestep, (T,); None for ones.
-        dtype: In which the numbers are computed and kept.
+        loss_weights: Loss weight of every timestep, (T,); None for ones.
+        dtype: Dtype of the numbers.
 
     Raises:
-        ConfigError: An unknown prediction type.
-        ValueError: Weights for another number of timesteps.
+        ConfigError: If the prediction type is unknown.
+        ValueError: If there are weights for another number of timesteps.
     """
     if prediction_type not in _TARGETS:
         raise unknown("prediction_type", prediction_type, _TARGETS)

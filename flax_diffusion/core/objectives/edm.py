@@ -21,10 +21,10 @@ from flax_diffusion.core.typed import check_values
 
 
 class EdmOptions(BaseModel):
-    """Options of this objective."""
+    """Options of the objective."""
 
-    edm_log_mean: float = Field(-1.2, description="Mean of the logarithm of EDM's noise levels in training.")
-    edm_log_std: float = Field(1.2, gt=0, description="Standard deviation of the logarithm of EDM's noise levels.")
+    edm_log_mean: float = Field(-1.2, description="EDM: mean of the logarithm of the noise levels.")
+    edm_log_std: float = Field(1.2, gt=0, description="EDM: standard deviation of that logarithm.")
 
 
 class _Keys:
@@ -40,7 +40,7 @@ class Edm(Objective):
         log_mean: P_mean, mean of ln σ.
         log_std: P_std, standard deviation of ln σ.
         sigma_data: Standard deviation of the clean samples.
-        dtype: Of the numbers.
+        dtype: Dtype of the numbers.
     """
 
     log_mean: float = -1.2
@@ -59,12 +59,12 @@ class Edm(Objective):
 
     @classmethod
     def changed(cls, scheduler: Mapping[str, Any], options: EdmOptions) -> dict[str, Any]:
-        """Return the config as it is."""
+        """Return the config without changes."""
         return dict(scheduler)
 
     @classmethod
     def prediction(cls, scheduler: Mapping[str, Any]) -> str:
-        """Return edm: of Diffusers' two prediction types, the one of the paper is known here."""
+        """Return edm. Of Diffusers' two prediction types only epsilon, that of the paper, is known here."""
         found = scheduler.get("prediction_type", "epsilon")
         if found != "epsilon":
             raise unknown("prediction_type of an EDMEulerScheduler", found, ["epsilon"])

@@ -1,4 +1,4 @@
-"""Flow matching on straight paths: the model says the velocity from the clean sample to the noise.
+"""Flow matching on straight paths: the model predicts the velocity from the clean sample to the noise.
 
 Reference: Lipman et al., arXiv:2210.02747; Esser et al., arXiv:2403.03206, equations 13, 19 and 23, for how t is drawn.
 """
@@ -20,15 +20,15 @@ from flax_diffusion.core.typed import Size, check_values
 
 
 class FlowMatchingOptions(BaseModel):
-    """Options of this objective."""
+    """Options of the objective."""
 
     weighting_scheme: Literal["none", "logit_normal"] = Field(
-        "none", description="How flow matching draws its times: uniformly, or more of the middle ones."
+        "none", description="Flow matching: draw times uniformly, or more of those in the middle."
     )
-    logit_mean: float = Field(0.0, description="Mean of log(t / (1 - t)) of logit_normal; above 0: more noise.")
-    logit_std: float = Field(1.0, gt=0, description="Standard deviation of log(t / (1 - t)) of logit_normal.")
+    logit_mean: float = Field(0.0, description="Mean of log(t / (1 - t)) under logit_normal. Above 0: more noise.")
+    logit_std: float = Field(1.0, gt=0, description="Standard deviation of log(t / (1 - t)) under logit_normal.")
     shift: float | None = Field(
-        None, gt=0, description="Shift of flow matching's times towards noise. None: what the scheduler's config says."
+        None, gt=0, description="Flow matching: shift of the times towards noise. None: that of the scheduler's config."
     )
 
 
@@ -44,10 +44,10 @@ class FlowMatching(Objective):
     """An objective whose time t is continuous: the input is (1 − t)·x + t·ε and the target ε − x.
 
     Attributes:
-        num_train_timesteps: t is told to the model times this.
+        num_train_timesteps: Factor on t in the time that the model is told.
         logit_normal: Mean and standard deviation of log(t / (1 − t)), which is normal; None for a uniform t.
         shift: Moves t towards noise, t' = shift·t / (1 + (shift − 1)·t).
-        dtype: Of the numbers.
+        dtype: Dtype of the numbers.
     """
 
     num_train_timesteps: int = 1000
@@ -66,12 +66,12 @@ class FlowMatching(Objective):
 
     @classmethod
     def changed(cls, scheduler: Mapping[str, Any], options: FlowMatchingOptions) -> dict[str, Any]:
-        """Return the config with the shift that is asked for."""
+        """Return the config with the requested shift."""
         return dict(scheduler) | ({"shift": options.shift} if options.shift is not None else {})
 
     @classmethod
     def prediction(cls, scheduler: Mapping[str, Any]) -> str:
-        """Return flow_matching: it has one target."""
+        """Return flow_matching, whose target is always the same."""
         return cls.name
 
     @classmethod

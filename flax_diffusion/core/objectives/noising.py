@@ -1,4 +1,4 @@
-"""What an example carries of noise: how strong it is, by the objective, and the noise itself."""
+"""The noise of an example, and its strength by the objective."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,24 +11,32 @@ from flax_diffusion.core.randomness.streams import Stream
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseSpec:
-    """What is drawn for one example's place in the diffusion process."""
+    """Timestep and noises to draw for each example.
 
-    shape: tuple[int, int, int]  # (C, h, w) of what is noised: the latents, or the pixels of a pixel-space model
-    objective: Objective | None = None  # None: nothing is noised, as for an autoencoder
+    Attributes:
+        shape: (C, h, w) of what is noised: the latents, or the pixels of a pixel-space model.
+        objective: What draws the timestep; None where nothing is noised, as for an autoencoder.
+        noise_offset: Strength of the offset that is added to each channel's noise.
+        input_perturbation: γ of Ning et al. 2023, "Input Perturbation Reduces Exposure Bias".
+        latent_noise: Whether to draw the noise that samples the autoencoder's posterior.
+    """
+
+    shape: tuple[int, int, int]
+    objective: Objective | None = None
     noise_offset: float = 0.0
-    input_perturbation: float = 0.0  # γ of Ning et al. 2023, "Input Perturbation Reduces Exposure Bias"
-    latent_noise: bool = False  # also draw what samples the autoencoder's posterior
+    input_perturbation: float = 0.0
+    latent_noise: bool = False
 
     def draw(self, rng: Callable[[Stream], np.random.Generator]) -> dict[str, np.ndarray]:
         """Draw one example's timestep and noises.
 
         Args:
-            rng: gives the example's generator of a stream: `example_rng` with all else settled.
+            rng: Returns the example's generator of a stream; it is `example_rng` with its other arguments bound.
 
         Returns:
             `loss_weights` float32 (); where something is noised, the other fields of the objective's `Mixture` and
-            `noise` float32 (C, h, w); where asked for, `perturbation`, already times γ, and `latent_noise`, both
-            float32 (C, h, w).
+            `noise` float32 (C, h, w); where asked for, `perturbation`, already multiplied by γ, and `latent_noise`,
+            both float32 (C, h, w).
 
         Reference: HF's example scripts: `noise += offset * randn(C, 1, 1)`; the model is given
         `add_noise(x0, noise + perturbation, t)` and its target is made of the noise alone.

@@ -1,4 +1,4 @@
-"""The batches of a run, and what of its options is in vain."""
+"""The batches of a run, and warnings about options that have no effect in it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,15 @@ from flax_diffusion.core.tasks.task import Task
 log = logging.getLogger(__name__)
 
 
-def say_what_is_in_vain(task: Task[TrainConfig], spec: PipelineSpec, schedule: Schedule) -> None:
+def warn_of_vain_options(task: Task[TrainConfig], spec: PipelineSpec, schedule: Schedule) -> None:
     """Warn, once before training, of a warm-up that does not end and of prompts that the text encoder cuts off.
 
-    Captions of a dataset, of which there may be millions, are `check_source`'s.
+    The captions of a dataset, of which there may be millions, are checked by `check_source`.
+
+    Args:
+        task: The task, with the run's options.
+        spec: The pipeline, with its tokenizer.
+        schedule: The run's steps.
     """
     config = task.config
     warms_up = config.lr_scheduler not in ("constant", "piecewise_constant")
@@ -57,7 +62,20 @@ def make_loader(
     start_example: int = 0,
     dtype: DTypeLike = np.float32,
 ) -> Loader:
-    """Return the batches of one process of a run; the objective's numbers are of `dtype`."""
+    """Return the loader of one process's batches.
+
+    Args:
+        task: The task, with the run's options.
+        spec: The pipeline.
+        source: All examples of the run.
+        schedule: The run's steps.
+        num_steps: Steps to load batches for.
+        made: What was computed before training; None for nothing.
+        process_index: Index of this process, from 0.
+        process_count: Number of processes in the run.
+        start_example: Examples that the run has used before the first batch.
+        dtype: Dtype of the objective's numbers.
+    """
     config = task.config
     return Loader(
         source,

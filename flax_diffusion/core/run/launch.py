@@ -20,34 +20,45 @@ from flax_diffusion.core.tasks.task import Task, task_of
 log = logging.getLogger(__name__)
 
 LoadBackend = Callable[[], Any]
-"""Imports a framework and returns its backend's class; only now, so that --help and mistakes are answered at once."""
+"""Function that imports a framework and returns its backend's class.
+
+It is called late, so that --help and mistakes are answered at once.
+"""
 
 
 INSTALL_PYTORCH = "pip install -c constraints.txt 'flax-diffusion[torch]'"
 
 
 def require(packages: Sequence[str], install: str) -> None:
-    """Raises ConfigError where a package is missing, with the command that installs it."""
+    """Make sure that packages are installed.
+
+    Args:
+        packages: Names of the packages.
+        install: The command that installs them.
+
+    Raises:
+        ConfigError: If one is missing; the message holds the command.
+    """
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise ConfigError(f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed: {install}")
 
 
 def train(load_backend: LoadBackend, task: str, config: str | Path | None, options: dict[str, Any]) -> Path:
-    """Trains from Python.
+    """Train a model, when called from Python.
 
     Args:
-        load_backend: Of the framework.
+        load_backend: Loads the framework's backend.
         task: Name of the task.
-        config: A YAML recipe.
-        options: Flag to value; they override the recipe.
+        config: Path of a YAML recipe; None for none.
+        options: Values by flag; they override the recipe.
 
     Returns:
         The output folder.
 
     Raises:
         UserError: For input that cannot be used.
-        KeyboardInterrupt: After Ctrl-C, when all is saved.
+        KeyboardInterrupt: After Ctrl-C, once everything is saved.
     """
     values = command_line.merge(task, command_line.read_yaml(config) if config else {}, options, str(config))
     preemption = Preemption()
@@ -58,17 +69,27 @@ def train(load_backend: LoadBackend, task: str, config: str | Path | None, optio
 
 
 def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> None:
-    """Runs the command line."""
+    """Run the command line.
+
+    Args:
+        load_backend: Loads the framework's backend.
+        prog: Name of the command, for its help.
+        argv: The words of the command line; None for those of this process.
+
+    Raises:
+        UserError: For input that cannot be used.
+        SystemExit: After Ctrl-C, once everything is saved.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     logging.getLogger("flax_diffusion").setLevel(logging.INFO)
-    for chatty in ("absl", "asyncio"):  # of Orbax's threads: what fails in them is this program's to say
+    for chatty in ("absl", "asyncio"):  # logged in Orbax's threads; this program reports their failures itself
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     _, config = command_line.parse_train(sys.argv[1:] if argv is None else argv, prog)
     preemption = Preemption()
     _run(load_backend, task_of(config), preemption)
     status = INTERRUPTED if preemption.interrupted else 0
     if preemption.requested and preemption.single_process:
-        # All is saved; Python would wait for threads that may wait for a disk.
+        # Everything is saved; a normal exit would wait for threads that may wait for a disk.
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()
@@ -81,7 +102,7 @@ def _run(load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preempt
     from flax_diffusion.core.run.loop import fit
 
     config = task.config
-    with preemption:  # before frameworks of several hosts, which then hear the signal themselves
+    with preemption:  # before a framework of several hosts installs its own handler of the signal
         try:
             backend = load_backend()
             backend.check_options(config)
@@ -93,11 +114,11 @@ def _run(load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preempt
             if isinstance(error, UserError) or not is_out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise MemoryLimitError(f"out of memory ({reason}): {', '.join(_what_saves_memory(config))}") from error
+            raise MemoryLimitError(f"out of memory ({reason}): {', '.join(_memory_advice(config))}") from error
 
 
-def _what_saves_memory(config: TrainConfig) -> list[str]:
-    """What of the options is not yet used, the cheapest first."""
+def _memory_advice(config: TrainConfig) -> list[str]:
+    """Return the ways to save memory that the options do not use yet, the cheapest first."""
     batch = config.global_batch_size or config.train_batch_size
     name = "global_batch_size" if config.global_batch_size else "train_batch_size"
     advice = []

@@ -1,4 +1,4 @@
-"""What a run that resumes must have in common with its checkpoint, and which options have changed since."""
+"""Comparison of a resumed run with its checkpoint: what must be the same, and which options have changed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
     """
     made: dict[str, Any] = {"task": task}
     parts = spec.components
-    if spec.adapted:
+    if spec.trains_adapters:
         loras = {name: part.lora for name, part in parts.items() if part.lora is not None}
         made["lora"] = {
             name: {"rank": lora.rank, "alpha": lora.alpha, "targets": sorted(lora.targets)}

@@ -41,7 +41,7 @@ from flax_diffusion.core.tasks.task import Task
 log = logging.getLogger(__name__)
 
 READ_LAG = 2
-"""Steps that may be under way before the loop waits for a loss; enough to keep the devices busy."""
+"""Steps that may be running before the loop waits for a loss; enough to keep the devices busy."""
 
 
 def fit(
@@ -49,19 +49,19 @@ def fit(
     make_backend: Callable[[TrainConfig, PipelineSpec], Backend],
     preemption: Preemption | None = None,
 ) -> Path:
-    """Trains, and leaves a Diffusers pipeline in `config.output_dir`.
+    """Train, and write a Diffusers pipeline to `config.output_dir`.
 
     Args:
-        task: With the run's options.
-        make_backend: Builds the backend for a config and a pipeline; checks options it does not have.
-        preemption: Tells when to end early; None for never.
+        task: The task, with the run's options.
+        make_backend: Builds the backend for a config and a pipeline, and refuses options that it does not have.
+        preemption: Says when to end early; None for never.
 
     Returns:
         The output folder.
 
     Raises:
         UserError: For input that cannot be used, before any long work where that can be known.
-        Preempted: If the run is to end before it has begun.
+        Preempted: If the run is told to end before its first step.
     """
     config, preemption = task.config, preemption or Preemption()
     output_dir = as_path(config.output_dir)
@@ -76,7 +76,7 @@ def fit(
     try:
         if run.main:
             log.info(
-                "%s: %s of %d images, %d trained parameters, %d devices, %d images a step, steps %d to %d",
+                "%s: %s of %d images, %d trained parameters, %d devices, %d images per step, steps %d to %d",
                 task.name, spec.kind, start.schedule.num_examples, start.parameters, backend.device_count,
                 start.schedule.step_examples, start.step + 1, max(start.step, start.schedule.total_steps),
             )  # fmt: skip
@@ -91,7 +91,7 @@ def fit(
 
 
 class _Run:
-    """A run under way."""
+    """A run in progress."""
 
     def __init__(
         self,
@@ -124,12 +124,12 @@ class _Run:
         self.preview = task.make_preview(spec, self.source)
 
     def close(self) -> None:
-        """Lets a save end, and closes what is open."""
+        """Let a running save end, and close the log."""
         self.saver.close()
         self.tracker.close()
 
     def train(self) -> None:
-        """Takes the steps that are left, and leaves what they made; or saves, when the run is to end early."""
+        """Take the remaining steps and write the results; if the run is told to end early, only save."""
         if self.main:
             self._write_config()
             pipeline.save_tokenizer(self.spec, self.output_dir)
@@ -138,7 +138,7 @@ class _Run:
             self.tracker.say(f"nothing to train: {self._newest()} is there, and {self.schedule.limit}")
         try:
             cut_off = self.first_step and left > 0 and self._wants_sample(self.first_step)
-            if cut_off and not self.tracker.has_grid(self.first_step):  # the run was ended while it drew
+            if cut_off and not self.tracker.has_grid(self.first_step):  # the run ended while it drew this
                 self._sample(self.first_step)
             with self._loader(self.first_step, max(0, left)) as loader:
                 self._steps(loader)
@@ -150,7 +150,7 @@ class _Run:
             self._stop()
 
     def _write_config(self) -> None:
-        """Keeps the options that make this run again, and says which of them are not those that it was begun with."""
+        """Write the options that reproduce this run, and log which of them differ from those it started with."""
         file = self.output_dir / CONFIG_FILE
         if self.start.resume_from is not None and file.exists():
             changed = lineage.changes(command_line.read_yaml(file), self.config)
@@ -160,14 +160,14 @@ class _Run:
         write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
     def _newest(self) -> str:
-        """Name of the checkpoint that holds the present state."""
+        """Return the name of the checkpoint that holds the present state."""
         return folders.checkpoint_folder(self.output_dir, self.last_saved).name
 
     def repeat(self, step: int) -> None:
-        """Computes one step's batch with the weights that are there, and keeps nothing.
+        """Compute the loss of one step's batch with the present weights, log it, and keep nothing.
 
         Args:
-            step: Its number, from 1.
+            step: Number of the step, from 1.
         """
         with self._loader(step - 1, 1) as loader:
             (batch,) = loader
@@ -180,7 +180,7 @@ class _Run:
         )
 
     def _loader(self, done: int, num_steps: int) -> Loader:
-        """The batches after some steps."""
+        """Return the loader of the batches that follow some steps."""
         return assembly.make_loader(
             self.task,
             self.spec,
@@ -194,14 +194,14 @@ class _Run:
         )
 
     def _steps(self, loader: Loader) -> None:
-        """Takes the steps of a loader."""
+        """Take the steps of a loader's batches."""
         config = self.config
         for indices, batch in self._put_ahead(loader):
             done, step = self.taken, self.taken + 1
             rate = self.rate_of(done)
             self.pending.append((step, rate, indices, self.backend.train_step(batch, rate, ema_decay(config, done))))
             self.taken = step
-            if self.backend.stops(self.preemption.requested, step):
+            if self.backend.should_stop(self.preemption.requested, step):
                 raise Preempted
             while len(self.pending) > READ_LAG:
                 self._report()
@@ -221,7 +221,7 @@ class _Run:
         return self.schedule.ends_epoch(self._seen(step), self.config.validation_epochs)
 
     def _put_ahead(self, loader: Loader) -> Iterator[tuple[np.ndarray, Any]]:
-        """Indices of examples, and their device batch; the copy of the next one starts before the current is used."""
+        """Yield the indices of examples and their batch on the devices; the next batch is copied while one is used."""
         batches = iter(loader)
 
         def following() -> tuple[np.ndarray, Any] | None:
@@ -235,20 +235,20 @@ class _Run:
             current = ahead
 
     def _finish(self) -> None:
-        """Saves, samples and exports the end of the run."""
+        """Save, export and sample at the end of the run."""
         self._save()
         self._export()
         if self.taken > self.first_step or not self.tracker.has_grid(self.taken):
             self._sample(self.taken)
         self.saver.wait()
-        self.backend.everywhere(True)  # or one that is done would leave the others alone
+        self.backend.all_processes(True)  # else a process that is done would leave the others alone
         self.tracker.say(f"pipeline, checkpoints and samples are in {self.output_dir}")
 
     def _stop(self) -> None:
-        """Saves what was done so far."""
+        """Save the present state, and say how to go on."""
         self._save()
         self.saver.wait()
-        self.backend.everywhere(True)
+        self.backend.all_processes(True)
         kept = f"saved as {self._newest()}; go on with" if self.taken else "nothing to save; start again with"
         self.tracker.say(
             f"ended by {self.preemption.signal_name} after step {self.taken}, {kept}: "
@@ -256,11 +256,11 @@ class _Run:
         )
 
     def _command(self) -> str:
-        """What starts this run again."""
+        """Return the command that starts this run again."""
         return f"{self.backend.command} --config {shlex.quote(str(self.output_dir / CONFIG_FILE))}"
 
     def _seen(self, step: int) -> int:
-        """Examples that the run has used up to a step, also across a resume with another batch size."""
+        """Return the number of examples used up to a step, also after a resume with another batch size."""
         return self.start.examples_seen + (step - self.first_step) * self.schedule.step_examples
 
     def _report(self) -> None:
@@ -272,10 +272,10 @@ class _Run:
             self._note_nonfinite(step, metrics, indices)
 
     def _note_nonfinite(self, step: int, metrics: dict[str, float], indices: np.ndarray) -> None:
-        """Writes down what was in the batch; goes on if such steps are to be passed over, and there were not too many.
+        """Write the examples of a step that is not finite to a file.
 
         Raises:
-            NonFiniteError: Otherwise.
+            NonFiniteError: If more steps were not finite than --skip_nonfinite allows.
         """
         self.nonfinite_steps += 1
         of_process = f"-process-{self.backend.process_index}" if self.backend.process_count > 1 else ""
@@ -289,7 +289,7 @@ class _Run:
             )
             self.tracker.advance()
             return
-        self.saver.wait()  # a save under way is of a state before this one
+        self.saver.wait()  # a running save is of an earlier state
         raise NonFiniteError(
             f"step {step} is not finite ({_said(metrics)}); its examples are in {file.name}: lower --learning_rate, "
             "check the data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
@@ -304,7 +304,10 @@ class _Run:
             self._report()
 
     def _save(self) -> None:
-        """Starts a checkpoint, unless it was saved. Losses are read first: no state after a non-finite one is kept."""
+        """Start to save a checkpoint, unless this state is saved already.
+
+        Losses are read first, so that no state after a non-finite loss is kept.
+        """
         self._drain()
         if self.last_saved == self.taken:
             return
@@ -326,17 +329,21 @@ class _Run:
         self.tracker.grid(step, self.preemption.interruptible(draw), self.preview.columns)
 
     def _export(self) -> None:
-        """Writes what the run is for: a pipeline, an autoencoder, or adapters."""
+        """Write the result of the run: a pipeline, an autoencoder, or adapters."""
         self._drain()
         self.task.export(self.backend, self.spec, self.source, self.output_dir)
 
     def _export_trained(self, folder: Path) -> None:
-        """Writes what trains."""
+        """Write the models that train."""
         self.task.export_trained(self.backend, self.spec, self.source, folder, only_trained=True)
 
 
 def _is_finite(metrics: dict[str, float]) -> bool:
-    """Under fp16 gradients overflow now and then, and the loss scale sees to it; not where it cannot get smaller."""
+    """Return whether a step is finite.
+
+    Under fp16 gradients overflow now and then, and the loss scale gets smaller; that is no failure unless it is at its
+    smallest.
+    """
     if metrics.get("loss_scale", MIN_LOSS_SCALE) > MIN_LOSS_SCALE:
         return math.isfinite(metrics["loss"])
     return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])

@@ -1,4 +1,4 @@
-"""The folder that a run leaves everything in: whether it is free, and what an earlier run left there."""
+"""A run's output folder: whether it is free, and what an earlier run left there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 LATEST = "latest"
 REPLACED = "replaced-run"
-"""Where a run that is to be overwritten waits until the new one has saved a checkpoint."""
+"""Folder for an earlier run that is to be overwritten, until the new one has saved a checkpoint."""
 
 _NOTHING, _FAILED = -1, -2  # instead of a step
 
@@ -27,12 +27,16 @@ _RESULTS = ("model_index.json", LORA_FILE, EMBEDDINGS_FILE)
 
 
 def check(output_dir: Path, config: TrainConfig) -> None:
-    """Makes sure that the folder can be written, holds what is to be resumed, and that nothing else is in the way.
+    """Make sure that the folder can be written, is free, and holds the checkpoint to resume from.
+
+    Args:
+        output_dir: Folder of the run.
+        config: Options of the run.
 
     Raises:
-        ConfigError: If another run is in the folder, if what the run reads lies in it or it in the run's data, or if it
-            cannot be written.
-        CheckpointError: If a checkpoint is named that is not there.
+        ConfigError: If another run is in the folder, if the folder contains what the run reads or lies in its data, or
+            if it cannot be written.
+        CheckpointError: If the named checkpoint does not exist.
     """
     if output_dir.exists() and not output_dir.is_dir():
         raise ConfigError(f"--output_dir {output_dir}: is a file; name a folder")
@@ -56,10 +60,14 @@ def check(output_dir: Path, config: TrainConfig) -> None:
 
 
 def check_apart(output_dir: Path, config: TrainConfig) -> None:
-    """Makes sure that what a run writes is not what it reads.
+    """Make sure that a run does not write where it reads.
+
+    Args:
+        output_dir: Folder of the run.
+        config: Options of the run.
 
     Raises:
-        ConfigError: Naming the two folders of which one lies in the other.
+        ConfigError: If one of the folders lies in the other; the message names both.
     """
     for option, kind, name in named_inputs(config):
         if kind is not Reads.DATA_FOLDER and not as_path(name).exists():  # an id of the Hub
@@ -77,18 +85,19 @@ def check_apart(output_dir: Path, config: TrainConfig) -> None:
 
 
 def checkpoint_to_resume(output_dir: Path, request: str | None, backend: Backend) -> Path | None:
-    """The checkpoint to go on from, all of whose files the first process has read.
+    """Return the checkpoint to resume from, all of whose files the first process has read.
 
     Args:
         output_dir: Folder of the run.
         request: `latest`, the name of a checkpoint in `output_dir`, a path to one, or None.
-        backend: Of this process.
+        backend: The backend of this process.
 
     Returns:
-        The folder, or None to start from the beginning: no request, or `latest` of a run that has none yet.
+        The checkpoint's folder; None to start from the beginning, for no request or for `latest` in a run that has no
+        checkpoint yet.
 
     Raises:
-        CheckpointError: In every process, if something is wrong with the one that is named, or with all.
+        CheckpointError: If the named checkpoint, or every one, is unusable. Every process raises it.
     """
     if request is None:
         return None
@@ -104,7 +113,7 @@ def checkpoint_to_resume(output_dir: Path, request: str | None, backend: Backend
             found = _NOTHING if folder is None else folders.step_of(folder)
         except CheckpointError as error:
             failure = error
-    found = backend.from_first(found)
+    found = backend.broadcast_from_first(found)
     if found == _FAILED:
         raise failure or CheckpointError(f"the first process found no checkpoint in {output_dir} to go on from")
     if found == _NOTHING:
@@ -113,16 +122,22 @@ def checkpoint_to_resume(output_dir: Path, request: str | None, backend: Backend
 
 
 def has_run(output_dir: Path) -> bool:
-    """Whether a folder holds what would be a loss: a checkpoint, or what a run makes."""
+    """Return whether a folder holds something that must not be lost: a checkpoint, or the result of a run."""
     saved = folders.committed(output_dir) + folders.damaged(output_dir)
     return bool(saved) or any((output_dir / name).exists() for name in _RESULTS)
 
 
 def prepare(output_dir: Path, config: TrainConfig, resume_from: Path | None, backend: Backend) -> None:
-    """Makes room for a run that is about to begin, when all that it starts from is open and checked.
+    """Make room for a run that is about to begin, once its inputs are open and checked.
 
-    An earlier run that is to be overwritten moves to REPLACED; checkpoints that are newer than the one that the run
-    goes on from are set aside; what a killed save left is deleted.
+    An earlier run that is to be overwritten moves to `REPLACED`. Checkpoints that are newer than the one to resume from
+    are set aside. The files of a killed save are deleted.
+
+    Args:
+        output_dir: Folder of the run.
+        config: Options of the run.
+        resume_from: Folder of the checkpoint to resume from; None to start from the beginning.
+        backend: The backend of this process.
     """
     if backend.process_index == 0:
         if config.overwrite_output_dir and config.resume_from_checkpoint is None and has_run(output_dir):
@@ -134,11 +149,11 @@ def prepare(output_dir: Path, config: TrainConfig, resume_from: Path | None, bac
                     folders.abandon(folder).name,
                 )  # fmt: skip
         folders.clear_leftovers(output_dir)
-    backend.everywhere(True)
+    backend.all_processes(True)
 
 
 def _replace(output_dir: Path, config: TrainConfig) -> None:
-    aside = output_dir / REPLACED  # it may hold part of this run, whose move was cut off, or a run that came before
+    aside = output_dir / REPLACED  # it may hold part of this run, whose move was cut off, or an earlier run
     saved = (folders.committed, folders.damaged, folders.abandoned)
     left = [folder for of_kind in saved for folder in of_kind(output_dir)]
     left += [output_dir / name for name in (CONFIG_FILE, *_RESULTS, "samples", *sorted(subfolders()))]
@@ -151,5 +166,5 @@ def _replace(output_dir: Path, config: TrainConfig) -> None:
 
 
 def discard_replaced(output_dir: Path) -> None:
-    """Deletes the run that another one has taken the place of."""
+    """Delete the earlier run that the one in a folder has replaced."""
     remove_tree(output_dir / REPLACED)

@@ -1,8 +1,8 @@
-"""What the frozen models say of the data, computed once before training: text embeddings, and moments of latents.
+"""Outputs of the frozen models that are computed once before training: text embeddings, and posteriors of latents.
 
-The step then needs neither models nor pictures, and both give way to larger batches. The moments of the autoencoder's
-posterior are kept, not a sample of it, so that each epoch draws latents anew; of pictures that are flipped at random,
-those of both orientations.
+The step then needs neither these models nor the pictures, which leaves memory for larger batches. The mean and log
+variance of the autoencoder's posterior are kept, not a sample of it, so that each epoch draws new latents. For pictures
+that are flipped at random, the posteriors of both orientations are kept.
 """
 
 from __future__ import annotations
@@ -41,14 +41,18 @@ def precompute(
     """Compute what the options ask for, and free the models that made it.
 
     Args:
-        task: With the run's options.
-        spec: Its pipeline.
-        source: All examples of it.
-        backend: With its models loaded.
-        folder: For the files, each process its own.
+        task: The task, with the run's options.
+        spec: The pipeline.
+        source: All examples of the run.
+        backend: The backend of this process, with the models loaded.
+        folder: Folder for the files; each process writes its own.
+
+    Returns:
+        The tables of what was computed.
 
     Raises:
         DataError: For a picture that cannot be read; where such pictures are skipped, for too many of them.
+        NonFiniteError: For a picture whose latents are not finite.
     """
     config, made = task.config, Precomputed()
     bad = BadExamples(len(source)) if config.skip_bad_images else None
@@ -61,13 +65,14 @@ def precompute(
     if task.caches_latents:
         named = {record.name: index for index, record in _records(source, bad)}
         batches = _encoded(config, source, named, task.make_transform(spec), backend, bad)
-        made = replace(made, moments=write_table(folder / f"moments-{backend.process_index}.npy", len(named), batches))
+        path = folder / f"posteriors-{backend.process_index}.npy"
+        made = replace(made, posteriors=write_table(path, len(named), batches))
         backend.release(spec.vae_name)
     return made
 
 
 def _records(source: Source, bad: BadExamples | None) -> Iterator[tuple[int, Record]]:
-    """All records and their indices, but those that are bad in themselves, if such are counted."""
+    """Yield all records with their indices; bad records are left out and counted in `bad`, if it is there."""
     for index in range(len(source)):
         try:
             yield index, source[index]
@@ -89,7 +94,7 @@ def _prompts(task: Task[TrainConfig], source: Source, bad: BadExamples | None) -
 def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str], np.ndarray]]:
     for first in range(0, len(prompts), PROMPTS_AT_A_TIME):
         several = prompts[first : first + PROMPTS_AT_A_TIME]
-        size = min(PROMPTS_AT_A_TIME, len(prompts))  # one shape for all, so that one program does
+        size = min(PROMPTS_AT_A_TIME, len(prompts))  # one shape for all, so that one program is compiled
         yield several, backend.embed_prompts((several * size)[:size])[: len(several)]
 
 
@@ -104,8 +109,8 @@ def _encoded(
     upright = replace(transform, random_flip=False)
 
     shape = (transform.channels, transform.resolution, transform.resolution)
-    nothing = np.full(shape, np.nan, np.float32)  # what cannot be read: its moments say so to every process
-    reasons: dict[str, str] = {}  # of what this process could not read
+    nothing = np.full(shape, np.nan, np.float32)  # for a picture that cannot be read, which every process then knows
+    reasons: dict[str, str] = {}  # why this process could not read a picture, by its name
 
     def read(name: str) -> np.ndarray:
         try:
@@ -125,16 +130,16 @@ def _encoded(
             mine = several[start : start + share]
             pixels = np.stack([*pool.map(read, mine), *[nothing] * (share - len(mine))])
             orientations = [pixels, np.ascontiguousarray(pixels[..., ::-1])] if transform.random_flip else [pixels]
-            moments = np.stack([backend.posteriors(each) for each in orientations], axis=1)
+            posteriors = np.stack([backend.posteriors(each) for each in orientations], axis=1)
             good = []
             for place, name in enumerate(several):
-                if np.isfinite(moments[place]).all():
+                if np.isfinite(posteriors[place]).all():
                     good.append(place)
                 elif bad is None:
                     raise NonFiniteError(_NOT_FINITE.format(name))
                 else:
                     bad.add(name, reasons.get(name, _NOT_FINITE.format(name)))
-            yield [several[place] for place in good], moments[good]
+            yield [several[place] for place in good], posteriors[good]
 
 
 def _no_draw(stream: Stream) -> np.random.Generator:

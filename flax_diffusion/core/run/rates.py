@@ -1,7 +1,7 @@
-"""The numbers that depend on the step alone: learning rate and EMA decay.
+"""Learning rate and EMA decay: the numbers that depend only on the step.
 
-They are computed here, once a step, in Python floats, and handed to the train step of either backend, so both use
-the same digits, a change of schedule compiles nothing anew, and resuming needs nothing but the step.
+They are computed here, once per step, in Python floats, and passed to the train step of either backend. So both
+backends use the same digits, a change of schedule compiles nothing anew, and resuming needs only the step.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ POLYNOMIAL_END = 1e-7
 
 
 def learning_rate_schedule(config: TrainConfig, total_steps: int, peak: float) -> Callable[[int], float]:
-    """The learning rate over a run, as `diffusers.optimization.get_scheduler` shapes it.
+    """Return the learning rate over a run, with the shapes of `diffusers.optimization.get_scheduler`.
 
     Args:
-        config: Names the schedule, its warm-up, cycles, power and rules.
-        total_steps: Optimizer steps of the whole run, whatever the processes or accumulation.
-        peak: Rate after warm-up.
+        config: The options that name the schedule, its warm-up, cycles, power and rules.
+        total_steps: Optimizer steps of the whole run, for any number of processes and accumulation steps.
+        peak: Learning rate after warm-up.
 
     Returns:
         A function from optimizer step (0 for the first) to rate. Step 0 of a warm-up has rate 0.
 
     Raises:
-        ConfigError: If `lr_step_rules` cannot be read, or the peak is under the polynomial's end.
+        ConfigError: If `lr_step_rules` cannot be read, or the peak is not above the polynomial's end.
     """
     warmup = config.lr_warmup_steps
     span = max(1, total_steps - warmup)
@@ -66,7 +66,7 @@ def learning_rate_schedule(config: TrainConfig, total_steps: int, peak: float) -
 
 
 def _piecewise(rules: str) -> Callable[[int], float]:
-    """Reads "1:10,0.1:20,0.01": factor 1 before step 10, 0.1 before step 20, 0.01 from there on."""
+    """Parse "1:10,0.1:20,0.01": factor 1 before step 10, 0.1 before step 20, and 0.01 from there on."""
     try:
         *parts, last = rules.split(",")
         limits = sorted((int(until), float(value)) for value, until in (part.split(":") for part in parts))
@@ -81,9 +81,14 @@ def _piecewise(rules: str) -> Callable[[int], float]:
 
 
 def ema_decay(config: TrainConfig, step: int) -> float:
-    """Decay of the moving average at an optimizer step (0 for the first), by either rule of Diffusers' `EMAModel`.
+    """Compute the decay of the moving average by either rule of Diffusers' `EMAModel`.
 
-    The first update copies the weights: decay 0.
+    Args:
+        config: The options of the moving average.
+        step: The optimizer step, 0 for the first.
+
+    Returns:
+        The decay; 0 at the first step, which copies the weights.
     """
     if step <= 0:
         return 0.0

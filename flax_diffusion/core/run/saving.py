@@ -57,7 +57,7 @@ class Saver:
             if self.backend.process_index == 0:
                 folders.make_room(folder)
                 self._check_space()
-            self.backend.everywhere(True)
+            self.backend.all_processes(True)
             self.backend.save(written, metadata)
             if write_models is not None:
                 self.backend.wait()

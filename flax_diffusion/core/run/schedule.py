@@ -1,4 +1,4 @@
-"""How long a run is: steps, epochs and batches; and its learning rate."""
+"""The length of a run in steps, epochs and batches, and its learning rate."""
 
 from __future__ import annotations
 
@@ -13,21 +13,34 @@ from flax_diffusion.core.run.rates import learning_rate_schedule
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """How a run's examples divide into steps. Progress is counted in examples, whatever the batch."""
+    """Division of a run's examples into steps. Progress is counted in examples, for any batch size.
 
-    num_examples: int  # in the dataset
-    batch_size: int  # a micro-batch over all devices
-    accumulation: int  # micro-batches a step
-    total_steps: int  # of the whole run
-    limit: str  # what sets their number, for messages
+    Attributes:
+        num_examples: Examples per epoch.
+        batch_size: Examples per micro-batch, over all devices.
+        accumulation: Micro-batches per optimizer step.
+        total_steps: Optimizer steps of the whole run.
+        limit: What sets `total_steps`, for messages.
+    """
+
+    num_examples: int
+    batch_size: int
+    accumulation: int
+    total_steps: int
+    limit: str
 
     @property
     def step_examples(self) -> int:
-        """Examples an optimizer step."""
+        """Examples per optimizer step."""
         return self.batch_size * self.accumulation
 
     def ends_epoch(self, seen: int, every: int | None) -> bool:
-        """Whether an epoch divisible by `every` ended in the step that brought the examples to `seen`."""
+        """Return whether a step ends an epoch whose number is divisible by `every`.
+
+        Args:
+            seen: Examples used up to the end of the step.
+            every: Number of epochs; None for never.
+        """
         if every is None:
             return False
         span = every * self.num_examples
@@ -37,14 +50,14 @@ class Schedule:
 def make_schedule(
     config: TrainConfig, num_examples: int, device_count: int, step: int = 0, examples_seen: int = 0
 ) -> Schedule:
-    """Divides the work over steps and devices.
+    """Divide a run's examples over steps and devices.
 
     Args:
-        config: Of the run.
-        num_examples: In an epoch.
-        device_count: Over which a batch is divided.
-        step: That the run goes on from.
-        examples_seen: Up to that step, in whatever batches.
+        config: Options of the run.
+        num_examples: Examples per epoch.
+        device_count: Number of devices, over which a batch is divided.
+        step: The step that the run resumes from.
+        examples_seen: Examples used up to that step, in batches of any size.
 
     Raises:
         ConfigError: If the global batch cannot be divided.
@@ -73,6 +86,6 @@ def make_schedule(
 
 
 def make_rate(config: TrainConfig, schedule: Schedule) -> Callable[[int], float]:
-    """The learning rate by optimizer step."""
+    """Return the learning rate as a function of the optimizer step, 0 for the first."""
     peak = config.learning_rate * (schedule.step_examples if config.scale_lr else 1)
     return learning_rate_schedule(config, schedule.total_steps, peak)

@@ -1,4 +1,4 @@
-"""How a run begins: what it reads is opened and checked, the cheap before the dear, and nothing is deleted yet."""
+"""The start of a run: its inputs are opened and checked, the quick checks first, and nothing is deleted yet."""
 
 from __future__ import annotations
 
@@ -24,13 +24,25 @@ from flax_diffusion.core.tasks.task import Task
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with."""
+    """The inputs of a run's first step.
+
+    Attributes:
+        source: All examples.
+        made: What was computed before training.
+        schedule: The run's steps.
+        parameters: Number of trained parameters.
+        identity: What a checkpoint must have in common with a run that resumes from it.
+        resume_from: Folder of the checkpoint to resume from; None for a new run.
+        step: Optimizer steps taken so far.
+        examples_seen: Examples used so far.
+        nonfinite_steps: Steps so far whose loss or gradient was not finite.
+    """
 
     source: Source
     made: Precomputed
     schedule: Schedule
-    parameters: int  # that train
-    identity: dict[str, Any]  # what a checkpoint must share with a run that goes on from it
+    parameters: int
+    identity: dict[str, Any]
     resume_from: Path | None
     step: int = 0
     examples_seen: int = 0
@@ -38,7 +50,13 @@ class Start:
 
 
 def open_inputs(task: Task[TrainConfig]) -> tuple[Source, PipelineSpec]:
-    """Opens the data and reads the configs of the models; no weight is read.
+    """Open the data and read the configs of the models, but no weights.
+
+    Args:
+        task: The task, with the run's options.
+
+    Returns:
+        The examples, and the pipeline.
 
     Raises:
         UserError: For input that cannot be used.
@@ -51,14 +69,17 @@ def open_inputs(task: Task[TrainConfig]) -> tuple[Source, PipelineSpec]:
 
 
 def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend, scratch: Path) -> Start:
-    """Checks the checkpoint to go on from, loads the weights, and has the models make what training needs of them.
+    """Check the checkpoint to resume from, load the weights, and compute what can be computed before training.
 
     Args:
-        task: With the run's options.
-        spec: Its pipeline.
-        source: Its examples, but for those that models draw.
-        backend: Of this process.
-        scratch: Folder for what is computed beforehand.
+        task: The task, with the run's options.
+        spec: The pipeline.
+        source: The examples, without those that the models draw.
+        backend: The backend of this process.
+        scratch: Folder for what is computed before training.
+
+    Returns:
+        The inputs of the run's first step.
 
     Raises:
         UserError: For input that cannot be used, before any long work where that can be known.
@@ -68,7 +89,7 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
     shared_folder(output_dir, backend, "--output_dir")
     main = backend.process_index == 0
     skips, tokenize = config.skip_bad_images, spec.tokenize if task.checks_captions else None
-    check_source(source, skip_bad_images=skips, everywhere=backend.everywhere, main=main, tokenize=tokenize)
+    check_source(source, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
     num_examples = task.count_examples(source)
     identity = lineage.identity(task.name, config, spec, source, num_examples)
     resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
@@ -81,9 +102,9 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{resume_from}: its metadata lacks {error}; resume from another") from error
     schedule = make_schedule(config, num_examples, backend.device_count, step, seen)
-    make_rate(config, schedule)  # which reads --lr_step_rules
+    make_rate(config, schedule)  # this checks --lr_step_rules
     if main:
-        assembly.say_what_is_in_vain(task, spec, schedule)
+        assembly.warn_of_vain_options(task, spec, schedule)
     parameters = backend.init_state()
     if resume_from is not None:
         backend.check(resume_from)

@@ -1,6 +1,6 @@
-"""What trains when the model itself does not: LoRA beside linear layers, and rows of new tokens.
+"""Adapters, which train while the model's own weights do not: LoRA beside linear layers, and rows of new tokens.
 
-Adapters are plain arrays by PyTorch's names, in PyTorch's layout; both backends put them beside the frozen weights.
+Adapters are plain arrays by PyTorch's names, in PyTorch's layout. Both backends put them beside the frozen weights.
 """
 
 from __future__ import annotations
@@ -30,46 +30,58 @@ LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds
 class Lora:
     """Low-rank adapters: y = W·x + (alpha / rank)·B·A·dropout(x).
 
+    Attributes:
+        rank: Rows of A and columns of B.
+        alpha: Strength; see the formula.
+        dropout: Probability with which an input is dropped.
+        targets: Last parts of the names of the layers to adapt.
+
     Reference: Hu et al., https://arxiv.org/abs/2106.09685.
     """
 
     rank: int
     alpha: float
     dropout: float = 0.0
-    targets: tuple[str, ...]  # last parts of the names of the layers to adapt
+    targets: tuple[str, ...]
 
     @property
     def scale(self) -> float:
-        """Of the adapter's part."""
+        """Factor on B·A."""
         return self.alpha / self.rank
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewTokens:
-    """Rows of new tokens behind a text encoder's embedding table.
+    """New tokens, whose rows follow those of a text encoder's embedding table.
+
+    Attributes:
+        placeholder: The word that stands for the new thing in prompts.
+        tokens: The tokens that the tokenizer turns the word into.
+        first: Id of the first token; the others follow it.
+        initializer: Id of the known token whose row they start from.
 
     Reference: Gal et al., https://arxiv.org/abs/2208.01618.
     """
 
-    placeholder: str  # the token that stands for the new thing in prompts
-    tokens: tuple[str, ...]  # what the tokenizer makes of it
-    first: int  # id of the first; the others follow
-    initializer: int  # id of the token whose row they start from
+    placeholder: str
+    tokens: tuple[str, ...]
+    first: int
+    initializer: int
 
 
 def lora_layers(lora: Lora, shapes: Mapping[str, tuple[int, ...]], model: str) -> dict[str, tuple[int, int]]:
-    """The linear layers that a LoRA adapts.
+    """Find the linear layers that a LoRA adapts.
 
     Args:
-        lora: Names them by the last parts of their names.
-        shapes: Of the model's parameters, by PyTorch name.
-        model: Its name, for messages.
+        lora: The LoRA, with the last parts of the layers' names.
+        shapes: Shapes of the model's parameters, by PyTorch name.
+        model: The model's name, for messages.
 
     Returns:
-        Name of each layer and its (out, in).
+        The shape (out, in) of each layer, by name.
 
     Raises:
-        ConfigError: If a target matches nothing, or no linear layer, or the rank is over a matrix's size.
+        ConfigError: If a target matches no layer, or one that is not linear, or if the rank is larger than a matrix.
     """
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if name.endswith(".weight")}
     found: dict[str, tuple[int, int]] = {}
@@ -95,16 +107,16 @@ def lora_layers(lora: Lora, shapes: Mapping[str, tuple[int, ...]], model: str) -
 
 
 def draw_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]], kind: str, seed: int) -> Arrays:
-    """First values of a model's LoRA: A normal with standard deviation 1 / rank, B zero.
+    """Draw the first values of a model's LoRA: A is normal with standard deviation 1 / rank, B is zero.
 
     Args:
-        lora: What to adapt.
-        shapes: Of the model's parameters, by PyTorch name.
-        kind: Its PyTorch class.
-        seed: Of the run.
+        lora: The LoRA.
+        shapes: Shapes of the model's parameters, by PyTorch name.
+        kind: Name of the model's PyTorch class.
+        seed: Seed of the run.
 
     Returns:
-        `….lora_A.weight` (rank, in) and `….lora_B.weight` (out, rank), float32.
+        `….lora_A.weight`, float32 (rank, in), and `….lora_B.weight`, float32 (out, rank).
 
     Reference: `init_lora_weights="gaussian"` of PEFT.
     """
@@ -118,35 +130,52 @@ def draw_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]], kind: str, seed
 
 
 def draw_rows(tokens: NewTokens, table: np.ndarray) -> Arrays:
-    """First values of new rows, (new tokens, features): the initializer's row of the embedding table."""
+    """Return the first values of new tokens' rows, which are copies of the initializer's row.
+
+    Args:
+        tokens: The new tokens.
+        table: The embedding table, (tokens, features).
+
+    Returns:
+        The rows, float32 (new tokens, features), by their name.
+    """
     return {NEW_ROWS: np.repeat(table[tokens.initializer][None], len(tokens.tokens), axis=0).astype(np.float32)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraLayer:
-    """What a LoRA adds to one layer: (alpha / rank)·B·A."""
+    """The matrices of a LoRA in one layer, to whose weight it adds (alpha / rank)·B·A.
 
-    down: np.ndarray  # A, (rank, in) or, of a convolution, (rank, in, height, width)
-    up: np.ndarray  # B, (out, rank), with axes of length 1 behind it or not
+    Attributes:
+        down: A, (rank, in) or, for a convolution, (rank, in, height, width).
+        up: B, (out, rank), which may have further axes of length 1.
+        alpha: Strength; see the formula.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
     alpha: float
 
     @property
     def rank(self) -> int:
-        """Rows of A."""
+        """Number of rows of A."""
         return len(self.down)
 
     def added(self, shape: tuple[int, ...]) -> np.ndarray:
-        """What it adds to the layer's weight, float32 of that shape."""
+        """Return what the LoRA adds to the layer's weight, float32 of the weight's shape."""
         product = self.up.reshape(len(self.up), -1) @ self.down.reshape(len(self.down), -1)
         return (product * np.float32(self.alpha / self.rank)).reshape(shape)
 
 
 def trained_layers(lora: Lora, arrays: Mapping[str, np.ndarray]) -> dict[str, LoraLayer]:
-    """The layers of a LoRA that was trained here.
+    """Return the layers of a LoRA that was trained here.
 
     Args:
-        lora: Has the alpha.
-        arrays: By PEFT's names, `….lora_A.weight`.
+        lora: The LoRA, with its alpha.
+        arrays: The trained arrays by PEFT's names, such as `….lora_A.weight`.
+
+    Returns:
+        The matrices by layer name.
     """
     return {
         (layer := name.removesuffix(".lora_A.weight")): LoraLayer(
@@ -164,9 +193,9 @@ def save_lora(
 
     Args:
         path: The safetensors file.
-        models: Component to its layers by name.
+        models: The matrices by component and layer name.
         form: "peft" (`unet.….lora_A.weight`) or "kohya" (`lora_unet_….lora_down.weight`, with alpha).
-        prefixes: Of kohya's names, by component.
+        prefixes: Prefixes of kohya's names, by component.
     """
     arrays: Arrays = {}
     metadata: dict[str, Any] = {}
@@ -186,9 +215,9 @@ def save_lora(
 
 
 def _peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
-    """What PEFT's LoraConfig takes: the commonest rank and alpha, and the layers that have others.
+    """Return the arguments of PEFT's LoraConfig: the most common rank and alpha, and the layers that have others.
 
-    Transformers 5 calls a text encoder's layers without `text_model.` in memory, and PEFT takes the end of a name.
+    In memory, Transformers 5 names a text encoder's layers without `text_model.`, and PEFT matches the end of a name.
     """
     layers = {name.removeprefix("text_model."): layer for name, layer in layers.items()}
     rank, alpha = Counter((layer.rank, layer.alpha) for layer in layers.values()).most_common(1)[0][0]
@@ -200,22 +229,32 @@ def _peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlay:
-    """What differs between a model and its files: weights in place of theirs, what LoRA adds, rows of new words."""
+    """Differences between a model and its weight files.
+
+    Attributes:
+        replaced: Weights by PyTorch name that replace those of the files.
+        loras: LoRAs to merge, each as its matrices by layer name and its strength.
+        rows: Rows of new tokens, (new tokens, features); None for none.
+        first: Id of the first new token.
+    """
 
     replaced: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
-    loras: tuple[tuple[Mapping[str, LoraLayer], float], ...] = field(default=(), repr=False)  # with their strengths
-    rows: np.ndarray | None = field(default=None, repr=False)  # (new tokens, features)
-    first: int = 0  # id of the first of them
+    loras: tuple[tuple[Mapping[str, LoraLayer], float], ...] = field(default=(), repr=False)
+    rows: np.ndarray | None = field(default=None, repr=False)
+    first: int = 0
 
     def apply(self, weights: Mapping[str, np.ndarray], source: str) -> Arrays:
-        """The weights that the model has with it.
+        """Return a model's weights with these differences.
 
         Args:
-            weights: Of the files, float32 by PyTorch name, in PyTorch's layout.
-            source: Where they are from, for messages.
+            weights: Weights of the files, float32 by PyTorch name, in PyTorch's layout.
+            source: Where the weights are from, for messages.
+
+        Returns:
+            The changed weights, by PyTorch name.
 
         Raises:
-            WeightsError: If they are of another model.
+            WeightsError: If the weights are those of another model.
         """
         merged = {**weights, **self.replaced}
         for layers, strength in self.loras:
@@ -237,10 +276,21 @@ class Overlay:
 
 
 def tokens_of(word: str, count: int) -> tuple[str, ...]:
-    """The tokens of a new word of several vectors, as Diffusers names them: the word, then the word with a number."""
+    """Return the tokens of a new word, as Diffusers names them: the word, then the word with a number.
+
+    Args:
+        word: The new word.
+        count: Number of its tokens.
+    """
     return (word, *(f"{word}_{number}" for number in range(1, count)))
 
 
 def save_embeddings(path: Path, tokens: NewTokens, rows: np.ndarray) -> None:
-    """Writes the rows of new tokens as Diffusers' `load_textual_inversion` reads them."""
+    """Write the rows of new tokens as Diffusers' `load_textual_inversion` reads them.
+
+    Args:
+        path: The safetensors file.
+        tokens: The new tokens.
+        rows: Their rows, (new tokens, features).
+    """
     model_files.write_safetensors(path, {tokens.placeholder: rows})

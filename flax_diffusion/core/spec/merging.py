@@ -1,4 +1,4 @@
-"""What is put into a pipeline's weights as it is opened: LoRA files, new words, a training checkpoint."""
+"""Merging of LoRA files, new words or a training checkpoint into a pipeline as it is opened."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from flax_diffusion.core.spec.new_words import add_word, read_words
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 Shapes = Callable[[PipelineSpec], Layers]
-"""Gives the shapes of every model's parameters by PyTorch name, and reads no weight."""
+"""Function that returns the shapes of a pipeline's parameters by component and PyTorch name. It reads no weights."""
 
 
 def with_adapters(
     spec: PipelineSpec, shapes: Shapes, lora: Iterable[str], lora_scale: float, embeddings: Iterable[str]
 ) -> PipelineSpec:
-    """Adds LoRA and new words to a pipeline that is to be read.
+    """Add LoRA and new words to a pipeline.
 
     Args:
-        spec: The pipeline; its tokenizer learns the words.
-        shapes: Of its models.
-        lora: Files or folders, each as PATH or PATH:STRENGTH.
-        lora_scale: Strength of all of them, times each one's own.
+        spec: The pipeline; the words are added to its tokenizer.
+        shapes: Gives the shapes of the pipeline's parameters.
+        lora: LoRA files or folders, each as PATH or PATH:STRENGTH.
+        lora_scale: Strength of all LoRA files, which multiplies each one's own.
         embeddings: Files or folders of textual inversion, each as PATH or PATH:WORD.
 
     Returns:
-        The pipeline, whose components say what differs from their files.
+        The pipeline, whose components hold the differences from their files.
 
     Raises:
-        UserError: If one is not there, or does not fit.
+        UserError: If one does not exist, or does not fit.
     """
     known = shapes(spec) if lora else {}
     for item in lora:
@@ -53,25 +53,25 @@ def with_adapters(
 
 
 def read_lora(item: str, known: Layers, prefixes: Mapping[str, str]) -> tuple[dict[str, dict[str, LoraLayer]], float]:
-    """Reads a LoRA that is named as PATH or PATH:STRENGTH.
+    """Read a LoRA.
 
     Args:
-        item: Names it.
-        known: Layers of the model.
-        prefixes: Of kohya's names, by component.
+        item: The LoRA's file or folder, as PATH or PATH:STRENGTH.
+        known: Shapes of the pipeline's parameters, by component and PyTorch name.
+        prefixes: Prefixes of kohya's names, by component.
 
     Returns:
-        Its layers by component and name, and its strength.
+        Its matrices by component and layer name, and its strength.
 
     Raises:
-        UserError: If it is not there, or does not fit.
+        UserError: If it does not exist, or does not fit.
     """
     path, strength = _path_and_strength(item)
     return read_lora_layers(path, known, prefixes), strength
 
 
 def _path_and_rest(item: str) -> tuple[Path, str | None]:
-    """A path, and what stands behind its last colon."""
+    """Split an item into a path and what follows its last colon; None for nothing."""
     head, colon, rest = item.rpartition(":")
     if not colon or rest.startswith("//") or as_path(item).exists():
         return as_path(item), None
@@ -120,7 +120,7 @@ def _with_words(spec: PipelineSpec, path: Path, word: str | None) -> PipelineSpe
 
 
 def _with_rows(spec: PipelineSpec, words: Overlay) -> PipelineSpec:
-    """Puts the rows of new words behind those of the table, or of the words before them."""
+    """Append the rows of new words to those of the table, or of earlier new words."""
     assert words.rows is not None
     (name,) = spec.names_of(Role.TEXT_ENCODER)
     overlay = spec.components[name].overlay or Overlay()
@@ -131,7 +131,14 @@ def _with_rows(spec: PipelineSpec, words: Overlay) -> PipelineSpec:
 
 
 def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
-    """Puts the rows that a run of textual inversion has written into the pipeline that it trained.
+    """Put the rows that a run of textual inversion has written into the pipeline that it trained.
+
+    Args:
+        spec: The pipeline.
+        run: Folder of the run.
+
+    Returns:
+        The pipeline with the rows.
 
     Raises:
         WeightsError: If they are of another word, or of another number of tokens.
@@ -151,13 +158,16 @@ def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
 
 
 def checkpoint_arrays(folder: Path) -> dict[str, Arrays]:
-    """The trained weights of a checkpoint of either backend, or their averages where it has some.
+    """Read the trained weights of a checkpoint of either backend, or their averages if it has any.
+
+    Args:
+        folder: The checkpoint.
 
     Returns:
-        Component to arrays by PyTorch name.
+        Arrays by component and PyTorch name.
 
     Raises:
-        CheckpointError: If it is no checkpoint, or its files are not those that were written.
+        CheckpointError: If the folder is no checkpoint, or its files have changed since they were written.
     """
     require_whole(folder)
     arrays, _ = portable.read(folder)
@@ -171,19 +181,22 @@ def checkpoint_arrays(folder: Path) -> dict[str, Arrays]:
 
 
 def with_checkpoint(spec: PipelineSpec, folder: Path) -> PipelineSpec:
-    """Puts what a checkpoint trained into the pipeline that was trained.
+    """Put the trained weights of a checkpoint into the pipeline that was trained.
 
     Args:
-        spec: Says what trains.
+        spec: The pipeline, which says what trains.
         folder: The checkpoint.
 
+    Returns:
+        The pipeline with these weights.
+
     Raises:
-        CheckpointError: If it is no checkpoint, or its files are not those that were written.
-        WeightsError: If it holds what the pipeline does not train.
+        CheckpointError: If the folder is no checkpoint, or its files have changed since they were written.
+        WeightsError: If the checkpoint holds a model that the pipeline does not train.
     """
     for name, arrays in checkpoint_arrays(folder).items():
         component = spec.components.get(name)
-        if component is None or not component.trains:
+        if component is None or not component.is_trained:
             raise WeightsError(f"{folder} trained a {name}, and the config.yaml of its run does not: use its own")
         if component.lora is not None:
             spec = _with_lora(spec, {name: trained_layers(component.lora, arrays)}, 1.0)

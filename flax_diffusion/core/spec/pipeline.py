@@ -1,4 +1,4 @@
-"""What is trained, as plain data: the pipeline's models by their configs, its tokenizer and its noise scheduler.
+"""The pipeline to train, as plain data: the configs of its models, its tokenizer and its noise scheduler.
 
 Both backends build their modules from the same `PipelineSpec`. It is read and checked before any weight is touched.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,9 +33,31 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+class Training(StrEnum):
+    """Which part of a model trains."""
+
+    NOTHING = "nothing"
+    ALL = "all"
+    ADAPTERS = "adapters"  # LoRA or new tokens beside the model's own weights, which stay as they are
+
+
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One model: its PyTorch class, its config, where its weights are (None: drawn at random), what of it trains."""
+    """One model of a pipeline.
+
+    Attributes:
+        kind: Name of its PyTorch class.
+        config: Its config.
+        weights: Folder or Hub id of its weights; None to draw them at random.
+        subfolder: Subfolder of `weights` that holds them.
+        revision: Branch, tag or commit of a Hub id.
+        variant: Variant of the weight files.
+        training: Which part of it trains.
+        lora: LoRA that trains; None for none.
+        new_tokens: New tokens whose rows train, behind the embedding table; None for none.
+        overlay: Differences from the weights in the files; None for none.
+        rate_factor: Factor on the learning rate.
+    """
 
     kind: str
     config: dict[str, Any]
@@ -42,34 +65,31 @@ class Component:
     subfolder: str | None = None
     revision: str | None = None
     variant: str | None = None
-    train: bool = False  # all of it
-    lora: Lora | None = None  # these beside it
-    new_tokens: NewTokens | None = None  # their rows behind its embedding table
-    overlay: Overlay | None = None  # what differs from the weights
-    rate_factor: float = 1.0  # of the learning rate
+    training: Training = Training.NOTHING
+    lora: Lora | None = None
+    new_tokens: NewTokens | None = None
+    overlay: Overlay | None = None
+    rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        if (self.training is Training.ADAPTERS) != (self.lora is not None or self.new_tokens is not None):
+            raise ValueError(f"a component that trains {self.training} has lora {self.lora}, tokens {self.new_tokens}")
         check_values(self.model.schema, self.config, f"config of a {self.kind}")
 
     @property
     def model(self) -> ModelClass:
-        """Its class."""
+        """Class of the model."""
         return model_class(self.kind)
 
     @property
     def role(self) -> Role:
-        """What it does in the pipeline."""
+        """Role of the model in the pipeline."""
         return self.model.role
 
     @property
-    def adapted(self) -> bool:
-        """Whether something beside the model's own weights trains, and those do not."""
-        return self.lora is not None or self.new_tokens is not None
-
-    @property
-    def trains(self) -> bool:
-        """Whether anything of it trains."""
-        return self.train or self.adapted
+    def is_trained(self) -> bool:
+        """Whether any part of it trains."""
+        return self.training is not Training.NOTHING
 
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key, getattr(self.model.schema, key, None))
@@ -77,7 +97,12 @@ class Component:
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderLoss:
-    """How an autoencoder is trained."""
+    """Loss of an autoencoder.
+
+    Attributes:
+        rec_loss: Reconstruction loss: "l1" (absolute error) or "l2" (squared error).
+        kl_scale: Weight of the divergence of the posterior from a normal distribution.
+    """
 
     rec_loss: Literal["l1", "l2"]
     kl_scale: float
@@ -88,16 +113,27 @@ class AutoencoderLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineSpec:
-    """A pipeline to train. `components` are named as the subfolders of a Diffusers pipeline."""
+    """A pipeline to train or to draw from.
+
+    Attributes:
+        kind: Name of its Diffusers class.
+        components: Its models, named as the subfolders of a Diffusers pipeline.
+        scheduler: Config of its noise scheduler; empty for none.
+        resolution: Height and width of the training images, in pixels.
+        size: Height and width of the images to draw, in pixels; None where both are the resolution.
+        tokenizer: Its tokenizer; None for none.
+        autoencoder_loss: Loss of an autoencoder; None where a denoiser is trained.
+        objective_name: Objective of a run that does not train by that of its scheduler; None where it does.
+    """
 
     kind: str
     components: dict[str, Component]
     scheduler: dict[str, Any]
     resolution: int
-    size: tuple[int, int] | None = None  # height and width of what is drawn; None: both are the resolution
+    size: tuple[int, int] | None = None
     tokenizer: CLIPTokenizer | None = None
-    autoencoder_loss: AutoencoderLoss | None = None  # None: a denoiser is trained
-    objective_name: str | None = None  # of a run that is not trained by the objective of its scheduler
+    autoencoder_loss: AutoencoderLoss | None = None
+    objective_name: str | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler:
@@ -105,7 +141,7 @@ class PipelineSpec:
 
     @property
     def tokenize(self) -> Tokenize | None:
-        """From prompts to token ids, or None when there are no prompts."""
+        """The map from prompts to token ids, or None where the pipeline takes no prompts."""
         from flax_diffusion.core.data.captions import Tokenize
 
         if self.tokenizer is None or self.text_encoder is None:
@@ -113,17 +149,17 @@ class PipelineSpec:
         return Tokenize.from_clip(self.tokenizer)
 
     @property
-    def adapted(self) -> bool:
+    def trains_adapters(self) -> bool:
         """Whether adapters train, and no whole model."""
-        return any(component.adapted for component in self.components.values())
+        return any(component.training is Training.ADAPTERS for component in self.components.values())
 
     @property
     def family(self) -> Family:
-        """The family that the pipeline is of."""
+        """Family of the pipeline."""
         return family_of(self.kind)
 
     def names_of(self, role: Role) -> list[str]:
-        """Names of the components that have a role."""
+        """Return the names of the components that have a role."""
         return [name for name, part in self.components.items() if part.role is role]
 
     def _part(self, role: Role) -> Component | None:
@@ -131,7 +167,7 @@ class PipelineSpec:
 
     @property
     def denoiser(self) -> Component:
-        """The model that is trained to denoise."""
+        """The model that denoises."""
         return self.components[self.denoiser_name]
 
     @property
@@ -151,17 +187,17 @@ class PipelineSpec:
 
     @property
     def text_encoder(self) -> Component | None:
-        """The text encoder, or None when there are no captions."""
+        """The text encoder, or None where the pipeline takes no prompts."""
         return self._part(Role.TEXT_ENCODER)
 
     @property
     def objective(self) -> type[Objective]:
-        """What the denoiser was or will be trained by."""
+        """Objective that the denoiser was or will be trained with."""
         return OBJECTIVES[self.objective_name] if self.objective_name else objective_of(self.scheduler)
 
     @property
     def prediction_type(self) -> str:
-        """What the denoiser predicts: epsilon, v_prediction, sample, flow_matching or edm."""
+        """Prediction of the denoiser: epsilon, v_prediction, sample, flow_matching or edm."""
         return self.objective.prediction(self.scheduler)
 
     @property
@@ -171,31 +207,34 @@ class PipelineSpec:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels a latent: 8 for Stable Diffusion, 1 in pixel space."""
+        """Pixels per latent and side: 8 for Stable Diffusion, 1 in pixel space."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1) if self.vae else 1
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        """Shape (channels, height, width) of what is denoised."""
+        """Shape (C, h, w) of what is denoised."""
         height, width = (side // self.vae_factor for side in self.size or (self.resolution, self.resolution))
         return (self.vae["latent_channels"] if self.vae else self.denoiser["in_channels"], height, width)
 
     @property
     def size_factor(self) -> int:
-        """What height and width of a picture are multiples of: the VAE halves them, and then the UNet."""
+        """Number of which height and width of a picture are multiples: the VAE halves them, and then the UNet."""
         return self.vae_factor * 2 ** (len(self.denoiser["down_block_types"]) - 1)
 
 
 def open_pipeline(source: str, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
-    """Reads a finished pipeline, to draw images from.
+    """Open a finished pipeline, to draw images from it.
 
     Args:
-        source: Folder or Hub id.
+        source: Folder or Hub id of the pipeline.
         revision: Branch, tag or commit of a Hub id.
         variant: Variant of the weight files.
 
+    Returns:
+        The pipeline.
+
     Raises:
-        UserError: If it is not a pipeline, or one of a kind that is not known here.
+        UserError: If it is no pipeline, or one of an unknown kind.
     """
     from flax_diffusion.core.data import captions as text
 
@@ -222,10 +261,14 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
 
 
 def check_variant(components: Collection[Component], variant: str | None) -> None:
-    """Says which parts of a pipeline lack the variant that was asked for, and are read without.
+    """Warn of models that lack the requested variant, so that their plain weight files are read.
+
+    Args:
+        components: The models.
+        variant: The requested variant; None for none.
 
     Raises:
-        WeightsError: If all do.
+        WeightsError: If all of them lack it.
     """
     if variant is None:
         return
@@ -245,10 +288,18 @@ def read_component(
     subfolder: str | None,
     revision: str | None,
     variant: str | None,
-    *,
-    train: bool = False,
+    training: Training = Training.NOTHING,
 ) -> Component:
-    """Reads the config of one model of a pipeline.
+    """Read the config of one model of a pipeline.
+
+    Args:
+        folder: Local folder with its config.json.
+        kind: Name of the PyTorch class that it must be of.
+        source: Folder or Hub id of the weights.
+        subfolder: Subfolder of `source`; None for a model by itself.
+        revision: Branch, tag or commit of a Hub id.
+        variant: Variant of the weight files; None for the plain ones.
+        training: Which part of it is to train.
 
     Raises:
         WeightsError: If it is missing, or of another class.
@@ -270,19 +321,32 @@ def read_component(
         subfolder=subfolder,
         revision=revision,
         variant=variant,
-        train=train,
+        training=training,
     )
 
 
 def check_prompts(spec: PipelineSpec, prompts: list[str]) -> None:
-    """Raises ConfigError unless there are prompts exactly where the pipeline takes them."""
+    """Make sure that there are prompts exactly where the pipeline takes them.
+
+    Args:
+        spec: The pipeline.
+        prompts: The prompts.
+
+    Raises:
+        ConfigError: If prompts are missing, or given to a pipeline that takes none.
+    """
     if (spec.tokenizer is not None) != bool(prompts):
         fix = "drop --prompt" if prompts else "give at least one --prompt"
         raise ConfigError(f"a {spec.kind} with {len(prompts)} prompts: {fix}")
 
 
 def write_index(spec: PipelineSpec, folder: Path) -> None:
-    """Writes what a pipeline folder holds beside its models: model_index.json, scheduler and tokenizer."""
+    """Write the files of a pipeline folder that belong to no model: model_index.json, scheduler and tokenizer.
+
+    Args:
+        spec: The pipeline.
+        folder: Folder of the pipeline.
+    """
     index: dict[str, Any] = {"_class_name": spec.kind}
     index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
@@ -296,20 +360,25 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
 
 
 def save_tokenizer(spec: PipelineSpec, folder: Path) -> None:
-    """Writes the tokenizer, if there is one; a resumed run reads it from there."""
+    """Write the tokenizer, if there is one; a resumed run reads it from there.
+
+    Args:
+        spec: The pipeline.
+        folder: Folder of the pipeline.
+    """
     if spec.tokenizer is not None:
         with written_folder(folder / "tokenizer") as local:
             spec.tokenizer.save_pretrained(local)
 
 
 def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str) -> None:
-    """Writes trained adapters: pytorch_lora_weights.safetensors, or learned_embeds.safetensors.
+    """Write trained adapters to pytorch_lora_weights.safetensors or learned_embeds.safetensors.
 
     Args:
-        spec: Says what was trained.
-        trained: Arrays by component and PyTorch name: `unet/….lora_A.weight`.
-        folder: To write to.
-        form: Of LoRA: "peft" or "kohya".
+        spec: The pipeline, which says what was trained.
+        trained: Arrays by component and PyTorch name, such as `unet/….lora_A.weight`.
+        folder: Folder to write to.
+        form: Names in a LoRA file: "peft" or "kohya".
     """
     loras = {}
     for name, component in spec.components.items():

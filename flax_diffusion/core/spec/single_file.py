@@ -1,6 +1,6 @@
-"""Single-file checkpoints: a whole pipeline under the names of the original Stable Diffusion code.
+"""Single-file checkpoints, which hold a whole pipeline under the names of the original Stable Diffusion code.
 
-Such a file holds weights only; configs and tokenizer are those of a pipeline folder of the same architecture.
+Such a file holds only weights. Configs and tokenizer are those of a pipeline folder of the same architecture.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ _QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)")
 
 
 def read_single_file(path: Path, spec: PipelineSpec, names: Mapping[str, list[str]]) -> dict[str, Arrays]:
-    """Reads the weights of every model of a pipeline.
+    """Read the weights of every model of a pipeline.
 
     Args:
-        path: The safetensors file. What no model has (moving averages, the noise schedule) is left out.
+        path: The safetensors file. Tensors of no model (moving averages, the noise schedule) are ignored.
         spec: A pipeline of the same architecture.
-        names: Component to its parameters' PyTorch names.
+        names: PyTorch names of the parameters, by component.
 
     Returns:
-        Component to its weights by PyTorch name, as they are in the file: an autoencoder's attention has 1 x 1
-        convolutions for its linear layers. Names that the file lacks are missing, and so are an autoencoder or a text
-        encoder of which it has nothing.
+        Weights by component and PyTorch name, as they are in the file: an autoencoder's attention has 1 x 1
+        convolutions in place of linear layers. Names that the file lacks are missing, and so is an autoencoder or a
+        text encoder of which it holds nothing.
 
     Raises:
         WeightsError: If it is no such file.
-        ConfigError: If the pipeline is of a kind that has none.
+        ConfigError: If there are no such files for this kind of pipeline.
     """
     if path.suffix != ".safetensors":
         raise WeightsError(f"{path}: is not safetensors; what is pickled can run code: convert it to safetensors first")
@@ -68,15 +68,15 @@ def read_single_file(path: Path, spec: PipelineSpec, names: Mapping[str, list[st
 
 
 def write_single_file(path: Path, spec: PipelineSpec, weights: Mapping[str, Arrays]) -> None:
-    """Writes the weights of a pipeline.
+    """Write the weights of a pipeline to one file.
 
     Args:
         path: The safetensors file.
-        spec: The pipeline; a text encoder with `gelu` is written as OpenCLIP's, any other as OpenAI's.
-        weights: Component to its weights by PyTorch name.
+        spec: The pipeline. A text encoder with `gelu` is written as OpenCLIP's, any other as OpenAI's.
+        weights: Weights by component and PyTorch name.
 
     Raises:
-        ConfigError: If the pipeline is of a kind that has no such file.
+        ConfigError: If there are no such files for this kind of pipeline.
     """
     open_clip = spec.text_encoder is not None and spec.text_encoder["hidden_act"] == "gelu"
     out: Arrays = {}
@@ -92,7 +92,7 @@ def write_single_file(path: Path, spec: PipelineSpec, weights: Mapping[str, Arra
 
 
 def _join_qkv(weights: Arrays) -> Iterator[tuple[str, np.ndarray]]:
-    """OpenCLIP's attention has one matrix for queries, keys and values."""
+    """Yield weights with queries, keys and values joined, as OpenCLIP's attention has one matrix for all three."""
     for name, array in weights.items():
         qkv = _QKV.fullmatch(name)
         if qkv is None:

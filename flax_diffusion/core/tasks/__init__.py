@@ -1,1 +1,1 @@
-"""What a run is for: one file a task, and the command line that chooses among them."""
+"""The tasks that a run may have, one file per task."""

@@ -1,6 +1,6 @@
-"""Images to latents and back: `train autoencoder`.
+"""Training of an autoencoder, from images to latents and back: `train autoencoder`.
 
-Progress is seen by pictures beside their reconstructions; at the end the scale of the latents is measured.
+The preview shows pictures beside their reconstructions. At the end the scale of the latents is measured.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from flax_diffusion.core.tasks.task import TASKS, Preview, Task
 
 @with_defaults(output_dir="autoencoder-model")
 class AutoencoderConfig(DatasetConfig):
-    """Images to latents and back: `train autoencoder`. The result is the --vae of the other tasks."""
+    """Images to latents and back: `train autoencoder`. The result is for --vae of the other tasks."""
 
     vae: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
-        None, description="From scratch: the AutoencoderKL config, as a mapping or the folder or .json file of one."
+        None,
+        description="From scratch: config of the AutoencoderKL, as a mapping, or the folder or .json file with it.",
     )
-    rec_loss: Literal["l1", "l2"] = Field("l2", description="Reconstruction: absolute or squared error.")
-    kl_scale: float = Field(1e-6, ge=0, description="Weight of the posterior's divergence from a normal one.")
+    rec_loss: Literal["l1", "l2"] = Field("l2", description="Reconstruction loss: absolute or squared error.")
+    kl_scale: float = Field(1e-6, ge=0, description="Weight of the posterior's divergence from a normal distribution.")
     eval_batch_size: int = Field(16, ge=1, description="Pictures in the grid, each beside its reconstruction.")
 
     @model_validator(mode="after")
@@ -52,7 +53,7 @@ class AutoencoderConfig(DatasetConfig):
 
 
 class AutoencoderTask(Task[AutoencoderConfig]):
-    """Trains an AutoencoderKL."""
+    """Training of an AutoencoderKL."""
 
     name = "autoencoder"
     config_class = AutoencoderConfig
@@ -88,7 +89,7 @@ class AutoencoderTask(Task[AutoencoderConfig]):
         return spec
 
     def reopen_spec(self, run: Path) -> PipelineSpec:
-        """Refuse: an autoencoder draws nothing."""
+        """Raise WeightsError, because an autoencoder draws nothing."""
         raise WeightsError(f"{run}: trained an autoencoder, which draws nothing by itself: it is the --vae of a run")
 
     def _pictures(self, spec: PipelineSpec, source: Source) -> _Pictures:
@@ -106,7 +107,7 @@ class AutoencoderTask(Task[AutoencoderConfig]):
         _write_scaling_factor(backend, self._pictures(spec, source), spec, folder)
 
     def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
-        """Write the autoencoder, by itself."""
+        """Write the autoencoder without a pipeline."""
         self.export_trained(backend, spec, source, folder)
 
 
@@ -114,7 +115,7 @@ TASKS.register(AutoencoderTask.name, AutoencoderTask)
 
 
 def _subfolder(config: AutoencoderConfig) -> str | None:
-    """The subfolder of a pipeline's autoencoder; None for an autoencoder by itself."""
+    """Return the subfolder of a pipeline's autoencoder; None for an autoencoder without a pipeline."""
     source = str(config.pretrained_model_name_or_path)
     index = folders.read_index(source, config.revision)
     if not index:
@@ -127,19 +128,19 @@ def _subfolder(config: AutoencoderConfig) -> str | None:
 
 
 SCALED_BY = 256
-"""Pictures that the scale of the latents is measured on, where there are so many."""
+"""Largest number of pictures on which the scale of the latents is measured."""
 
 
 @dataclass(frozen=True)
 class _Pictures:
-    """The first pictures of the dataset, in batches of `eval_batch_size`, read when they are looked at."""
+    """The first pictures of the dataset, in batches of `eval_batch_size`, which are read when they are needed."""
 
     source: Source
     make_example: ExampleFn
     config: AutoencoderConfig
 
     def batches(self, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Whole batches of at most `most` pictures in all, but at least one batch.
+        """Yield whole batches of at most `most` pictures in all, but at least one batch.
 
         Yields:
             Pixels (N, C, H, W) in -1..1, and noise (N, c, h, w) that samples the posterior.
@@ -162,7 +163,7 @@ class _Pictures:
 
 
 def _compare(backend: Backend, pictures: _Pictures) -> np.ndarray:
-    """Pictures and their reconstructions in turn, uint8 (2N, H, W, C)."""
+    """Return pictures and their reconstructions in turn, uint8 (2N, H, W, C)."""
     pixels, noise = next(pictures.batches(pictures.config.eval_batch_size))
     made = backend.decode(backend.encode(pixels, noise))
     given = np.round((pixels / 2 + 0.5) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
@@ -170,7 +171,7 @@ def _compare(backend: Backend, pictures: _Pictures) -> np.ndarray:
 
 
 def _write_scaling_factor(backend: Backend, pictures: _Pictures, spec: PipelineSpec, folder: Path) -> None:
-    """Writes into vae/config.json what brings the latents to unit variance, unless the autoencoder's config says it.
+    """Write the scale that brings the latents to unit variance to vae/config.json, unless its config has one.
 
     Reference: Rombach et al., https://arxiv.org/abs/2112.10752, section D.1.
     """

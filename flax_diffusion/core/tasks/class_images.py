@@ -1,4 +1,4 @@
-"""Prior preservation's pictures: what a class folder is short of, the model draws before it trains.
+"""Class pictures for prior preservation: the model draws those that a folder lacks, before it trains.
 
 Reference: Ruiz et al., https://arxiv.org/abs/2208.12242, section 3.2.
 """
@@ -27,10 +27,14 @@ log = logging.getLogger(__name__)
 
 
 def missing(concept: Concept, wanted: int) -> int:
-    """How many pictures a concept's class folder is short of; makes the folder.
+    """Count the pictures that a concept's class folder lacks, and make the folder if it does not exist.
+
+    Args:
+        concept: The concept.
+        wanted: Number of pictures that the folder must hold.
 
     Raises:
-        DataError: If it cannot be made, or is short of pictures and cannot be written.
+        DataError: If the folder cannot be made, or lacks pictures and cannot be written.
     """
     folder = as_path(str(concept.class_data_dir))
     try:
@@ -47,10 +51,13 @@ def missing(concept: Concept, wanted: int) -> int:
 
 
 def check(config: DreamBoothConfig) -> None:
-    """Finds now which class folders could not be filled, or hold pictures of something else or that cannot be used.
+    """Make sure, before the start, that class folders can be filled and that their pictures can be used.
+
+    Args:
+        config: The run's options.
 
     Raises:
-        DataError: As `missing` and `check_source`, or if folders of two things overlap.
+        DataError: As in `missing` and `check_source`, or if the folders of two things overlap.
     """
     _check_apart(config)
     for concept in config.all_concepts:
@@ -82,11 +89,11 @@ def _check_apart(config: DreamBoothConfig) -> None:
 
 
 def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
-    """Fills every class folder up to `num_class_images`; what is there stays.
+    """Draw the missing pictures of every class folder, up to `num_class_images`; earlier pictures stay.
 
     Args:
         config: The run's options.
-        backend: With the weights that the run starts from.
+        backend: The backend, with the weights that the run starts from.
     """
     batch_size = config.sample_batch_size * backend.device_count
     for concept in config.all_concepts:
@@ -101,8 +108,8 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
             log.info("drawing %d pictures of '%s' into %s", short, concept.class_prompt, folder)
         with tqdm(total=short, unit="picture", disable=not main) as bar:
             while have < config.num_class_images:
-                # A whole batch each time, so that one program does; the seed moves on with what is there, so that a
-                # run which was interrupted draws no picture twice.
+                # Every batch is whole, so that one program is compiled. The seed depends on the number of pictures, so
+                # that a run that was interrupted draws no picture twice.
                 images = backend.sample(
                     prompts=[str(concept.class_prompt)],
                     num_images=batch_size,
@@ -116,7 +123,7 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
                         save_picture(to_pillow(image), _unused_name(folder))
                 have += len(images)
                 bar.update(len(images))
-        backend.everywhere(True)  # no process reads the folder before it is full
+        backend.all_processes(True)  # no process reads the folder before it is full
 
 
 def _unused_name(folder: Path) -> Path:

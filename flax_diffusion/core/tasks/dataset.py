@@ -1,4 +1,4 @@
-"""Options of tasks that train on a dataset, and how it is opened."""
+"""Options of tasks that train on a dataset, and opening of the dataset."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class DatasetConfig(TrainConfig):
     """Options of tasks that train on a dataset."""
 
     dataset_name: Annotated[str | None, Reads.DATA] = Field(
-        None, description="Hub dataset id, or the built-in `digits`."
+        None, description="Dataset id on the Hub, or the built-in `digits`."
     )
     dataset_config_name: str | None = Field(None, description="Configuration of that dataset.")
     train_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
-        None, description="Folder of images (metadata.jsonl/.csv, .txt captions or none) or of .parquet files."
+        None, description="Folder of images (with metadata.jsonl/.csv, .txt captions or none) or of .parquet files."
     )
     image_column: str = Field("image", description="Column that holds the images.")
     max_train_samples: int | None = Field(None, ge=1, description="Use only the first so many examples.")
-    cache_dir: str | None = Field(None, description="Where Hub downloads are kept.")
+    cache_dir: str | None = Field(None, description="Folder for downloads from the Hub.")
 
     @model_validator(mode="after")
     def _check_data(self) -> DatasetConfig:
@@ -59,5 +59,9 @@ def open_dataset(config: DatasetConfig, caption_column: str | None = None) -> So
 
 
 def stand_in(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the option that names a dataset, for a plan, which reads none."""
+    """Return an option that names a dataset, for a plan, which reads none.
+
+    Args:
+        given: The given options.
+    """
     return {} if given.get("dataset_name") else {"train_data_dir": "."}

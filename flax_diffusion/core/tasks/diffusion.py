@@ -1,4 +1,4 @@
-"""What all tasks that train a denoiser share."""
+"""Common parts of the tasks that train a denoiser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from flax_diffusion.core.objectives.edm import EdmOptions
 from flax_diffusion.core.objectives.flow_matching import FlowMatchingOptions
 from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, check_options, objective_of
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, check_variant
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, check_variant
 from flax_diffusion.core.tasks.parts import check_channels, check_resolution, sized
 from flax_diffusion.core.tasks.task import Preview, Task
 
@@ -34,29 +34,31 @@ class DiffusionConfig(DdpmOptions, FlowMatchingOptions, EdmOptions, TrainConfig)
     unet: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
         None,
         validation_alias=also("unet", "model_config_name_or_path"),
-        description="From scratch: the UNet's Diffusers config, as a mapping, or the folder or .json file of one.",
+        description="From scratch: Diffusers config of the UNet, as a mapping, or the folder or .json file with it.",
     )
     vae: Annotated[str | None, Reads.MODEL] = Field(
         None, description="Folder or Hub id of an AutoencoderKL. None: train on pixels."
     )
     noise_scheduler: dict[str, Any] | None = Field(
-        None, description="Diffusers scheduler config. None: the pretrained pipeline's, or DDPM with ddpm_* below."
+        None,
+        description="Config of a Diffusers scheduler. None: that of the pretrained pipeline, or one of the "
+        "objective's options.",
     )
     objective: str | None = Field(
         None,
-        description="What is learnt: ddpm (epsilon, v_prediction or sample), flow_matching or edm. None: what the "
-        "scheduler's config says.",
+        description="Objective: ddpm (epsilon, v_prediction or sample), flow_matching or edm. None: that of the "
+        "scheduler's config.",
     )
-    noise_offset: float = Field(0.0, ge=0, description="Strength of the offset added to each channel's noise.")
-    input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input; 0.1 is usual.")
+    noise_offset: float = Field(0.0, ge=0, description="Strength of the offset that is added to each channel's noise.")
+    input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input. 0.1 is usual.")
     cache_latents: bool = Field(
-        False, description="Encode each picture once, before training; the autoencoder then leaves the step."
+        False, description="Encode each picture once, before training. The steps then need no autoencoder."
     )
     validation_num_inference_steps: int = Field(
         50,
         ge=1,
         validation_alias=also("validation_num_inference_steps", "ddpm_num_inference_steps"),
-        description="Denoising steps of those samples.",
+        description="Denoising steps of the samples during training.",
     )
 
     @model_validator(mode="after")
@@ -83,7 +85,7 @@ D = TypeVar("D", bound=DiffusionConfig, covariant=True)
 
 
 class DiffusionTask(Task[D]):
-    """Trains a denoiser."""
+    """Training of a denoiser."""
 
     def __init__(self, config: D):
         super().__init__(config)
@@ -138,7 +140,7 @@ class DiffusionTask(Task[D]):
         Args:
             kind: Class of the pipeline.
             components: Its models.
-            tokenizer: Of its prompts, if there are any.
+            tokenizer: Tokenizer of the prompts; None where there are none.
 
         Raises:
             ConfigError: If they cannot.
@@ -154,7 +156,7 @@ class DiffusionTask(Task[D]):
             tokenizer=tokenizer,
             objective_name=None if objective is objective_of(scheduler) else objective.name,
         )
-        if spec.denoiser.train:
+        if spec.denoiser.training is Training.ALL:
             denoiser = sized(spec.denoiser, config.resolution // spec.vae_factor)
             spec = replace(spec, components=components | {spec.denoiser_name: denoiser})
         denoiser, vae = spec.denoiser, spec.vae
@@ -175,9 +177,9 @@ class DiffusionTask(Task[D]):
         return spec
 
     def _scheduler(self, kind: str) -> tuple[dict[str, Any], type[Objective]]:
-        """The scheduler's config, and what is learnt.
+        """Return the scheduler's config, and what is learnt.
 
-        The config is that of the options, of the model, or of the objective where it is ours to choose.
+        The config is that of the options, of the pretrained model, or of the objective where it is ours to choose.
         """
         config = self.config
         if config.objective is not None and config.objective not in OBJECTIVES:

@@ -1,4 +1,4 @@
-"""A new thing from a handful of its pictures: `train dreambooth`."""
+"""Training on a new thing from a few of its pictures: `train dreambooth`."""
 
 from __future__ import annotations
 
@@ -29,34 +29,38 @@ class Concept(BaseModel):
     instance_prompt: str  # "a photo of sks dog"
     class_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = None  # of its class; what is missing is drawn
     class_prompt: str | None = None  # "a photo of dog"
-    repeats: Annotated[int, Field(ge=1)] = 1  # times each picture stands in an epoch
+    repeats: Annotated[int, Field(ge=1)] = 1  # times that each picture occurs in an epoch
 
 
 @with_defaults(num_train_epochs=1, validation_steps=100, checkpoint_models=True, output_dir="dreambooth-model")
 class DreamBoothConfig(LoraConfig):
-    """A new thing from a handful of its pictures: `train dreambooth`."""
+    """A new thing from a few of its pictures: `train dreambooth`."""
 
     instance_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
         None, description="Folder of pictures of the new thing."
     )
-    instance_prompt: str | None = Field(None, description="Prompt that names it, such as 'a photo of sks dog'.")
-    with_prior_preservation: bool = Field(False, description="Keep what its class looks like, by pictures of it.")
+    instance_prompt: str | None = Field(None, description="Prompt with the new thing, such as 'a photo of sks dog'.")
+    with_prior_preservation: bool = Field(
+        False, description="Train on pictures of the class too, so that the model does not forget how it looks."
+    )
     class_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
-        None, description="Folder of pictures of the class; filled up as needed."
+        None, description="Folder of pictures of the class. The model draws those that it lacks."
     )
     class_prompt: str | None = Field(None, description="Prompt that names the class, such as 'a photo of dog'.")
-    num_class_images: int = Field(100, ge=1, description="Pictures of each class; the model draws those missing.")
+    num_class_images: int = Field(100, ge=1, description="Number of pictures of each class.")
     prior_loss_weight: float = Field(1.0, ge=0, description="Weight of the class pictures' loss.")
-    sample_batch_size: int = Field(4, ge=1, description="Class pictures a device draws at a time.")
+    sample_batch_size: int = Field(4, ge=1, description="Class pictures that each device draws at a time.")
     class_num_inference_steps: int = Field(50, ge=1, description="Denoising steps of the class pictures.")
-    class_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of the class pictures.")
+    class_guidance_scale: float = Field(7.5, ge=0, description="Guidance scale of the class pictures.")
     concepts: list[Concept] = Field(
-        [], description="Several concepts at once: a list of mappings with the five options of one, and repeats."
+        [], description="Several concepts at once: a list of mappings with the options of one concept, and repeats."
     )
     train_batch_size: int = Field(
-        4, ge=1, description="Images of the new thing a device in one forward pass; as many of the class go with them."
+        4,
+        ge=1,
+        description="Images of the new thing per device in one forward pass. As many of the class are added to them.",
     )
-    learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate; 5e-4 where LoRA trains.")
+    learning_rate: float = Field(5e-6, gt=0, description="Peak learning rate. Where LoRA trains, the default is 5e-4.")
 
     @model_validator(mode="before")
     @classmethod
@@ -67,7 +71,7 @@ class DreamBoothConfig(LoraConfig):
 
     @property
     def all_concepts(self) -> list[Concept]:
-        """The concepts, whichever way they were given."""
+        """The concepts, whether there is one or a list."""
         if self.concepts:
             return self.concepts
         return [
@@ -114,7 +118,7 @@ class DreamBoothConfig(LoraConfig):
 
 
 class DreamBoothTask(LoraTask[DreamBoothConfig]):
-    """Trains Stable Diffusion on pictures of new things, and on pictures of their classes if asked to."""
+    """Training of Stable Diffusion on pictures of new things, and on pictures of their classes if requested."""
 
     name = "dreambooth"
     config_class = DreamBoothConfig
@@ -156,7 +160,7 @@ class DreamBoothTask(LoraTask[DreamBoothConfig]):
 
     @property
     def prompts(self) -> dict[str, list[str]]:
-        """The prompts among the options, by the option that has them."""
+        """Prompts among the options, by option."""
         concepts, inside = self.config.all_concepts, "concepts." if self.config.concepts else ""
         return {
             f"{inside}instance_prompt": [concept.instance_prompt for concept in concepts],
@@ -168,7 +172,7 @@ TASKS.register(DreamBoothTask.name, DreamBoothTask)
 
 
 def _open_instances(config: DreamBoothConfig) -> PromptedSource:
-    """The pictures of the new things.
+    """Open the pictures of the new things.
 
     Raises:
         DataError: If a folder is missing or holds none, or lies in that of another thing.
@@ -192,14 +196,14 @@ def _open_instances(config: DreamBoothConfig) -> PromptedSource:
 
 
 def _options(config: DreamBoothConfig, whose: str) -> list[str]:
-    """What names the folder of each concept."""
+    """Return the name of each concept's folder option, for messages."""
     if not config.concepts:
         return [f"--{whose}_data_dir"]
     return [f"--concepts.{number}.{whose}_data_dir" for number in range(len(config.concepts))]
 
 
 def _open_pairs(config: DreamBoothConfig, instances: PromptedSource) -> PairedSource:
-    """The same with the pictures of their classes, of which each folder must hold enough by now."""
+    """Pair the pictures with those of their classes, of which each folder must hold enough by now."""
     concepts, most = config.all_concepts, config.num_class_images
     classes = PromptedSource(
         [

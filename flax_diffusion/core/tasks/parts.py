@@ -1,4 +1,4 @@
-"""The models that options name: read from folders, files and the Hub, and checked before any weight is touched."""
+"""The models that options name. Their configs are read and checked before any weights are read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
 from flax_diffusion.core.families.family import Family, ModelClass
 from flax_diffusion.core.io import model_files
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, read_component
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, read_component
 
 
 def pretrained(config: TrainConfig, name: str | None, model: ModelClass, *, train: bool) -> Component:
@@ -21,7 +21,7 @@ def pretrained(config: TrainConfig, name: str | None, model: ModelClass, *, trai
 
     Args:
         config: The run's options.
-        name: Subfolder of the part; None for a model by itself.
+        name: Subfolder of the part; None for a model without a pipeline.
         model: The class that it must be of.
         train: Whether all of it trains.
 
@@ -31,7 +31,8 @@ def pretrained(config: TrainConfig, name: str | None, model: ModelClass, *, trai
     source = str(config.pretrained_model_name_or_path)
     with naming("--pretrained_model_name_or_path"):
         folder = model_files.resolve(source, name, config.revision, allow_patterns=["*.json"])
-    return read_component(folder, model.name, source, name, config.revision, config.variant, train=train)
+    training = Training.ALL if train else Training.NOTHING
+    return read_component(folder, model.name, source, name, config.revision, config.variant, training)
 
 
 def from_scratch(given: dict[str, Any] | str, option: str, model: ModelClass) -> Component:
@@ -45,7 +46,7 @@ def from_scratch(given: dict[str, Any] | str, option: str, model: ModelClass) ->
     Raises:
         UserError: If there is no such config.
     """
-    return Component(kind=model.name, config=_read_config(given, option), train=True)
+    return Component(kind=model.name, config=_read_config(given, option), training=Training.ALL)
 
 
 def check_pipeline(config: TrainConfig, families: Collection[Family]) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def frozen_vae(source: str) -> Component:
 
 
 def _read_config(given: dict[str, Any] | str, option: str) -> dict[str, Any]:
-    """A model config from a mapping, a .json file, or a folder or Hub id that holds config.json."""
+    """Read a model config from a mapping, a .json file, or a folder or Hub id that holds config.json."""
     if isinstance(given, dict):
         values = given
     else:

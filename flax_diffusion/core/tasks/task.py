@@ -1,4 +1,4 @@
-"""What a run is for: its options, its examples, what of which model trains, how progress is seen, what is left."""
+"""The purpose of a run: its options, its examples, the models that train, the preview, and the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ C = TypeVar("C", bound=TrainConfig, covariant=True)
 
 
 class Preview(NamedTuple):
-    """How a run's progress is seen.
+    """Preview of a run's progress.
 
     Attributes:
         draw: Makes pictures, uint8 (N, H, W, C), with the averaged weights if there are any.
@@ -44,18 +44,18 @@ class Task(ABC, Generic[C]):
     """
 
     name: ClassVar[str]
-    """By which a user asks for it."""
+    """Name by which a user chooses the task."""
     config_class: ClassVar[type[TrainConfig]]
-    """The class of its options."""
+    """Class of the task's options."""
 
     checks_captions: ClassVar[bool] = False
-    """Whether captions come from data, so that they are looked at before the start."""
+    """Whether captions come from data, so that they are checked before the start."""
     rows_per_example: int = 1
-    """Pictures that an example consists of."""
+    """Pictures per example."""
     embeds_prompts: bool = False
     """Whether prompts are encoded once, before training."""
     embeds_empty_prompt: bool = False
-    """Whether the empty prompt is among these, whatever the captions."""
+    """Whether the empty prompt is encoded too, even if no caption is empty."""
     caches_latents: bool = False
     """Whether pictures are encoded once, before training."""
     makes_tokenizer: bool = False
@@ -69,28 +69,28 @@ class Task(ABC, Generic[C]):
         """Return options that name data, for a plan, which reads none.
 
         Args:
-            given: Options that are given.
+            given: The given options.
         """
         return {}
 
     @abstractmethod
     def open_source(self) -> Source:
-        """Open the examples that there are.
+        """Open the examples, without those that the models draw.
 
         Raises:
             UserError: If they cannot be used.
         """
 
     def count_examples(self, source: Source) -> int:
-        """Return the examples per epoch, those that `complete_source` adds among them."""
+        """Return the number of examples per epoch, including those that `complete_source` adds."""
         return len(source)
 
     def complete_source(self, source: Source, backend: Backend) -> Source:
-        """Return the examples with those that the models themselves draw.
+        """Return the examples, including those that the models draw.
 
         Args:
             source: The examples of `open_source`.
-            backend: With the weights that the run starts from.
+            backend: The backend, with the weights that the run starts from.
         """
         return source
 
@@ -99,7 +99,7 @@ class Task(ABC, Generic[C]):
         """Read the configs of the pipeline to train; the captions make a tokenizer where there is none.
 
         Raises:
-            UserError: For models that cannot be trained so.
+            UserError: For models that this task cannot train.
         """
 
     @abstractmethod
@@ -110,11 +110,11 @@ class Task(ABC, Generic[C]):
             run: Folder of the run.
 
         Raises:
-            UserError: If it draws nothing, or something is missing.
+            UserError: If the task draws nothing, or a file is missing.
         """
 
     def make_transform(self, spec: PipelineSpec) -> ImageTransform:
-        """Return what happens to the pictures."""
+        """Return the transform of the pictures."""
         config = self.config
         return ImageTransform(
             resolution=config.resolution,
@@ -126,18 +126,23 @@ class Task(ABC, Generic[C]):
         )
 
     def noise(self, spec: PipelineSpec, dtype: DTypeLike) -> NoiseSpec:
-        """Return what is drawn for each example; the objective's numbers are of `dtype`."""
+        """Return the spec of each example's timestep and noises.
+
+        Args:
+            spec: The pipeline.
+            dtype: Dtype of the objective's numbers.
+        """
         return NoiseSpec(shape=spec.sample_shape, latent_noise=spec.vae is not None)
 
     def make_example_fn(
         self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
     ) -> ExampleFn:
-        """Return what makes an example.
+        """Return the maker of examples.
 
         Args:
             spec: The pipeline.
-            made: What was computed before training.
-            dtype: Of the objective's numbers.
+            made: What was computed before training; None for nothing.
+            dtype: Dtype of the objective's numbers.
         """
         return ExampleFn(
             transform=self.make_transform(spec),
@@ -148,12 +153,12 @@ class Task(ABC, Generic[C]):
 
     @property
     def prompts(self) -> dict[str, list[str]]:
-        """The prompts among the options, by the option that has them."""
+        """Prompts among the options, by option."""
         return {}
 
     @abstractmethod
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
-        """Return how progress is seen; None for not at all."""
+        """Return the preview of progress; None for none."""
 
     def export_trained(
         self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
@@ -161,16 +166,16 @@ class Task(ABC, Generic[C]):
         """Write the models, with the averaged weights if there are any.
 
         Args:
-            backend: Has the weights.
+            backend: The backend, with the weights.
             spec: The pipeline.
             source: All examples of the run.
-            folder: To write to.
-            only_trained: Leave out models that do not train.
+            folder: Folder to write to.
+            only_trained: Whether to leave out models that do not train.
         """
         backend.export(folder, only_trained=only_trained)
 
     def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
-        """Write what the run is for: here, a pipeline that Diffusers loads."""
+        """Write the result of the run, which is a pipeline that Diffusers loads unless a task overrides this."""
         self.export_trained(backend, spec, source, folder)
         if backend.process_index == 0:
             pipeline.write_index(spec, folder)
@@ -185,5 +190,5 @@ TASKS: Registry[type[Task[TrainConfig]]] = Registry(
 
 
 def task_of(config: TrainConfig) -> Task[TrainConfig]:
-    """Return the task that a run's options are of."""
+    """Return the task of a run's options."""
     return next(task(config) for task in TASKS.values() if task.config_class is type(config))

@@ -1,4 +1,4 @@
-"""What all tasks whose images follow a text share."""
+"""Common parts of the tasks whose images follow a text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import as_path, local_copy
 from flax_diffusion.core.spec import pipeline
 from flax_diffusion.core.spec.adapters import Lora
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.parts import check_part, check_pipeline, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import Preview
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-"""The layers that LoRA adapts where none are named, as in Diffusers' scripts."""
+"""Layers that LoRA adapts by default, as in Diffusers' scripts."""
 
 
 @with_defaults(resolution=512)
@@ -40,7 +40,8 @@ class TextConfig(DiffusionConfig):
     """Options of tasks whose images follow a text."""
 
     vae: Annotated[str | None, Reads.MODEL] = Field(
-        "pretrained", description="`pretrained`: the pipeline's own; else a folder or Hub id. None: train on pixels."
+        "pretrained",
+        description="Folder or Hub id of an AutoencoderKL. `pretrained`: that of the pipeline. None: train on pixels.",
     )
     tokenizer_name: Annotated[str | None, Reads.MODEL] = Field(
         None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
@@ -48,14 +49,14 @@ class TextConfig(DiffusionConfig):
     validation_prompts: list[str] = Field(
         [],
         validation_alias=also("validation_prompts", "validation_prompt"),
-        description="Prompts to sample during training.",
+        description="Prompts to draw during training.",
     )
-    validation_guidance_scale: float = Field(7.5, ge=0, description="Classifier-free guidance of those samples.")
+    validation_guidance_scale: float = Field(7.5, ge=0, description="Guidance scale of these samples.")
     eval_batch_size: int = Field(
         4,
         ge=1,
         validation_alias=also("eval_batch_size", "num_validation_images"),
-        description="Images in the grid (a prompt).",
+        description="Images in the grid (per prompt).",
     )
 
 
@@ -64,7 +65,7 @@ class CaptionedConfig(TextConfig):
 
     train_text_encoder: bool = Field(False, description="Train the text encoder too.")
     pre_compute_text_embeddings: bool = Field(
-        False, description="Encode each prompt once and free the text encoder; it must not train."
+        False, description="Encode each prompt once, before training. The text encoder is then freed, and cannot train."
     )
 
     @model_validator(mode="after")
@@ -84,13 +85,13 @@ class LoraConfig(CaptionedConfig):
         None,
         gt=0,
         validation_alias=also("text_encoder_learning_rate", "text_encoder_lr"),
-        description="Peak rate of the text encoder. None: as the UNet's.",
+        description="Peak learning rate of the text encoder. None: that of the UNet.",
     )
     lora_rank: int | None = Field(
         None, ge=1, validation_alias=also("lora_rank", "rank"), description="Train LoRA of this rank, not the model."
     )
-    lora_alpha: float | None = Field(None, gt=0, description="Its scale is alpha / rank. None: the rank.")
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Share of a LoRA's inputs that are dropped.")
+    lora_alpha: float | None = Field(None, gt=0, description="LoRA's alpha; its scale is alpha / rank. None: the rank.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Probability with which LoRA drops an input.")
     lora_target_modules: list[str] = Field(list(UNET_TARGETS), description="Layers of the UNet to adapt.")
     lora_text_encoder_target_modules: list[str] = Field(
         list(TEXT_ENCODER_TARGETS), description="Layers of the text encoder to adapt, with --train_text_encoder."
@@ -115,7 +116,7 @@ L = TypeVar("L", bound=LoraConfig, covariant=True)
 
 
 class TextTask(DiffusionTask[T]):
-    """Trains Stable Diffusion 1.x or 2.x, or parts of it."""
+    """Training of Stable Diffusion 1.x or 2.x, or of parts of it."""
 
     lora_format: Literal["peft", "kohya"] = "peft"
 
@@ -183,7 +184,7 @@ class TextTask(DiffusionTask[T]):
 
     @property
     def prompts(self) -> dict[str, list[str]]:
-        """The prompts among the options, by the option that has them."""
+        """Prompts among the options, by option."""
         return {"validation_prompts": self.config.validation_prompts}
 
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
@@ -197,7 +198,7 @@ class TextTask(DiffusionTask[T]):
         self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
     ) -> None:
         """Write the models, or the adapters where these train."""
-        if not spec.adapted:
+        if not spec.trains_adapters:
             super().export_trained(backend, spec, source, folder, only_trained=only_trained)
             return
         arrays = backend.trained_arrays()
@@ -206,14 +207,14 @@ class TextTask(DiffusionTask[T]):
 
     def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
         """Write a pipeline that Diffusers loads, or the adapters."""
-        if spec.adapted:
+        if spec.trains_adapters:
             self.export_trained(backend, spec, source, folder)
         else:
             super().export(backend, spec, source, folder)
 
 
 def captions_of(source: Source) -> Iterator[str]:
-    """Yield the captions that can be read; `check_source` and the loader see to the others, and name them."""
+    """Yield the captions that can be read; `check_source` and the loader report the others."""
     for index in range(len(source)):
         try:
             caption = source[index].caption
@@ -223,7 +224,7 @@ def captions_of(source: Source) -> Iterator[str]:
 
 
 class LoraTask(TextTask[L]):
-    """Trains the whole UNet, or LoRA; the text encoder too if asked to."""
+    """Training of the whole UNet or of LoRA, and of the text encoder if requested."""
 
     def __init__(self, config: L):
         super().__init__(config)
@@ -233,7 +234,8 @@ class LoraTask(TextTask[L]):
     def read_models(self) -> tuple[Component, Component]:
         """Read the configs of text encoder and UNet."""
         encoder, unet = super().read_models()
-        return replace(encoder, train=self.config.train_text_encoder), unet
+        training = Training.ALL if self.config.train_text_encoder else Training.NOTHING
+        return replace(encoder, training=training), unet
 
     def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
         """Return text encoder and UNet with LoRA beside their weights, if there is any, and their rates."""
@@ -242,10 +244,10 @@ class LoraTask(TextTask[L]):
             encoder = replace(encoder, rate_factor=config.text_encoder_learning_rate / config.learning_rate)
         if config.lora_rank is None:
             return encoder, unet
-        unet = replace(unet, train=False, lora=self._lora(config.lora_target_modules))
+        unet = replace(unet, training=Training.ADAPTERS, lora=self._lora(config.lora_target_modules))
         if config.train_text_encoder:
             lora = self._lora(config.lora_text_encoder_target_modules)
-            encoder = replace(encoder, train=False, lora=lora)
+            encoder = replace(encoder, training=Training.ADAPTERS, lora=lora)
         return encoder, unet
 
     def _lora(self, targets: list[str]) -> Lora:

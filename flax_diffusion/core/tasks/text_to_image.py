@@ -1,4 +1,4 @@
-"""Images that follow a text: `train text_to_image`."""
+"""Training on images with captions: `train text_to_image`."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ class TextToImageConfig(LoraConfig, DatasetConfig):
     """Images from captions: `train text_to_image`. Fine-tunes Stable Diffusion 1.x and 2.x, or starts from scratch."""
 
     text_encoder: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
-        None, description="From scratch: the CLIP text config, as a mapping or the folder or .json file that holds it."
+        None,
+        description="From scratch: config of the CLIP text encoder, as a mapping, or the folder or .json file with it.",
     )
     caption_column: str = Field("text", description="Column that holds the captions.")
     proportion_empty_prompts: float = Field(
-        0.0, ge=0, le=1, description="Share of captions replaced by the empty one, which guidance needs."
+        0.0, ge=0, le=1, description="Share of the captions that are replaced by the empty one, which guidance needs."
     )
 
     @model_validator(mode="after")
@@ -52,7 +53,7 @@ class TextToImageConfig(LoraConfig, DatasetConfig):
 
 
 class TextToImageTask(LoraTask[TextToImageConfig]):
-    """Trains Stable Diffusion on pictures with captions."""
+    """Training of Stable Diffusion on pictures with captions."""
 
     name = "text_to_image"
     config_class = TextToImageConfig

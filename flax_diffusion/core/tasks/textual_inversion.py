@@ -1,4 +1,4 @@
-"""A new word for what some pictures show: `train textual_inversion`."""
+"""Training of a new word for what some pictures show: `train textual_inversion`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.spec.adapters import NewTokens
 from flax_diffusion.core.spec.new_words import add_word
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.task import TASKS
 from flax_diffusion.core.tasks.text import TextConfig, TextTask
 
@@ -35,20 +35,20 @@ log = logging.getLogger(__name__)
     output_dir="text-inversion-model",
 )
 class TextualInversionConfig(TextConfig):
-    """A new word for a thing or a style, and nothing else: `train textual_inversion`."""
+    """A new word for a thing or a style, without other changes: `train textual_inversion`."""
 
     train_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
         None, description="Folder of pictures of the new thing."
     )
-    placeholder_token: str | None = Field(None, description="The new word, such as <cat-toy>; in small letters.")
+    placeholder_token: str | None = Field(None, description="The new word in lower case, such as <cat-toy>.")
     initializer_token: str | None = Field(None, description="Known word of one token to start from, such as toy.")
-    num_vectors: int = Field(1, ge=1, description="Tokens that the new word stands for.")
-    learnable_property: Literal["object", "style"] = Field("object", description="What the prompts say it is.")
+    num_vectors: int = Field(1, ge=1, description="Number of tokens that the new word stands for.")
+    learnable_property: Literal["object", "style"] = Field("object", description="Kind of thing in the prompts.")
     prompt_templates: list[str] = Field(
         [], description="Prompts in place of those of learnable_property, each with {} for the new word."
     )
-    repeats: int = Field(100, ge=1, description="Times each picture stands in an epoch.")
-    checkpoint_models: bool = Field(True, description="Each checkpoint also holds learned_embeds.safetensors.")
+    repeats: int = Field(100, ge=1, description="Times that each picture occurs in an epoch.")
+    checkpoint_models: bool = Field(True, description="Write learned_embeds.safetensors to each checkpoint too.")
 
     @model_validator(mode="after")
     def _check_word(self) -> TextualInversionConfig:
@@ -74,11 +74,11 @@ TEMPLATES = {
     "object": [f"a {kind} of {article} {{}}" for kind in _PICTURES for article in ("a", "the", "one", "my")],
     "style": [f"{article} {kind} in the style of {{}}" for kind in _WORKS for article in ("a", "the")],
 }
-"""What textual inversion's pictures are called, by `learnable_property`."""
+"""Prompts for textual inversion's pictures, by `learnable_property`."""
 
 
 class TextualInversionTask(TextTask[TextualInversionConfig]):
-    """Trains the rows of a new word in the embedding table, and nothing else."""
+    """Training of the rows of a new word in the embedding table."""
 
     name = "textual_inversion"
     config_class = TextualInversionConfig
@@ -99,28 +99,29 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
 
     @property
     def templated_prompts(self) -> list[str]:
-        """All prompts that the new word stands in."""
+        """All prompts with the new word."""
         templates = self.config.prompt_templates or TEMPLATES[self.config.learnable_property]
         return [template.replace("{}", str(self.config.placeholder_token)) for template in templates]
 
     @property
     def prompts(self) -> dict[str, list[str]]:
-        """The prompts among the options, by the option that has them."""
+        """Prompts among the options, by option."""
         return {"prompt_templates": self.templated_prompts} | super().prompts
 
     def make_spec(self, source: Source) -> PipelineSpec:
-        """Read the configs of the pipeline to train, whose prompts hold all of the new word."""
+        """Read the configs of the pipeline to train, and check that the new word fits into every prompt."""
         spec = super().make_spec(source)
         _check_new_word(spec, [*self.templated_prompts, *self.config.validation_prompts])
         return spec
 
     def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
-        """Return text encoder and UNet, of which the new word's rows train."""
-        return replace(encoder, new_tokens=self._add_tokens(tokenizer)), replace(unet, train=False)
+        """Return text encoder and UNet, where only the new word's rows train."""
+        encoder = replace(encoder, training=Training.ADAPTERS, new_tokens=self._add_tokens(tokenizer))
+        return encoder, replace(unet, training=Training.NOTHING)
 
     def _add_tokens(self, tokenizer: CLIPTokenizer) -> NewTokens:
-        """Adds the tokens to the tokenizer: the new word, then the word with a number."""
-        # In small letters, as the tokenizer reads prompts: of a word with capitals Diffusers finds one vector only.
+        """Add the tokens to the tokenizer: the new word, then the word with a number."""
+        # In lower case, as the tokenizer reads prompts: of a word with capitals Diffusers finds only one vector.
         word, start = str(self.config.placeholder_token).lower(), str(self.config.initializer_token)
         if word != self.config.placeholder_token:
             given = self.config.placeholder_token
