@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from torch_backend import adapters
 from torch_backend.families.family import FAMILIES, Family, class_of
 from torch_backend.names import file_name
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Num
 
 COMPUTE_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Dtype of the computation, by --mixed_precision."""
@@ -45,7 +48,9 @@ class Modules:
         """The autoencoder."""
         return self.by_name[self.spec.vae_name]
 
-    def encode_images(self, pixels: Tensor, noise: Tensor | None) -> Tensor:
+    def encode_images(
+        self, pixels: Float[Tensor, "B C H W"], noise: Float[Tensor, "B C h w"] | None
+    ) -> Float[Tensor, "B C h w"]:
         """Encode images to scaled latents.
 
         Args:
@@ -62,21 +67,23 @@ class Modules:
             posterior = self.posterior(pixels)
             return self.sample_latents(posterior.mean, posterior.std, noise)
 
-    def sample_latents(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
+    def sample_latents(
+        self, mean: Float[Tensor, "B C h w"], std: Float[Tensor, "B C h w"], noise: Float[Tensor, "B C h w"]
+    ) -> Float[Tensor, "B C h w"]:
         """Sample a posterior with standard normal noise, to scaled latents (B, C, h, w), in float32 at least."""
         assert self.spec.vae is not None
         latents = (mean + std * noise) * self.spec.vae["scaling_factor"]
         return latents.to(torch.promote_types(latents.dtype, torch.float32))
 
-    def posterior(self, pixels: Tensor) -> Any:
+    def posterior(self, pixels: Float[Tensor, "B C H W"]) -> Any:
         """Encode images (B, C, H, W) to the distribution of their latents, which are not scaled."""
         return self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C H W"]:
         """Decode scaled latents (B, C, h, w) to images (B, C, H, W) in about -1..1: the inverse of `encode_images`."""
         return latents if self.spec.vae is None else self.decode(latents / self.spec.vae["scaling_factor"])
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C H W"]:
         """Decode latents (B, C, h, w) that are not scaled to images (B, C, H, W)."""
         return self.vae.decode(latents.to(self.vae.dtype)).sample
 
@@ -89,7 +96,9 @@ class Modules:
         """Return what the denoiser is told besides sample and time; see `Family.condition`."""
         return self.family.condition(self, batch)
 
-    def predict(self, sample: Tensor, timesteps: Tensor, condition: Any = None) -> Tensor:
+    def predict(
+        self, sample: Float[Tensor, "B C h w"], timesteps: Num[Tensor, " B"], condition: Any = None
+    ) -> Float[Tensor, "B C h w"]:
         """Return the denoiser's prediction for noisy samples (B, C, h, w) at timesteps (B,)."""
         return self.family.predict(self, sample, timesteps, condition)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -21,6 +21,9 @@ from flax_diffusion.core.objectives.samplers import SAMPLERS, class_name, with_s
 from flax_diffusion.core.randomness.streams import sampling_noise
 from flax_diffusion.core.spec.pipeline import check_prompts
 from torch_backend.modules import Modules
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
 
 _NAME_OF_CLASS = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 
@@ -147,7 +150,7 @@ class Sampler:
         return to_uint8(self.modules, sample)
 
 
-def to_uint8(modules: Modules, latents: Tensor) -> np.ndarray:
+def to_uint8(modules: Modules, latents: Float[Tensor, "B C h w"]) -> UInt8[np.ndarray, "B H W C"]:
     """Decode denoised samples (B, C, h, w) to pictures, uint8 (B, H, W, C), rounded as Diffusers does."""
     images = (modules.decode_latents(latents).float() / 2 + 0.5).clamp(0, 1)
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()

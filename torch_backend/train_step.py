@@ -5,10 +5,15 @@ Shapes: B images per micro-batch in this process, C channels, H and W in pixels,
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from torch_backend.modules import Modules
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
 Batch = dict[str, Tensor]
 
@@ -39,7 +44,7 @@ class Loss(nn.Module):
         return loss_of(modules, batch)
 
 
-def denoising_loss(modules: Modules, batch: Batch) -> Tensor:
+def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
     """Compute the weighted denoising loss; the twin of `flax_diffusion.jax_backend.train_step.denoising_loss`.
 
     Args:
@@ -68,7 +73,9 @@ def denoising_loss(modules: Modules, batch: Batch) -> Tensor:
     return (error * batch["loss_weights"]).mean()
 
 
-def _mixed(batch: Batch, what: str, clean: Tensor, noise: Tensor) -> Tensor:
+def _mixed(
+    batch: Batch, what: str, clean: Float[Tensor, "B C h w"], noise: Float[Tensor, "B C h w"]
+) -> Float[Tensor, "B C h w"]:
     """Return the model's input or target, (B, C, h, w): what_clean · clean + what_noise · noise."""
     of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
     return of_clean * clean + of_noise * noise

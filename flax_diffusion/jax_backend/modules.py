@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,9 @@ from flax_diffusion.jax_backend.families.family import FAMILIES, Family, class_o
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 from flax_diffusion.models.weights import from_tensors, to_torch, torch_shapes
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key, Num
 
 COMPUTE_DTYPES = {"no": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}
 """Dtype of the computation, by --mixed_precision."""
@@ -44,7 +47,9 @@ class Modules:
     by_name: dict[str, Any]
     mesh: Mesh | None = None
 
-    def encode_images(self, params: Params, pixels: jax.Array, noise: jax.Array | None) -> jax.Array:
+    def encode_images(
+        self, params: Params, pixels: Float[Array, "B C H W"], noise: Float[Array, "B C h w"] | None
+    ) -> Float[Array, "B C h w"]:
         """Encode images to scaled latents.
 
         Args:
@@ -60,23 +65,25 @@ class Modules:
         assert noise is not None
         return self.sample_latents(self.posterior(params, pixels), noise)
 
-    def sample_latents(self, posterior: FlaxDiagonalGaussianDistribution, noise: jax.Array) -> jax.Array:
+    def sample_latents(
+        self, posterior: FlaxDiagonalGaussianDistribution, noise: Float[Array, "B C h w"]
+    ) -> Float[Array, "B C h w"]:
         """Sample a posterior with standard normal noise, to scaled latents (B, C, h, w), in float32 at least."""
         assert self.spec.vae is not None
         latents = posterior.sample_with(noise) * self.spec.vae["scaling_factor"]
         return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
 
-    def posterior(self, params: Params, pixels: jax.Array) -> FlaxDiagonalGaussianDistribution:
+    def posterior(self, params: Params, pixels: Float[Array, "B C H W"]) -> FlaxDiagonalGaussianDistribution:
         """Encode images (B, C, H, W) to the distribution of their latents, which are not scaled."""
         return self._apply(self.spec.vae_name, params, pixels, method="encode").latent_dist
 
-    def decode_latents(self, params: Params, latents: jax.Array) -> jax.Array:
+    def decode_latents(self, params: Params, latents: Float[Array, "B C h w"]) -> Float[Array, "B C H W"]:
         """Decode scaled latents (B, C, h, w) to images (B, C, H, W) in about -1..1: the inverse of `encode_images`."""
         if self.spec.vae is None:
             return latents
         return self.decode(params, latents / self.spec.vae["scaling_factor"])
 
-    def decode(self, params: Params, latents: jax.Array) -> jax.Array:
+    def decode(self, params: Params, latents: Float[Array, "B C h w"]) -> Float[Array, "B C H W"]:
         """Decode latents (B, C, h, w) that are not scaled to images (B, C, H, W)."""
         return self._apply(self.spec.vae_name, params, latents, method="decode").sample
 
@@ -85,22 +92,22 @@ class Modules:
         """Functions of the pipeline's family."""
         return FAMILIES[self.spec.family.name]
 
-    def condition(self, params: Params, batch: Mapping[str, jax.Array], dropout: jax.Array | None = None) -> Any:
+    def condition(self, params: Params, batch: Mapping[str, jax.Array], dropout: Key[Array, ""] | None = None) -> Any:
         """Return what the denoiser is told besides sample and time; see `Family.condition`."""
         return self.family.condition(self, params, batch, dropout)
 
     def predict(
         self,
         params: Params,
-        sample: jax.Array,
-        timesteps: jax.Array,
+        sample: Float[Array, "B C h w"],
+        timesteps: Num[Array, " B"],
         condition: Any = None,
-        dropout: jax.Array | None = None,
-    ) -> jax.Array:
+        dropout: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B C h w"]:
         """Return the denoiser's prediction for noisy samples (B, C, h, w) at timesteps (B,)."""
         return self.family.predict(self, params, sample, timesteps, condition, dropout)
 
-    def call(self, name: str, params: Params, dropout: jax.Array | None, *inputs: jax.Array) -> Any:
+    def call(self, name: str, params: Params, dropout: Key[Array, ""] | None, *inputs: jax.Array) -> Any:
         """Call a model with its adapters; a model that does not train has no dropout.
 
         Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,9 @@ from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.jax_backend.processes import to_host
 from flax_diffusion.jax_backend.sharding import batch_sharding, put, put_replicated
 from flax_diffusion.schedulers import FlaxDDPMScheduler
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Num, UInt8
 
 
 class Sampler:
@@ -146,14 +149,14 @@ class Sampler:
         self,
         params: Params,
         state: Any,
-        sample: jax.Array,
-        timestep: jax.Array,
+        sample: Float[Array, "B C h w"],
+        timestep: Num[Array, ""],
         condition: Any,
-        noise: jax.Array | None,
-        guidance_scale: jax.Array,
+        noise: Float[Array, "B C h w"] | None,
+        guidance_scale: Float[Array, ""],
         *,
         guided: bool,
-    ) -> tuple[Any, jax.Array]:
+    ) -> tuple[Any, Float[Array, "B C h w"]]:
         model_input = self.scheduler.scale_model_input(state, sample, timestep)
         if guided:
             model_input = jnp.concatenate([model_input, model_input])
@@ -167,7 +170,7 @@ class Sampler:
         return output.state, output.prev_sample
 
 
-def to_uint8(modules: Modules, params: Params, latents: jax.Array) -> jax.Array:
+def to_uint8(modules: Modules, params: Params, latents: Float[Array, "B C h w"]) -> UInt8[Array, "B H W C"]:
     """Decode denoised samples to pictures, rounded as Diffusers does.
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from flax_diffusion.jax_backend.optimizers.optimizer import (
 )
 from flax_diffusion.jax_backend.sharding import gathered, scattered
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key
 
 Batch = dict[str, jax.Array]
 
@@ -66,7 +69,7 @@ def create_state(params: Params, optimizer: optax.GradientTransformation, *, use
     )
 
 
-def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
+def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[Array, ""]) -> Float[Array, ""]:
     """Compute the weighted denoising loss of a micro-batch.
 
     Args:
@@ -98,7 +101,9 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: jax.
     return jnp.mean(error * batch["loss_weights"])
 
 
-def _mixed(batch: Batch, what: str, clean: jax.Array, noise: jax.Array) -> jax.Array:
+def _mixed(
+    batch: Batch, what: str, clean: Float[Array, "B C h w"], noise: Float[Array, "B C h w"]
+) -> Float[Array, "B C h w"]:
     """Return the model's input or target, (B, C, h, w): what_clean · clean + what_noise · noise."""
     of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
     return of_clean * clean + of_noise * noise
@@ -169,7 +174,7 @@ def train_step(
     state: TrainState,
     frozen: Params,
     batch: Batch,
-    rates: dict[str, jax.Array],
+    rates: dict[str, Float[Array, ""]],
     *,
     modules: Modules,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -178,7 +183,7 @@ def train_step(
     seed: int,
     unroll: bool,
     skip_nonfinite: bool = False,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
     """Take one optimizer step.
 
     All arguments after `rates` are static under jit.
@@ -204,13 +209,13 @@ def train_step(
     scale = state.loss_scale.scale if state.loss_scale else 1.0
     keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
 
-    def scaled_loss(params: Params, micro: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def scaled_loss(params: Params, micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
         loss = loss_of(modules, merge(frozen, params), micro, key)
         return loss * scale, loss
 
     copies, frozen = compute_copies(modules, state.params), gathered(frozen, modules.mesh)
 
-    def micro_step(micro: Batch, key: jax.Array) -> tuple[jax.Array, Params]:
+    def micro_step(micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Params]:
         (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(copies, micro, key)
         grads = scattered(grads, modules.mesh)
         return loss, jax.tree.map(_widened, grads, state.params)

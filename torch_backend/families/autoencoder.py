@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]  (made at run time)
@@ -10,8 +10,11 @@ from torch import Tensor
 
 from torch_backend.families.family import FAMILIES, Batch, Family
 
+if TYPE_CHECKING:
+    from jaxtyping import Float
 
-def loss(modules: Any, batch: Batch) -> Tensor:
+
+def loss(modules: Any, batch: Batch) -> Float[Tensor, ""]:
     """Return the autoencoder's loss, Σ_i w_i · (mean of the errors of image i + kl_scale · KL_i) / B.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from diffusers import (  # made at run time
     AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
@@ -13,8 +13,11 @@ from transformers import CLIPTextModel
 
 from torch_backend.families.family import FAMILIES, Batch, Family
 
+if TYPE_CHECKING:
+    from jaxtyping import Float, Num
 
-def condition(modules: Any, batch: Batch) -> Tensor:
+
+def condition(modules: Any, batch: Batch) -> Float[Tensor, "B L D"]:
     """Return the text encoder's last hidden states (B, L, D), which the UNet attends to.
 
     Args:
@@ -26,7 +29,9 @@ def condition(modules: Any, batch: Batch) -> Tensor:
     return modules.by_name["text_encoder"](batch["input_ids"])[0]
 
 
-def predict(modules: Any, sample: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+def predict(
+    modules: Any, sample: Float[Tensor, "B C h w"], timesteps: Num[Tensor, " B"], condition: Float[Tensor, "B L D"]
+) -> Float[Tensor, "B C h w"]:
     """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,) and hidden states (B, L, D)."""
     unet = modules.by_name["unet"]
     return unet(sample.to(unet.dtype), timesteps, condition.to(unet.dtype)).sample

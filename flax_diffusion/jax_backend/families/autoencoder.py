@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
 from flax_diffusion.models import FlaxAutoencoderKL
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key
 
-def loss(modules: Any, params: Params, batch: Batch, dropout: jax.Array) -> jax.Array:
+
+def loss(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""]) -> Float[Array, ""]:
     """Return the autoencoder's loss of a micro-batch: reconstruction, and the posterior's divergence from a normal one.
 
     Args:

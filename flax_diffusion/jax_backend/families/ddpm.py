@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 from flax_diffusion.jax_backend.families.family import FAMILIES, Family, Params
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxUNet2DModel
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key, Num
 
 
 def predict(
     modules: Any,
     params: Params,
-    sample: jax.Array,
-    timesteps: jax.Array,
+    sample: Float[Array, "B C h w"],
+    timesteps: Num[Array, " B"],
     condition: None = None,
-    dropout: jax.Array | None = None,
-) -> jax.Array:
+    dropout: Key[Array, ""] | None = None,
+) -> Float[Array, "B C h w"]:
     """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,)."""
     return modules.call("unet", params, dropout, sample, timesteps)[0]
 

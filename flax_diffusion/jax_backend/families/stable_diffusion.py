@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import jax
+from typing import TYPE_CHECKING, Any
 
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel
 
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Key, Num
 
-def condition(modules: Any, params: Params, batch: Batch, dropout: jax.Array | None = None) -> jax.Array:
+
+def condition(
+    modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None = None
+) -> Float[Array, "B L D"]:
     """Return the text encoder's last hidden states (B, L, D), which the UNet attends to.
 
     Args:
@@ -27,11 +30,11 @@ def condition(modules: Any, params: Params, batch: Batch, dropout: jax.Array | N
 def predict(
     modules: Any,
     params: Params,
-    sample: jax.Array,
-    timesteps: jax.Array,
-    condition: jax.Array,
-    dropout: jax.Array | None = None,
-) -> jax.Array:
+    sample: Float[Array, "B C h w"],
+    timesteps: Num[Array, " B"],
+    condition: Float[Array, "B L D"],
+    dropout: Key[Array, ""] | None = None,
+) -> Float[Array, "B C h w"]:
     """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,) and hidden states (B, L, D)."""
     return modules.call("unet", params, dropout, sample, timesteps, condition)[0]
 
