@@ -67,7 +67,7 @@ def _adamw(config: TrainConfig, groups: Groups) -> torch.optim.Optimizer:
 
 
 def _adamw_state(config: TrainConfig) -> Mapping[str, str]:
-    """The moments. Those of 8 bits have bitsandbytes' own form, and no other name than its own."""
+    """Return the names of the moments. 8-bit moments have a form of bitsandbytes' own, and keep its names."""
     if config.use_8bit_adam:
         return {"state1": "state1", "state2": "state2"}
     return {"exp_avg": "mu", "exp_avg_sq": "nu"}

@@ -46,7 +46,7 @@ KEPT = [
 
 
 def check(config: TrainConfig) -> None:
-    """Refuses what this backend, this machine or this installation does not have.
+    """Refuse what this backend, this machine or this installation does not have.
 
     Raises:
         ConfigError: Naming the option and the fix.
@@ -72,13 +72,13 @@ def check(config: TrainConfig) -> None:
 
 
 def set_globals(config: TrainConfig) -> None:
-    """Sets the options that are PyTorch's globals."""
+    """Set the options that are PyTorch's globals."""
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     torch.backends.cudnn.allow_tf32 = config.allow_tf32
 
 
 def apply(config: TrainConfig, modules: Modules) -> None:
-    """Sets up the trained models, before Accelerate wraps them."""
+    """Set up the trained models, before Accelerate wraps them."""
     for name, component in modules.spec.components.items():
         module = modules.by_name[name]
         if config.enable_xformers_memory_efficient_attention and component.role is Role.DENOISER:

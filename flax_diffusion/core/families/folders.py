@@ -14,12 +14,12 @@ FLAX_ONLY_KEYS = frozenset({"split_head_dim", "use_memory_efficient_attention"})
 
 
 def model_config(values: dict[str, Any]) -> dict[str, Any]:
-    """What a config.json says of the model itself, less notes of the program that wrote it."""
+    """Return what a config.json says of the model itself, without notes of the program that wrote it."""
     return {key: value for key, value in values.items() if not key.startswith("_") and key not in FLAX_ONLY_KEYS}
 
 
 def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
-    """Reads what a pipeline's folder says of itself; nothing where it has no model_index.json.
+    """Read a pipeline's model_index.json; an empty mapping where it has none.
 
     Args:
         source: Folder or Hub id.
@@ -44,7 +44,7 @@ def has_part(index: dict[str, Any], name: str) -> bool:
 
 
 def check_kind(source: str, revision: str | None, families: Collection[Family]) -> dict[str, Any]:
-    """Refuses what is no pipeline of the right kind. A folder of parts without an index is taken at its word.
+    """Refuse a source that is no pipeline of the right kind. A folder of parts without an index is not refused.
 
     Args:
         source: Folder or Hub id.

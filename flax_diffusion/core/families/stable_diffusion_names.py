@@ -46,7 +46,7 @@ def renamers(spec: PipelineSpec, open_clip: bool) -> dict[str, Callable[[str], s
 
 
 def _substitute(name: str, pairs: Substitutions) -> str:
-    """Renames the module that a dotted name starts with."""
+    """Rename the module that a dotted name starts with."""
     for theirs, original in pairs:
         if name.startswith(f"{theirs}."):
             return original + name[len(theirs) :]
@@ -54,7 +54,7 @@ def _substitute(name: str, pairs: Substitutions) -> str:
 
 
 def _by_module(modules: Mapping[str, tuple[str, Substitutions]]) -> Callable[[str], str]:
-    """Renames by the longest module that a name starts with, and what is inside by its substitutions."""
+    """Return a function that renames by the longest module that a name starts with, and inside by its substitutions."""
 
     def renamed(name: str) -> str:
         parts = name.split(".")
@@ -68,7 +68,7 @@ def _by_module(modules: Mapping[str, tuple[str, Substitutions]]) -> Callable[[st
 
 
 def _unet_names(unet: Component) -> Callable[[str], str]:
-    """The original UNet numbers its blocks through: the first convolution, then resnets and resamplers in turn."""
+    """Return the names of the original UNet, which counts through: first convolution, then resnets and resamplers."""
     layers, levels = unet["layers_per_block"], len(unet["down_block_types"])
     if not isinstance(layers, int):
         raise ConfigError(f"single files hold UNets with one layers_per_block, this one has {layers}")
@@ -97,7 +97,7 @@ def _unet_names(unet: Component) -> Callable[[str], str]:
 
 
 def _vae_names(vae: Component) -> Callable[[str], str]:
-    """The original decoder counts its levels from the finest."""
+    """Return the names of the original autoencoder, whose decoder counts its levels from the finest."""
     layers, levels = vae["layers_per_block"], len(vae["block_out_channels"])
     shortcut: Substitutions = (("conv_shortcut", "nin_shortcut"),)
     modules: dict[str, tuple[str, Substitutions]] = {}

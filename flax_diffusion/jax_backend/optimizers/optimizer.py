@@ -59,7 +59,7 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
 
 
 def where_finite(finite: jax.Array | None, after: Any, before: Any) -> Any:
-    """A tree after a step, or as it was before one of which the gradients are not finite; None does not ask."""
+    """Return a tree as it is after a step, or as it was before a step that is not finite; None does not ask."""
     return after if finite is None else jax.tree.map(lambda a, b: jnp.where(finite, a, b), after, before)
 
 
@@ -72,12 +72,13 @@ def _skipping(inner: optax.GradientTransformation) -> optax.GradientTransformati
 
 
 def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Array]:
-    """Scales gradients to a global norm of at most `max_norm`.
+    """Scale gradients to a global norm of at most `max_norm`.
 
     Returns:
         The gradients times min(1, max_norm / (norm + 1e-6)), and the norm before.
 
-    Reference: `torch.nn.utils.clip_grad_norm_`; optax's own differs in the last digits.
+    Reference:
+        `torch.nn.utils.clip_grad_norm_`; optax's own differs in the last digits.
     """
     norm = optax.tree.norm(grads)
     factor = jnp.minimum(1.0, max_norm / (norm + CLIP_EPSILON))
@@ -85,7 +86,7 @@ def clip_by_global_norm(grads: Params, max_norm: float) -> tuple[Params, jax.Arr
 
 
 def update_ema(ema: Params, params: Params, decay: jax.Array) -> Params:
-    """One step of the moving average: ema − (1 − decay) · (ema − params)."""
+    """Return the next moving average, ema − (1 − decay) · (ema − params)."""
     return jax.tree.map(lambda e, p: e - (1.0 - decay).astype(e.dtype) * (e - p), ema, params)
 
 
@@ -104,11 +105,11 @@ class LossScale(struct.PyTreeNode):
 
     @classmethod
     def create(cls) -> LossScale:
-        """The scale that a run starts with: 65536."""
+        """Return the scale that a run starts with, 65536."""
         return cls(scale=jnp.float32(65536.0), good_steps=jnp.int32(0))
 
     def update(self, finite: jax.Array) -> LossScale:
-        """Halves the scale, down to 1, after a step whose gradients overflowed; doubles it after 2000 good ones."""
+        """Halve the scale, down to 1, after a step whose gradients overflowed; double it after 2000 good steps."""
         good = jnp.where(finite, self.good_steps + 1, 0)
         grow = good == self.GROWTH_INTERVAL
         factor = jnp.where(finite, jnp.where(grow, self.GROWTH, 1.0), self.BACKOFF)
