@@ -144,7 +144,8 @@ class Float64Timesteps(nn.Module):
     Args:
         original: The `Timesteps` to replace, with its width, order and shift.
 
-    Reference: Ho et al., https://arxiv.org/abs/2006.11239; Vaswani et al., https://arxiv.org/abs/1706.03762.
+    Reference:
+        Ho et al., https://arxiv.org/abs/2006.11239; Vaswani et al., https://arxiv.org/abs/1706.03762.
     """
 
     def __init__(self, original: Any):

@@ -56,7 +56,8 @@ def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
     Returns:
         Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
 
-    Reference: `core.objectives.objective`, for input, target and weight.
+    Reference:
+        `core.objectives.objective`, for input, target and weight.
     """
     if "posterior" in batch:
         mean, logvar = batch["posterior"].unbind(dim=1)

@@ -17,7 +17,8 @@ class Chip:
         matrix_units: Number of matrix units.
         matrix_side: Rows and columns of one.
 
-    Reference: the system architecture pages of https://cloud.google.com/tpu/docs.
+    Reference:
+        the system architecture pages of https://cloud.google.com/tpu/docs.
     """
 
     name: str

@@ -89,7 +89,8 @@ class Sampler:
         Raises:
             ConfigError: If prompts are missing, or given to a pipeline that takes none.
 
-        Reference: Ho and Salimans, https://arxiv.org/abs/2207.12598, with Diffusers' w: ε_∅ + w·(ε_c − ε_∅).
+        Reference:
+            Ho and Salimans, https://arxiv.org/abs/2207.12598, with Diffusers' w: ε_∅ + w·(ε_c − ε_∅).
         """
         check_prompts(self.modules.spec, prompts)
         tokenize = self.modules.spec.tokenize

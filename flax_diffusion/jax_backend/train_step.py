@@ -83,7 +83,8 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
     Returns:
         Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
 
-    Reference: `core.objectives.objective`, for input, target and weight.
+    Reference:
+        `core.objectives.objective`, for input, target and weight.
     """
     if "posterior" in batch:
         posterior = FlaxDiagonalGaussianDistribution(batch["posterior"][:, 0], batch["posterior"][:, 1])

@@ -33,7 +33,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
     Returns:
         The weighted values, (B, L, N, D), in the dtype of the queries.
 
-    Reference: Vaswani et al. 2017, eq. 1; torch.nn.functional.scaled_dot_product_attention.
+    Reference:
+        Vaswani et al. 2017, eq. 1; torch.nn.functional.scaled_dot_product_attention.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mask is None and flash.has_kernel(mesh, q, k):
@@ -53,7 +54,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None =
 def _has_cudnn_kernel(mesh: AbstractMesh, q: jax.Array, k: jax.Array) -> bool:
     """Return whether a mesh's devices are GPUs, and cuDNN's flash attention takes these shapes, gradients included.
 
-    Reference: the support matrix of cuDNN's frontend, scaled dot product attention, Ampere and later.
+    Reference:
+        the support matrix of cuDNN's frontend, scaled dot product attention, Ampere and later.
     """
     if mesh.empty or mesh.abstract_device is None or mesh.abstract_device.platform not in ("gpu", "cuda"):
         return False
@@ -120,7 +122,8 @@ class SpatialAttention(nn.Module):
         config: Layer config; its eps, output scale and dtypes are used.
         groups: Number of groups of the group norm; None leaves it out.
 
-    Reference: Attention of Diffusers as AttnDownBlock2D, UNetMidBlock2D and AutoencoderKL build it.
+    Reference:
+        Attention of Diffusers as AttnDownBlock2D, UNetMidBlock2D and AutoencoderKL build it.
     """
 
     head_dim: int
@@ -149,7 +152,8 @@ class AddedKVAttention(nn.Module):
         only_cross: Attend to the text alone.
         cross_norm: Normalise the text tokens with a group norm of 32 groups.
 
-    Reference: AttnAddedKVProcessor2_0 of Diffusers, as the SimpleCrossAttn blocks use it.
+    Reference:
+        AttnAddedKVProcessor2_0 of Diffusers, as the SimpleCrossAttn blocks use it.
     """
 
     head_dim: int
@@ -185,7 +189,8 @@ def gated_gelu(x: jax.Array, gate: jax.Array) -> jax.Array:
     The gradient is written out, so that only these two arrays are kept for it. Without that, three more would be kept,
     which take longer to write and read than to compute again.
 
-    Reference: Shazeer 2020, https://arxiv.org/abs/2002.05202; torch.nn.functional.gelu, whose form this is.
+    Reference:
+        Shazeer 2020, https://arxiv.org/abs/2002.05202; torch.nn.functional.gelu, whose form this is.
     """
     wide_x, wide_gate = widen(x), widen(gate)
     return (wide_x * wide_gate * _normal_cdf(wide_gate)).astype(x.dtype)
@@ -279,7 +284,8 @@ class Transformer2DModel(nn.Module):
         linear_projection: Project with linear layers instead of 1x1 convolutions.
         only_cross: See `BasicTransformerBlock`.
 
-    Reference: Transformer2DModel of Diffusers (PyTorch), continuous input.
+    Reference:
+        Transformer2DModel of Diffusers (PyTorch), continuous input.
     """
 
     heads: int
@@ -316,7 +322,8 @@ class DualTransformer2DModel(nn.Module):
         heads: Number of heads.
         config: Layer config; its groups, checkpointing and dtypes are used.
 
-    Reference: DualTransformer2DModel of Diffusers (PyTorch) with its default mixing ratio of one half.
+    Reference:
+        DualTransformer2DModel of Diffusers (PyTorch) with its default mixing ratio of one half.
     """
 
     heads: int

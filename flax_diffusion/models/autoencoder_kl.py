@@ -96,7 +96,8 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
         param_dtype: Dtype of newly initialised parameters.
         gradient_checkpointing: Recompute residual and attention blocks in the backward pass, or parts ("minimal").
 
-    Reference: AutoencoderKL of Diffusers (PyTorch); Rombach et al. 2022.
+    Reference:
+        AutoencoderKL of Diffusers (PyTorch); Rombach et al. 2022.
     """
 
     torch_class: ClassVar[str] = "AutoencoderKL"

@@ -58,8 +58,9 @@ def block_layer_config(config: LayerConfig, block_type: str) -> LayerConfig:
         config: Layer config of the model.
         block_type: Upstream's name of the block.
 
-    Reference: get_down_block and get_up_block of Diffusers, which hand `resnet_skip_time_act` and
-    `resnet_out_scale_factor` to the Resnet… and SimpleCrossAttn… blocks alone.
+    Reference:
+        get_down_block and get_up_block of Diffusers, which hand `resnet_skip_time_act` and
+        `resnet_out_scale_factor` to the Resnet… and SimpleCrossAttn… blocks alone.
     """
     if block_type.startswith(("Resnet", "SimpleCrossAttn")):
         return config

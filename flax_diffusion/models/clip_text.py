@@ -248,7 +248,8 @@ class FlaxCLIPTextModel(CLIPTextBase):
         param_dtype: Dtype of newly initialised parameters.
         gradient_checkpointing: Recompute encoder layers in the backward pass, or parts ("minimal").
 
-    Reference: CLIPTextModel of Transformers (PyTorch); Radford et al. 2021.
+    Reference:
+        CLIPTextModel of Transformers (PyTorch); Radford et al. 2021.
     """
 
     torch_class: ClassVar[str] = "CLIPTextModel"
@@ -290,7 +291,8 @@ class FlaxCLIPTextModelWithProjection(CLIPTextBase):
 
     Fields are those of `FlaxCLIPTextModel`.
 
-    Reference: CLIPTextModelWithProjection of Transformers (PyTorch).
+    Reference:
+        CLIPTextModelWithProjection of Transformers (PyTorch).
     """
 
     torch_class: ClassVar[str] = "CLIPTextModelWithProjection"

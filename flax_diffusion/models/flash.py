@@ -65,7 +65,8 @@ def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool
     Returns:
         (B, L, N, D) in the dtype of the queries.
 
-    Reference: Dao, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
+    Reference:
+        Dao, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
     """
     keys = k.shape[1]
 

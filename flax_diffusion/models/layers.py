@@ -161,7 +161,8 @@ def timestep_embedding(
     Returns:
         The embeddings, float32 or float64 (B, dim).
 
-    Reference: Ho et al. 2020 (DDPM); operation order of Diffusers' get_timestep_embedding.
+    Reference:
+        Ho et al. 2020 (DDPM); operation order of Diffusers' get_timestep_embedding.
     """
     real = np.float64 if jnp.dtype(dtype) == jnp.float64 else np.float32
     half = dim // 2
@@ -204,7 +205,8 @@ class TimestepEmbedding(nn.Module):
 def upsample_nearest(x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
     """Enlarge (B, H, W, C) to (B, 2·H, 2·W, C), or to height and width `size`, by repeating the nearest pixel.
 
-    Reference: torch.nn.functional.interpolate.
+    Reference:
+        torch.nn.functional.interpolate.
     """
     b, h, w, c = x.shape
     if size is None or size == (2 * h, 2 * w):
@@ -267,7 +269,8 @@ class ResnetBlock2D(nn.Module):
         config: Layer config.
         resample: "up" or "down" resamples inside the block by a factor of two; None keeps the size.
 
-    Reference: ResnetBlock2D of Diffusers (PyTorch).
+    Reference:
+        ResnetBlock2D of Diffusers (PyTorch).
     """
 
     features: int

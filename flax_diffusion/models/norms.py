@@ -31,7 +31,8 @@ def group_norm(
     Returns:
         The result, float32 or wider (B, …, C).
 
-    Reference: Wu and He, https://arxiv.org/abs/1803.08494, equations 1 to 7.
+    Reference:
+        Wu and He, https://arxiv.org/abs/1803.08494, equations 1 to 7.
     """
     return _forward(x, scale, bias, groups, eps, act)[0]
 

@@ -61,7 +61,8 @@ class FlaxDiagonalGaussianDistribution:
         mean: Mean, (B, latent_channels, H, W), before the scaling factor.
         logvar: Log variance in the shape of `mean`, already clipped to [-30, 20].
 
-    Reference: DiagonalGaussianDistribution of Diffusers (PyTorch).
+    Reference:
+        DiagonalGaussianDistribution of Diffusers (PyTorch).
     """
 
     mean: jax.Array

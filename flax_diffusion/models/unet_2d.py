@@ -37,7 +37,8 @@ class FlaxUNet2DModel(PretrainedModel, nn.Module):
         param_dtype: Dtype of newly initialised parameters.
         gradient_checkpointing: Recompute residual and attention blocks in the backward pass, or parts ("minimal").
 
-    Reference: UNet2DModel of Diffusers (PyTorch); Ho et al. 2020.
+    Reference:
+        UNet2DModel of Diffusers (PyTorch); Ho et al. 2020.
     """
 
     torch_class: ClassVar[str] = "UNet2DModel"

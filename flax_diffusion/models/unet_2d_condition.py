@@ -42,7 +42,8 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
         param_dtype: Dtype of newly initialised parameters.
         gradient_checkpointing: Recompute residual and transformer blocks in the backward pass, or parts ("minimal").
 
-    Reference: UNet2DConditionModel of Diffusers (PyTorch); Rombach et al. 2022.
+    Reference:
+        UNet2DConditionModel of Diffusers (PyTorch); Rombach et al. 2022.
     """
 
     torch_class: ClassVar[str] = "UNet2DConditionModel"

@@ -230,7 +230,8 @@ class VariancePreservingScheduler(BetaScheduler):
         Returns:
             x_t, (B, …), in the dtype of `original_samples`.
 
-        Reference: DDPM (arXiv:2006.11239), equation 4.
+        Reference:
+            DDPM (arXiv:2006.11239), equation 4.
         """
         x0, epsilon = at_least_float32(original_samples, noise)
         alpha_bar = expand(table_at(state.common.alphas_cumprod, timesteps), x0)
@@ -239,7 +240,8 @@ class VariancePreservingScheduler(BetaScheduler):
     def get_velocity(self, state: Any, sample: Array, noise: Array, timesteps: ArrayLike) -> Array:
         """Return v = √ᾱ_t·ε − √(1 − ᾱ_t)·x0; see `FlaxScheduler`.
 
-        Reference: arXiv:2202.00512, appendix D.
+        Reference:
+            arXiv:2202.00512, appendix D.
         """
         return velocity(state.common.alphas_cumprod, sample, noise, timesteps)
 
@@ -287,7 +289,8 @@ def predict_original(prediction_type: str, output: Array, sample: Array, alpha_b
         sample: Noisy sample x_t, (B, …).
         alpha_bar: ᾱ_t, in a shape that broadcasts to the sample's.
 
-    Reference: DDPM (arXiv:2006.11239), equation 15; v: arXiv:2202.00512, appendix D.
+    Reference:
+        DDPM (arXiv:2006.11239), equation 15; v: arXiv:2202.00512, appendix D.
     """
     if prediction_type == "epsilon":
         return (sample - jnp.sqrt(1 - alpha_bar) * output) / jnp.sqrt(alpha_bar)
@@ -329,7 +332,8 @@ def dynamic_threshold(original: Array, ratio: float, max_value: float) -> Array:
     Returns:
         x0 within [−1, 1], (B, …).
 
-    Reference: Imagen (arXiv:2205.11487), section 2.3.
+    Reference:
+        Imagen (arXiv:2205.11487), section 2.3.
     """
     magnitude = jnp.abs(original).reshape(original.shape[0], -1)
     limit = expand(jnp.clip(jnp.quantile(magnitude, ratio, axis=1), 1, max_value), original)
@@ -345,7 +349,8 @@ def velocity(alphas_cumprod: Array, sample: Array, noise: Array, timesteps: Arra
         noise: Noise ε in the shape of x0.
         timesteps: Training timesteps, (B,) or a scalar.
 
-    Reference: arXiv:2202.00512, appendix D.
+    Reference:
+        arXiv:2202.00512, appendix D.
     """
     x0, epsilon = at_least_float32(sample, noise)
     alpha_bar = expand(table_at(alphas_cumprod, timesteps), x0)

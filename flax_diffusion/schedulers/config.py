@@ -113,7 +113,8 @@ class FlaxSchedulerConfig:
         Raises:
             ConfigError: If no scheduler has a key, or this class does not support a value.
 
-        Reference: `ConfigMixin.from_config` of Diffusers, which drops the same keys, and unknown ones as well.
+        Reference:
+            `ConfigMixin.from_config` of Diffusers, which drops the same keys, and unknown ones as well.
         """
         defaulted = config.get("_use_default_values", ())
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}

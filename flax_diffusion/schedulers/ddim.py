@@ -108,7 +108,8 @@ class FlaxDDIMScheduler(VariancePreservingScheduler):
             eta: Share η of DDPM's noise: 0 is deterministic, 1 is DDPM.
             use_clipped_model_output: Derive ε from the clipped x0.
 
-        Reference: DDIM, equations 12 and 16.
+        Reference:
+            DDIM, equations 12 and 16.
         """
         stride = self.num_train_timesteps // require_timesteps(state.num_inference_steps)
         x_t, output = at_least_float32(sample, model_output)

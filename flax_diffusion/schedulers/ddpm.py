@@ -110,7 +110,8 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
             ConfigError: If no noise is given, a timestep that is not traced is not in the schedule, or the channels of
                 the model output do not fit `variance_type`.
 
-        Reference: DDPM, equations 6, 7 and 15; learned_range: arXiv:2102.09672, equation 15.
+        Reference:
+            DDPM, equations 6, 7 and 15; learned_range: arXiv:2102.09672, equation 15.
         """
         learned = self.variance_type in ("learned", "learned_range")
         expected = (sample.shape[0], sample.shape[1] * (2 if learned else 1), *sample.shape[2:])

@@ -283,7 +283,8 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         Raises:
             ConfigError: If `set_timesteps` was called for another shape.
 
-        Reference: arXiv:2211.01095, algorithm 2; see `dpm_coefficients`.
+        Reference:
+            arXiv:2211.01095, algorithm 2; see `dpm_coefficients`.
         """
         solver = require_timesteps(state.solver)
         check_shape(solver.outputs[0], sample)

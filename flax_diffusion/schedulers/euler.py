@@ -188,7 +188,8 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
             s_tmax: Largest σ at which noise is added.
             s_noise: Standard deviation of that noise.
 
-        Reference: arXiv:2206.00364, algorithm 2 without the second-order correction.
+        Reference:
+            arXiv:2206.00364, algorithm 2 without the second-order correction.
         """
         require_timesteps(state.num_inference_steps)
         x, output = at_least_float32(sample, model_output)

@@ -211,7 +211,8 @@ class FlaxPNDMScheduler(VariancePreservingScheduler):
         Raises:
             ConfigError: If `set_timesteps` was not called, or was called for another shape.
 
-        Reference: PNDM, equations 9, 12 and 13.
+        Reference:
+            PNDM, equations 9, 12 and 13.
         """
         del key, variance_noise
         solver = require_timesteps(state.solver)

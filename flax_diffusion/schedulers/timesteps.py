@@ -47,7 +47,8 @@ def schedule_index(schedule: Array, timestep: ArrayLike) -> Array:
     Raises:
         ConfigError: If a timestep that is not traced is not in the schedule.
 
-    Reference: `index_for_timestep` of the PyTorch schedulers.
+    Reference:
+        `index_for_timestep` of the PyTorch schedulers.
     """
     t = jnp.asarray(timestep)
     match = schedule == t[..., None]
@@ -93,7 +94,8 @@ def spaced_timesteps(spacing: str, count: int, num_train_timesteps: int, steps_o
     Returns:
         The timesteps, int64 (count,).
 
-    Reference: arXiv:2305.08891, table 2.
+    Reference:
+        arXiv:2305.08891, table 2.
     """
     if spacing == "linspace":
         ascending = np.linspace(0, num_train_timesteps - 1, count).round()

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.families.family import FAMILIES
+from flax_diffusion.core.tasks.task import TASKS
 
 PACKAGES = ("flax_diffusion", "torch_backend", "tpu")
 CORE = "flax_diffusion.core."
@@ -181,3 +183,29 @@ def test_torch_side_needs_no_jax(root):
         "import torch_backend.train, torch_backend.backend, torch_backend.generate;"
         "from transformers import CLIPTokenizer",
     )
+
+
+SECTIONS = ("Attributes", "Args", "Returns", "Yields", "Raises", "Reference")
+
+
+def test_docstrings_have_one_form(root):
+    """Sections stand in one order, each in lines of its own; ruff sees to the summary."""
+    for path in outside(root):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
+                continue
+            lines = (ast.get_docstring(node) or "").splitlines()
+            if not isinstance(node, ast.Module):
+                assert not [line for line in lines if line.startswith("Reference: ")], (path, node.name)
+            heads = [line[:-1] for line in lines if line.endswith(":") and line[:-1] in SECTIONS]
+            assert heads == sorted(heads, key=SECTIONS.index), (path, getattr(node, "name", "module"), heads)
+
+
+def test_no_task_repeats_an_option_to_change_its_default():
+    for task in TASKS.values():
+        for owner in task.config_class.__mro__:
+            for name in vars(owner).get("__annotations__", {}) if issubclass(owner, TrainConfig) else ():
+                inherited = [one for one in owner.__mro__[1:] if name in getattr(one, "model_fields", {})]
+                if inherited:
+                    own, theirs = owner.model_fields[name], inherited[0].model_fields[name]
+                    assert own.description != theirs.description, f"{owner.__name__}.{name}: use with_defaults"

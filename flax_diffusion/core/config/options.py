@@ -156,7 +156,12 @@ class TrainConfig(BaseModel):
         description="Draw a grid every so many epochs, and at the end. None: only at the end.",
     )
     validation_steps: int | None = Field(None, ge=1, description="Draw a grid every so many steps instead.")
-    eval_batch_size: int = Field(16, ge=1, description="Images in the grid (per prompt).")
+    eval_batch_size: int = Field(
+        16,
+        ge=1,
+        validation_alias=also("eval_batch_size", "num_validation_images"),
+        description="Images in the grid (per prompt).",
+    )
 
     # Output
     output_dir: str = Field("ddpm-model-64", description="Folder of the run.")

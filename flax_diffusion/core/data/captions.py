@@ -31,7 +31,8 @@ class Tokenize:
     A word that textual inversion added with several vectors (`<toy>`, `<toy>_1`, …) stands for all of them. The object
     holds only the Rust tokenizer, so that worker processes need not import transformers.
 
-    Reference: `maybe_convert_prompt` of Diffusers.
+    Reference:
+        `maybe_convert_prompt` of Diffusers.
     """
 
     tokenizer: Tokenizer  # with neither padding nor truncation
@@ -170,8 +171,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
     Raises:
         DataError: If `vocab_size` or `model_max_length` is too small.
 
-    Reference: Radford et al. 2021, section 2.4, and the layout of CLIP's vocab.json: bytes, bytes that end a word,
-    merges in the order learnt, start, end.
+    Reference:
+        Radford et al. 2021, section 2.4, and the layout of CLIP's vocab.json: bytes, bytes that end a word,
+        merges in the order learnt, start, end.
     """
     from transformers import CLIPTokenizer
 

@@ -38,8 +38,9 @@ class NoiseSpec:
             `noise` float32 (C, h, w); where asked for, `perturbation`, already multiplied by γ, and `latent_noise`,
             both float32 (C, h, w).
 
-        Reference: HF's example scripts: `noise += offset * randn(C, 1, 1)`; the model is given
-        `add_noise(x0, noise + perturbation, t)` and its target is made of the noise alone.
+        Reference:
+            HF's example scripts: `noise += offset * randn(C, 1, 1)`; the model is given
+            `add_noise(x0, noise + perturbation, t)` and its target is made of the noise alone.
         """
 
         def normal(stream: Stream, shape: tuple[int, ...]) -> np.ndarray:

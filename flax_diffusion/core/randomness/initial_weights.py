@@ -25,7 +25,8 @@ def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tupl
     Returns:
         The values, float32, of that shape.
 
-    Reference: torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for the normal distributions.
+    Reference:
+        torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for the normal distributions.
     """
     if name.endswith("bias"):
         return np.zeros(shape, np.float32)
@@ -57,8 +58,9 @@ def normal_std(kind: str, config: Mapping[str, Any], name: str) -> float | None:
         config: Config of the model; for CLIP with hidden_size, num_hidden_layers and initializer_factor.
         name: The parameter's PyTorch name.
 
-    Reference: torch.nn.Embedding (1); CLIPPreTrainedModel._init_weights of Transformers, which has the embeddings' 0.02
-    as a constant, too.
+    Reference:
+        torch.nn.Embedding (1); CLIPPreTrainedModel._init_weights of Transformers, which has the embeddings' 0.02
+        as a constant, too.
     """
     module = name.split(".")[-2]
     if not kind.startswith("CLIP"):

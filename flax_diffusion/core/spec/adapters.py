@@ -36,7 +36,8 @@ class Lora:
         dropout: Probability with which an input is dropped.
         targets: Last parts of the names of the layers to adapt.
 
-    Reference: Hu et al., https://arxiv.org/abs/2106.09685.
+    Reference:
+        Hu et al., https://arxiv.org/abs/2106.09685.
     """
 
     rank: int
@@ -60,7 +61,8 @@ class NewTokens:
         first: Id of the first token; the others follow it.
         initializer: Id of the known token whose row they start from.
 
-    Reference: Gal et al., https://arxiv.org/abs/2208.01618.
+    Reference:
+        Gal et al., https://arxiv.org/abs/2208.01618.
     """
 
     placeholder: str
@@ -118,7 +120,8 @@ def draw_lora(lora: Lora, shapes: Mapping[str, tuple[int, ...]], kind: str, seed
     Returns:
         `….lora_A.weight`, float32 (rank, in), and `….lora_B.weight`, float32 (out, rank).
 
-    Reference: `init_lora_weights="gaussian"` of PEFT.
+    Reference:
+        `init_lora_weights="gaussian"` of PEFT.
     """
     arrays = {}
     for name, (rows, columns) in lora_layers(lora, shapes, kind).items():

@@ -173,7 +173,8 @@ def _compare(backend: Backend, pictures: _Pictures) -> np.ndarray:
 def _write_scaling_factor(backend: Backend, pictures: _Pictures, spec: PipelineSpec, folder: Path) -> None:
     """Write the scale that brings the latents to unit variance to vae/config.json, unless its config has one.
 
-    Reference: Rombach et al., https://arxiv.org/abs/2112.10752, section D.1.
+    Reference:
+        Rombach et al., https://arxiv.org/abs/2112.10752, section D.1.
     """
     vae = spec.components["vae"]
     if "scaling_factor" in vae.config or vae.weights is not None:

@@ -35,7 +35,7 @@ TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers that LoRA adapts by default, as in Diffusers' scripts."""
 
 
-@with_defaults(resolution=512)
+@with_defaults(resolution=512, eval_batch_size=4)
 class TextConfig(DiffusionConfig):
     """Options of tasks whose images follow a text."""
 
@@ -52,12 +52,6 @@ class TextConfig(DiffusionConfig):
         description="Prompts to draw during training.",
     )
     validation_guidance_scale: float = Field(7.5, ge=0, description="Guidance scale of these samples.")
-    eval_batch_size: int = Field(
-        4,
-        ge=1,
-        validation_alias=also("eval_batch_size", "num_validation_images"),
-        description="Images in the grid (per prompt).",
-    )
 
 
 class CaptionedConfig(TextConfig):

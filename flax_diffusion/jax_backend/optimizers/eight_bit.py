@@ -86,8 +86,9 @@ def scale_by_8bit_adam(b1: float, b2: float, eps: float) -> optax.GradientTransf
         b2: Decay of the second moment.
         eps: Number added to the root of the second moment.
 
-    Reference: Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1; Dettmers et al.,
-    https://arxiv.org/abs/2110.02861, for blocks and their size.
+    Reference:
+        Kingma and Ba, https://arxiv.org/abs/1412.6980, algorithm 1; Dettmers et al.,
+        https://arxiv.org/abs/2110.02861, for blocks and their size.
     """
 
     def init(params: Any) -> Any:

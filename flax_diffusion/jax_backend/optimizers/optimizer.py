@@ -93,7 +93,8 @@ def update_ema(ema: Params, params: Params, decay: jax.Array) -> Params:
 class LossScale(struct.PyTreeNode):
     """Dynamic loss scale of fp16 training, with the constants of `torch.amp.GradScaler`.
 
-    Reference: Micikevicius et al., https://arxiv.org/abs/1710.03740, section 3.2.
+    Reference:
+        Micikevicius et al., https://arxiv.org/abs/1710.03740, section 3.2.
     """
 
     scale: jax.Array

@@ -53,7 +53,8 @@ def correct_transparency(image: Image.Image, data: bytes) -> None:
         image: Opened picture of format PNG.
         data: Content of its file.
 
-    Reference: PNG (Third Edition), section 11.3.1.1 tRNS.
+    Reference:
+        PNG (Third Edition), section 11.3.1.1 tRNS.
     """
     key, depth = image.info.get("transparency"), data[24]
     most = 2**depth - 1

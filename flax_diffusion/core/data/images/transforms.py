@@ -54,8 +54,9 @@ class ImageTransform:
         Returns:
             The array and the sizes.
 
-        Reference: torchvision's Resize, CenterCrop or RandomCrop, RandomHorizontalFlip, ToTensor, Normalize, in
-        the order of HF's example scripts.
+        Reference:
+            torchvision's Resize, CenterCrop or RandomCrop, RandomHorizontalFlip, ToTensor, Normalize, in
+            the order of HF's example scripts.
         """
         original_size = (image.height, image.width)
         if self.channels == 1:

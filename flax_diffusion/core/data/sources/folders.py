@@ -88,7 +88,8 @@ def open_folder(
     Raises:
         DataError: If the folder, images, files, columns or captions are missing, or a path leaves the folder.
 
-    Reference: Hugging Face's imagefolder, for the names in metadata.
+    Reference:
+        Hugging Face's imagefolder, for the names in metadata.
     """
     from flax_diffusion.core.data.sources.parquet import open_parquet
 
