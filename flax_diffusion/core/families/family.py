@@ -107,10 +107,9 @@ class Family:
         """Its model classes by name."""
         return {model.name: model for pipeline in self.pipelines.values() for model in pipeline.parts.values()}
 
-    @property
-    def draws(self) -> bool:
-        """Whether its pipelines make pictures."""
-        return any(model.role is Role.DENOISER for model in self.models.values())
+    def has(self, role: Role) -> bool:
+        """Return whether its pipelines have a model of a role."""
+        return any(model.role is role for model in self.models.values())
 
 
 FAMILIES: Registry[Family] = Registry("family", ["flax_diffusion.core.families"], GROUP)

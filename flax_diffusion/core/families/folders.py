@@ -73,6 +73,6 @@ def check_kind(source: str, revision: str | None, families: Collection[Family]) 
 
 
 def _fix(families: Collection[Family]) -> str:
-    titles = [family.title for family in families if len(families) == 1 and family.title]
+    titles = [family.title for family in families if family.title]
     kinds = [kind for family in families for kind in family.pipelines]
-    return f"use {titles[0] if titles else 'one of ' + ', '.join(kinds)}"
+    return f"use {' or '.join(titles) if len(titles) == len(families) else 'one of ' + ', '.join(kinds)}"

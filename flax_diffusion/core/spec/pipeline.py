@@ -238,7 +238,7 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     """
     from flax_diffusion.core.data import captions as text
 
-    index = folders.check_kind(source, revision, [family for family in FAMILIES.values() if family.draws])
+    index = folders.check_kind(source, revision, [family for family in FAMILIES.values() if family.has(Role.DENOISER)])
     if not index:
         raise WeightsError(f"{source} has no model_index.json: name a folder that holds a pipeline")
     kind = index["_class_name"]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
-class DiffusionConfig(DdpmOptions, FlowMatchingOptions, EdmOptions, TrainConfig):
+class DiffusionConfig(EdmOptions, FlowMatchingOptions, DdpmOptions, TrainConfig):
     """Options of tasks that train a denoiser."""
 
     unet: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(

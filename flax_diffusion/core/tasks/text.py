@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
@@ -16,8 +16,7 @@ from flax_diffusion.core.data import captions
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import DataError, WeightsError, naming
 from flax_diffusion.core.families import folders
-from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
-from flax_diffusion.core.families.stable_diffusion import CLIP_TEXT, STABLE_DIFFUSION, UNET_2D_CONDITION
+from flax_diffusion.core.families.family import FAMILIES, ModelClass, Role, family_of
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import as_path, local_copy
 from flax_diffusion.core.spec import pipeline
@@ -29,6 +28,9 @@ from flax_diffusion.core.tasks.task import Preview
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
+
+NEW_PIPELINE = "StableDiffusionPipeline"
+"""Pipeline of a model from scratch, and of a folder that does not say what it is."""
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -138,29 +140,42 @@ class TextTask(DiffusionTask[T]):
             made_before: Where a run that is resumed keeps the tokenizer that it made, if it did.
         """
         config = self.config
-        index = check_pipeline(config, [STABLE_DIFFUSION]) if config.pretrained_model_name_or_path else {}
-        encoder, unet = self.read_models()
-        tokenizer = self._tokenizer(encoder, texts, made_before)
+        families = [family for family in FAMILIES.values() if family.has(Role.TEXT_ENCODER)]
+        index = check_pipeline(config, families) if config.pretrained_model_name_or_path else {}
+        kind = index.get("_class_name", NEW_PIPELINE)
+        models = family_of(kind).pipelines[kind].parts
+        components = self.read_models(models)
+        first, *_ = (part for part in components.values() if part.role is Role.TEXT_ENCODER)
+        tokenizer = self._tokenizer(first, texts, made_before)
         if not config.pretrained_model_name_or_path:
             ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-            encoder = replace(encoder, config=encoder.config | ids | {"vocab_size": len(tokenizer)})
-        encoder, unet = self.adapted(encoder, unet, tokenizer)
-        components = {"text_encoder": encoder, "unet": unet}
+            for name, part in components.items():
+                if part.role is Role.TEXT_ENCODER:
+                    components[name] = replace(part, config=part.config | ids | {"vocab_size": len(tokenizer)})
+        components = {name: self.adapted(part, tokenizer) for name, part in components.items()}
+        vae = next(name for name, model in models.items() if model.role is Role.AUTOENCODER)
         # A pipeline that was trained on pixels has no VAE.
-        if config.vae == "pretrained" and (not index or folders.has_part(index, "vae")):
-            components["vae"] = pretrained(config, "vae", AUTOENCODER_KL, train=False)
+        if config.vae == "pretrained" and (not index or folders.has_part(index, vae)):
+            components[vae] = pretrained(config, vae, models[vae], train=False)
         elif config.vae and config.vae != "pretrained":
-            components["vae"] = frozen_vae(config.vae)
-        return self.pipeline("StableDiffusionPipeline", components, tokenizer)
+            components[vae] = frozen_vae(config.vae)
+        return self.pipeline(kind, components, tokenizer)
 
-    def read_models(self) -> tuple[Component, Component]:
-        """Read the configs of text encoder and UNet."""
-        encoder = pretrained(self.config, "text_encoder", CLIP_TEXT, train=False)
-        return encoder, pretrained(self.config, "unet", UNET_2D_CONDITION, train=True)
+    def read_models(self, models: Mapping[str, ModelClass]) -> dict[str, Component]:
+        """Read the configs of the text encoders and the denoiser.
 
-    def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
-        """Return text encoder and UNet with what trains beside their weights, if anything does."""
-        return encoder, unet
+        Args:
+            models: Classes of all models of the pipeline, by component.
+        """
+        return {
+            name: pretrained(self.config, name, model, train=model.role is Role.DENOISER)
+            for name, model in models.items()
+            if model.role is not Role.AUTOENCODER
+        }
+
+    def adapted(self, part: Component, tokenizer: CLIPTokenizer) -> Component:
+        """Return a text encoder or the denoiser with what trains beside its weights, if anything does."""
+        return part
 
     def _tokenizer(self, encoder: Component, texts: Iterable[str], made_before: Path | None) -> CLIPTokenizer:
         config, source = self.config, self.config.pretrained_model_name_or_path
@@ -225,24 +240,25 @@ class LoraTask(TextTask[L]):
         self.lora_format = config.lora_format
         self.embeds_prompts = config.pre_compute_text_embeddings
 
-    def read_models(self) -> tuple[Component, Component]:
-        """Read the configs of text encoder and UNet."""
-        encoder, unet = super().read_models()
+    def read_models(self, models: Mapping[str, ModelClass]) -> dict[str, Component]:
+        """Read the configs of the text encoders, which may train too, and the denoiser."""
         training = Training.ALL if self.config.train_text_encoder else Training.NOTHING
-        return replace(encoder, training=training), unet
+        parts = super().read_models(models)
+        return {
+            name: replace(part, training=training) if part.role is Role.TEXT_ENCODER else part
+            for name, part in parts.items()
+        }
 
-    def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
-        """Return text encoder and UNet with LoRA beside their weights, if there is any, and their rates."""
-        config = self.config
-        if config.text_encoder_learning_rate is not None:
-            encoder = replace(encoder, rate_factor=config.text_encoder_learning_rate / config.learning_rate)
-        if config.lora_rank is None:
-            return encoder, unet
-        unet = replace(unet, training=Training.ADAPTERS, lora=self._lora(config.lora_target_modules))
-        if config.train_text_encoder:
-            lora = self._lora(config.lora_text_encoder_target_modules)
-            encoder = replace(encoder, training=Training.ADAPTERS, lora=lora)
-        return encoder, unet
+    def adapted(self, part: Component, tokenizer: CLIPTokenizer) -> Component:
+        """Return a model with its own learning rate, and with LoRA beside its weights, if there is any."""
+        config, targets = self.config, self.config.lora_target_modules
+        if part.role is Role.TEXT_ENCODER:
+            targets = config.lora_text_encoder_target_modules
+            if config.text_encoder_learning_rate is not None:
+                part = replace(part, rate_factor=config.text_encoder_learning_rate / config.learning_rate)
+        if config.lora_rank is None or not part.is_trained:
+            return part
+        return replace(part, training=Training.ADAPTERS, lora=self._lora(targets))
 
     def _lora(self, targets: list[str]) -> Lora:
         rank = int(self.config.lora_rank or 0)

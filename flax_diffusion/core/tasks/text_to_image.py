@@ -14,7 +14,7 @@ from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.families.stable_diffusion import CLIP_TEXT, UNET_2D_CONDITION
+from flax_diffusion.core.families.family import ModelClass
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
 from flax_diffusion.core.tasks.parts import from_scratch
@@ -73,15 +73,12 @@ class TextToImageTask(LoraTask[TextToImageConfig]):
         """Open the dataset."""
         return open_dataset(self.config, self.config.caption_column)
 
-    def read_models(self) -> tuple[Component, Component]:
-        """Read the configs of text encoder and UNet, of a pipeline or of the options."""
-        config = self.config
-        if config.pretrained_model_name_or_path:
-            return super().read_models()
-        assert config.text_encoder is not None
-        assert config.unet is not None
-        encoder = from_scratch(config.text_encoder, "--text_encoder", CLIP_TEXT)
-        return encoder, from_scratch(config.unet, "--unet", UNET_2D_CONDITION)
+    def read_models(self, models: Mapping[str, ModelClass]) -> dict[str, Component]:
+        """Read the configs of the text encoders and the denoiser, of a pipeline or of the options."""
+        if self.config.pretrained_model_name_or_path:
+            return super().read_models(models)
+        given = {name: getattr(self.config, name) for name in ("text_encoder", "unet")}
+        return {name: from_scratch(value, f"--{name}", models[name]) for name, value in given.items()}
 
     def make_example_fn(
         self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32

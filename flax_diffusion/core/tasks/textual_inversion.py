@@ -15,6 +15,7 @@ from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.combined import PromptedSource, open_uncaptioned
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec.adapters import NewTokens
 from flax_diffusion.core.spec.new_words import add_word
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
@@ -114,10 +115,11 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
         _check_new_word(spec, [*self.templated_prompts, *self.config.validation_prompts])
         return spec
 
-    def adapted(self, encoder: Component, unet: Component, tokenizer: CLIPTokenizer) -> tuple[Component, Component]:
-        """Return text encoder and UNet, where only the new word's rows train."""
-        encoder = replace(encoder, training=Training.ADAPTERS, new_tokens=self._add_tokens(tokenizer))
-        return encoder, replace(unet, training=Training.NOTHING)
+    def adapted(self, part: Component, tokenizer: CLIPTokenizer) -> Component:
+        """Return a model of which only the new word's rows train."""
+        if part.role is Role.TEXT_ENCODER:
+            return replace(part, training=Training.ADAPTERS, new_tokens=self._add_tokens(tokenizer))
+        return replace(part, training=Training.NOTHING)
 
     def _add_tokens(self, tokenizer: CLIPTokenizer) -> NewTokens:
         """Add the tokens to the tokenizer: the new word, then the word with a number."""
