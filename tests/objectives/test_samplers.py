@@ -30,6 +30,7 @@ from flax_diffusion.schedulers import (
     dpm_coefficients,
     scheduler_from_config,
     sigmas,
+    timesteps,
 )
 from torch_backend.sampling import scheduler_from_config as torch_scheduler
 
@@ -196,7 +197,7 @@ def test_no_function_takes_an_unknown_value_for_the_last_one():
     calls = [
         lambda: common.predict_original("x", one, one, one),
         lambda: common.predict_noise("x", one, one, one),
-        lambda: common.spaced_timesteps("x", 2, 10, 0),
+        lambda: timesteps.spaced_timesteps("x", 2, 10, 0),
         lambda: sigmas.sigma_after_last("x", levels),
         lambda: dpm_coefficients.update_coefficients(levels, "x", "midpoint", 2, False),
         lambda: dpm_coefficients.update_coefficients(levels, "dpmsolver++", "x", 2, False),
