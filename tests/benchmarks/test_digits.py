@@ -51,12 +51,13 @@ def test_the_distance_sees_what_the_share_does_not():
         assert frechet(changed, pixels) > 0.4
 
 
+@pytest.mark.parametrize("recipe", ["digits_unconditional", "digits_flow", "digits_edm"])
 @RUNS
-def test_unconditional(request, tmp_path, backend, seed):
-    seconds = train(request, backend, "digits_unconditional", seed, tmp_path / "run")
+def test_unconditional(request, tmp_path, recipe, backend, seed):
+    seconds = train(request, backend, recipe, seed, tmp_path / "run")
     images = generate(tmp_path / "run", num_images=1790, num_inference_steps=50, batch_size=256)
     distance = frechet(to_vectors(images), real_digits()[0])
-    print(f"\n{backend}, seed {seed}, unconditional: Fréchet distance {distance:.3f} of 1,790 samples (bound 0.10)")
+    print(f"\n{backend}, seed {seed}, {recipe}: Fréchet distance {distance:.3f} of 1,790 samples (bound 0.10)")
     print(f"training with compilation, samples and export: {seconds:.0f} s (bound 360 on two idle cores)")
     assert distance <= 0.10
     assert seconds <= 360

@@ -26,7 +26,15 @@ def test_every_dependency_has_a_tested_version(request):
 
 @pytest.mark.parametrize(
     "file",
-    ["README.md", "CONTRIBUTING.md", "tpu/Dockerfile", "tpu/pod.sh", "configs/accelerate/deepspeed_zero2_offload.yaml"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "tpu/README.md",
+        "torch_backend/README.md",
+        "tpu/Dockerfile",
+        "tpu/pod.sh",
+        "configs/accelerate/deepspeed_zero2_offload.yaml",
+    ],
 )
 def test_commands_install_by_the_file(request, file):
     """All but the one that asks for newer releases, and the one that installs uv, in an environment of its own."""
