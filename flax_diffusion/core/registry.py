@@ -50,17 +50,24 @@ class Registry(Mapping[str, T]):
 
     def _load(self) -> dict[str, T]:
         if not self._loaded:
-            self._loaded = True
-            imported = []
-            for name in self._modules:
-                module = importlib.import_module(name)
-                inner = [one.name for one in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}.")]
-                imported += [name, *map(_imported, inner)]
-            load_extensions(self._group)
-            places = {module: place for place, module in enumerate(imported)}
-            names = sorted(self._members, key=lambda name: (places.get(self._owners[name], len(places)), name))
-            self._members = {name: self._members[name] for name in names}
+            self._loaded = True  # a module that looks into the table while it is imported finds what is there
+            try:
+                self._import_all()
+            except BaseException:
+                self._loaded = False  # the next look tries again, and does not take a part for the whole
+                raise
         return self._members
+
+    def _import_all(self) -> None:
+        imported = []
+        for name in self._modules:
+            module = importlib.import_module(name)
+            inner = [one.name for one in pkgutil.iter_modules(getattr(module, "__path__", ()), f"{name}.")]
+            imported += [name, *map(_imported, inner)]
+        load_extensions(self._group)
+        places = {module: place for place, module in enumerate(imported)}
+        names = sorted(self._members, key=lambda name: (places.get(self._owners[name], len(places)), name))
+        self._members = {name: self._members[name] for name in names}
 
     def __getitem__(self, name: str) -> T:
         return self._load()[name]

@@ -207,3 +207,17 @@ def test_two_members_of_one_name():
     members.register("a", 1)
     with pytest.raises(ValueError, match="there are two tasks of the name a: rename one"):
         members.register("a", 2)
+
+
+def test_a_table_that_could_not_be_filled_is_not_taken_for_whole(monkeypatch):
+    def broken(group):
+        raise ConfigError("a package is broken")
+
+    members = registry.Registry("task", [], "flax_diffusion.none")
+    members.register("a", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "load_extensions", broken)
+        for _ in range(2):
+            with pytest.raises(ConfigError, match="is broken"):
+                list(members)
+    assert list(members) == ["a"]
