@@ -72,14 +72,14 @@ class FlaxDecoderOutput(ModelOutput):
 class FlaxDiagonalGaussianDistribution:
     """The autoencoder's posterior, a Gaussian with diagonal covariance.
 
+    Attributes:
+        mean: Mean, (B, h, w, C).
+        logvar: Log variance in the shape of `mean`, clipped to [-30, 20].
+
     Args:
         parameters: Mean and log variance one after the other along the last axis, (B, h, w, 2·C), before the scaling
             factor.
         deterministic: Have no variance: `sample` returns the mean, and `kl` and `nll` are zero.
-
-    Attributes:
-        mean: Mean, (B, h, w, C).
-        logvar: Log variance in the shape of `mean`, clipped to [-30, 20].
 
     Reference:
         DiagonalGaussianDistribution of Diffusers (PyTorch), channels last.

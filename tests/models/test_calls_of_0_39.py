@@ -1,6 +1,5 @@
 """The models as code written for Diffusers 0.39 calls them."""
 
-
 from __future__ import annotations
 
 from pathlib import Path
