@@ -1,14 +1,14 @@
 """Models in Flax Linen, with the names, config keys and parameter names of their PyTorch counterparts."""
 
 from flax_diffusion.models.autoencoder_kl import FlaxAutoencoderKL
-from flax_diffusion.models.clip_text import FlaxCLIPTextModel, FlaxCLIPTextModelWithProjection
+from flax_diffusion.models.clip_text import FlaxCLIPTextModelWithProjectionModule, FlaxCLIPTextModule
 from flax_diffusion.models.unet_2d import FlaxUNet2DModel
 from flax_diffusion.models.unet_2d_condition import FlaxUNet2DConditionModel
 
 __all__ = [
     "FlaxAutoencoderKL",
-    "FlaxCLIPTextModel",
-    "FlaxCLIPTextModelWithProjection",
+    "FlaxCLIPTextModelWithProjectionModule",
+    "FlaxCLIPTextModule",
     "FlaxUNet2DConditionModel",
     "FlaxUNet2DModel",
 ]
