@@ -14,6 +14,7 @@ from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.typed import Checkpointing, Count, Size
 from flax_diffusion.models.clip_layers import CLIPEncoder, CLIPEncoderPretrained, CLIPLayerConfig, clip_layer_norm
 from flax_diffusion.models.modeling import Config
+from flax_diffusion.models.transformers_face import FlaxPreTrainedModel, Params
 from flax_diffusion.models.transformers_outputs import FlaxBaseModelOutputWithPooling, FlaxCLIPTextModelOutput
 
 
@@ -212,3 +213,68 @@ class FlaxCLIPTextModelWithProjectionModule(CLIPTextBase):
             project(text.pooler_output), text.last_hidden_state, text.hidden_states, text.attentions
         )
         return output if return_dict else output.to_tuple()
+
+
+class FlaxCLIPTextPreTrainedModel(FlaxPreTrainedModel):
+    """A CLIP text encoder that holds its parameters; see `FlaxPreTrainedModel`."""
+
+    model_types = ("clip_text_model",)
+    config_part = "text_config"
+    other_parts = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+
+    def __call__(
+        self,
+        input_ids: Any,
+        attention_mask: Any = None,
+        position_ids: Any = None,
+        params: Params | None = None,
+        dropout_rng: jax.Array | None = None,
+        train: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """Encode token ids.
+
+        Args:
+            input_ids: Token ids, integers (B, L), with an end-of-text token in each row.
+            attention_mask: 1 for tokens that may be attended to, else 0, (B, L); attention is causal in any case.
+            position_ids: Positions, integers (B, L); None for 0 … L − 1.
+            params: Parameters; None for the model's own.
+            dropout_rng: Kept for upstream's signature; the encoder has no dropout.
+            train: Kept for upstream's signature.
+            output_attentions: Also return the attention weights; None for what the config says, as below.
+            output_hidden_states: Also return the hidden states.
+            return_dict: Return a dataclass; False returns a tuple.
+
+        Returns:
+            The output of the model's Linen module.
+
+        Raises:
+            ConfigError: If there are more tokens than the model has positions.
+        """
+        asked = self.outputs(
+            output_attentions=output_attentions, output_hidden_states=output_hidden_states, return_dict=return_dict
+        )
+        inputs = (None if x is None else jnp.asarray(x, jnp.int32) for x in (input_ids, attention_mask, position_ids))
+        return self.apply(params, *inputs, deterministic=not train, dropout_rng=dropout_rng, **asked)
+
+
+class FlaxCLIPTextModel(FlaxCLIPTextPreTrainedModel):
+    """CLIP's text encoder, whose calls return FlaxBaseModelOutputWithPooling.
+
+    Reference:
+        FlaxCLIPTextModel of Transformers 4.57.
+    """
+
+    module_class = FlaxCLIPTextModule
+
+
+class FlaxCLIPTextModelWithProjection(FlaxCLIPTextPreTrainedModel):
+    """CLIP's text encoder with the projection of the pooled output, whose calls return FlaxCLIPTextModelOutput.
+
+    Reference:
+        FlaxCLIPTextModelWithProjection of Transformers 4.57.
+    """
+
+    module_class = FlaxCLIPTextModelWithProjectionModule

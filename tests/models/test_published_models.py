@@ -21,7 +21,7 @@ CONFIGS = Path(__file__).parent / "configs"
 MODULES = {
     kind.torch_class: kind
     for kind in vars(models).values()
-    if isinstance(kind, type) and issubclass(kind, PretrainedModel)
+    if isinstance(kind, type) and issubclass(kind, PretrainedModel) and kind is not PretrainedModel
 }
 # Known from the model cards, to tell a wrong config from a right one.
 MILLIONS = {
