@@ -91,8 +91,11 @@ def part_of(module: str) -> str:
     Args:
         module: Path of the layer in the program.
     """
+    from flax_diffusion.jax_backend.families.family import FAMILIES as FLAX_FAMILIES
+
+    flax = {name: kind.__name__ for family in FLAX_FAMILIES.values() for name, kind in family.classes.items()}
     models = {model.name: model.role for family in FAMILIES.values() for model in family.models.values()}
-    role = next((role for name, role in models.items() if name in module), None)
+    role = next((role for name, role in models.items() if name in module or flax.get(name, name) in module), None)
     if role in (Role.TEXT_ENCODER, Role.AUTOENCODER):
         return str(role)
     for part, words in _PARTS.items():

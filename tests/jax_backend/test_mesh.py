@@ -17,7 +17,7 @@ from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.sharding import make_mesh, partition_of, state_shardings
-from flax_diffusion.models import FlaxCLIPTextModel, FlaxUNet2DConditionModel
+from flax_diffusion.models import FlaxCLIPTextModule, FlaxUNet2DConditionModel
 from tpu import hlo
 
 STEPS = 20
@@ -115,7 +115,7 @@ def test_rules():
 def published():
     """Shapes of the two models of Stable Diffusion 1.5 that can train."""
     configs = Path(__file__).parents[1] / "models/configs"
-    kinds = {"unet": FlaxUNet2DConditionModel, "text_encoder": FlaxCLIPTextModel}
+    kinds = {"unet": FlaxUNet2DConditionModel, "text_encoder": FlaxCLIPTextModule}
     return {
         name: kind.from_config(json.loads((configs / f"sd15_{name}.json").read_text())).params_shape()
         for name, kind in kinds.items()

@@ -242,12 +242,12 @@ CASES = {
     "vae": _vae(layers_per_block=2),
     "vae_plain": _vae(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False),
     "clip": _clip(
-        models.FlaxCLIPTextModel,
+        models.FlaxCLIPTextModule,
         transformers.CLIPTextModel,
         {"attention_mask": np.array([[1, 1, 1, 1, 0, 0], [1] * 6])},
         eos_token_id=2,
     ),
     "clip_projection": _clip(
-        models.FlaxCLIPTextModelWithProjection, transformers.CLIPTextModelWithProjection, hidden_act="gelu"
+        models.FlaxCLIPTextModelWithProjectionModule, transformers.CLIPTextModelWithProjection, hidden_act="gelu"
     ),
 }

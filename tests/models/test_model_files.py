@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.io.files import replacing, write_text
-from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DModel, weights
+from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModule, FlaxUNet2DModel, weights
 
-FILES = {"FlaxCLIPTextModel": "model.safetensors", "FlaxCLIPTextModelWithProjection": "model.safetensors"}
+FILES = {"FlaxCLIPTextModule": "model.safetensors"}
 
 
 def saved(case: Case, folder: Path) -> tuple[Any, dict[str, Any]]:
@@ -47,7 +47,7 @@ def test_pytorch_loads_what_is_saved(name: str, tmp_path: Path) -> None:
     reference, info = case.torch.from_pretrained(tmp_path, output_loading_info=True)
     assert {key: list(value) for key, value in info.items() if value} == {}
     stored = {key: value.numpy() for key, value in reference.state_dict().items()}
-    prefix = "text_model." if isinstance(model, FlaxCLIPTextModel) else ""
+    prefix = "text_model." if isinstance(model, FlaxCLIPTextModule) else ""
     ours = dict(weights.to_torch(params))
     assert ours.keys() == {prefix + key for key in stored}
     for key, value in stored.items():
@@ -144,7 +144,7 @@ def test_clip_with_and_without_prefix_and_position_ids(tmp_path: Path) -> None:
         return bare | {"embeddings.position_ids": torch.arange(9)[None]}
 
     rewrite(tmp_path, change, "model.safetensors")
-    assert_equal(FlaxCLIPTextModel.from_pretrained(tmp_path)[1], params)
+    assert_equal(FlaxCLIPTextModule.from_pretrained(tmp_path)[1], params)
 
 
 @pytest.mark.parametrize("name", ["sd1", "vae", "clip"])
@@ -154,8 +154,7 @@ def test_flax_msgpack(name: str, tmp_path: Path) -> None:
     (tmp_path / FILES.get(case.flax.__name__, "diffusion_pytorch_model.safetensors")).unlink()
     flat = {}
     for path, value in flax.traverse_util.flatten_dict(params).items():
-        joined = "/".join(path)  # upstream's Flax files: CLIP keeps a dict of layers, the VAE the old attention names
-        joined = re.sub(r"layers_(\d)", r"layers/\1", joined) if name == "clip" else joined
+        joined = "/".join(path)  # upstream's Flax files: the VAE keeps the old attention names
         if name == "vae" and "attentions" in joined:
             for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out_0", "proj_attn")):
                 joined = joined.replace(new, old)
@@ -284,7 +283,7 @@ def test_config_errors(name: str, change: dict[str, Any], message: str) -> None:
 
 
 def test_published_configs_metadata_is_accepted() -> None:
-    FlaxCLIPTextModel.from_config(
+    FlaxCLIPTextModule.from_config(
         CLIP | {"_name_or_path": "x", "architectures": ["CLIPTextModel"], "torch_dtype": "float32", "dropout": 0.0}
     )
     FlaxUNet2DModel.from_config(CASES["tutorial"].config | {"_class_name": "UNet2DModel", "_diffusers_version": "0.2"})

@@ -13,10 +13,16 @@ import pytest
 import torch
 import transformers
 
-import flax_diffusion
+from flax_diffusion import models
 from flax_diffusion.core.io.torch_names import torch_name, torch_shape
+from flax_diffusion.models.modeling import PretrainedModel
 
 CONFIGS = Path(__file__).parent / "configs"
+MODULES = {
+    kind.torch_class: kind
+    for kind in vars(models).values()
+    if isinstance(kind, type) and issubclass(kind, PretrainedModel) and kind is not PretrainedModel
+}
 # Known from the model cards, to tell a wrong config from a right one.
 MILLIONS = {
     "sd15_unet": 859.5,
@@ -36,7 +42,7 @@ def load(name: str) -> tuple[Any, Any, dict[str, Any]]:
     config = json.loads((CONFIGS / f"{name}.json").read_text())
     kind = config.get("_class_name") or config["architectures"][0]
     library = diffusers if "_class_name" in config else transformers
-    return getattr(flax_diffusion, f"Flax{kind}"), getattr(library, kind), config
+    return MODULES[kind], getattr(library, kind), config
 
 
 def torch_model(cls: Any, config: dict[str, Any]) -> torch.nn.Module:

@@ -87,7 +87,7 @@ def test_clocks_are_those_of_the_chips():
     [
         ("UNet2DConditionModel/mid_block/attentions_0/transformer_blocks_0/attn1/to_q", "attention"),
         ("transpose(FlaxUNet2DConditionModel)/up_blocks_0/resnets_1/conv1", "resnets"),
-        ("FlaxCLIPTextModel/text_model/encoder/layers_0/self_attn/q_proj", "text encoder"),
+        ("FlaxCLIPTextModule/text_model/encoder/layers/0/self_attn/q_proj", "text encoder"),
         ("", "optimizer and the rest"),
     ],
 )

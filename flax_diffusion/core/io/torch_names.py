@@ -1,7 +1,8 @@
 """Conversion of parameter names and layouts between Linen and PyTorch; files on disk have PyTorch's.
 
 The names correspond mechanically: `down_blocks.0.attentions.1.to_out.0.weight` in PyTorch is
-`down_blocks_0/attentions_1/to_out_0/kernel` here. The two tables below hold the rest.
+`down_blocks_0/attentions_1/to_out_0/kernel` here; CLIP and T5 have upstream's trees of Flax, with modules named by
+numbers, `layers/0/self_attn`. The two tables below hold the rest.
 """
 
 import re
@@ -28,7 +29,13 @@ LISTS = (
 LIST_ITEM = re.compile(rf"\b({'|'.join(LISTS)})_(\d+)\b")
 
 # Last part of a parameter's name here, and in PyTorch.
-LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias", "new_rows": "new_rows"}
+LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"} | {
+    name: name
+    for name in (
+        "bias", "class_embedding", "concept_embeds", "concept_embeds_weights", "logit_scale", "new_rows",
+        "special_care_embeds", "special_care_embeds_weights", "weight",
+    )
+}  # fmt: skip
 
 
 def torch_name(path: Iterable[str]) -> str:

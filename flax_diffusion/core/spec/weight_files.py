@@ -92,7 +92,8 @@ def match_names(stored: Iterable[str], known: Iterable[str]) -> dict[str, str]:
 
 def base_name(kind: str) -> str:
     """Return the name, without extension, of the weights file of a model of a given PyTorch class."""
-    return "model" if kind.startswith("CLIP") else "diffusion_pytorch_model"
+    named_by_transformers = kind.startswith(("CLIP", "T5")) or kind == "StableDiffusionSafetyChecker"
+    return "model" if named_by_transformers else "diffusion_pytorch_model"
 
 
 def file_patterns(base: str, variant: str | None) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
-from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxUNet2DConditionModel
+from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModule, FlaxUNet2DConditionModel
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key, Num
@@ -43,7 +43,7 @@ FAMILIES.register(
     "stable_diffusion",
     Family(
         classes={
-            "CLIPTextModel": FlaxCLIPTextModel,
+            "CLIPTextModel": FlaxCLIPTextModule,
             "UNet2DConditionModel": FlaxUNet2DConditionModel,
             "AutoencoderKL": FlaxAutoencoderKL,
         },
