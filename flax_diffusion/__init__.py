@@ -30,6 +30,14 @@ if TYPE_CHECKING:
         FlaxUNet2DConditionModel,
         FlaxUNet2DModel,
     )
+    from flax_diffusion.pipelines import (
+        FlaxDiffusionPipeline,
+        FlaxStableDiffusionControlNetPipeline,
+        FlaxStableDiffusionImg2ImgPipeline,
+        FlaxStableDiffusionInpaintPipeline,
+        FlaxStableDiffusionPipeline,
+        FlaxStableDiffusionXLPipeline,
+    )
     from flax_diffusion.schedulers import (
         FlaxDDIMScheduler,
         FlaxDDPMScheduler,
@@ -53,13 +61,19 @@ __all__ = [
     "FlaxDDIMScheduler",
     "FlaxDDPMScheduler",
     "FlaxDPMSolverMultistepScheduler",
+    "FlaxDiffusionPipeline",
     "FlaxEDMEulerScheduler",
     "FlaxEulerDiscreteScheduler",
     "FlaxFlowMatchEulerDiscreteScheduler",
     "FlaxModelMixin",
     "FlaxPNDMScheduler",
     "FlaxPreTrainedModel",
+    "FlaxStableDiffusionControlNetPipeline",
+    "FlaxStableDiffusionImg2ImgPipeline",
+    "FlaxStableDiffusionInpaintPipeline",
+    "FlaxStableDiffusionPipeline",
     "FlaxStableDiffusionSafetyChecker",
+    "FlaxStableDiffusionXLPipeline",
     "FlaxT5EncoderModel",
     "FlaxT5PreTrainedModel",
     "FlaxUNet2DConditionModel",
@@ -71,7 +85,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'flax_diffusion' has no attribute {name!r}")
-    module = "schedulers" if name.endswith("Scheduler") else "models"
+    module = "pipelines" if name.endswith("Pipeline") else "schedulers" if "Scheduler" in name else "models"
     return getattr(importlib.import_module(f"flax_diffusion.{module}"), name)
 
 

@@ -22,6 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from flax_diffusion.core.errors import ConfigError, WeightsError
 
 BATCH = "batch"
+"""Axis of the mesh."""
+
+_OTHER_PARAMETERS = (
+    flax.errors.ScopeParamShapeError,
+    flax.errors.ScopeParamNotFoundError,
+    flax.errors.ScopeCollectionNotFound,
+)
 
 
 class Parts:
@@ -133,7 +140,8 @@ class Layout:
         """
         if isinstance(array, jax.core.Tracer):
             return array
-        return jax.device_put(array, NamedSharding(self.mesh, PartitionSpec(axis)))
+        spec = PartitionSpec() if axis is None else PartitionSpec(axis)
+        return jax.device_put(array, NamedSharding(self.mesh, spec))
 
     def outputs(self, array: Array) -> np.ndarray:
         """Return an output on the host, with the leading axis of devices that the inputs had.
@@ -197,7 +205,7 @@ def run(
         function: Of `(parts, params, keys, arrays, **settings)`, to pictures (N, …); a plain function of a module.
         layout: How the inputs lie.
         params: Parameters by part, and the scheduler's state.
-        key: The random key or keys.
+        key: The random key or keys; None for a function that draws nothing.
         arrays: Inputs with one batch axis.
         settings: What the program is compiled for: hashable values.
 
@@ -205,20 +213,21 @@ def run(
         WeightsError: If parameters are missing, or those of another model.
     """
     models = [name for name, part in parts.items() if hasattr(part, "params_shape_tree") or hasattr(part, "apply")]
-    missing = [name for name in [*models, "scheduler"] if name not in params]
+    needed = [*models, *(name for name in parts if name == "scheduler")]
+    missing = [name for name in needed if name not in params]
     if missing:
         raise WeightsError(
             f"params has no {', '.join(missing)} (it has {', '.join(params) or 'nothing'}): give what from_pretrained "
             "returned, with the state of a scheduler that was changed"
         )
-    used = {name: params[name] for name in [*models, "scheduler"]}
+    used = {name: params[name] for name in needed}
     leading = have_leading_axis({name: used[name] for name in models})
     if leading and not layout.leading:
         raise ConfigError("params have an axis of devices and prompt_ids has none: replicate both or neither")
     program = functools.partial(_program, Parts(parts), function, layout.mesh, leading, tuple(sorted(settings.items())))
     try:
-        return program(layout.params(used, leading), layout.keys(key), dict(arrays))
-    except (flax.errors.ScopeParamShapeError, flax.errors.ScopeParamNotFoundError, flax.errors.ScopeCollectionNotFound) as error:
+        return program(layout.params(used, leading), None if key is None else layout.keys(key), dict(arrays))
+    except _OTHER_PARAMETERS as error:
         raise WeightsError(
             f"params are not those of this pipeline's models ({str(error).splitlines()[0]}): give what from_pretrained "
             "returned"
@@ -233,7 +242,7 @@ def _program(
     leading: bool,
     settings: tuple[tuple[str, Any], ...],
     params: Any,
-    keys: Array,
+    keys: Array | None,
     arrays: dict[str, Array],
 ) -> Array:
     if leading:

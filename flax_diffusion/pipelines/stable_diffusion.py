@@ -15,7 +15,7 @@ from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.pipelines.denoising import decode, denoise, start_latents
 from flax_diffusion.pipelines.outputs import FlaxStableDiffusionPipelineOutput
 from flax_diffusion.pipelines.pipeline import FlaxDiffusionPipeline
-from flax_diffusion.pipelines.running import Layout, layout_of, run
+from flax_diffusion.pipelines.running import BATCH, Layout, layout_of, run
 
 Prompts = str | list[str]
 
@@ -60,7 +60,7 @@ class FlaxStableDiffusionPipelineBase(FlaxDiffusionPipeline):
             return layout.flat(neg_prompt_ids, "neg_prompt_ids")
         length = prompt_ids.shape[-1]
         ids = self.tokenizer([""], padding="max_length", max_length=length, return_tensors="np").input_ids
-        return layout.put(np.repeat(ids, layout.count, axis=0), "batch")
+        return layout.put(np.repeat(ids, layout.count, axis=0), BATCH)
 
     def finish(
         self, layout: Layout, images: Array, params: Mapping[str, Any], return_dict: bool
@@ -91,14 +91,12 @@ class FlaxStableDiffusionPipelineBase(FlaxDiffusionPipeline):
     def _flag(self, layout: Layout, images: np.ndarray, params: Mapping[str, Any]) -> list[bool]:
         seen = [Image.fromarray((image * 255).round().astype(np.uint8)) for image in images]
         pixels = self.feature_extractor(seen, return_tensors="np").pixel_values
+        arrays = {"pixels": layout.put(np.asarray(pixels), BATCH)}
         parts = {"safety_checker": self.safety_checker}
-        needed = {name: params[name] for name in ("safety_checker", "scheduler") if name in params}
-        arrays = {"pixels": layout.put(np.asarray(pixels), "batch")}
-        key = jnp.zeros((layout.groups, 2), jnp.uint32) if layout.leading else jnp.zeros(2, jnp.uint32)
-        return np.asarray(run(parts, _check_pictures, layout, needed, key, arrays)).tolist()
+        return np.asarray(run(parts, _check_pictures, layout, params, None, arrays)).tolist()
 
 
-def _check_pictures(parts: Mapping[str, Any], params: Any, keys: Array, arrays: Mapping[str, Array]) -> Array:
+def _check_pictures(parts: Mapping[str, Any], params: Any, keys: None, arrays: Mapping[str, Array]) -> Array:
     del keys
     return parts["safety_checker"](arrays["pixels"], params=params["safety_checker"])
 
