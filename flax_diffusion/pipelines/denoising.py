@@ -48,7 +48,9 @@ def denoise(
         Ho and Salimans, https://arxiv.org/abs/2207.12598, with Diffusers' w: ε_∅ + w·(ε_c − ε_∅).
     """
     scale = guidance_scale.reshape(-1, 1, 1, 1)
-    stochastic = isinstance(scheduler, FlaxDDPMScheduler) or str(scheduler.config.get("algorithm_type")).startswith("sde")
+    stochastic = isinstance(scheduler, FlaxDDPMScheduler) or str(scheduler.config.get("algorithm_type")).startswith(
+        "sde"
+    )
 
     def step(carry: tuple[Array, Any], place: Array) -> tuple[tuple[Array, Any], None]:
         latents, state = carry

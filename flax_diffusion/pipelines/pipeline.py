@@ -111,20 +111,22 @@ class FlaxDiffusionPipeline:
                 f"{cls.__name__}.from_pretrained knows no {name!r}: correct or remove it{nearest(name, known)}"
             )
         where = {name: keywords[name] for name in KEYWORDS if name in keywords}
-        parts: dict[str, Any] = {}
+        parts: dict[str, Any] = {"dtype": dtype or jnp.float32}
         params: dict[str, Any] = {}
         for name in kind.part_names():
             if name in given:
                 parts[name] = given[name]
             elif has_part(index, name):
                 source = {"subfolder": name, "revision": revision, "variant": variant, **where}
-                parts[name], own = load_part(index[name][1], pretrained_model_name_or_path, dtype or jnp.float32, source)
+                parts[name], own = load_part(
+                    index[name][1], pretrained_model_name_or_path, dtype or jnp.float32, source
+                )
                 params |= {} if own is None else {name: own}
             elif name in cls.optional:
                 parts[name] = None
             else:
                 raise WeightsError(f"{pretrained_model_name_or_path} has no {name}: pass {name}=… to from_pretrained")
-        return kind(**parts, dtype=dtype or jnp.float32), params
+        return kind(**parts), params
 
     @classmethod
     def _of_index(cls, index: Mapping[str, Any], source: Any) -> type[FlaxDiffusionPipeline]:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_diffusion.core.errors import ConfigError, WeightsError
@@ -138,7 +139,7 @@ class Layout:
             array: The array; one that is being traced stays as it is.
             axis: `BATCH` or None.
         """
-        if isinstance(array, jax.core.Tracer):
+        if isinstance(array, Tracer):
             return array
         spec = PartitionSpec() if axis is None else PartitionSpec(axis)
         return jax.device_put(array, NamedSharding(self.mesh, spec))
