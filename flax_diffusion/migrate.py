@@ -60,7 +60,8 @@ class Change:
     def diff(self) -> str:
         """The change of the text, as a unified diff."""
         name = self.path.as_posix()
-        names = (name, name) if self.path.is_absolute() else (f"a/{name}", f"b/{name}")
+        outside = self.path.is_absolute() or ".." in self.path.parts
+        names = (name, name) if outside else (f"a/{name}", f"b/{name}")
         before, after = Lines(self.before).split(), Lines(self.after).split()
         rows = difflib.unified_diff([line for line in before if line], [line for line in after if line], *names)
         return "".join(row if row.endswith(("\n", "\r")) else f"{row}\n\\ No newline at end of file\n" for row in rows)
@@ -126,8 +127,11 @@ def _kind(path: Path) -> Kind | None:
 
 
 def _python(path: Path, text: str) -> tuple[str, list[tuple[str, str]]]:
+    tree = code.parse(text)
+    if not any(package in text for package in code.PACKAGES):
+        return text, []
     lines = Lines(text)
-    found = code.Finder(lines, code.parse(text), homes())
+    found = code.Finder(lines, tree, homes())
     remarks = found.remarks | set(commands.requirements(lines) if path.name == "setup.py" else ())
     return apply(text, found.edits), [(str(one.line), one.text) for one in sorted(remarks)]
 
@@ -273,8 +277,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     changes, errors = migrate(options["paths"], write_files=options["write"])
     changed = [change for change in changes if change.after != change.before]
     if not options["write"]:
-        sys.stdout.write("".join(change.diff for change in changed))
-        sys.stdout.flush()
+        try:
+            sys.stdout.write("".join(change.diff for change in changed))
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, such as `head`, has seen enough; Python would try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     remarks = [f"{change.path}:{place}: {text}\n" for change in changes for place, text in change.remarks]
     if remarks:
         sys.stderr.write(f"needs a look:\n{''.join(remarks)}")

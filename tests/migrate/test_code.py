@@ -1,6 +1,8 @@
 """What becomes of import statements: exact new texts, in the styles that programs have."""
 
 import ast
+import random
+import re
 import textwrap
 
 import pytest
@@ -260,6 +262,47 @@ def test_a_name_that_is_lacking_keeps_what_it_comes_from():
         "a = vae_flax.FlaxNothing, flax_diffusion.FlaxAutoencoderKL\n"
     )
     assert apply(old, find(old).edits) == new
+
+
+def bound(tree):
+    """Where each name of a program comes from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_statements_of_any_layout_bind_the_same_names_and_keep_their_comments(seed):
+    draw = random.Random(seed)
+    ours = ["FlaxAutoencoderKL", "FlaxDDPMScheduler as Noise", "FlaxPNDMScheduler", "FlaxUNet2DConditionModel"]
+    theirs = ["DDPMScheduler", "UNet2DModel as Model", "AutoencoderKL"]
+    names = draw.sample(ours, draw.randint(1, 4)) + draw.sample(theirs, draw.randint(0, 3))
+    draw.shuffle(names)
+    indent = draw.choice(["", "    ", "\t"])
+    text = f"{'if True:' if indent else 'x = 1'}\n{indent}from diffusers import ("
+    for number, name in enumerate(names):
+        text += draw.choice(["", " ", f"\n{indent}    ", f"  # a{number}\n{indent}  # b{number}\n\n{indent}    "])
+        text += name + ("," if number + 1 < len(names) else draw.choice(["", ","]))
+    text += (
+        draw.choice(["", "  # c\n", "\n", f"\n{indent}# d\n{indent}"]) + f"){draw.choice(['', '  # e', '; y = 2'])}\n"
+    )
+    new = apply(text, find(text).edits)
+    expected = {
+        name: path.replace("diffusers.", "flax_diffusion.") if "Flax" in path else path
+        for name, path in bound(ast.parse(text))
+    }
+    assert dict(bound(ast.parse(new))) == expected
+    comments = re.compile(r"#.*")
+    assert sorted(comments.findall(new)) == sorted(comments.findall(text))
+    assert not find(new).edits
+
+
+def test_names_in_formatted_texts_move_or_are_told():
+    text = "import diffusers\nx = f'é {1} {diffusers.FlaxDDPMScheduler!r} {diffusers.DDPMScheduler}'\n"
+    found = find(text)
+    moved = "flax_diffusion.FlaxDDPMScheduler" in apply(text, found.edits)
+    assert moved != any("write flax_diffusion.FlaxDDPMScheduler for" in one.text for one in found.remarks)
+    ast.parse(apply(text, found.edits))
 
 
 def test_every_public_name_has_a_home_and_modules_of_ours_too():

@@ -92,7 +92,7 @@ def test_encodings_line_endings_and_a_last_line_without_one_stay(inside, run, he
 
 CELLS = [
     ["# Flax\n", "from diffusers import FlaxA"],
-    ["!pip install -q \"diffusers[flax]<0.40\" \\\n", "  transformers==4.57.6\n", "%matplotlib inline\n", "import diffusers"],
+    ["!pip install diffusers[flax]<0.40 \\\n", "  transformers==4.57.6\n", "%matplotlib inline\n", "import diffusers"],
     ["%%bash\n", "# python train_dreambooth_flax.py\n", "python train_text_to_image_flax.py --seed 0"],
     [
         "%%time\n", "files = !ls\n", "if files:\n", "    !echo é\n", "    %cd x\n", "print?\n",
@@ -128,7 +128,8 @@ def test_notebook(inside, run, indent, ascii_only, whole):
         "a.ipynb:cell 2:1: diffusers<0.40: flax-diffusion goes with diffusers 0.40 and newer\n"
         "a.ipynb:cell 2:1: diffusers[flax]: diffusers has no such extra any more: install flax-diffusion\n"
         "a.ipynb:cell 2:2: transformers==4.57.6: flax-diffusion goes with transformers 5 and newer\n"
-        "a.ipynb:cell 3:3: train_text_to_image_flax.py: `python -m flax_diffusion.train text_to_image` takes its flags\n"
+        "a.ipynb:cell 3:3: train_text_to_image_flax.py: `python -m flax_diffusion.train text_to_image` takes its "
+        "flags\n"
         "a.ipynb:cell 5:2: flax_diffusion has no FlaxFooModel: copy it from diffusers 0.39 into your code, or keep "
         "diffusers<0.40 for it in an environment of its own\n"
         "a.ipynb:cell 6:1: the cell does not parse as Python 3, line 1: '(' was never closed: change it by hand\n"
@@ -192,6 +193,14 @@ def test_requirements_and_shell_files(inside, run, name, line, expected):
     assert all(row.startswith(f"{name}:2: ") for row in err.splitlines()[1:])
 
 
+def test_a_reader_that_has_seen_enough_ends_it_quietly(inside):
+    (inside / "a.py").write_bytes(OLD * 20_000)
+    command = f"{sys.executable} -m flax_diffusion.migrate a.py | head -n 1"
+    result = subprocess.run(command, shell=True, cwd=inside, check=True, capture_output=True, text=True)
+    assert result.stdout == "--- a/a.py\n"
+    assert result.stderr == "files to change: 1; places to look at: 0\n"
+
+
 def test_a_script_of_a_task_that_is_not_here(inside, run):
     (inside / "run.sh").write_text("python train_unknown_flax.py\n")
     assert "flax_diffusion.train has no such task; it has unconditional, " in run("run.sh")[2]
@@ -212,7 +221,7 @@ def test_folder(inside, run):
     assert [line for line in out.splitlines() if line.startswith("---")] == ["--- a/in/pkg/a.py", "--- a/in/pkg/b.py"]
     assert [line.partition(", line")[0] for line in err.splitlines()] == [
         "error: in/pkg/broken.py: does not parse as Python 3",
-        "error: in/pkg/bytes.py: invalid or missing encoding declaration: save it as UTF-8",
+        "error: in/pkg/bytes.py: is not UTF-8: save it as UTF-8",
         "error: in/pkg/pipe.py: it is not a regular file",
     ]
 
@@ -223,7 +232,7 @@ def test_folder(inside, run):
         ("no.py", None, "no.py: there is no such file or folder: check the path"),
         ("a.py", b"def f(:\n", "a.py: does not parse as Python 3, line 1: invalid syntax"),
         ("a.py", b"x = 1\0\n", "a.py: does not parse as Python 3"),
-        ("a.py", "x = 1\n".encode("utf-16"), "a.py: invalid or missing encoding declaration: save it as UTF-8"),
+        ("a.py", "x = 1\n".encode("utf-16"), "a.py: is not UTF-8: save it as UTF-8"),
         ("a.py", b"# coding: nothing\n", "a.py: unknown encoding: nothing: save it as UTF-8"),
         ("a.py", b"\n\n\n# \xe9\n", "a.py: is not UTF-8: save it as UTF-8"),
         ("a.txt", b"", "a.txt: is no Python file, notebook, shell file or list of requirements: leave it out"),
@@ -241,7 +250,7 @@ def test_bad_input_is_one_line(inside, run, name, content, message):
 
 
 def test_command_line(capsys):
-    with pytest.raises(ConfigError, match="command line: .*required: FILE_OR_FOLDER"):
+    with pytest.raises(ConfigError, match=r"command line: .*required: FILE_OR_FOLDER"):
         main([])
     with pytest.raises(ConfigError, match="unknown option '--wrote'; did you mean '--write'"):
         main(["--wrote", "a.py"])

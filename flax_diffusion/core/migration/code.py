@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from flax_diffusion.core.migration import advice
 from flax_diffusion.core.migration.edits import Edit, Lines, Remark
@@ -69,14 +70,14 @@ class _Module:
 class Finder:
     """What is to change in one piece of Python code, and what needs a look.
 
+    Attributes:
+        edits: The edits.
+        remarks: The remarks.
+
     Args:
         lines: The code as it is in the file.
         tree: The code, parsed; lines may differ from `lines` where they are no Python.
         homes: Our module for each name that flax_diffusion has.
-
-    Attributes:
-        edits: The edits.
-        remarks: The remarks.
     """
 
     def __init__(self, lines: Lines, tree: ast.Module, homes: Mapping[str, str]):
@@ -135,8 +136,13 @@ class Finder:
                 continue
             if node.attr in self.homes:
                 home = self.homes[node.attr]
-                module.homes.add(home)
-                module.moved.append((*span(node, self.lines), home, node.attr))
+                start, end = span(node, self.lines)
+                if "".join(self.lines.text[start:end].split()) == ".".join(parts):
+                    module.homes.add(home)
+                    module.moved.append((start, end, home, node.attr))
+                else:  # before Python 3.12, the parser does not say where in a formatted text a name stands
+                    module.lacking = True
+                    self._remark(node, f"write {home}.{node.attr} for {'.'.join(parts)}, and import {home}")
             elif not _is_module(node.attr):
                 module.lacking = True
                 self._remark(node, advice.lacking(path, node.attr))
@@ -287,8 +293,8 @@ def _dotted(node: ast.expr) -> list[str] | None:
     return [node.id, *reversed(parts)] if isinstance(node, ast.Name) else None
 
 
-def names_in(tree: ast.Module) -> Iterator[str]:
-    """Yield the names in a module's `__all__`, where that is written as a list of texts."""
+def names_in(tree: ast.Module) -> Iterator[Any]:
+    """Yield the names that are written out in a module's `__all__`."""
     for node in tree.body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["__all__"]:
-            yield from ast.literal_eval(node.value)
+            yield from (item.value for item in ast.walk(node.value) if isinstance(item, ast.Constant))

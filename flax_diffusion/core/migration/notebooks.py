@@ -11,7 +11,7 @@ from flax_diffusion.core.io.untrusted import parse_json
 from flax_diffusion.core.migration import code
 from flax_diffusion.core.migration.edits import Edit, Lines, apply
 
-_TOKEN = re.compile(r'[\[\]{},:]|"(?:[^"\\]|\\.)*"|[^\s\[\]{},:"]+')
+_TOKEN = re.compile(r'[\[\]{},:]|"[^"\\]*(?:\\.[^"\\]*)*"|[^\s\[\]{},:"]+')
 _MAGIC = re.compile(r"(?P<indent>[^\S\r\n]*)(?:%{1,2}[A-Za-z_]|!|\?|[\w.]+\?{1,2}\s*$)")
 _ASSIGNED = re.compile(r"(?P<target>[^\S\r\n]*[\w\s,.\[\]]+=\s*)(?:%[A-Za-z_]|!)")
 _OF_PYTHON = re.compile(r"%%(?:time|timeit|capture|prun)\b")
