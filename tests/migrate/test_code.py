@@ -76,6 +76,24 @@ REWRITES = {
         )
         """,
     ),
+    "a comment behind the parenthesis, none behind the last name": (
+        """\
+        from diffusers import (  # noqa: F401
+            DDPMScheduler,
+            FlaxDDPMScheduler  # noise
+            # end
+        )
+        """,
+        """\
+        from diffusers import (  # noqa: F401
+            DDPMScheduler
+            # end
+        )
+        from flax_diffusion import (
+            FlaxDDPMScheduler  # noise
+        )
+        """,
+    ),
     "backslash": (
         "from diffusers import FlaxAutoencoderKL, \\\n    DDPMScheduler\n",
         "from diffusers import DDPMScheduler\nfrom flax_diffusion import FlaxAutoencoderKL\n",

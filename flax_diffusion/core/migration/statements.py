@@ -14,7 +14,7 @@ MAX_COLUMNS = 88
 """Width up to which names are written in one line, as Black does by default."""
 
 _COMMENT = re.compile(r"#[^\r\n]*")
-_REST_OF_LINE = re.compile(r"[^\S\r\n]*,?(?P<comment>[^\S\r\n]*#[^\r\n]*)?")
+_REST_OF_LINE = re.compile(r"(?:[^\S\r\n]*,)?(?P<comment>[^\S\r\n]*#[^\r\n]*)?")
 
 
 def span(node: ast.stmt | ast.expr | ast.alias, lines: Lines) -> tuple[int, int]:
