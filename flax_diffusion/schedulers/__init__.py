@@ -57,7 +57,7 @@ def scheduler_from_config(
         if kind not in SCHEDULERS:
             raise ConfigError(f"scheduler {kind!r} is unknown; use one of {', '.join(SCHEDULERS)}")
         values = with_signal(values) if kind == "dpm++" else values
-        return SCHEDULERS[kind].from_config(values, dtype)
+        return SCHEDULERS[kind].from_config(values, dtype=dtype)
     name = values.get("_class_name")
     classes = {cls.torch_class_name: cls for cls in SCHEDULERS.values()}
     if name is None:
@@ -67,7 +67,7 @@ def scheduler_from_config(
         raise ConfigError(
             f"scheduler class {name!r} is not supported; use one of {', '.join(classes)}{nearest(name, classes)}"
         )
-    return found.from_config(values, dtype)
+    return found.from_config(values, dtype=dtype)
 
 
 __all__ = [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +55,7 @@ class EulerDiscreteSchedulerState(struct.PyTreeNode):
     num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FlaxEulerDiscreteScheduler(BetaScheduler):
     """Euler sampling in noise levels; the fields are the keys of PyTorch's `EulerDiscreteScheduler`.
 
@@ -73,13 +73,16 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     prediction_type: Literal["epsilon", "sample", "v_prediction", "original_sample"] = "epsilon"
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    dtype: Any = jnp.float32
+    _: dataclasses.KW_ONLY
+    steps_offset: int = 0
     interpolation_type: Literal["linear", "log_linear"] = "linear"
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
     use_beta_sigmas: bool | None = False
     sigma_min: float | None = None
     sigma_max: float | None = None
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     timestep_type: Literal["discrete", "continuous"] = "discrete"
     rescale_betas_zero_snr: bool = False
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
@@ -167,10 +170,10 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
         model_output: Array,
         timestep: ArrayLike,
         sample: Array,
-        key: Array | None = None,
-        variance_noise: Array | None = None,
         return_dict: bool = True,
         *,
+        key: Array | None = None,
+        variance_noise: Array | None = None,
         s_churn: float = 0.0,
         s_tmin: float = 0.0,
         s_tmax: float = math.inf,
