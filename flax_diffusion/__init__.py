@@ -26,7 +26,12 @@ if TYPE_CHECKING:
         FlaxEDMEulerScheduler,
         FlaxEulerDiscreteScheduler,
         FlaxFlowMatchEulerDiscreteScheduler,
+        FlaxKarrasDiffusionSchedulers,
+        FlaxKarrasVeScheduler,
+        FlaxLMSDiscreteScheduler,
         FlaxPNDMScheduler,
+        FlaxSchedulerMixin,
+        FlaxScoreSdeVeScheduler,
     )
 
 __all__ = [
@@ -39,7 +44,12 @@ __all__ = [
     "FlaxEDMEulerScheduler",
     "FlaxEulerDiscreteScheduler",
     "FlaxFlowMatchEulerDiscreteScheduler",
+    "FlaxKarrasDiffusionSchedulers",
+    "FlaxKarrasVeScheduler",
+    "FlaxLMSDiscreteScheduler",
     "FlaxPNDMScheduler",
+    "FlaxSchedulerMixin",
+    "FlaxScoreSdeVeScheduler",
     "FlaxUNet2DConditionModel",
     "FlaxUNet2DModel",
     "__version__",
@@ -49,7 +59,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'flax_diffusion' has no attribute {name!r}")
-    module = "schedulers" if name.endswith("Scheduler") else "models"
+    module = "schedulers" if "Scheduler" in name else "models"
     return getattr(importlib.import_module(f"flax_diffusion.{module}"), name)
 
 

@@ -49,7 +49,10 @@ class CommonSchedulerState(struct.PyTreeNode):
 
 
 class FlaxScheduler(FlaxSchedulerMixin, ABC):
-    """Base of all schedulers with a `step` from sample to sample. Its docstrings hold for every subclass; a subclass documents only what it adds."""
+    """Base of all schedulers with one `step` from sample to sample.
+
+    Its docstrings hold for every subclass; a subclass documents only what it adds.
+    """
 
     @abstractmethod
     def create_state(self) -> Any:
@@ -80,17 +83,12 @@ class FlaxScheduler(FlaxSchedulerMixin, ABC):
 
     @abstractmethod
     def step(
-        self,
-        state: Any,
-        model_output: Array,
-        timestep: ArrayLike,
-        sample: Array,
-        *,
-        return_dict: bool = True,
-        key: Array | None = None,
-        variance_noise: Array | None = None,
+        self, state: Any, model_output: Array, timestep: ArrayLike, sample: Array, *args: Any, **kwargs: Any
     ) -> FlaxSchedulerOutput[Any]:
-        """Return the next sample and state. By position, arguments of a subclass follow in Diffusers' order.
+        """Return the next sample and state.
+
+        All schedulers have the keywords `return_dict`, `key` and `variance_noise`. By position, the arguments after
+        `sample` are those of Diffusers' Flax class.
 
         Args:
             state: State from `set_timesteps`.
@@ -98,6 +96,8 @@ class FlaxScheduler(FlaxSchedulerMixin, ABC):
                 changes it.
             timestep: One of `state.timesteps`; may be traced.
             sample: Sample at this timestep, (B, C, …), not scaled.
+            args: See above.
+            kwargs: See above.
             return_dict: Return a named tuple; False returns a plain one.
             key: PRNG key for the noise of this step, a fresh one for every step. Steps that add noise need it, unless
                 `variance_noise` is given.

@@ -71,7 +71,7 @@ class FlaxSchedulerMixin:
         names = [field.name for field in fields]
         for name in given:
             if name not in names:
-                raise ConfigError(f"{cls.__name__} has no argument {name!r}: correct or remove it{nearest(name, names)}")
+                raise ConfigError(f"{cls.__name__} has no field {name!r}: correct or remove it{nearest(name, names)}")
         positional = [field.name for field in fields if not field.kw_only]
         object.__setattr__(self, "_given", frozenset([*given, *positional[: len(args)]]))
         return self
@@ -158,6 +158,7 @@ class FlaxSchedulerMixin:
         """
         if isinstance(config, (str, Path)):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
+        assert isinstance(config, Mapping)
         defaulted = config.get("_use_default_values", ())
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
         given = cls.present_values(with_present_keys(given))

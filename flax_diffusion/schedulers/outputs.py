@@ -20,7 +20,9 @@ class _Output(tuple):
     _fields: tuple[str, ...]
 
     def __getitem__(self, key: Any) -> Any:
-        return getattr(self, key) if isinstance(key, str) and key in self._fields else super().__getitem__(key)
+        if isinstance(key, str) and key in self._fields:
+            return getattr(self, key)
+        return tuple.__getitem__(self, key)
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the values."""
