@@ -44,26 +44,39 @@ def test_karras_ve_is_pytorchs(monkeypatch) -> None:
     state = ours.set_timesteps(ours.create_state(), 10, SHAPE)
     np.testing.assert_array_equal(state.timesteps, theirs.timesteps.numpy())
     np.testing.assert_allclose(state.schedule, theirs.schedule.numpy(), rtol=2e-6)  # PyTorch's float32 power
-    x, out, again, noise = arrays(4)
+    # In float64, since PyTorch's class adds σ·output to the sample, takes the sample away, and divides by σ.
+    x, out, again, noise = (array.astype(np.float64) for array in arrays(4))
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.from_numpy(noise))
-    for sigma, following in ((30.0, 20.0), (70.0, 60.0), (0.04, 0.03)):
-        hat, level = theirs.add_noise_to_input(torch.from_numpy(x), sigma)
-        our_hat, our_level = ours.add_noise_to_input(state, jnp.asarray(x), sigma, variance_noise=jnp.asarray(noise))
-        close(our_hat, hat)
-        close(our_level, level)
-        step = theirs.step(torch.from_numpy(out), level, following, hat)
-        our_step = ours.step(state, jnp.asarray(out), our_level, following, our_hat)
-        close(our_step.prev_sample, step.prev_sample)
-        close(our_step.derivative, step.derivative)
-        last = theirs.step_correct(
-            torch.from_numpy(again), level, following, hat, step.prev_sample, step.derivative, return_dict=False
-        )
-        our_last = jax.jit(ours.step_correct, static_argnames="return_dict")(
-            state, again, our_level, following, our_hat, our_step.prev_sample, our_step.derivative, return_dict=False
-        )
-        assert type(our_last) is tuple
-        close(our_last[0], last[0])
-        close(our_last[1], last[1])
+    with jax.enable_x64(True):
+        wide = FlaxKarrasVeScheduler(dtype=jnp.float64)
+        state = wide.set_timesteps(wide.create_state(), 10)
+        for sigma, following in ((30.0, 20.0), (70.0, 60.0), (0.04, 0.03)):
+            hat, level = theirs.add_noise_to_input(torch.from_numpy(x), sigma)
+            our_hat, our_level = wide.add_noise_to_input(
+                state, jnp.asarray(x), sigma, variance_noise=jnp.asarray(noise)
+            )
+            close(our_hat, hat, 1e-12)
+            close(our_level, level, 1e-12)
+            step = theirs.step(torch.from_numpy(out), level, following, hat)
+            our_step = wide.step(state, jnp.asarray(out), our_level, following, our_hat)
+            close(our_step.prev_sample, step.prev_sample, 1e-12)
+            close(our_step.derivative, step.derivative, 1e-12)
+            last = theirs.step_correct(
+                torch.from_numpy(again), level, following, hat, step.prev_sample, step.derivative, return_dict=False
+            )
+            our_last = jax.jit(wide.step_correct, static_argnames="return_dict")(
+                state,
+                again,
+                our_level,
+                following,
+                our_hat,
+                our_step.prev_sample,
+                our_step.derivative,
+                return_dict=False,
+            )
+            assert type(our_last) is tuple
+            close(our_last[0], last[0], 1e-12)
+            close(our_last[1], last[1], 1e-12)
 
 
 @pytest.mark.parametrize("steps", [None, 7, 1000])
