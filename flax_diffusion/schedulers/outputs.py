@@ -20,9 +20,8 @@ class _Output(tuple):
     _fields: tuple[str, ...]
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str) and key in self._fields:
-            return getattr(self, key)
-        return tuple.__getitem__(self, key)
+        place: Any = self._fields.index(key) if isinstance(key, str) else key
+        return tuple.__getitem__(self, place)
 
     def keys(self) -> tuple[str, ...]:
         """Return the names of the values."""
