@@ -208,6 +208,8 @@ def read(folder: Path, base: str, variant: str | None = None) -> tuple[dict[str,
         whole, index = folder / name, f"{name}.index.json"
         if not (whole.is_file() or (folder / index).is_file()):
             continue
+        if variant is not None and has_weights(folder, base, None):
+            break  # whoever wants these asks for no variant
         if variant is not None:
             log.warning("%s: its %s is read, as Flax's files have no variant %s", folder, name, variant)
         if whole.is_file():
