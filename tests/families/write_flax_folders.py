@@ -32,7 +32,6 @@ from diffusers import (
     FlaxStableDiffusionInpaintPipeline,
     FlaxStableDiffusionPipeline,
     FlaxStableDiffusionXLPipeline,
-    FlaxUNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, FlaxCLIPTextModelWithProjection
 from write_flax_release import TOKENS, pipeline, weights
