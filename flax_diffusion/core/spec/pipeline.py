@@ -9,6 +9,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -356,6 +357,8 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
         folder: Folder of the pipeline.
     """
     index: dict[str, Any] = {"_class_name": spec.listed_as or spec.kind}
+    if spec.listed_as not in (None, spec.kind):
+        index["_diffusers_version"] = version("diffusers")  # StableDiffusionInpaintPipeline does not open without it
     index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
     if spec.tokenizer is not None:
