@@ -45,7 +45,12 @@ if TYPE_CHECKING:
         FlaxEDMEulerScheduler,
         FlaxEulerDiscreteScheduler,
         FlaxFlowMatchEulerDiscreteScheduler,
+        FlaxKarrasDiffusionSchedulers,
+        FlaxKarrasVeScheduler,
+        FlaxLMSDiscreteScheduler,
         FlaxPNDMScheduler,
+        FlaxSchedulerMixin,
+        FlaxScoreSdeVeScheduler,
     )
 
 __all__ = [
@@ -65,9 +70,14 @@ __all__ = [
     "FlaxEDMEulerScheduler",
     "FlaxEulerDiscreteScheduler",
     "FlaxFlowMatchEulerDiscreteScheduler",
+    "FlaxKarrasDiffusionSchedulers",
+    "FlaxKarrasVeScheduler",
+    "FlaxLMSDiscreteScheduler",
     "FlaxModelMixin",
     "FlaxPNDMScheduler",
     "FlaxPreTrainedModel",
+    "FlaxSchedulerMixin",
+    "FlaxScoreSdeVeScheduler",
     "FlaxStableDiffusionControlNetPipeline",
     "FlaxStableDiffusionImg2ImgPipeline",
     "FlaxStableDiffusionInpaintPipeline",
