@@ -14,8 +14,6 @@ from flax_diffusion.core.io.untrusted import parse_json, read_text
 CONFIG_NAME = "scheduler_config.json"
 
 KEYS_OF_OTHER_SCHEDULERS = frozenset({
-    # Diffusers 0.1
-    "tensor_format", "timestep_values",
     # until 0.14
     "set_alpha_to_zero",
     # PyTorch schedulers without a class here
@@ -93,14 +91,3 @@ def config_file(
     if not path.is_file():
         raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the scheduler's folder (subfolder='scheduler'?)")
     return path
-
-
-def with_present_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a configuration with today's keys in place of those of older releases.
-
-    `predict_epsilon` said until Diffusers 0.10 whether a model predicts the noise or x0.
-    """
-    values = dict(config)
-    if values.pop("predict_epsilon", True) is False:
-        values.setdefault("prediction_type", "sample")
-    return values

@@ -136,6 +136,8 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     replaced_values = {  # noqa: RUF012
         "algorithm_type": {"deis": "dpmsolver++"},
         "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
+        # Of DDPM; PyTorch's class reads none of them.
+        "variance_type": dict.fromkeys(("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log")),
     }
 
     @classmethod

@@ -20,6 +20,7 @@ from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.core.io.hub_options import HUB_KEYWORDS, take_hub_options
 from flax_diffusion.core.io.publishing import push_folder
 from flax_diffusion.core.objectives import noise_schedule
+from flax_diffusion.core.objectives.old_schedulers import with_present_keys
 from flax_diffusion.core.typed import Size, check_values
 from flax_diffusion.schedulers.config import (
     CONFIG_NAME,
@@ -27,7 +28,6 @@ from flax_diffusion.schedulers.config import (
     SchedulerConfig,
     config_file,
     read_config,
-    with_present_keys,
 )
 
 _WITHOUT_EFFECT = ("mirror", "output_loading_info", "user_agent")
@@ -59,7 +59,7 @@ class FlaxSchedulerMixin:
 
     torch_class_name: ClassVar[str]
     # Values that Diffusers replaces when it converts another class's configuration.
-    replaced_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
+    replaced_values: ClassVar[Mapping[str, Mapping[str, str | None]]] = {}
     config_name: ClassVar[str] = CONFIG_NAME
     ignore_for_config: ClassVar[list[str]] = ["dtype"]
     has_state: ClassVar[bool] = True
@@ -161,9 +161,10 @@ class FlaxSchedulerMixin:
         if isinstance(config, (str, Path)):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         assert isinstance(config, Mapping)
+        config = with_present_keys(config)
         defaulted = config.get("_use_default_values", ())
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
-        given = cls.present_values(with_present_keys(given))
+        given = cls.present_values(given)
         own = set(cls.field_names())
         known = own | KEYS_OF_OTHER_SCHEDULERS | _keys_of_all(FlaxSchedulerMixin)
         for key in given:

@@ -70,7 +70,7 @@ def text_config(tokenizer: Any, **changes: Any) -> transformers.CLIPTextConfig:
 def parts(**unet: Any) -> dict[str, Any]:
     """The parts of a PyTorch pipeline, with random weights."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(["a red cat", "a blue dog"], 300, 9)
+    tokenizer = train_tokenizer(["a red cat", "a blue dog"], 520, 9)
     return {
         "vae": diffusers.AutoencoderKL(**VAE),
         "text_encoder": transformers.CLIPTextModel(text_config(tokenizer)),
@@ -178,7 +178,9 @@ def test_image_to_image_equals_pytorch(folder: Path, monkeypatch: pytest.MonkeyP
         "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img.randn_tensor",
         lambda *_, **__: noises[1],
     )
-    expected = theirs("a red cat", as_torch(pixels), strength=0.6, num_inference_steps=5, output_type="np").images
+    expected = theirs(
+        "a red cat", as_torch(pixels / 2 + 0.5), strength=0.6, num_inference_steps=5, output_type="np"
+    ).images
     assert_same_picture(ours, expected)
     untouched = pipe(ids, pixels, params, KEY, strength=0.0, num_inference_steps=5).images
     assert untouched.shape == (1, 32, 32, 3)

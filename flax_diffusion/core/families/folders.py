@@ -10,12 +10,12 @@ from typing import Any
 from flax_diffusion.core.errors import WeightsError
 from flax_diffusion.core.families.family import FAMILIES, Family, family_of
 from flax_diffusion.core.io import model_files
+from flax_diffusion.core.objectives.old_schedulers import with_present_keys
 
 log = logging.getLogger(__name__)
 
 FLAX_ONLY_KEYS = frozenset({"split_head_dim", "use_memory_efficient_attention"})
 """Config keys of the Flax releases' UNets: how they computed attention, with one result whatever the value."""
-_IGNORED_SCHEDULER_KEYS = frozenset({"tensor_format", "timestep_values"})  # of Diffusers 0.1, which change nothing
 _LISTED_AS = "_listed_as"
 
 
@@ -27,9 +27,6 @@ def model_config(values: dict[str, Any]) -> dict[str, Any]:
 def read_scheduler(folder: Path) -> dict[str, Any]:
     """Read the scheduler_config.json of any release, and put what it says into the keys of today.
 
-    Diffusers up to 0.10 said `predict_epsilon` for `prediction_type`. FlaxDPMSolverMultistepScheduler always ended at
-    the noise level of timestep 0, which PyTorch's class does for `final_sigmas_type` "sigma_min" only.
-
     Args:
         folder: Local folder of the scheduler.
 
@@ -40,13 +37,7 @@ def read_scheduler(folder: Path) -> dict[str, Any]:
         WeightsError: If there is no such file.
     """
     values = model_files.read_json(folder / "scheduler_config.json")
-    values = {key: value for key, value in values.items() if key not in _IGNORED_SCHEDULER_KEYS}
-    if isinstance(predicts_epsilon := values.get("predict_epsilon"), bool):
-        del values["predict_epsilon"]
-        values = {"prediction_type": "epsilon" if predicts_epsilon else "sample"} | values
-    if values.get("_class_name") == "FlaxDPMSolverMultistepScheduler":
-        values = {"final_sigmas_type": "sigma_min"} | values
-    return values
+    return with_present_keys(values)
 
 
 def read_index(source: str, revision: str | None = None) -> dict[str, Any]:

@@ -251,9 +251,7 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
             folder = model_files.resolve(source, name, revision, allow_patterns=["*.json"])
             components[name] = read_component(folder, model.name, source, name, revision, variant)
     scheduler = folders.read_scheduler(model_files.resolve(source, "scheduler", revision))
-    tokenizer = (
-        text.load_tokenizer(model_files.resolve(source, "tokenizer", revision)) if "tokenizer" in index else None
-    )
+    words = model_files.resolve(source, "tokenizer", revision) if "tokenizer" in index else None
     denoiser = next((part for part in components.values() if part.role is Role.DENOISER), None)
     if denoiser is None or not isinstance(size := denoiser["sample_size"], int):
         raise WeightsError(f"{source}: has no UNet whose config says its sample_size as one number")
@@ -263,7 +261,7 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
         components=components,
         scheduler=scheduler,
         resolution=1,
-        tokenizer=tokenizer,
+        tokenizer=None if words is None else text.load_tokenizer(words),
         listed_as=folders.listed_as(index),
     )
     return replace(spec, resolution=size * spec.vae_factor)
