@@ -47,7 +47,7 @@ class GenerateConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all noise. Image i of a seed is always the same.")
     num_inference_steps: int = Field(50, ge=1, description="Denoising steps.")
     guidance_scale: float = Field(7.5, ge=0, description="Scale of classifier-free guidance. 1 turns it off.")
-    scheduler: Literal["ddpm", "ddim", "pndm", "euler", "dpm++", "flow_match", "edm"] | None = Field(
+    scheduler: Literal["ddpm", "ddim", "pndm", "euler", "lms", "dpm++", "flow_match", "edm"] | None = Field(
         None, description="Sampler. None: the pipeline's own."
     )
     batch_size: int = Field(16, ge=1, description="Images drawn at a time. The images do not depend on it.")
@@ -89,6 +89,7 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
         UserError: If the model is no pipeline, or something does not fit it.
     """
     spec = open_model(config.model, shapes, config.revision, config.variant)
+    spec.family.check_drawing(spec)
     check_prompts(spec, config.prompt)
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
     height, width = spec.size or (spec.resolution, spec.resolution)

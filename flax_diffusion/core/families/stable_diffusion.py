@@ -83,6 +83,7 @@ STABLE_DIFFUSION = FAMILIES.register(
             )
         },
         same_parts={
+            "StableDiffusionControlNetPipeline": "StableDiffusionPipeline",
             "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
             "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
         },
