@@ -173,35 +173,3 @@ class FlaxAutoencoderKLOutput(ModelOutput):
     """
 
     latent_dist: FlaxDiagonalGaussianDistribution
-
-
-@flax.struct.dataclass
-class FlaxCLIPTextOutput(ModelOutput):
-    """Output of FlaxCLIPTextModel.
-
-    Attributes:
-        last_hidden_state: Last hidden state after the final layer norm, (B, L, hidden_size).
-        pooler_output: The last hidden state at the end-of-text token, (B, hidden_size).
-        hidden_states: Embeddings and every layer's output before the final layer norm, each (B, L, hidden_size); or
-            None.
-    """
-
-    last_hidden_state: jax.Array
-    pooler_output: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None
-
-
-@flax.struct.dataclass
-class FlaxCLIPTextModelOutput(ModelOutput):
-    """Output of FlaxCLIPTextModelWithProjection.
-
-    Attributes:
-        text_embeds: Projected pooled output, (B, projection_dim).
-        last_hidden_state: Last hidden state after the final layer norm, (B, L, hidden_size).
-        hidden_states: Embeddings and every layer's output before the final layer norm, each (B, L, hidden_size); or
-            None.
-    """
-
-    text_embeds: jax.Array
-    last_hidden_state: jax.Array
-    hidden_states: tuple[jax.Array, ...] | None = None

@@ -31,7 +31,7 @@ COMMON_KEYS = frozenset({
 })  # fmt: skip
 
 
-class TransformersConfig(Config):
+class ConfigMapping(Config):
     """A model's configuration whose keys can be read and set as attributes, as Transformers' can."""
 
     def __getattr__(self, name: str) -> Any:
@@ -65,7 +65,7 @@ def as_mapping(config: Any) -> dict[str, Any]:
 
 
 def as_config(config: Any) -> Any:
-    """Return a configuration with attributes: the object itself if it has them, else a mapping as `TransformersConfig`.
+    """Return a configuration with attributes: the object itself if it has them, else a mapping as `ConfigMapping`.
 
     Args:
         config: An object with `to_dict`, or the content of a config.json. A whole CLIP model's may have second entries,
@@ -76,20 +76,20 @@ def as_config(config: Any) -> Any:
     """
     if hasattr(config, "to_dict"):
         return config
-    made = TransformersConfig(as_mapping(config))
+    made = ConfigMapping(as_mapping(config))
     for part in CLIP_PARTS:
         second = made.pop(f"{part}_dict", None)
         found = made.get(part) if second is None else second
         if found is not None:
-            made[part] = TransformersConfig(as_mapping(found))
+            made[part] = ConfigMapping(as_mapping(found))
     return made
 
 
-def complete(config: TransformersConfig, whole: Mapping[str, Any]) -> None:
+def complete(config: ConfigMapping, whole: Mapping[str, Any]) -> None:
     """Add to a configuration the keys of a whole one that it lacks, in its parts too."""
     for key, value in whole.items():
         if isinstance(value, Mapping):
-            complete(config.setdefault(key, TransformersConfig()), value)
+            complete(config.setdefault(key, ConfigMapping()), value)
         else:
             config.setdefault(key, value)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.core import unfreeze
+from flax.core import FrozenDict, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest, shown
@@ -24,14 +24,14 @@ from flax_diffusion.models.modeling import PretrainedModel
 from flax_diffusion.models.pretrained import KEYWORDS, check_torch_format, take_loading_keywords
 from flax_diffusion.models.transformers_config import (
     DEFAULTS,
-    TransformersConfig,
+    ConfigMapping,
     as_config,
     as_mapping,
     complete,
     without_common_keys,
 )
 
-Params = Mapping[str, Any]
+Params = dict[str, Any] | FrozenDict[str, Any]
 
 CONSTRUCTOR = ("input_shape", "seed", "gradient_checkpointing")
 LOADING = ("dtype", "config", "subfolder", "revision", "variant", "ignore_mismatched_sizes", "_do_init")
@@ -39,6 +39,14 @@ LOADING = ("dtype", "config", "subfolder", "revision", "variant", "ignore_mismat
 
 class FlaxPreTrainedModel(FlaxCasts):
     """A Linen module with its configuration and parameters, called as a function.
+
+    Attributes:
+        module_class: The Linen module.
+        main_input_name: Name of the first argument of a call.
+        model_types: The `model_type` of the configs that are taken.
+        config_part: Entry of a whole CLIP model's config that is this model's; None where there is none.
+        other_parts: Starts of the names in a weights file that are other models' and not read.
+        renamed: Patterns of names in files and their replacements, in order.
 
     Args:
         config: A config of Transformers, or a mapping such as the content of a config.json.
@@ -48,14 +56,6 @@ class FlaxPreTrainedModel(FlaxCasts):
         _do_init: Whether the model draws and holds parameters; else they are passed to every call.
         gradient_checkpointing: Recompute layers in the backward pass, or parts ("minimal").
         unknown: Taken for the error alone.
-
-    Attributes:
-        module_class: The Linen module.
-        main_input_name: Name of the first argument of a call.
-        model_types: The `model_type` of the configs that are taken.
-        config_part: Entry of a whole CLIP model's config that is this model's; None where there is none.
-        other_parts: Starts of the names in a weights file that are other models' and not read.
-        renamed: Patterns of names in files and their replacements, in order.
 
     Raises:
         ConfigError: If the config is of another model, or a keyword is unknown.
@@ -88,7 +88,7 @@ class FlaxPreTrainedModel(FlaxCasts):
         self._checkpointing = gradient_checkpointing
         self._built: tuple[dict[str, Any], Any, dict[str, Any]] | None = None
         self.dtype = dtype
-        if isinstance(self._config, TransformersConfig):
+        if isinstance(self._config, ConfigMapping):
             complete(self._config, self.module.config)
         self.key = jax.random.PRNGKey(seed)
         self._is_initialized = _do_init
@@ -102,7 +102,7 @@ class FlaxPreTrainedModel(FlaxCasts):
 
     @property
     def config(self) -> Any:
-        """The configuration: the object that was given, else a `TransformersConfig`. What is set in it counts."""
+        """The configuration: the object that was given, else a `ConfigMapping`. What is set in it counts."""
         return self._config
 
     @property

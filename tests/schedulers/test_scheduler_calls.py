@@ -301,7 +301,7 @@ OLD = [
     ({"_class_name": "FlaxDPMSolverMultistepScheduler", "_diffusers_version": "0.14.0", "algorithm_type": "dpmsolver++",
       "lower_order_final": True, "solver_order": 2, "solver_type": "midpoint", "thresholding": False,
       "dynamic_thresholding_ratio": 0.995, "sample_max_value": 1.0, "trained_betas": None, **STABLE},
-     {"final_sigmas_type": "zero"}),
+     {"final_sigmas_type": "sigma_min"}),
     ({"_class_name": "FlaxDPMSolverMultistepScheduler", "_diffusers_version": "0.39.0", "algorithm_type": "dpmsolver",
       "solver_order": 2, **STABLE}, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"}),
     ({"_class_name": "FlaxLMSDiscreteScheduler", "_diffusers_version": "0.39.0", "prediction_type": "epsilon",

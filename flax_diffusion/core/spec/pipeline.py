@@ -241,11 +241,10 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     """
     from flax_diffusion.core.data import captions as text
 
-    index = folders.check_kind(source, revision, [family for family in FAMILIES.values() if family.has(Role.DENOISER)])
-    if not index:
+    drawing = [family for family in FAMILIES.values() if family.has(Role.DENOISER)]
+    if not (index := folders.check_kind(source, revision, drawing)):
         raise WeightsError(f"{source} has no model_index.json: name a folder that holds a pipeline")
-    kind = index["_class_name"]
-    components = {}
+    kind, components = index["_class_name"], {}
     for name, model in family_of(kind).pipelines[kind].parts.items():
         if folders.has_part(index, name):
             folder = model_files.resolve(source, name, revision, allow_patterns=["*.json"])
