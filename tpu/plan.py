@@ -93,7 +93,7 @@ def part_of(module: str) -> str:
     """
     models = {model.name: model.role for family in FAMILIES.values() for model in family.models.values()}
     role = next((role for name, role in models.items() if name in module), None)
-    if role in (Role.TEXT_ENCODER, Role.AUTOENCODER):
+    if role in (Role.TEXT_ENCODER, Role.AUTOENCODER, Role.CONTROL):
         return str(role)
     for part, words in _PARTS.items():
         if any(word in module for word in words):

@@ -11,6 +11,9 @@ import numpy as np
 
 from flax_diffusion.core.randomness.streams import Stream, example_rng
 
+_ZERO = ("controlnet_down_blocks.", "controlnet_mid_block.", "controlnet_cond_embedding.conv_out.")
+"""Starts of the names of a ControlNet's layers that are zero at first, so that it changes nothing."""
+
 
 def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Draw a parameter: PyTorch's default distribution for kernels and embeddings, zero for biases, one for scales.
@@ -26,9 +29,10 @@ def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tupl
         The values, float32, of that shape.
 
     Reference:
-        torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for the normal distributions.
+        torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for the normal distributions; Zhang et
+        al., https://arxiv.org/abs/2302.05543, for the layers that are zero.
     """
-    if name.endswith("bias"):
+    if name.endswith("bias") or name.startswith(_ZERO):
         return np.zeros(shape, np.float32)
     if len(shape) == 1:
         return np.ones(shape, np.float32)

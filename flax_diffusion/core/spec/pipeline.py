@@ -56,6 +56,8 @@ class Component:
         lora: LoRA that trains; None for none.
         new_tokens: New tokens whose rows train, behind the embedding table; None for none.
         overlay: Differences from the weights in the files; None for none.
+        copied_from: Model whose weights a new one starts with, by name; what that model lacks is drawn at random. None
+            to draw all.
         rate_factor: Factor on the learning rate.
     """
 
@@ -69,6 +71,7 @@ class Component:
     lora: Lora | None = None
     new_tokens: NewTokens | None = None
     overlay: Overlay | None = None
+    copied_from: Component | None = None
     rate_factor: float = 1.0
 
     def __post_init__(self) -> None:

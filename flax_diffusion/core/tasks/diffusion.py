@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -20,7 +21,7 @@ from flax_diffusion.core.objectives.edm import EdmOptions
 from flax_diffusion.core.objectives.flow_matching import FlowMatchingOptions
 from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, check_options, objective_of
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, check_variant
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, check_variant
 from flax_diffusion.core.tasks.parts import check_channels, check_resolution, sized
 from flax_diffusion.core.tasks.task import Preview, Task
 
@@ -118,7 +119,13 @@ class DiffusionTask(Task[D]):
         """Draw pictures from noise."""
         return self._samples([], 1.0, None)
 
-    def _samples(self, prompts: list[str], guidance_scale: float, columns: int | None) -> Preview:
+    def _samples(
+        self,
+        prompts: list[str],
+        guidance_scale: float,
+        columns: int | None,
+        extra: Mapping[str, np.ndarray] | None = None,
+    ) -> Preview:
         config = self.config
 
         def draw(backend: Backend) -> np.ndarray:
@@ -128,6 +135,7 @@ class DiffusionTask(Task[D]):
                 num_inference_steps=config.validation_num_inference_steps,
                 guidance_scale=guidance_scale,
                 seed=config.seed,
+                extra=extra,
             )
 
         return Preview(draw, columns)
@@ -156,7 +164,7 @@ class DiffusionTask(Task[D]):
             tokenizer=tokenizer,
             objective_name=None if objective is objective_of(scheduler) else objective.name,
         )
-        if spec.denoiser.training is Training.ALL:
+        if not spec.trains_adapters:
             denoiser = sized(spec.denoiser, config.resolution // spec.vae_factor)
             spec = replace(spec, components=components | {spec.denoiser_name: denoiser})
         denoiser, vae = spec.denoiser, spec.vae

@@ -83,6 +83,11 @@ def check_part(source: str, option: str, part: str) -> None:
         raise WeightsError(f"{option} {source}: is a whole pipeline; give its folder {folder / part}")
 
 
+def vae_factor(vae: Component | None) -> int:
+    """Return the pixels per latent and side of an autoencoder; 1 for None, in pixel space."""
+    return 2 ** (len(vae["block_out_channels"]) - 1) if vae else 1
+
+
 def sized(component: Component, size: int) -> Component:
     """Note the size that a model trains at: pipelines draw images of it, autoencoders divide larger ones by it."""
     return replace(component, config=component.config | {"sample_size": size})

@@ -181,7 +181,7 @@ class Task(ABC, Generic[C]):
             pipeline.write_index(spec, folder)
 
 
-_MODULES = ("unconditional", "text_to_image", "dreambooth", "textual_inversion", "autoencoder")
+_MODULES = ("unconditional", "text_to_image", "dreambooth", "textual_inversion", "controlnet", "autoencoder")
 
 TASKS: Registry[type[Task[TrainConfig]]] = Registry(
     "task", [f"flax_diffusion.core.tasks.{name}" for name in _MODULES], GROUP

@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Annotated, Any
 
-import numpy as np
-from numpy.typing import DTypeLike
 from pydantic import Field, model_validator
 
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads
-from flax_diffusion.core.data.batches import ExampleFn, Precomputed
-from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.families.family import ModelClass
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
-from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.spec.pipeline import Component
+from flax_diffusion.core.tasks.dataset import CaptionsConfig, CaptionsTask, stand_in
 from flax_diffusion.core.tasks.parts import from_scratch
 from flax_diffusion.core.tasks.task import TASKS
 from flax_diffusion.core.tasks.text import LoraConfig, LoraTask
 
 
 @with_defaults(image_interpolation_mode="lanczos", output_dir="sd-model-finetuned")
-class TextToImageConfig(LoraConfig, DatasetConfig):
+class TextToImageConfig(LoraConfig, CaptionsConfig):
     """Images from captions: `train text_to_image`. Fine-tunes Stable Diffusion 1.x and 2.x, or starts from scratch."""
 
     text_encoder: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
         None,
         description="From scratch: config of the CLIP text encoder, as a mapping, or the folder or .json file with it.",
-    )
-    caption_column: str = Field("text", description="Column that holds the captions.")
-    proportion_empty_prompts: float = Field(
-        0.0, ge=0, le=1, description="Share of the captions that are replaced by the empty one, which guidance needs."
     )
 
     @model_validator(mode="after")
@@ -52,16 +43,14 @@ class TextToImageConfig(LoraConfig, DatasetConfig):
         return self
 
 
-class TextToImageTask(LoraTask[TextToImageConfig]):
+class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfig]):
     """Training of Stable Diffusion on pictures with captions."""
 
     name = "text_to_image"
     config_class = TextToImageConfig
-    checks_captions = True
 
     def __init__(self, config: TextToImageConfig):
         super().__init__(config)
-        self.embeds_empty_prompt = config.proportion_empty_prompts > 0
         self.makes_tokenizer = not (config.pretrained_model_name_or_path or config.tokenizer_name)
 
     @classmethod
@@ -69,23 +58,12 @@ class TextToImageTask(LoraTask[TextToImageConfig]):
         """Return options that name data, for a plan, which reads none but captions that make a tokenizer."""
         return stand_in(given) if given.get("pretrained_model_name_or_path") else {}
 
-    def open_source(self) -> Source:
-        """Open the dataset."""
-        return open_dataset(self.config, self.config.caption_column)
-
     def read_models(self, models: Mapping[str, ModelClass]) -> dict[str, Component]:
         """Read the configs of the text encoders and the denoiser, of a pipeline or of the options."""
         if self.config.pretrained_model_name_or_path:
             return super().read_models(models)
         given = {name: getattr(self.config, name) for name in ("text_encoder", "unet")}
         return {name: from_scratch(value, f"--{name}", models[name]) for name, value in given.items()}
-
-    def make_example_fn(
-        self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
-    ) -> ExampleFn:
-        """Return what makes an example; a share of the captions is left out."""
-        share = self.config.proportion_empty_prompts
-        return replace(super().make_example_fn(spec, made, dtype), proportion_empty_prompts=share)
 
 
 TASKS.register(TextToImageTask.name, TextToImageTask)

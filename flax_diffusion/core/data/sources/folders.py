@@ -137,9 +137,7 @@ def open_folder(
         images, metadata = (of_split(root, names, split_to_choose) for names in (images, metadata))
         split_to_choose = None
     if extra is None:
-        return _open_pictures(
-            root, files, images, metadata, image_column, caption_column, max_samples, split_to_choose
-        )
+        return _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split_to_choose)
     extras = _extras(root, images, metadata, image_column, extra)
     images = _firsts(root, images, extras, extra)
     source = _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split_to_choose)
@@ -175,8 +173,8 @@ def _extras(
     if extra.folder is None:
         if not metadata:
             raise DataError(
-                f"--{extra.option} {extra.column}: {root} has no metadata.jsonl or metadata.csv to name the files, in a "
-                f"column {extra.column}_file_name; add it, or give their folder by --{extra.folder_option}"
+                f"--{extra.option} {extra.column}: {root} has no metadata.jsonl or metadata.csv with a column "
+                f"{extra.column}_file_name; add it, or give the folder of these pictures by --{extra.folder_option}"
             )
         named = read_extras(root, metadata, images, image_column, extra)
         return {name: root / second for name, second in named.items()}

@@ -95,6 +95,7 @@ def read_extras(
         if second is None:
             others = [column for column in columns if column != first]
             require_column(extra.column, columns, option=extra.option, where=where, likely=others)
+            continue
         for number, row in enumerate(rows, 1):
             name, own = (
                 _inside(folder, row.get(column), f"{where}, row {number}", str(column)) for column in (first, second)
