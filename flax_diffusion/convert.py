@@ -180,7 +180,10 @@ def read_all(file: Path, spec: PipelineSpec) -> dict[str, Arrays]:
     lacking = [name for name in spec.components if name not in found]
     for name in lacking:
         log.warning("%s holds no %s: that of --model is taken", file, name)
-    trees = {name: from_tensors(in_memory(own), models[name].params_shape(), str(file)) for name, own in found.items()}
+    trees = {
+        name: from_tensors(in_memory(own), models[name].params_shape(), str(file), np.float32)
+        for name, own in found.items()
+    }
     own = {name: read_weights(spec.components[name]) for name in lacking}
     return own | {name: dict(to_torch(tree)) for name, tree in trees.items()}
 
@@ -229,7 +232,7 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
     modules = build_modules(spec)
     for name, own in weights.items():
         model = modules.by_name[name]
-        tree = from_tensors(in_memory(own), model.params_shape(), options.model)
+        tree = from_tensors(in_memory(own), model.params_shape(), options.model, np.float32)
         tree = _cast(tree, dtype)
         if options.format == "diffusers":
             with written_folder(out / name) as local:

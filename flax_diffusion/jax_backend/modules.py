@@ -75,8 +75,10 @@ class Modules:
         return latents.astype(jnp.promote_types(latents.dtype, jnp.float32))
 
     def posterior(self, params: Params, pixels: Float[Array, "B C H W"]) -> FlaxDiagonalGaussianDistribution:
-        """Encode images (B, C, H, W) to the distribution of their latents, which are not scaled."""
-        return self._apply(self.spec.vae_name, params, pixels, method="encode").latent_dist
+        """Encode images (B, C, H, W) to the distribution of their latents (B, C, h, w), which are not scaled."""
+        found = self._apply(self.spec.vae_name, params, pixels, method="encode").latent_dist
+        mean, logvar = (jnp.transpose(moment, (0, 3, 1, 2)) for moment in (found.mean, found.logvar))
+        return FlaxDiagonalGaussianDistribution.of(mean, logvar)
 
     def decode_latents(self, params: Params, latents: Float[Array, "B C h w"]) -> Float[Array, "B C H W"]:
         """Decode scaled latents (B, C, h, w) to images (B, C, H, W) in about -1..1: the inverse of `encode_images`."""
@@ -86,7 +88,8 @@ class Modules:
 
     def decode(self, params: Params, latents: Float[Array, "B C h w"]) -> Float[Array, "B C H W"]:
         """Decode latents (B, C, h, w) that are not scaled to images (B, C, H, W)."""
-        return self._apply(self.spec.vae_name, params, latents, method="decode").sample
+        channels_last = jnp.transpose(latents, (0, 2, 3, 1))
+        return self._apply(self.spec.vae_name, params, channels_last, method="decode").sample
 
     @property
     def family(self) -> Family:
@@ -212,9 +215,14 @@ def load_pretrained(component: Component) -> Params:
     params: Params = {}
     if component.weights is not None:
         _, params = model.from_pretrained(
-            component.weights, subfolder=component.subfolder, revision=component.revision, variant=component.variant
+            component.weights,
+            subfolder=component.subfolder,
+            revision=component.revision,
+            variant=component.variant,
+            param_dtype=jnp.float32,
         )
     if overlay is None:
         return params
     merged = overlay.apply(dict(to_torch(params)), source)
-    return from_tensors(in_memory(merged), model.from_config(component.config).params_shape(), source)
+    shapes = model.from_config(component.config).params_shape()
+    return from_tensors(in_memory(merged), shapes, source, jnp.float32)

@@ -85,8 +85,9 @@ def _mid_block(channels: int, attention: bool, config: LayerConfig) -> MidBlock:
 
 
 class FlaxAutoencoderKL(PretrainedModel, nn.Module):
-    """Autoencoder between images and latents, both (B, C, H, W), with a Gaussian posterior.
+    """Autoencoder between images, (B, C, H, W), and latents with a Gaussian posterior, (B, h, w, C).
 
+    Images have their channels first, the posterior has them last, and `decode` takes both, as in Diffusers' Flax.
     Fields are the config keys of Diffusers' AutoencoderKL and those below. scaling_factor, shift_factor, latents_mean,
     latents_std and force_upcast tell callers how to use the latents; `encode` and `decode` do not apply them, as
     upstream.
@@ -156,17 +157,17 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
             self.post_quant_conv = conv(self.latent_channels, config, None, kernel=1)
 
     def encode(
-        self, sample: jax.Array, return_dict: bool = True, train: bool = False
+        self, sample: jax.Array, deterministic: bool = True, return_dict: bool = True
     ) -> FlaxAutoencoderKLOutput | tuple[FlaxDiagonalGaussianDistribution]:
         """Encode images to a distribution over latents.
 
         Args:
             sample: Images in [-1, 1], (B, in_channels, H, W), H and W multiples of 2^(blocks − 1).
+            deterministic: Apply no dropout, of which the autoencoder has none.
             return_dict: Return a dataclass; False returns a tuple.
-            train: Kept for upstream's signature; the autoencoder has no dropout.
 
         Returns:
-            The posterior; its tensors are (B, latent_channels, h, w), without the scaling factor.
+            The posterior; its tensors are (B, h, w, latent_channels), channels last, without the scaling factor.
 
         Raises:
             ConfigError: If the images have another number of channels.
@@ -174,21 +175,20 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
         if sample.shape[1] != self.in_channels:
             raise ConfigError(f"images must be (B, {self.in_channels}, H, W): got shape {sample.shape}")
         x = jnp.transpose(sample, (0, 2, 3, 1)).astype(self.dtype)
-        x = self.encoder(x, not train)
-        x = self.quant_conv(x) if self.use_quant_conv else x
-        mean, logvar = jnp.split(jnp.transpose(x, (0, 3, 1, 2)), 2, axis=1)
-        posterior = FlaxDiagonalGaussianDistribution(mean=mean, logvar=jnp.clip(logvar, -30.0, 20.0))
+        x = self.encoder(x, deterministic)
+        posterior = FlaxDiagonalGaussianDistribution(self.quant_conv(x) if self.use_quant_conv else x)
         return FlaxAutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
-        self, latents: jax.Array, return_dict: bool = True, train: bool = False
+        self, latents: jax.Array, deterministic: bool = True, return_dict: bool = True
     ) -> FlaxDecoderOutput | tuple[jax.Array]:
         """Decode latents to images.
 
         Args:
-            latents: Latents, (B, latent_channels, h, w), already divided by the scaling factor.
+            latents: Latents, already divided by the scaling factor, (B, h, w, latent_channels) or
+                (B, latent_channels, h, w). Where both would fit, they are taken as channels last.
+            deterministic: Apply no dropout, of which the autoencoder has none.
             return_dict: Return a dataclass; False returns a tuple.
-            train: Kept for upstream's signature; the autoencoder has no dropout.
 
         Returns:
             Images, about in [-1, 1], (B, out_channels, H, W).
@@ -196,39 +196,32 @@ class FlaxAutoencoderKL(PretrainedModel, nn.Module):
         Raises:
             ConfigError: If the latents have another number of channels.
         """
-        if latents.shape[1] != self.latent_channels:
-            raise ConfigError(f"latents must be (B, {self.latent_channels}, H, W): got shape {latents.shape}")
-        x = jnp.transpose(latents, (0, 2, 3, 1)).astype(self.dtype)
+        channels = self.latent_channels
+        if latents.shape[-1] != channels:
+            if latents.shape[1] != channels:
+                raise ConfigError(
+                    f"latents must be (B, h, w, {channels}) or (B, {channels}, h, w): got shape {latents.shape}"
+                )
+            latents = jnp.transpose(latents, (0, 2, 3, 1))
+        x = latents.astype(self.dtype)
         x = self.post_quant_conv(x) if self.use_post_quant_conv else x
-        x = jnp.transpose(self.decoder(x, not train), (0, 3, 1, 2))
+        x = jnp.transpose(self.decoder(x, deterministic), (0, 3, 1, 2))
         return FlaxDecoderOutput(sample=x) if return_dict else (x,)
 
     def __call__(
-        self,
-        sample: jax.Array,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        train: bool = False,
-        noise: jax.Array | None = None,
+        self, sample: jax.Array, sample_posterior: bool = False, deterministic: bool = True, return_dict: bool = True
     ) -> FlaxDecoderOutput | tuple[jax.Array]:
         """Encode and decode.
 
         Args:
             sample: Images in [-1, 1], (B, in_channels, H, W).
-            sample_posterior: Sample the latents with the random key "gaussian"; else take their mean. `noise`, where
-                given, decides instead.
+            sample_posterior: Sample the latents with the random key "gaussian"; else take their mean.
+            deterministic: Apply no dropout, of which the autoencoder has none.
             return_dict: Return a dataclass; False returns a tuple.
-            train: Kept for upstream's signature; the autoencoder has no dropout.
-            noise: Standard normal noise to sample the latents with, in their shape; None for none.
 
         Returns:
             Reconstructed images, (B, out_channels, H, W).
         """
-        posterior = self.encode(sample, train=train)[0]
-        if noise is not None:
-            latents = posterior.sample_with(noise)
-        elif sample_posterior:
-            latents = posterior.sample(self.make_rng("gaussian"))
-        else:
-            latents = posterior.mode()
-        return self.decode(latents, return_dict=return_dict, train=train)
+        posterior = self.encode(sample, deterministic, return_dict=False)[0]
+        latents = posterior.sample(self.make_rng("gaussian")) if sample_posterior else posterior.mode()
+        return self.decode(latents, deterministic, return_dict)

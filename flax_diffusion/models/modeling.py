@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from flax_diffusion.core.errors import ConfigError, nearest
-from flax_diffusion.core.io import model_files
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.io import model_files, publishing
 from flax_diffusion.core.io.files import write_json
 from flax_diffusion.core.io.torch_names import from_torch_layout, torch_name, torch_shape
 from flax_diffusion.core.randomness import initial_weights
 from flax_diffusion.core.spec import weight_files
 from flax_diffusion.core.typed import check_values
 from flax_diffusion.models import weights
+from flax_diffusion.models.casting import FlaxCasts
+from flax_diffusion.models.pretrained import check_torch_format, take_loading_keywords, unknown_keyword
 
 # Fields of every model that describe how to run it, not what it is; they are never saved.
 RUN_FIELDS = ("parent", "name", "dtype", "param_dtype", "gradient_checkpointing")
@@ -42,26 +44,30 @@ def thaw(value: Any) -> Any:
     return [thaw(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-class PretrainedModel:
+class PretrainedModel(FlaxCasts):
     """Mixin for Linen modules whose fields are the config keys of a PyTorch class.
+
+    Methods have the names and arguments of Diffusers 0.39.
 
     Attributes:
         torch_class: Name of the PyTorch class whose files the model reads and writes.
         weights_name: Base name of the weights file, without extension.
         ignored_keys: Config keys that describe the file, or a behaviour that the models here do not have.
+        unsaved: Fields of Diffusers' Flax class that the PyTorch class has not; they are read and not saved.
         allowed: Config fields of which only some values are supported.
     """
 
     torch_class: ClassVar[str]
     weights_name: ClassVar[str] = "diffusion_pytorch_model"
     ignored_keys: ClassVar[frozenset[str]] = frozenset()
+    unsaved: ClassVar[tuple[str, ...]] = ()
     allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     def __post_init__(self) -> None:
         for field in self.config_fields():
             object.__setattr__(self, field, freeze(getattr(self, field)))
         config = self.config
-        checked = (*self.config_fields(), "gradient_checkpointing")
+        checked = (*self.config_fields(), *self.unsaved, "gradient_checkpointing")
         check_values(type(self), {field: getattr(self, field) for field in checked})
         for field, values in self.allowed.items():
             if config[field] not in values:
@@ -76,7 +82,7 @@ class PretrainedModel:
     def config_fields(cls) -> list[str]:
         """Return the names of the fields that the config holds."""
         fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
-        return [field.name for field in fields if field.name not in RUN_FIELDS]
+        return [field.name for field in fields if field.name not in (*RUN_FIELDS, *cls.unsaved)]
 
     @staticmethod
     def check(config: Config) -> None:
@@ -93,31 +99,69 @@ class PretrainedModel:
         return Config({name: thaw(getattr(self, name)) for name in self.config_fields()})
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+    def from_config(cls, config: Mapping[str, Any], *, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
         """Build the model that a configuration describes.
 
         Args:
             config: Content of a config.json; keys that start with an underscore are metadata.
+            return_unused_kwargs: Also return the overrides that the model does not know, in place of an error.
             overrides: Fields that replace the config's, and `dtype`, `param_dtype`, `gradient_checkpointing`.
+
+        Returns:
+            The model; with `return_unused_kwargs` the model and a dictionary.
 
         Raises:
             ConfigError: If the model does not know a key or a value, or the config is of another class.
         """
-        config = {**config, **overrides}
         declared = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
         if declared is not None and str(declared).removeprefix("Flax") != cls.torch_class:
             raise ConfigError(f"the config is of a {declared}, not of a {cls.torch_class}: use the class it names")
-        known = [*cls.config_fields(), *RUN_FIELDS[2:]]
-        fields = {}
-        for key, value in config.items():
+        known = [*cls.config_fields(), *RUN_FIELDS[2:], *cls.unsaved]
+        fields, unused = {}, {}
+        for key, value in {**config, **overrides}.items():
             if key in known:
                 fields[key] = value
-            elif not key.startswith("_") and key not in cls.ignored_keys:
-                raise ConfigError(
-                    f"{cls.__name__} knows no config key {key!r} (value {value!r}): correct or remove it"
-                    f"{nearest(key, known)}"
-                )
-        return cls(**fields)
+            elif key.startswith("_") or key in cls.ignored_keys:
+                continue
+            elif return_unused_kwargs and key in overrides:
+                unused[key] = value
+            else:
+                raise unknown_keyword(cls.__name__, key, value, known)
+        model = cls(**fields)
+        return (model, unused) if return_unused_kwargs else model
+
+    @classmethod
+    def load_config(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        return_unused_kwargs: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Read the configuration of a saved model.
+
+        Args:
+            pretrained_model_name_or_path: Folder, or `owner/name` on the Hub.
+            subfolder: Folder in it.
+            revision: Branch, tag or commit on the Hub.
+            return_unused_kwargs: Also return the options that do not say how to load, in place of an error.
+            options: `cache_dir`, `force_download`, `local_files_only` and `token` of the Hub.
+
+        Returns:
+            Content of config.json; with `return_unused_kwargs` that and a dictionary.
+
+        Raises:
+            ConfigError: If an option is not known.
+            WeightsError: If there is no configuration.
+        """
+        hub, _ = take_loading_keywords(cls.__name__, options)
+        for name, value in {} if return_unused_kwargs else options.items():
+            raise unknown_keyword(cls.__name__, name, value, ())
+        folder = model_files.resolve(pretrained_model_name_or_path, subfolder, revision, ["config.json"], hub)
+        config = model_files.read_json(folder / "config.json")
+        return (config, options) if return_unused_kwargs else config
 
     def params_shape(self) -> dict[str, Any]:
         """Return the tree of the parameters' shapes and dtypes, without computing anything."""
@@ -146,52 +190,101 @@ class PretrainedModel:
     @classmethod
     def from_pretrained(
         cls,
-        path_or_hub_id: str | Path,
+        pretrained_model_name_or_path: str | Path,
+        dtype: Any = jnp.float32,
+        *,
         subfolder: str | None = None,
         revision: str | None = None,
         variant: str | None = None,
-        dtype: Any = jnp.float32,
-        **overrides: Any,
+        param_dtype: Any = None,
+        config: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> tuple[Self, dict[str, Any]]:
         """Load a model and its weights from a folder or from the Hugging Face Hub.
 
         Args:
-            path_or_hub_id: Folder, or `owner/name` on the Hub.
+            pretrained_model_name_or_path: Folder, or `owner/name` on the Hub.
+            dtype: Dtype of the computation.
             subfolder: Folder in it, such as "unet" in a pipeline folder.
             revision: Branch, tag or commit on the Hub.
             variant: Variant of the files, such as "fp16" for `….fp16.safetensors`.
-            dtype: Dtype of the computation.
-            overrides: Fields that replace the config's, and `param_dtype`, `gradient_checkpointing`.
+            param_dtype: Dtype of the parameters; None for that of the file.
+            config: Configuration to use in place of the folder's.
+            options: Fields that replace the config's; `gradient_checkpointing`; and where files come from:
+                `cache_dir`, `force_download`, `local_files_only`, `token`, `from_pt` and `use_safetensors`. The last
+                two need not be given: files of PyTorch and of Flax are both read, and True allows only the former.
 
         Returns:
-            The model, and its parameters as NumPy arrays in `param_dtype` (float32), whatever the file holds.
+            The model, and its parameters as NumPy arrays.
 
         Raises:
-            ConfigError: If the model does not support the config.
+            ConfigError: If the model does not support the config, or an option is not known.
             WeightsError: If files are missing or do not fit the config.
         """
-        folder = weight_files.fetch(path_or_hub_id, subfolder, revision, cls.weights_name, variant, ["config.json"])
-        config = model_files.read_json(folder / "config.json")
-        model = cls.from_config(config, dtype=dtype, **overrides)
-        return model, weights.load(folder, model.params_shape(), cls.weights_name, variant)
+        hub, torch_only = take_loading_keywords(cls.__name__, options)
+        source = (pretrained_model_name_or_path, subfolder, revision)
+        folder = weight_files.fetch(*source, cls.weights_name, variant, ["config.json"], hub)
+        if torch_only:
+            check_torch_format(folder, cls.weights_name, variant)
+        config = model_files.read_json(folder / "config.json") if config is None else config
+        model = cls.from_config(config, dtype=dtype, **options)
+        return model, weights.load(folder, model.params_shape(), cls.weights_name, variant, param_dtype)
 
     def save_pretrained(
-        self, folder: str | Path, params: Mapping[str, Any], *, max_shard_bytes: int = weights.MAX_SHARD_BYTES
+        self,
+        save_directory: str | Path,
+        params: Mapping[str, Any],
+        is_main_process: bool = True,
+        push_to_hub: bool = False,
+        *,
+        max_shard_bytes: int = weights.MAX_SHARD_BYTES,
+        repo_id: str | None = None,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        create_pr: bool = False,
+        commit_message: str | None = None,
     ) -> None:
         """Write config.json and safetensors that Diffusers or Transformers load.
 
         Args:
-            folder: Folder to write to; made if it does not exist.
+            save_directory: Folder to write to; made if it does not exist.
             params: Parameter tree, of any float dtype, which the file keeps.
+            is_main_process: Write; False does nothing, for all processes of a run but one.
+            push_to_hub: Also upload the folder to the Hub.
             max_shard_bytes: Limit of one file; larger models are split into several.
+            repo_id: Repository on the Hub; None for the folder's name.
+            token: Token of the Hub; None for the one of the log-in.
+            private: Make a new repository private; None for the owner's default.
+            create_pr: Open a pull request in place of a commit.
+            commit_message: Message of the commit on the Hub.
 
         Raises:
-            WeightsError: If the parameters do not fit the model.
+            WeightsError: If the parameters do not fit the model, or the Hub refuses.
         """
-        folder = Path(folder)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         weights.save(folder, params, self.params_shape(), self.weights_name, max_shard_bytes)
         write_json(folder / "config.json", self.saved_config(params))
+        if push_to_hub:
+            publishing.push_folder(
+                folder,
+                repo_id or folder.resolve().name,
+                token=token,
+                private=private,
+                create_pr=create_pr,
+                commit_message=commit_message,
+            )
+
+    def save_config(self, save_directory: str | Path) -> None:
+        """Write config.json alone.
+
+        Args:
+            save_directory: Folder to write to; made if it does not exist.
+        """
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_json(Path(save_directory) / "config.json", {"_class_name": self.torch_class, **self.config})
 
     def saved_config(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of config.json for these parameters."""

@@ -1,7 +1,6 @@
 """The text-conditional UNet of Stable Diffusion 1.x, 2.x and XL."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -9,30 +8,17 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.families.folders import FLAX_ONLY_KEYS
 from flax_diffusion.core.typed import Checkpointing, Count, Size
-from flax_diffusion.models.blocks import (
-    DOWN_BLOCKS,
-    UP_BLOCKS,
-    AttentionConfig,
-    DownBlock,
-    MidBlock,
-    UpBlock,
-    block_layer_config,
-)
+from flax_diffusion.models.blocks import DOWN_BLOCKS, UP_BLOCKS, UpBlock, block_layer_config
 from flax_diffusion.models.condition import check_condition, condition_inputs, embed_conditions
 from flax_diffusion.models.layers import GroupNorm, LayerConfig, conv, dense
 from flax_diffusion.models.modeling import Config, PretrainedModel
 from flax_diffusion.models.outputs import FlaxUNet2DConditionOutput
 from flax_diffusion.models.unet_checks import TIMESTEP_ACTS, check_blocks, check_lengths
+from flax_diffusion.models.unet_encoder import UNetEncoder, per_block
 
 
-def per_block(value: Any, blocks: int) -> tuple[Any, ...]:
-    """Return one entry per block, from one value for all blocks or from a tuple with an entry for each."""
-    return value if isinstance(value, tuple) else (value,) * blocks
-
-
-class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
+class FlaxUNet2DConditionModel(UNetEncoder, PretrainedModel, nn.Module):
     """UNet from noisy latents, a timestep and text embeddings to a prediction of the latents' size.
 
     Fields are the config keys of Diffusers' UNet2DConditionModel, and:
@@ -47,9 +33,8 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     """
 
     torch_class: ClassVar[str] = "UNet2DConditionModel"
-    ignored_keys: ClassVar[frozenset[str]] = FLAX_ONLY_KEYS
+    unsaved: ClassVar[tuple[str, ...]] = ("split_head_dim", "use_memory_efficient_attention")
     allowed: ClassVar[Mapping[str, tuple[Any, ...]]] = {
-        "num_attention_heads": (None,),  # as upstream: attention_head_dim is the number of heads
         "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", "UNetMidBlock2DSimpleCrossAttn", None),
         "encoder_hid_dim_type": (None, "text_proj"),
         "class_embed_type": (None, "timestep", "identity", "projection", "simple_projection"),
@@ -87,7 +72,7 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     encoder_hid_dim: Size | None = None
     encoder_hid_dim_type: str | None = None
     attention_head_dim: Size | tuple[Size, ...] = 8
-    num_attention_heads: int | None = None
+    num_attention_heads: Size | tuple[Size, ...] | None = None  # saved as attention_head_dim, which means the same
     dual_cross_attention: bool = False
     use_linear_projection: bool = False
     class_embed_type: str | None = None
@@ -114,6 +99,14 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
     gradient_checkpointing: Checkpointing = False
+    split_head_dim: bool = False  #                   of Diffusers' Flax; changes nothing here, nor does the next
+    use_memory_efficient_attention: bool = False  #  `attention` chooses the kernel that fits the device
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads is not None:
+            object.__setattr__(self, "attention_head_dim", self.num_attention_heads)
+            object.__setattr__(self, "num_attention_heads", None)
+        super().__post_init__()
 
     @staticmethod
     def check(config: Config) -> None:
@@ -212,60 +205,6 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
         x = jnp.transpose(x, (0, 3, 1, 2))
         return FlaxUNet2DConditionOutput(sample=x) if return_dict else (x,)
 
-    def _layers(self) -> LayerConfig:
-        return LayerConfig(
-            groups=self.norm_num_groups,
-            eps=self.norm_eps,
-            act=self.act_fn,
-            dropout=self.dropout,
-            time_scale_shift=self.resnet_time_scale_shift == "scale_shift",
-            skip_time_act=self.resnet_skip_time_act,
-            output_scale=self.resnet_out_scale_factor,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            checkpointing=self.gradient_checkpointing,
-        )
-
-    def _attention(
-        self, kind: Any, *, block: int, depths: tuple[int, ...], only_cross: bool, head_dim: int
-    ) -> AttentionConfig | None:
-        """Return the config of a block's attention; `block` is the down block whose number of heads it takes."""
-        if kind is None:
-            return None
-        return AttentionConfig(
-            kind=kind,
-            heads=per_block(self.attention_head_dim, len(self.block_out_channels))[block],
-            head_dim=head_dim,
-            depths=depths,
-            groups=self.norm_num_groups,
-            linear_projection=self.use_linear_projection,
-            only_cross=only_cross,
-            dual=self.dual_cross_attention,
-            cross_norm=self.cross_attention_norm == "group_norm",
-        )
-
-    def _down_block(self, index: int, layers: LayerConfig) -> DownBlock:
-        blocks = len(self.block_out_channels)
-        kind, sampler = DOWN_BLOCKS[self.down_block_types[index]]
-        channels = self.block_out_channels[index]
-        number = per_block(self.layers_per_block, blocks)[index]
-        attention = self._attention(
-            kind,
-            block=index,
-            depths=per_block(per_block(self.transformer_layers_per_block, blocks)[index], number),
-            only_cross=per_block(self.only_cross_attention, blocks)[index],
-            head_dim=per_block(self.attention_head_dim, blocks)[index],
-        )
-        return DownBlock(
-            features=channels,
-            layers=number,
-            config=block_layer_config(layers, self.down_block_types[index]),
-            attention=attention,
-            downsampler=None if index == blocks - 1 else sampler or "conv",
-            padding=self.downsample_padding,
-            name=f"down_blocks_{index}",
-        )
-
     def _up_block(self, index: int, layers: LayerConfig) -> UpBlock:
         blocks = len(self.block_out_channels)
         mirror = blocks - 1 - index
@@ -290,26 +229,6 @@ class FlaxUNet2DConditionModel(PretrainedModel, nn.Module):
             upsampler=None if index == blocks - 1 else sampler or "conv",
             name=f"up_blocks_{index}",
         )
-
-    def _mid_block(self) -> MidBlock:
-        blocks = len(self.block_out_channels)
-        simple = self.mid_block_type == "UNetMidBlock2DSimpleCrossAttn"
-        kind = {"UNetMidBlock2DCrossAttn": "cross", "UNetMidBlock2D": None}.get(str(self.mid_block_type), "added_kv")
-        only_cross = self.mid_block_only_cross_attention
-        if only_cross is None:
-            only_cross = self.only_cross_attention is True  # a list does not reach the mid block
-        attention = self._attention(
-            kind,
-            block=blocks - 1,
-            depths=per_block(per_block(self.transformer_layers_per_block, blocks)[-1], 1),
-            only_cross=simple and only_cross,  # UNetMidBlock2DCrossAttn always holds self-attention
-            head_dim=per_block(self.attention_head_dim, blocks)[-1],
-        )
-        config = replace(
-            self._layers(), output_scale=self.mid_block_scale_factor, skip_time_act=simple and self.resnet_skip_time_act
-        )
-        # Upstream's UNetMidBlock2D is a single residual block here.
-        return MidBlock(config, attention, layers=0 if kind is None else 1, name="mid_block")
 
 
 def _add_residuals(

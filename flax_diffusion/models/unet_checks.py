@@ -8,22 +8,25 @@ from flax_diffusion.models.modeling import Config
 TIMESTEP_ACTS = ("silu", "swish", "mish", "gelu", "relu")
 
 
-def check_blocks(config: Config, down_types: Iterable[str], up_types: Iterable[str]) -> None:
+def check_blocks(config: Config, down_types: Iterable[str], up_types: Iterable[str] | None = None) -> None:
     """Raise ConfigError for block types that the model does not support, or for lists of different lengths.
 
     Args:
         config: The model's configuration.
         down_types: Names that `down_block_types` may hold.
-        up_types: Names that `up_block_types` may hold.
+        up_types: Names that `up_block_types` may hold; None for a model without up blocks.
     """
-    for field, types in (("down_block_types", down_types), ("up_block_types", up_types)):
+    allowed = {"down_block_types": down_types}
+    if up_types is not None:
+        allowed["up_block_types"] = up_types
+    for field, types in allowed.items():
         for name in config[field]:
             if name not in types:
                 raise ConfigError(f"{name!r} in {field} is not supported: choose from " + ", ".join(types))
     blocks = len(config.block_out_channels)
     if not blocks:
         raise ConfigError("block_out_channels is empty: give each block its channels")
-    for field in ("down_block_types", "up_block_types"):
+    for field in allowed:
         if len(config[field]) != blocks:
             raise ConfigError(
                 f"{field} has {len(config[field])} entries and block_out_channels {blocks}: make them equally long"

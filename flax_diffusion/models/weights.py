@@ -22,16 +22,19 @@ def _flatten(tree: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     return flax.traverse_util.flatten_dict(tree)  # pyright: ignore[reportReturnType]
 
 
-def from_tensors(tensors: Mapping[str, Tensor], template: Mapping[str, Any], source: str) -> dict[str, Any]:
+def from_tensors(
+    tensors: Mapping[str, Tensor], template: Mapping[str, Any], source: str, dtype: Any = None
+) -> dict[str, Any]:
     """Build a parameter tree from stored tensors.
 
     Args:
         tensors: Tensors by PyTorch name, in PyTorch's layout.
-        template: Tree of the model's parameters, or of their shapes and dtypes.
+        template: Tree of the model's parameters, or of their shapes.
         source: Where the tensors come from, for the error.
+        dtype: Dtype of the parameters; None for that of each tensor.
 
     Returns:
-        NumPy arrays in the template's dtypes, each copied once from the file.
+        NumPy arrays, each copied once from the file.
 
     Raises:
         WeightsError: If the tensors do not fit; it lists every missing, unexpected and misshapen one.
@@ -55,7 +58,7 @@ def from_tensors(tensors: Mapping[str, Tensor], template: Mapping[str, Any], sou
                 problems.append(f"{names[name]} holds {array.dtype}, not floats")
                 continue
             # One copy, which also changes the dtype; the mapped file is dropped page by page.
-            params[path] = np.array(array, dtype=leaf.dtype, order="C")
+            params[path] = np.array(array, dtype=dtype, order="C")
         else:
             shape = _stored_shape(path, flat)
             problems.append(f"{names[name]} has shape {tuple(tensor.shape)} instead of {shape}")
@@ -92,14 +95,17 @@ def to_torch(params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
         yield name, to_torch_layout(path, np.asarray(flat[path]))
 
 
-def load(folder: Path, template: Mapping[str, Any], base: str, variant: str | None = None) -> dict[str, Any]:
+def load(
+    folder: Path, template: Mapping[str, Any], base: str, variant: str | None = None, dtype: Any = None
+) -> dict[str, Any]:
     """Read a model's weights: safetensors, whole or sharded, else upstream's Flax msgpack.
 
     Args:
         folder: Folder that holds the files.
-        template: Tree of the model's parameter shapes and dtypes.
+        template: Tree of the model's parameter shapes.
         base: File name without extension, "diffusion_pytorch_model" or "model".
         variant: Variant of the files, such as "fp16".
+        dtype: Dtype of the parameters; None for that of each tensor in the file.
 
     Returns:
         The parameter tree as NumPy arrays.
@@ -108,7 +114,7 @@ def load(folder: Path, template: Mapping[str, Any], base: str, variant: str | No
         WeightsError: If there is no file that may be read, or it does not fit the model.
     """
     tensors, file = weight_files.read(folder, base, variant)
-    return from_tensors(tensors, template, str(file))
+    return from_tensors(tensors, template, str(file), dtype)
 
 
 def save(

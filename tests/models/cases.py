@@ -90,6 +90,14 @@ def _condition(inputs: dict[str, Any] | None = None, **config: Any) -> Case:
     )
 
 
+def _control(inputs: dict[str, Any] | None = None, **config: Any) -> Case:
+    sample = {"sample": (2, 4, 8, 8), "timesteps": np.array([3, 871]), "encoder_hidden_states": (2, 5, 12)}
+    given = {name: value for name, value in CONDITION.items() if name not in ("sample_size", "up_block_types")}
+    config = given | {"conditioning_embedding_out_channels": (4, 8)} | config
+    picture = {"controlnet_cond": (2, config.get("conditioning_channels", 3), 16, 16)}
+    return Case(models.FlaxControlNetModel, diffusers.ControlNetModel, config, sample | picture | (inputs or {}))
+
+
 def _vae(**config: Any) -> Case:
     return Case(models.FlaxAutoencoderKL, diffusers.AutoencoderKL, VAE | config, {"sample": (2, 3, 8, 8)})
 
@@ -209,6 +217,27 @@ CASES = {
     "dual": _condition(
         {"encoder_hidden_states": (1, 334, 12), "sample": (1, 4, 4, 4), "timesteps": np.array([9])},
         dual_cross_attention=True,
+    ),
+    "control": _control(num_attention_heads=4, conditioning_embedding_out_channels=(4, 8)),
+    "control_xl": _control(
+        {"added_cond_kwargs": {"text_embeds": (2, 10), "time_ids": np.tile([[64, 48, 0, 8, 64, 64]], (2, 1))}},
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        use_linear_projection=True,
+        attention_head_dim=(1, 2),
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=34,
+        controlnet_conditioning_channel_order="bgr",
+    ),
+    "control_pooled": _control(
+        {"class_labels": np.array([4, 0])},
+        num_class_embeds=7,
+        mid_block_type="UNetMidBlock2D",
+        global_pool_conditions=True,
+        conditioning_channels=1,
+        mid_block_scale_factor=1.3,
+        only_cross_attention=(True, False),
     ),
     "vae": _vae(layers_per_block=2),
     "vae_plain": _vae(use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False),

@@ -80,10 +80,11 @@ def test_variant_in_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     case = CASES["vae"]
     case.torch(**case.config).to(dtype).save_pretrained(tmp_path, variant="fp16")
     stored = load_file(tmp_path / "diffusion_pytorch_model.fp16.safetensors")
-    _, params = case.flax.from_pretrained(tmp_path, variant="fp16")
-    for key, value in weights.to_torch(params):
-        assert value.dtype == np.float32
-        np.testing.assert_array_equal(value, stored[key].float().numpy())
+    for chosen, expected in ((None, jnp.dtype(str(dtype).removeprefix("torch."))), (np.float32, np.float32)):
+        _, params = case.flax.from_pretrained(tmp_path, variant="fp16", param_dtype=chosen)
+        for key, value in weights.to_torch(params):
+            assert value.dtype == expected
+            np.testing.assert_array_equal(value.astype(np.float32), stored[key].float().numpy())
     with pytest.raises(WeightsError, match="set variant"):
         case.flax.from_pretrained(tmp_path)
 
@@ -262,7 +263,7 @@ BLOCKS = ("block_out_channels", "down_block_types", "up_block_types")
         ("tutorial", {"_class_name": "UNet2DConditionModel"}, "the config is of a UNet2DConditionModel"),
         ("sd1", {"addition_embed_type": "image"}, "addition_embed_type='image'"),
         ("sd1", {"attention_type": "gated"}, "attention_type='gated'"),
-        ("sd1", {"num_attention_heads": 8}, "num_attention_heads=8"),
+        ("sd1", {"num_attention_heads": 0}, "attention_head_dim is 0"),
         ("sd1", {"attention_head_dim": (2, 2, 2)}, "attention_head_dim"),
         ("sd1", {"class_embed_type": "projection"}, "projection_class_embeddings_input_dim, which is None: set it to"),
         ("sd1", {"addition_embed_type": "text_time", "addition_time_embed_dim": 4}, "set both, they are 4 and None"),

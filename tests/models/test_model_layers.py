@@ -364,21 +364,42 @@ def test_wrong_inputs(name: str, change: dict[str, Any], message: str) -> None:
 
 def test_latents_with_other_channels() -> None:
     model, params, _ = made("vae")
-    with pytest.raises(ConfigError, match=r"latents must be \(B, 4, H, W\): got shape \(1, 2, 2, 4\)"):
-        model.apply({"params": params}, jnp.zeros((1, 2, 2, 4)), method="decode")
+    with pytest.raises(ConfigError, match=r"latents must be \(B, h, w, 4\) or \(B, 4, h, w\): got .*\(1, 3, 2, 2\)"):
+        model.apply({"params": params}, jnp.zeros((1, 3, 2, 2)), method="decode")
 
 
 def test_posterior() -> None:
     rng = np.random.default_rng(0)
-    mean, logvar, noise = (jnp.array(rng.standard_normal((2, 4, 3, 3)), jnp.float32) for _ in range(3))
-    posterior = FlaxDiagonalGaussianDistribution(mean=mean, logvar=logvar)
+    mean, logvar, noise, others, logvars = (jnp.array(rng.standard_normal((2, 3, 3, 4)), jnp.float32) for _ in range(5))
+    moments = jnp.concatenate([mean, logvar], axis=-1)
+    posterior = FlaxDiagonalGaussianDistribution(moments)
     np.testing.assert_allclose(posterior.sample_with(noise), mean + jnp.exp(0.5 * logvar) * noise, rtol=1e-6)
     np.testing.assert_allclose(posterior.var, posterior.std**2, rtol=1e-5)
     key = jax.random.key(0)
     expected = posterior.sample_with(jax.random.normal(key, mean.shape))
     np.testing.assert_array_equal(posterior.sample(key), expected)
-    stacked = torch.from_numpy(np.concatenate([mean, logvar], axis=1))
-    np.testing.assert_allclose(posterior.kl(), Reference(stacked).kl(), rtol=1e-5)
+
+    def channels_first(array: jax.Array) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(array).transpose(0, 3, 1, 2).copy())
+
+    other = jnp.concatenate([others, logvars], axis=-1)
+    theirs, theirs_other = Reference(channels_first(moments)), Reference(channels_first(other))
+    np.testing.assert_allclose(posterior.kl(), theirs.kl(), rtol=1e-5)
+    between = posterior.kl(FlaxDiagonalGaussianDistribution(other))
+    np.testing.assert_allclose(between, theirs.kl(theirs_other), rtol=1e-5)
+    np.testing.assert_allclose(posterior.nll(noise), theirs.nll(channels_first(noise)), rtol=1e-5)
+    far = FlaxDiagonalGaussianDistribution(100 * moments)
+    assert far.logvar.min() == -30
+    assert far.logvar.max() == 20
+
+
+def test_a_posterior_without_variance() -> None:
+    moments = jnp.ones((2, 3, 3, 8))
+    posterior = jax.jit(lambda array: FlaxDiagonalGaussianDistribution(array, deterministic=True))(moments)
+    np.testing.assert_array_equal(posterior.sample(jax.random.key(0)), moments[..., :4])
+    assert not posterior.std.any()
+    assert not posterior.kl().any()
+    assert not posterior.nll(posterior.mean).any()
 
 
 def test_outputs_index_like_tuples() -> None:

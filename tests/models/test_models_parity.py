@@ -41,6 +41,9 @@ def torch_outputs(model: torch.nn.Module, inputs: dict[str, Any]) -> list[torch.
         output = model(**inputs, output_hidden_states=True)
         pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
         return [output.last_hidden_state, pooled, *output.hidden_states]
+    if isinstance(model, diffusers.ControlNetModel):
+        output = model(**inputs, conditioning_scale=0.7)
+        return [*output.down_block_res_samples, output.mid_block_res_sample]
     return [model(**inputs).sample]
 
 
@@ -49,11 +52,15 @@ def flax_outputs(model: Any, params: Any, inputs: dict[str, Any]) -> list[jax.Ar
     if type(model).__name__ == "FlaxAutoencoderKL":
         posterior = model.apply({"params": params}, inputs["sample"], method=model.encode).latent_dist
         decoded = model.apply({"params": params}, posterior.mode(), method=model.decode).sample
-        return [posterior.mean, posterior.logvar, posterior.std, decoded]
+        moments = (posterior.mean, posterior.logvar, posterior.std)
+        return [*(moment.transpose(0, 3, 1, 2) for moment in moments), decoded]
     if "input_ids" in inputs:
         output = model.apply({"params": params}, **inputs, output_hidden_states=True)
         pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
         return [output.last_hidden_state, pooled, *output.hidden_states]
+    if "controlnet_cond" in inputs:
+        output = model.apply({"params": params}, **inputs, conditioning_scale=0.7)
+        return [*output.down_block_res_samples, output.mid_block_res_sample]
     return [model.apply({"params": params}, **inputs).sample]
 
 

@@ -1,6 +1,7 @@
 """Model folders, local or on the Hugging Face Hub, and their safetensors files, read without a framework."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,26 @@ PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 """File name extensions of pickled weights."""
 MAX_HEADER_BYTES = 2**25  # of a safetensors file; about a hundred bytes per tensor are usual
 _UNREADABLE_TENSOR = (SafetensorError, ValueError, TypeError, AttributeError, OverflowError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """How files come from the Hub; the fields are arguments of `huggingface_hub.snapshot_download`.
+
+    Attributes:
+        cache_dir: Folder of the cache; None for the usual one.
+        force_download: Download again what the cache holds.
+        local_files_only: Read the cache alone, and ask no server.
+        token: Token of the Hub; True for the one of the log-in, False for none, None for what there is.
+    """
+
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    token: str | bool | None = None
+
+
+DEFAULT_HUB = HubOptions()
 
 
 class StoredTensor:
@@ -42,6 +63,7 @@ def resolve(
     subfolder: str | None = None,
     revision: str | None = None,
     allow_patterns: Sequence[str] = (),
+    hub: HubOptions = DEFAULT_HUB,
 ) -> Path:
     """Return a local folder with the named files of a model, downloaded if need be.
 
@@ -50,6 +72,7 @@ def resolve(
         subfolder: Folder inside it.
         revision: Branch, tag or commit on the Hub.
         allow_patterns: File names or globs in the (sub)folder to download; everything if empty.
+        hub: How files come from the Hub.
 
     Returns:
         The (sub)folder itself, in the Hub's cache, or a copy that is deleted when the process ends.
@@ -61,7 +84,7 @@ def resolve(
     if is_local(folder) and folder.is_file():
         raise WeightsError(_not_a_folder(folder))
     if is_local(folder) and not folder.is_dir():
-        folder = _download(str(path_or_hub_id), subfolder, revision, allow_patterns)
+        folder = _download(str(path_or_hub_id), subfolder, revision, allow_patterns, hub)
     folder = folder / subfolder if subfolder else folder
     if not folder.is_dir():
         missing = f"has no folder {subfolder!r}, as a pipeline has" if subfolder else "does not exist"
@@ -105,7 +128,9 @@ def file_names(source: str | Path, subfolder: str | None = None, revision: str |
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
-def _download(name: str, subfolder: str | None, revision: str | None, allow_patterns: Sequence[str]) -> Path:
+def _download(
+    name: str, subfolder: str | None, revision: str | None, allow_patterns: Sequence[str], hub: HubOptions = DEFAULT_HUB
+) -> Path:
     """Download what is new in a Hub repository and return its snapshot in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -115,7 +140,7 @@ def _download(name: str, subfolder: str | None, revision: str | None, allow_patt
         raise WeightsError(f"there is no folder {name}: check the path")
     patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in allow_patterns or ["*"]]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **asdict(hub)))
     except LocalEntryNotFoundError as error:
         raise WeightsError(
             f"{name} is neither a folder nor in the Hub's cache, and the Hub cannot be reached: "

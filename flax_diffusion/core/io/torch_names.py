@@ -12,6 +12,8 @@ import numpy as np
 # Modules that PyTorch keeps in lists: `resnets_0` here, `resnets.0` there (whereas `linear_1` is a plain name).
 LISTS = (
     "attentions",
+    "blocks",
+    "controlnet_down_blocks",
     "down_blocks",
     "downsamplers",
     "layers",

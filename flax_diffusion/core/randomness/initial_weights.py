@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +12,14 @@ import numpy as np
 
 from flax_diffusion.core.randomness.streams import Stream, example_rng
 
-_ZERO = ("controlnet_down_blocks.", "controlnet_mid_block.", "controlnet_cond_embedding.conv_out.")
-"""Starts of the names of a ControlNet's layers that are zero at first, so that it changes nothing."""
+ZERO = re.compile(r"controlnet_(down_blocks|mid_block|cond_embedding\.conv_out)\b")
+"""Names of layers that start at zero: a new ControlNet changes nothing (Zhang et al. 2023, equation 3)."""
 
 
 def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Draw a parameter: PyTorch's default distribution for kernels and embeddings, zero for biases, one for scales.
+
+    A ControlNet's zero convolutions are zero.
 
     Args:
         seed: Seed of the run.
@@ -29,10 +32,9 @@ def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tupl
         The values, float32, of that shape.
 
     Reference:
-        torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for the normal distributions; Zhang et
-        al., https://arxiv.org/abs/2302.05543, for the layers that are zero.
+        torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for the normal distributions.
     """
-    if name.endswith("bias") or name.startswith(_ZERO):
+    if name.endswith("bias") or ZERO.match(name):
         return np.zeros(shape, np.float32)
     if len(shape) == 1:
         return np.ones(shape, np.float32)

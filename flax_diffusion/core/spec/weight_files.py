@@ -13,6 +13,7 @@ import numpy as np
 
 from flax_diffusion.core.errors import WeightsError, shown
 from flax_diffusion.core.io import model_files
+from flax_diffusion.core.io.model_files import DEFAULT_HUB, HubOptions
 from flax_diffusion.core.io.torch_names import LEAVES, to_torch_layout, torch_name
 
 FLAX_FILES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
@@ -135,6 +136,7 @@ def fetch(
     base: str,
     variant: str | None,
     other_files: Sequence[str] = (),
+    hub: HubOptions = DEFAULT_HUB,
 ) -> Path:
     """Return a local folder with a model's weights: safetensors, or a Flax release's if there are none.
 
@@ -145,12 +147,13 @@ def fetch(
         base: File name without extension.
         variant: Variant such as "fp16"; None for the plain files.
         other_files: Names or globs of other files to fetch.
+        hub: How files come from the Hub.
     """
     names = [*other_files, *file_patterns(base, variant)]
-    folder = model_files.resolve(source, subfolder, revision, names)
+    folder = model_files.resolve(source, subfolder, revision, names, hub)
     if has_weights(folder, base, variant):
         return folder
-    return model_files.resolve(source, subfolder, revision, [*names, *FLAX_FILES])
+    return model_files.resolve(source, subfolder, revision, [*names, *FLAX_FILES], hub)
 
 
 def files_of(folder: Path, base: str, variant: str | None = None) -> list[Path]:
