@@ -1,10 +1,11 @@
 """What becomes of the second picture of an example: what a ControlNet follows, or a mask."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+from PIL import Image, ImageOps
 
 from flax_diffusion.core.data.images.decoding import decode
 from flax_diffusion.core.data.images.transforms import ImageTransform, Placement, scale_to_unit
@@ -50,32 +51,31 @@ class ConditioningImage:
         return {CONDITIONING_IMAGE: scale_to_unit(pixels)}
 
 
-def conditioning_images(option: str, names: Sequence[str], transform: ImageTransform) -> np.ndarray:
+def conditioning_images(option: str, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:
     """Read pictures for a ControlNet to follow in samples; of each the centre is cut out.
 
     Args:
         option: Option that names them, for messages.
         names: Paths of the files.
-        transform: Transform of the training pictures.
+        size: Height and width of the samples, in pixels.
 
     Returns:
-        The pictures, float32 (N, 3, resolution, resolution) in [0, 1].
+        The pictures, float32 (N, 3, height, width) in [0, 1].
 
     Raises:
         DataError: If one cannot be read.
     """
-    return np.stack([scale_to_unit(_centre(option, name, transform, channels=3)) for name in names])
+    return np.stack([scale_to_unit(np.asarray(_centre(option, name, size))) for name in names])
 
 
-def _centre(option: str, name: str, transform: ImageTransform, *, channels: int) -> np.ndarray:
-    """Return the resized centre of a picture file, uint8 (resolution, resolution[, 3])."""
+def _centre(option: str, name: str, size: tuple[int, int]) -> Image.Image:
+    """Return the largest centre of a picture file that has the shape of (height, width), in that size."""
     path = as_path(name)
     if not path.is_file():
         raise DataError(f"{option} {name}: does not exist; give a picture")
     with naming(option):
         image = decode(Record(path, None, name))
-    place = replace(transform, center_crop=True, random_flip=False).place(image.size, no_draw)
-    return transform.cut(image, place, channels=channels, interpolation=transform.interpolation)
+    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
 
 
 def no_draw(stream: Stream) -> np.random.Generator:

@@ -151,8 +151,8 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
             return None
         count = max(len(prompts), len(images))
         prompts, images = (values * (count // len(values)) for values in (prompts, images))
-        transform = self.make_transform(spec)
-        extra = {CONDITIONING_IMAGE: conditioning_images("--validation_images", images, transform)}
+        size = (config.resolution, config.resolution)
+        extra = {CONDITIONING_IMAGE: conditioning_images("--validation_images", images, size)}
         return self._samples(prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
 
 
