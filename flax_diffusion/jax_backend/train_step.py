@@ -87,7 +87,7 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
         `core.objectives.objective`, for input, target and weight.
     """
     if "posterior" in batch:
-        posterior = FlaxDiagonalGaussianDistribution(batch["posterior"][:, 0], batch["posterior"][:, 1])
+        posterior = FlaxDiagonalGaussianDistribution.of(batch["posterior"][:, 0], batch["posterior"][:, 1])
         clean = modules.sample_latents(posterior, batch["latent_noise"])
     else:
         clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
