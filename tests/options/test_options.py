@@ -236,7 +236,10 @@ TABLE: dict[str, list[Row]] = {
     "controlnet_model_name_or_path": [Row(lambda w, _: str(w.control), "spec")],
     "controlnet_revision": [Row("v2", ("asked", "spec"), {"controlnet_model_name_or_path": "me/control"})],
     "conditioning_image_column": [Row("edges", "batch", lambda w: {"train_data_dir": str(w.columns)})],
-    "conditioning_data_dir": [Row(lambda w, _: str(w.data), "batch")],
+    "conditioning_data_dir": [
+        Row(lambda w, _: str(w.edges), "batch",
+            lambda w: {"train_data_dir": str(w.data), "conditioning_data_dir": str(w.data)}),
+    ],
     "validation_images": [Row(lambda w, _: [str(w.data / "1.png")], "samples")],
     # Textual inversion
     "placeholder_token": [Row("<other>", ("spec", "files"), {"validation_prompts": ["<new> <other>"]})],

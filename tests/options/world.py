@@ -44,6 +44,7 @@ def make(folder):
             shutil.copy(path, path.with_suffix(".fp16.safetensors"))
     world.data, world.more = pictures(folder / "data"), pictures(folder / "more", 7, size=20)
     world.paired, world.paired_more = paired_pictures(folder / "paired"), paired_pictures(folder / "paired_more", 7, 20)
+    world.edges = world.paired / "conditioning"
     world.unfilled = folder / "unfilled"  # whose class pictures each run has to draw
     world.classes, world.animals = pictures(folder / "classes", 4), pictures(folder / "animals", 6, size=20)
     world.bad = pictures(folder / "bad")
@@ -61,6 +62,7 @@ def make(folder):
     pq.write_table(pa.table(columns), world.columns / "data.parquet")
     world.tokenizer = folder / "another_tokenizer"
     train_tokenizer(["quick brown foxes jump", "over lazy dogs"], 700, 48).save_pretrained(world.tokenizer)
-    kept = datasets.Dataset.from_dict({"image": columns["image"], "text": columns["text"]})
-    world.table = kept.cast_column("image", datasets.Image())
+    kept = {name: columns[name] for name in ("image", "text", "conditioning_image")}
+    world.table = datasets.Dataset.from_dict(kept).cast_column("image", datasets.Image())
+    world.table = world.table.cast_column("conditioning_image", datasets.Image())
     return world
