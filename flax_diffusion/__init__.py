@@ -28,7 +28,12 @@ if TYPE_CHECKING:
         FlaxEDMEulerScheduler,
         FlaxEulerDiscreteScheduler,
         FlaxFlowMatchEulerDiscreteScheduler,
+        FlaxKarrasDiffusionSchedulers,
+        FlaxKarrasVeScheduler,
+        FlaxLMSDiscreteScheduler,
         FlaxPNDMScheduler,
+        FlaxSchedulerMixin,
+        FlaxScoreSdeVeScheduler,
     )
 
 __all__ = [
@@ -42,8 +47,13 @@ __all__ = [
     "FlaxEDMEulerScheduler",
     "FlaxEulerDiscreteScheduler",
     "FlaxFlowMatchEulerDiscreteScheduler",
+    "FlaxKarrasDiffusionSchedulers",
+    "FlaxKarrasVeScheduler",
+    "FlaxLMSDiscreteScheduler",
     "FlaxModelMixin",
     "FlaxPNDMScheduler",
+    "FlaxSchedulerMixin",
+    "FlaxScoreSdeVeScheduler",
     "FlaxUNet2DConditionModel",
     "FlaxUNet2DModel",
     "__version__",
@@ -53,7 +63,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'flax_diffusion' has no attribute {name!r}")
-    module = "schedulers" if name.endswith("Scheduler") else "models"
+    module = "schedulers" if "Scheduler" in name else "models"
     return getattr(importlib.import_module(f"flax_diffusion.{module}"), name)
 
 

@@ -18,6 +18,7 @@ MODULES = {
     "DDIMScheduler": "scheduling_ddim",
     "PNDMScheduler": "scheduling_pndm",
     "EulerDiscreteScheduler": "scheduling_euler_discrete",
+    "LMSDiscreteScheduler": "scheduling_lms_discrete",
     "DPMSolverMultistepScheduler": "scheduling_dpmsolver_multistep",
     "FlowMatchEulerDiscreteScheduler": "scheduling_flow_match_euler_discrete",
     "EDMEulerScheduler": "scheduling_edm_euler",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.core.objectives.samplers import with_signal
-from flax_diffusion.schedulers.common import CommonSchedulerState, FlaxScheduler, FlaxSchedulerOutput
+from flax_diffusion.schedulers.common import CommonSchedulerState, FlaxScheduler
 from flax_diffusion.schedulers.config import SchedulerConfig, read_config
 from flax_diffusion.schedulers.ddim import DDIMSchedulerState, FlaxDDIMScheduler
 from flax_diffusion.schedulers.ddpm import DDPMSchedulerState, FlaxDDPMScheduler
@@ -21,33 +21,53 @@ from flax_diffusion.schedulers.flow_match import (
     FlaxFlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerState,
 )
+from flax_diffusion.schedulers.karras_ve import FlaxKarrasVeScheduler, KarrasVeSchedulerState
+from flax_diffusion.schedulers.lms import FlaxLMSDiscreteScheduler, LMSDiscreteSchedulerState
+from flax_diffusion.schedulers.mixin import FlaxKarrasDiffusionSchedulers, FlaxSchedulerMixin
+from flax_diffusion.schedulers.outputs import (
+    FlaxDDIMSchedulerOutput,
+    FlaxDDPMSchedulerOutput,
+    FlaxDPMSolverMultistepSchedulerOutput,
+    FlaxEulerDiscreteSchedulerOutput,
+    FlaxKarrasVeOutput,
+    FlaxLMSSchedulerOutput,
+    FlaxPNDMSchedulerOutput,
+    FlaxSchedulerOutput,
+    FlaxSdeVeOutput,
+)
 from flax_diffusion.schedulers.pndm import FlaxPNDMScheduler, PNDMSchedulerState
+from flax_diffusion.schedulers.score_sde_ve import FlaxScoreSdeVeScheduler, ScoreSdeVeSchedulerState
 
 SCHEDULERS: dict[str, type[FlaxScheduler]] = {
     "ddpm": FlaxDDPMScheduler,
     "ddim": FlaxDDIMScheduler,
     "pndm": FlaxPNDMScheduler,
     "euler": FlaxEulerDiscreteScheduler,
+    "lms": FlaxLMSDiscreteScheduler,
     "dpm++": FlaxDPMSolverMultistepScheduler,
     "flow_match": FlaxFlowMatchEulerDiscreteScheduler,
     "edm": FlaxEDMEulerScheduler,
 }
+"""Samplers that draw in place of each other, by their names for `--scheduler`."""
+
+_SAMPLE_BY_PARTS = (FlaxKarrasVeScheduler, FlaxScoreSdeVeScheduler)
 
 
 def scheduler_from_config(
     config: Mapping[str, Any] | str | Path, kind: str | None = None, dtype: Any = jnp.float32
-) -> FlaxScheduler:
+) -> Any:
     """Return the scheduler that a configuration names, or another kind of scheduler with the same noise schedule.
 
     Args:
         config: The configuration as a mapping, or the folder or file that holds `scheduler_config.json`.
-        kind: "ddpm", "ddim", "pndm", "euler", "dpm++", "flow_match" or "edm"; None for the class in `_class_name`.
-            "dpm++" on a cosine schedule starts at λ = −5.1 unless the configuration says otherwise, as Diffusers'
-            documentation advises.
+        kind: "ddpm", "ddim", "pndm", "euler", "lms", "dpm++", "flow_match" or "edm"; None for the class in
+            `_class_name`. "dpm++" on a cosine schedule starts at λ = −5.1 unless the configuration says otherwise, as
+            Diffusers' documentation advises.
         dtype: Dtype of the tables, float32 or float64.
 
     Returns:
-        The scheduler.
+        A `FlaxScheduler`; for the class names KarrasVeScheduler and ScoreSdeVeScheduler, one of these, whose steps have
+        several parts.
 
     Raises:
         ConfigError: If the class name is missing or not supported, or a kind, key or value is unknown.
@@ -57,9 +77,9 @@ def scheduler_from_config(
         if kind not in SCHEDULERS:
             raise ConfigError(f"scheduler {kind!r} is unknown; use one of {', '.join(SCHEDULERS)}")
         values = with_signal(values) if kind == "dpm++" else values
-        return SCHEDULERS[kind].from_config(values, dtype)
+        return SCHEDULERS[kind].from_config(values, dtype=dtype)
     name = values.get("_class_name")
-    classes = {cls.torch_class_name: cls for cls in SCHEDULERS.values()}
+    classes = {cls.torch_class_name: cls for cls in (*SCHEDULERS.values(), *_SAMPLE_BY_PARTS)}
     if name is None:
         raise ConfigError(f"the scheduler config has no _class_name; add one of {', '.join(classes)}")
     found = classes.get(str(name).removeprefix("Flax"))
@@ -67,7 +87,7 @@ def scheduler_from_config(
         raise ConfigError(
             f"scheduler class {name!r} is not supported; use one of {', '.join(classes)}{nearest(name, classes)}"
         )
-    return found.from_config(values, dtype)
+    return found.from_config(values, dtype=dtype)
 
 
 __all__ = [
@@ -79,17 +99,33 @@ __all__ = [
     "EDMEulerSchedulerState",
     "EulerDiscreteSchedulerState",
     "FlaxDDIMScheduler",
+    "FlaxDDIMSchedulerOutput",
     "FlaxDDPMScheduler",
+    "FlaxDDPMSchedulerOutput",
     "FlaxDPMSolverMultistepScheduler",
+    "FlaxDPMSolverMultistepSchedulerOutput",
     "FlaxEDMEulerScheduler",
     "FlaxEulerDiscreteScheduler",
+    "FlaxEulerDiscreteSchedulerOutput",
     "FlaxFlowMatchEulerDiscreteScheduler",
+    "FlaxKarrasDiffusionSchedulers",
+    "FlaxKarrasVeOutput",
+    "FlaxKarrasVeScheduler",
+    "FlaxLMSDiscreteScheduler",
+    "FlaxLMSSchedulerOutput",
     "FlaxPNDMScheduler",
+    "FlaxPNDMSchedulerOutput",
     "FlaxScheduler",
+    "FlaxSchedulerMixin",
     "FlaxSchedulerOutput",
+    "FlaxScoreSdeVeScheduler",
+    "FlaxSdeVeOutput",
     "FlowMatchEulerDiscreteSchedulerState",
+    "KarrasVeSchedulerState",
+    "LMSDiscreteSchedulerState",
     "PNDMSchedulerState",
     "SchedulerConfig",
+    "ScoreSdeVeSchedulerState",
     "read_config",
     "scheduler_from_config",
 ]

@@ -8,7 +8,7 @@ after every operation.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, Generic, NamedTuple, Self, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,8 @@ from jax.typing import ArrayLike
 from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.objectives import noise_schedule
 from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES
-from flax_diffusion.schedulers.config import BetaScheduleConfig, FlaxSchedulerConfig, read_config
+from flax_diffusion.schedulers.mixin import BetaScheduleConfig, FlaxKarrasDiffusionSchedulers, FlaxSchedulerMixin
+from flax_diffusion.schedulers.outputs import FlaxSchedulerOutput
 
 State = TypeVar("State")
 
@@ -47,20 +48,11 @@ class CommonSchedulerState(struct.PyTreeNode):
         return cls(alphas=alphas, betas=betas, alphas_cumprod=alpha_bar)
 
 
-class FlaxSchedulerOutput(NamedTuple, Generic[State]):
-    """Result of a step.
+class FlaxScheduler(FlaxSchedulerMixin, ABC):
+    """Base of all schedulers with one `step` from sample to sample.
 
-    Attributes:
-        prev_sample: Sample one step less noisy, with the shape and dtype of the sample that went in.
-        state: Scheduler state for the next step.
+    Its docstrings hold for every subclass; a subclass documents only what it adds.
     """
-
-    prev_sample: Array
-    state: State
-
-
-class FlaxScheduler(FlaxSchedulerConfig, ABC):
-    """Base of all schedulers. Its docstrings hold for every subclass; a subclass documents only what it adds."""
 
     @abstractmethod
     def create_state(self) -> Any:
@@ -91,16 +83,12 @@ class FlaxScheduler(FlaxSchedulerConfig, ABC):
 
     @abstractmethod
     def step(
-        self,
-        state: Any,
-        model_output: Array,
-        timestep: ArrayLike,
-        sample: Array,
-        key: Array | None = None,
-        variance_noise: Array | None = None,
-        return_dict: bool = True,
+        self, state: Any, model_output: Array, timestep: ArrayLike, sample: Array, *args: Any, **kwargs: Any
     ) -> FlaxSchedulerOutput[Any]:
         """Return the next sample and state.
+
+        All schedulers have the keywords `return_dict`, `key` and `variance_noise`. By position, the arguments after
+        `sample` are those of Diffusers' Flax class.
 
         Args:
             state: State from `set_timesteps`.
@@ -108,10 +96,12 @@ class FlaxScheduler(FlaxSchedulerConfig, ABC):
                 changes it.
             timestep: One of `state.timesteps`; may be traced.
             sample: Sample at this timestep, (B, C, …), not scaled.
+            args: See above.
+            kwargs: See above.
+            return_dict: Return a named tuple; False returns a plain one.
             key: PRNG key for the noise of this step, a fresh one for every step. Steps that add noise need it, unless
                 `variance_noise` is given.
             variance_noise: That noise itself, in the shape of `sample`, in place of `key`.
-            return_dict: Return a named tuple; False returns a plain one.
 
         Returns:
             The sample one step less noisy, in the shape and dtype of `sample`, and the state for the next step.
@@ -154,31 +144,6 @@ class FlaxScheduler(FlaxSchedulerConfig, ABC):
             The target in the shape and dtype of `sample`.
         """
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str,
-        subfolder: str | None = None,
-        revision: str | None = None,
-        dtype: Any = jnp.float32,
-    ) -> tuple[Self, Any]:
-        """Return the scheduler of a saved configuration and its first state.
-
-        Args:
-            pretrained_model_name_or_path: Folder, `scheduler_config.json` or Hub id.
-            subfolder: Folder inside it, "scheduler" in a pipeline.
-            revision: Branch, tag or commit of a Hub id.
-            dtype: Dtype of the tables, float32 or float64.
-
-        Returns:
-            The scheduler and its state before `set_timesteps`.
-
-        Raises:
-            ConfigError: See `read_config` and `from_config`.
-        """
-        scheduler = cls.from_config(read_config(pretrained_model_name_or_path, subfolder, revision), dtype)
-        return scheduler, scheduler.create_state()
-
 
 class BetaScheduler(BetaScheduleConfig, FlaxScheduler):
     """Scheduler of models that were trained with a schedule of β.
@@ -186,7 +151,7 @@ class BetaScheduler(BetaScheduleConfig, FlaxScheduler):
     Most subclasses have these fields besides those of `BetaScheduleConfig`; they mean the same in all of them:
 
     Args:
-        beta_schedule: Name of the noise schedule.
+        steps_offset: Number added to the timesteps of "leading" spacing.
         prediction_type: What the model predicts.
         timestep_spacing: How inference timesteps are chosen.
         rescale_betas_zero_snr: End the noise schedule in pure noise, or in ᾱ = 2⁻²⁴ for solvers that divide by ᾱ.
@@ -200,6 +165,8 @@ class BetaScheduler(BetaScheduleConfig, FlaxScheduler):
         use_beta_sigmas: Space the noise levels by quantiles of a Beta distribution.
         final_sigmas_type: Noise level after the last step: "zero", or "sigma_min" for that of timestep 0.
     """
+
+    _compatibles: ClassVar[list[str]] = [scheduler.name for scheduler in FlaxKarrasDiffusionSchedulers]
 
     @abstractmethod
     def create_state(self, common: CommonSchedulerState | None = None) -> Any:

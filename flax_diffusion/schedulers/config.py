@@ -1,29 +1,29 @@
-"""Scheduler configuration: typed fields, their checks, and Diffusers' `scheduler_config.json` both ways."""
+"""Diffusers' `scheduler_config.json`: reading it, values by key and by attribute, and keys of older releases."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.untrusted import parse_json, read_text
-from flax_diffusion.core.objectives import noise_schedule
-from flax_diffusion.core.typed import Size, check_values
+from flax_diffusion.schedulers.hub import fetched
 
 CONFIG_NAME = "scheduler_config.json"
 
-# Keys that a configuration may hold from PyTorch schedulers without a Flax class, and two from Diffusers 0.1.
-_KEYS_OF_OTHER_SCHEDULERS = frozenset({
-    "disable_corrector", "noise_sampler_seed", "original_inference_steps", "predict_x0", "rho", "shift_terminal",
-    "sigma_data", "sigma_schedule", "solver_p", "tensor_format", "timestep_scaling", "timestep_values",
+KEYS_OF_OTHER_SCHEDULERS = frozenset({
+    # Diffusers 0.1
+    "tensor_format", "timestep_values",
+    # until 0.14
+    "set_alpha_to_zero",
+    # PyTorch schedulers without a class here
+    "alpha_cum_end", "alpha_cum_start", "beta_max", "beta_min", "clip_denoised", "corrector_order", "disable_corrector",
+    "eta", "gamma_cum_end", "gamma_cum_start", "noise_sampler_seed", "num_vec_classes", "original_inference_steps",
+    "predict_x0", "predictor_order", "s", "scale_factors", "scaler", "sigma_schedule", "snr_shift_scale", "solver_p",
+    "tau_func", "timestep_scaling", "upscale_mode",
 })  # fmt: skip
+"""Keys that a configuration may hold and that no class here has."""
 
 
 class SchedulerConfig(Mapping[str, Any]):
@@ -50,136 +50,8 @@ class SchedulerConfig(Mapping[str, Any]):
         return f"SchedulerConfig({self._values})"
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlaxSchedulerConfig:
-    """Fields of every scheduler class, and how configurations are read, checked and written.
-
-    Args:
-        num_train_timesteps: Number T of timesteps that the model was trained with.
-        dtype: Dtype of the tables, float32 or float64. Samples in half precision are computed in float32.
-    """
-
-    num_train_timesteps: Size = 1000
-    dtype: Any = jnp.float32
-
-    torch_class_name: ClassVar[str]
-    # Values that Diffusers replaces when it converts another class's configuration.
-    replaced_values: ClassVar[Mapping[str, Mapping[str, str]]] = {}
-
-    def __new__(cls, *args: Any, **given: Any) -> Self:
-        """Remember which fields were given: for the others, a conversion takes the new class's defaults."""
-        self = super().__new__(cls)
-        object.__setattr__(self, "_given", frozenset(given))
-        return self
-
-    def __post_init__(self) -> None:
-        check_values(type(self), {name: getattr(self, name) for name in self.field_names()})
-        if self.dtype not in (jnp.float32, jnp.float64):
-            raise ConfigError(
-                f"dtype is {jnp.dtype(self.dtype).name}; scheduler tables need float32 or float64 (samples may be "
-                "bfloat16)"
-            )
-        if self.dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
-            raise ConfigError("dtype is float64 but JAX's 64-bit mode is off; set JAX_ENABLE_X64=1 or use float32")
-        self._check_combination()
-
-    def _check_combination(self) -> None:
-        """Raise ConfigError where two fields contradict each other."""
-
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """Return the names of the configuration keys, which are all fields but `dtype`."""
-        return tuple(field.name for field in dataclasses.fields(cls) if field.name != "dtype")
-
-    @property
-    def config(self) -> SchedulerConfig:
-        """Configuration with Diffusers' keys, and as there with `_class_name` and `_use_default_values`."""
-        values = {name: getattr(self, name) for name in self.field_names()}
-        not_given = [name for name in values if name not in getattr(self, "_given")]  # noqa: B009
-        return SchedulerConfig({"_class_name": self.torch_class_name, **values, "_use_default_values": not_given})
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> Self:
-        """Return the scheduler that a configuration describes.
-
-        Args:
-            config: Content of a `scheduler_config.json`, or the `.config` of any scheduler. Keys that belong to other
-                scheduler classes are dropped, and so are keys that the other class filled with its own defaults.
-            dtype: Dtype of the tables, float32 or float64.
-
-        Returns:
-            The scheduler.
-
-        Raises:
-            ConfigError: If no scheduler has a key, or this class does not support a value.
-
-        Reference:
-            `ConfigMixin.from_config` of Diffusers, which drops the same keys, and unknown ones as well.
-        """
-        defaulted = config.get("_use_default_values", ())
-        given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
-        own = set(cls.field_names())
-        known = own | _KEYS_OF_OTHER_SCHEDULERS | _keys_of_all(FlaxSchedulerConfig)
-        for key in given:
-            if key not in known:
-                raise ConfigError(
-                    f"{cls.torch_class_name} config: unknown key {key!r}, correct or remove it"
-                    f"{nearest(key, sorted(own))}"
-                )
-        replaced = cls.replaced_values
-        kept: dict[str, Any] = {}
-        for key in own & set(given):
-            value = given[key]
-            kept[key] = replaced.get(key, {}).get(value, value) if isinstance(value, str) else value
-        return cls(**kept, dtype=dtype)
-
-    def save_pretrained(self, save_directory: str | Path) -> None:
-        """Write `scheduler_config.json`, which Diffusers' PyTorch class reads.
-
-        Args:
-            save_directory: Folder to write to; made if it does not exist.
-        """
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        values = {key: value for key, value in self.config.items() if key != "_use_default_values"}
-        (folder / CONFIG_NAME).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class BetaScheduleConfig(FlaxSchedulerConfig):
-    """Fields of all schedulers of models that were trained with a schedule of β.
-
-    Args:
-        beta_start: First β.
-        beta_end: Last β.
-        trained_betas: The T values of β themselves, in place of a named schedule.
-        steps_offset: Number added to the timesteps of "leading" spacing.
-    """
-
-    beta_start: float = 0.0001
-    beta_end: float = 0.02
-    trained_betas: Sequence[float] | None = None
-    steps_offset: int = 0
-
-    # Schedulers that divide by ᾱ keep it above 0 at zero terminal SNR.
-    smallest_alpha_cumprod: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        if self.trained_betas is not None:
-            object.__setattr__(self, "trained_betas", tuple(np.asarray(self.trained_betas, float).tolist()))
-        super().__post_init__()
-        self.numpy_alphas_cumprod()  # an impossible noise schedule is an error here, not at the first use
-
-    def numpy_alphas_cumprod(self) -> noise_schedule.Table:
-        """Return ᾱ of every training timestep, float32 (T,), computed from the configuration."""
-        alpha_bar = noise_schedule.alphas_cumprod_from_config(self.config)
-        if self.config.get("rescale_betas_zero_snr", False):
-            alpha_bar[-1] = self.smallest_alpha_cumprod
-        return alpha_bar
-
-
 def read_config(
-    path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None
+    path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None, **hub: Any
 ) -> dict[str, Any]:
     """Return the configuration in a folder, a `.json` file or a Hub repository.
 
@@ -187,6 +59,7 @@ def read_config(
         path_or_hub_id: The file, the folder that holds `scheduler_config.json`, or a Hub id.
         subfolder: Folder inside it, such as "scheduler" in a pipeline.
         revision: Branch, tag or commit of a Hub id.
+        hub: Options of the Hub, `hub.HUB_KEYWORDS`.
 
     Returns:
         The mapping in the file.
@@ -194,17 +67,7 @@ def read_config(
     Raises:
         ConfigError: If there is no such file, or it holds no JSON mapping.
     """
-    path = Path(path_or_hub_id)
-    if not path.is_file():
-        if not path.is_dir():
-            from flax_diffusion.core.io import model_files
-
-            path = Path(model_files.resolve(path_or_hub_id, subfolder, revision, [CONFIG_NAME]))
-        elif subfolder:
-            path = path / subfolder
-        path = path / CONFIG_NAME
-    if not path.is_file():
-        raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the scheduler's folder (subfolder='scheduler'?)")
+    path = config_file(path_or_hub_id, subfolder, revision, **hub)
     try:
         values = parse_json(read_text(path))
     except ValueError as error:
@@ -214,6 +77,29 @@ def read_config(
     return values
 
 
-def _keys_of_all(base: type[FlaxSchedulerConfig]) -> set[str]:
-    own = set(base.field_names())
-    return own.union(*(_keys_of_all(sub) for sub in base.__subclasses__()))
+def config_file(
+    path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None, **hub: Any
+) -> Path:
+    """Return the file that `read_config` reads; for arguments and errors see there."""
+    path = Path(path_or_hub_id)
+    if path.is_file():
+        return path
+    if path.is_dir():  # as in Diffusers, a file in the folder itself stands in for a missing one of the subfolder
+        places = [path / (subfolder or "") / CONFIG_NAME, path / CONFIG_NAME]
+        path = places[0] if places[0].is_file() or not places[1].is_file() else places[1]
+    else:
+        path = fetched(str(path_or_hub_id), subfolder, revision, CONFIG_NAME, hub) / CONFIG_NAME
+    if not path.is_file():
+        raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the scheduler's folder (subfolder='scheduler'?)")
+    return path
+
+
+def with_present_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with today's keys in place of those of older releases.
+
+    `predict_epsilon` said until Diffusers 0.10 whether a model predicts the noise or x0.
+    """
+    values = dict(config)
+    if values.pop("predict_epsilon", True) is False:
+        values.setdefault("prediction_type", "sample")
+    return values

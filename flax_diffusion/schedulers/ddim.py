@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import struct
@@ -44,7 +44,7 @@ class DDIMSchedulerState(struct.PyTreeNode):
     num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FlaxDDIMScheduler(VariancePreservingScheduler):
     """Denoising diffusion implicit models; the fields are the keys of PyTorch's `DDIMScheduler`.
 
@@ -56,11 +56,14 @@ class FlaxDDIMScheduler(VariancePreservingScheduler):
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     clip_sample: bool = True
+    clip_sample_range: float = 1.0
     set_alpha_to_one: bool = True
+    steps_offset: int = 0
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    dtype: Any = jnp.float32
+    _: dataclasses.KW_ONLY
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
-    clip_sample_range: float = 1.0
     sample_max_value: float = 1.0
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
     rescale_betas_zero_snr: bool = False
@@ -94,18 +97,18 @@ class FlaxDDIMScheduler(VariancePreservingScheduler):
         model_output: Array,
         timestep: ArrayLike,
         sample: Array,
-        key: Array | None = None,
-        variance_noise: Array | None = None,
+        eta: float = 0.0,
         return_dict: bool = True,
         *,
-        eta: float = 0.0,
+        key: Array | None = None,
+        variance_noise: Array | None = None,
         use_clipped_model_output: bool = False,
     ) -> FlaxSchedulerOutput[DDIMSchedulerState]:
         """Return the sample one inference step less noisy; for arguments that are not named here see `FlaxScheduler`.
 
         Args:
-            key: PRNG key, needed if `eta` > 0 and `variance_noise` is not given.
             eta: Share η of DDPM's noise: 0 is deterministic, 1 is DDPM.
+            key: PRNG key, needed if `eta` > 0 and `variance_noise` is not given.
             use_clipped_model_output: Derive ε from the clipped x0.
 
         Reference:

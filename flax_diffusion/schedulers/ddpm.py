@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +45,7 @@ class DDPMSchedulerState(struct.PyTreeNode):
     num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FlaxDDPMScheduler(VariancePreservingScheduler):
     """Denoising diffusion probabilistic models; the fields are the keys of PyTorch's `DDPMScheduler`.
 
@@ -61,6 +61,9 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
     variance_type: VarianceType = "fixed_small"
     clip_sample: bool = True
     prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    dtype: Any = jnp.float32
+    _: dataclasses.KW_ONLY
+    steps_offset: int = 0
     thresholding: bool = False
     dynamic_thresholding_ratio: float = 0.995
     clip_sample_range: float = 1.0
@@ -96,8 +99,9 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
         timestep: ArrayLike,
         sample: Array,
         key: Array | None = None,
-        variance_noise: Array | None = None,
         return_dict: bool = True,
+        *,
+        variance_noise: Array | None = None,
     ) -> FlaxSchedulerOutput[DDPMSchedulerState]:
         """Return x_{t−1}, drawn from the posterior of the predicted x0; for other arguments see `FlaxScheduler`.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,7 +82,7 @@ class DPMSolverMultistepSchedulerState(struct.PyTreeNode):
     num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     """Fast multistep ODE and SDE solvers; the fields are the keys of PyTorch's `DPMSolverMultistepScheduler`.
 
@@ -113,6 +113,10 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     algorithm_type: Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"] = "dpmsolver++"
     solver_type: Literal["midpoint", "heun"] = "midpoint"
     lower_order_final: bool = True
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    dtype: Any = jnp.float32
+    _: dataclasses.KW_ONLY
+    steps_offset: int = 0
     euler_at_final: bool = False
     use_karras_sigmas: bool | None = False
     use_exponential_sigmas: bool | None = False
@@ -123,7 +127,6 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
     lambda_min_clipped: float = -math.inf
     variance_type: Literal["learned", "learned_range"] | None = None
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     rescale_betas_zero_snr: bool = False
     use_dynamic_shifting: bool = False
     time_shift_type: Literal["exponential"] = "exponential"
@@ -134,6 +137,16 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         "algorithm_type": {"deis": "dpmsolver++"},
         "solver_type": {"logrho": "midpoint", "bh1": "midpoint", "bh2": "midpoint"},
     }
+
+    @classmethod
+    def present_values(cls, given: dict[str, Any]) -> dict[str, Any]:
+        """Return a configuration whose last noise level is said.
+
+        "dpmsolver" cannot end at σ = 0. Diffusers ended at timestep 0 until releases had `final_sigmas_type`, and its
+        Flax class always did.
+        """
+        without_zero = given.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver")
+        return {"final_sigmas_type": "sigma_min"} | given if without_zero else given
 
     def _check_combination(self) -> None:
         spacings = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas", "flow_sigmas")
@@ -267,9 +280,10 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         model_output: Array,
         timestep: ArrayLike,
         sample: Array,
+        return_dict: bool = True,
+        *,
         key: Array | None = None,
         variance_noise: Array | None = None,
-        return_dict: bool = True,
     ) -> FlaxSchedulerOutput[DPMSolverMultistepSchedulerState]:
         """Return the sample at the next noise level; for arguments and errors not named here see `FlaxScheduler`.
 

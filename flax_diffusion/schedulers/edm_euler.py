@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 
 from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.objectives.noise_schedule import linspace
+from flax_diffusion.core.typed import Size
 from flax_diffusion.schedulers.common import (
     FlaxScheduler,
     FlaxSchedulerOutput,
@@ -43,7 +44,7 @@ class EDMEulerSchedulerState(struct.PyTreeNode):
     num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FlaxEDMEulerScheduler(FlaxScheduler):
     """Deterministic sampling of EDM; the fields are the keys of PyTorch's `EDMEulerScheduler`.
 
@@ -51,6 +52,7 @@ class FlaxEDMEulerScheduler(FlaxScheduler):
     sample is c_skip·sample + c_out·F (table 1 of the paper).
 
     Args:
+        num_train_timesteps: Number of σ before `set_timesteps`.
         sigma_min: σ of the last step.
         sigma_max: σ of the first step.
         sigma_data: Standard deviation of the clean samples.
@@ -60,6 +62,9 @@ class FlaxEDMEulerScheduler(FlaxScheduler):
         final_sigmas_type: σ after the last step: "zero", or "sigma_min".
     """
 
+    _: dataclasses.KW_ONLY
+    num_train_timesteps: Size = 1000
+    dtype: Any = jnp.float32
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     sigma_data: float = 0.5
@@ -150,9 +155,10 @@ class FlaxEDMEulerScheduler(FlaxScheduler):
         model_output: Array,
         timestep: ArrayLike,
         sample: Array,
+        return_dict: bool = True,
+        *,
         key: Array | None = None,
         variance_noise: Array | None = None,
-        return_dict: bool = True,
     ) -> FlaxSchedulerOutput[EDMEulerSchedulerState]:
         """Return the sample at the next σ.
 
@@ -161,9 +167,9 @@ class FlaxEDMEulerScheduler(FlaxScheduler):
             model_output: F, (B, …).
             timestep: One of `state.timesteps`; may be traced. Read at the first step only, later ones are counted.
             sample: x0 + σ·ε, (B, …), before it was scaled.
+            return_dict: A named tuple; else a plain one.
             key: Not used: no noise is added.
             variance_noise: Not used.
-            return_dict: A named tuple; else a plain one.
 
         Raises:
             ConfigError: `set_timesteps` not called, or an unknown first timestep.

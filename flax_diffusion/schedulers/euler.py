@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,27 +12,18 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from flax_diffusion.core.errors import unknown
-from flax_diffusion.core.objectives.noise_schedule import PREDICTION_TYPES, linspace
+from flax_diffusion.core.objectives.noise_schedule import linspace
 from flax_diffusion.schedulers import sigmas as levels
 from flax_diffusion.schedulers.common import (
-    BetaScheduler,
     CommonSchedulerState,
     FlaxSchedulerOutput,
     at_least_float32,
-    expand,
     step_noise,
     step_result,
     table_at,
-    velocity,
 )
-from flax_diffusion.schedulers.timesteps import (
-    check_inference_steps,
-    next_index,
-    require_timesteps,
-    schedule_index,
-    spaced_timesteps,
-)
+from flax_diffusion.schedulers.timesteps import check_inference_steps, next_index, require_timesteps
+from flax_diffusion.schedulers.variance_exploding import VarianceExplodingScheduler
 
 
 class EulerDiscreteSchedulerState(struct.PyTreeNode):
@@ -55,15 +46,14 @@ class EulerDiscreteSchedulerState(struct.PyTreeNode):
     num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlaxEulerDiscreteScheduler(BetaScheduler):
+@dataclasses.dataclass(frozen=True)
+class FlaxEulerDiscreteScheduler(VarianceExplodingScheduler):
     """Euler sampling in noise levels; the fields are the keys of PyTorch's `EulerDiscreteScheduler`.
 
     Samples are x0 + σ·ε; `scale_model_input` brings them to the variance the model was trained with. For fields not
-    named here see `BetaScheduler`.
+    named here see `VarianceExplodingScheduler` and `BetaScheduler`.
 
     Args:
-        prediction_type: What the model predicts; "original_sample" is an older name of "sample".
         interpolation_type: How training noise levels are interpolated: "linear" in σ, or "log_linear" over the whole
             range.
         sigma_min: Smallest level of the three spacings `use_…_sigmas`; None for that of the last timestep.
@@ -72,24 +62,18 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
     """
 
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    prediction_type: Literal["epsilon", "sample", "v_prediction", "original_sample"] = "epsilon"
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
+    dtype: Any = jnp.float32
+    _: dataclasses.KW_ONLY
     interpolation_type: Literal["linear", "log_linear"] = "linear"
-    use_karras_sigmas: bool | None = False
-    use_exponential_sigmas: bool | None = False
-    use_beta_sigmas: bool | None = False
     sigma_min: float | None = None
     sigma_max: float | None = None
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace"
     timestep_type: Literal["discrete", "continuous"] = "discrete"
     rescale_betas_zero_snr: bool = False
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
 
     torch_class_name = "EulerDiscreteScheduler"
     smallest_alpha_cumprod = 2**-24
-
-    def _check_combination(self) -> None:
-        names = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-        levels.check_one_spacing({name: getattr(self, name) for name in names})
 
     def create_state(self, common: CommonSchedulerState | None = None) -> EulerDiscreteSchedulerState:
         """Return the first state; see `BetaScheduler`."""
@@ -121,45 +105,23 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
 
     def _schedule(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Return timesteps and float32 noise levels: one level more, or two with "log_linear", as in PyTorch."""
-        total = self.num_train_timesteps
         training = levels.training_sigmas(self.numpy_alphas_cumprod())
-        if self.timestep_spacing == "linspace":
-            timesteps = np.linspace(0, total - 1, count, dtype=np.float32)[::-1]
-        else:
-            timesteps = spaced_timesteps(self.timestep_spacing, count, total, self.steps_offset)
+        timesteps = self._spaced_timesteps(count)
         log_training = np.log(training)
         if self.interpolation_type == "linear":
-            sigmas = np.interp(timesteps, np.arange(total), training)
+            sigmas = np.interp(timesteps, np.arange(len(training)), training)
         else:
             sigmas = np.exp(linspace(float(log_training[-1]), float(log_training[0]), count + 1))
         low = float(sigmas[-1]) if self.sigma_min is None else self.sigma_min
         high = float(sigmas[0]) if self.sigma_max is None else self.sigma_max
-        respaced = None
-        if self.use_karras_sigmas:
-            respaced = levels.karras_sigmas(low, high, count)
-        elif self.use_exponential_sigmas:
-            respaced = levels.exponential_sigmas(low, high, count)
-        elif self.use_beta_sigmas:
-            respaced = levels.beta_sigmas(low, high, count)
-        if respaced is not None:
-            sigmas, timesteps = respaced, levels.sigma_to_timestep(respaced, log_training)
+        timesteps, sigmas = self._respaced(timesteps, sigmas, low, high, log_training)
         last = levels.sigma_after_last(self.final_sigmas_type, training)
         return timesteps, np.append(sigmas, last).astype(np.float32)
-
-    def _init_noise_sigma(self, sigmas: np.ndarray) -> Array:
-        largest = jnp.asarray(sigmas.max(), self.dtype)
-        return jnp.sqrt(largest**2 + 1) if self.timestep_spacing == "leading" else largest
 
     def _model_timesteps(self, timesteps: np.ndarray, sigmas: np.ndarray) -> Array:
         if self.timestep_type == "continuous" and self.prediction_type == "v_prediction":
             timesteps = np.float32(0.25) * np.log(sigmas)
         return jnp.asarray(timesteps.astype(np.float32), self.dtype)
-
-    def scale_model_input(self, state: EulerDiscreteSchedulerState, sample: Array, timestep: ArrayLike) -> Array:
-        """Return the sample divided by √(σ² + 1); see `FlaxScheduler`."""
-        sigma = table_at(state.sigmas, next_index(state.timesteps, state.step_index, timestep))
-        (x,) = at_least_float32(sample)
-        return (x / jnp.sqrt(sigma**2 + 1)).astype(sample.dtype)
 
     def step(
         self,
@@ -167,10 +129,10 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
         model_output: Array,
         timestep: ArrayLike,
         sample: Array,
-        key: Array | None = None,
-        variance_noise: Array | None = None,
         return_dict: bool = True,
         *,
+        key: Array | None = None,
+        variance_noise: Array | None = None,
         s_churn: float = 0.0,
         s_tmin: float = 0.0,
         s_tmax: float = math.inf,
@@ -201,34 +163,5 @@ class FlaxEulerDiscreteScheduler(BetaScheduler):
             gamma = min(s_churn / (state.sigmas.shape[0] - 1), math.sqrt(2) - 1)
             sigma_hat = sigma * (1 + jnp.where((s_tmin <= sigma) & (sigma <= s_tmax), gamma, 0.0).astype(sigma.dtype))
             x = x + noise * s_noise * jnp.sqrt(sigma_hat**2 - sigma**2)
-
-        if self.prediction_type == "epsilon":
-            slope = output
-        else:
-            if self.prediction_type == "v_prediction":
-                x0 = output * (-sigma / jnp.sqrt(sigma**2 + 1)) + x / (sigma**2 + 1)
-            elif self.prediction_type in ("sample", "original_sample"):
-                x0 = output
-            else:
-                raise unknown("prediction_type", self.prediction_type, (*PREDICTION_TYPES, "original_sample"))
-            slope = (x - x0) / sigma_hat
-        previous = x + slope * (sigma_next - sigma_hat)
+        previous = x + self._slope(output, x, sigma, sigma_hat) * (sigma_next - sigma_hat)
         return step_result(previous, sample, state.replace(step_index=index + 1), return_dict)
-
-    def add_noise(
-        self, state: EulerDiscreteSchedulerState, original_samples: Array, noise: Array, timesteps: ArrayLike
-    ) -> Array:
-        """Return x0 + σ·ε for entries of `state.timesteps`; see `FlaxScheduler`."""
-        x0, epsilon = at_least_float32(original_samples, noise)
-        sigma = expand(table_at(state.sigmas, schedule_index(state.timesteps, timesteps)), x0)
-        return (x0 + epsilon * sigma).astype(original_samples.dtype)
-
-    def get_velocity(
-        self, state: EulerDiscreteSchedulerState, sample: Array, noise: Array, timesteps: ArrayLike
-    ) -> Array:
-        """Return v = √ᾱ_t·ε − √(1 − ᾱ_t)·x0 at integer training timesteps; see `FlaxScheduler`.
-
-        PyTorch's class indexes the table of ᾱ, which is in order of rising t, with the place in the schedule, which is
-        in order of falling t. That is not followed here.
-        """
-        return velocity(state.common.alphas_cumprod, sample, noise, jnp.asarray(timesteps).astype(jnp.int32))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -46,13 +46,14 @@ class FlowMatchEulerDiscreteSchedulerState(struct.PyTreeNode):
     num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
     """Euler sampling of flow matching; the fields are the keys of PyTorch's `FlowMatchEulerDiscreteScheduler`.
 
     Samples are (1 − σ)·x0 + σ·ε with σ from 1 to 0, and the model predicts the velocity ε − x0.
 
     Args:
+        num_train_timesteps: Number T of timesteps that the model was trained with.
         shift: Shift of σ towards noise, σ' = shift·σ / (1 + (shift − 1)·σ).
         use_dynamic_shifting: Shift by `mu` of `set_timesteps` instead, which grows with the size of the picture.
         base_shift: `mu` for `base_image_seq_len` tokens; for callers that compute `mu`.
@@ -68,6 +69,9 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
         stochastic_sampling: Draw the next sample anew around the predicted x0, with noise in each step.
     """
 
+    num_train_timesteps: Size = 1000
+    _: dataclasses.KW_ONLY
+    dtype: Any = jnp.float32
     shift: float = 1.0
     use_dynamic_shifting: bool = False
     base_shift: float | None = 0.5
@@ -208,9 +212,10 @@ class FlaxFlowMatchEulerDiscreteScheduler(FlaxScheduler):
         model_output: Array,
         timestep: ArrayLike,
         sample: Array,
+        return_dict: bool = True,
+        *,
         key: Array | None = None,
         variance_noise: Array | None = None,
-        return_dict: bool = True,
     ) -> FlaxSchedulerOutput[FlowMatchEulerDiscreteSchedulerState]:
         """Return the sample at the next σ; for arguments that are not named here see `FlaxScheduler`.
 

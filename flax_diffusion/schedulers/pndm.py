@@ -7,7 +7,7 @@ method as a table with one row per step, and `step` is always the same few opera
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -101,7 +101,7 @@ class PNDMSchedulerState(struct.PyTreeNode):
     num_inference_steps: int | None = struct.field(pytree_node=False, default=None)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class FlaxPNDMScheduler(VariancePreservingScheduler):
     """Pseudo numerical methods for diffusion models; the fields are the keys of PyTorch's `PNDMScheduler`.
 
@@ -115,7 +115,10 @@ class FlaxPNDMScheduler(VariancePreservingScheduler):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     skip_prk_steps: bool = False
     set_alpha_to_one: bool = False
+    steps_offset: int = 0
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    dtype: Any = jnp.float32
+    _: dataclasses.KW_ONLY
     timestep_spacing: Literal["linspace", "leading", "trailing"] = "leading"
 
     torch_class_name = "PNDMScheduler"
@@ -195,9 +198,10 @@ class FlaxPNDMScheduler(VariancePreservingScheduler):
         model_output: Array,
         timestep: ArrayLike,
         sample: Array,
+        return_dict: bool = True,
+        *,
         key: Array | None = None,
         variance_noise: Array | None = None,
-        return_dict: bool = True,
     ) -> FlaxSchedulerOutput[PNDMSchedulerState]:
         """Return the sample for the next model evaluation; for arguments that are not named here see `FlaxScheduler`.
 

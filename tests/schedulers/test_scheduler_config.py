@@ -22,6 +22,9 @@ from flax_diffusion.schedulers import (
 )
 from flax_diffusion.schedulers.common import BetaScheduler
 
+# Diffusers' LMS class turns tensors to arrays in a way NumPy 2 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
+
 # The scheduler files of Stable Diffusion 1.5 and SDXL hold keys of other classes.
 STABLE_DIFFUSION = {
     "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
@@ -33,6 +36,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     "ddim": {"set_alpha_to_one": False, "clip_sample_range": 2.0},
     "pndm": {"skip_prk_steps": True, "steps_offset": 1},
     "euler": {"use_karras_sigmas": True, "sigma_min": 0.1},
+    "lms": {"use_karras_sigmas": True, "timestep_spacing": "trailing"},
     "dpm++": {"solver_order": 3, "lambda_min_clipped": -5.1},
 }
 

@@ -12,7 +12,7 @@ from flax_diffusion.schedulers import SCHEDULERS
 
 CLASSES = {cls.torch_class_name: cls for cls in SCHEDULERS.values()}
 DDPM, DDIM, PNDM = "DDPMScheduler", "DDIMScheduler", "PNDMScheduler"
-EULER, DPM = "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"
+EULER, LMS, DPM = "EulerDiscreteScheduler", "LMSDiscreteScheduler", "DPMSolverMultistepScheduler"
 ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
 THRESHOLD = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.9}
 
@@ -50,6 +50,14 @@ CASES: list[tuple[str, dict, dict]] = [
     (EULER, {"timestep_type": "continuous", "prediction_type": "v_prediction"}, {}),
     (EULER, ZERO_SNR, {}),
     (EULER, {}, {"s_churn": 3.0, "s_tmin": 0.5, "s_tmax": 50.0, "s_noise": 1.003}),
+    (LMS, {}, {}),
+    *[(LMS, {"beta_schedule": "scaled_linear"}, {"order": order}) for order in (1, 2, 3)],
+    (LMS, {"timestep_spacing": "leading", "steps_offset": 1, "prediction_type": "v_prediction"}, {}),
+    (LMS, {"timestep_spacing": "trailing", "prediction_type": "sample"}, {}),
+    (LMS, {"beta_schedule": "squaredcos_cap_v2"}, {}),
+    (LMS, {"use_karras_sigmas": True, "beta_schedule": "scaled_linear"}, {}),
+    (LMS, {"use_exponential_sigmas": True}, {}),
+    (LMS, {"use_beta_sigmas": True}, {}),
     *[
         (DPM, {"algorithm_type": algorithm, "solver_order": order, "solver_type": form, "final_sigmas_type": final}, {})
         for algorithm, final in (
@@ -108,6 +116,7 @@ FLOAT32: list[tuple[str, dict, dict]] = [
     (PNDM, {"skip_prk_steps": True, "beta_schedule": "scaled_linear", "steps_offset": 1}, {}),
     (EULER, {"beta_schedule": "scaled_linear", "timestep_spacing": "leading", "steps_offset": 1}, {}),
     (EULER, ZERO_SNR, {"s_churn": 3.0}),
+    (LMS, {"use_karras_sigmas": True, "beta_schedule": "scaled_linear"}, {}),
     (DPM, {"use_karras_sigmas": True, "beta_schedule": "scaled_linear"}, {}),
     (DPM, {"algorithm_type": "sde-dpmsolver", "final_sigmas_type": "sigma_min"}, {}),
 ]

@@ -52,7 +52,7 @@ class GenerateConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all noise. Image i of a seed is always the same.")
     num_inference_steps: int = Field(50, ge=1, description="Denoising steps.")
     guidance_scale: float = Field(7.5, ge=0, description="Scale of classifier-free guidance. 1 turns it off.")
-    scheduler: Literal["ddpm", "ddim", "pndm", "euler", "dpm++", "flow_match", "edm"] | None = Field(
+    scheduler: Literal["ddpm", "ddim", "pndm", "euler", "lms", "dpm++", "flow_match", "edm"] | None = Field(
         None, description="Sampler. None: the pipeline's own."
     )
     batch_size: int = Field(16, ge=1, description="Images drawn at a time. The images do not depend on it.")

@@ -21,13 +21,14 @@ SAMPLERS = {
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
     "euler": "EulerDiscreteScheduler",
+    "lms": "LMSDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
     "flow_match": "FlowMatchEulerDiscreteScheduler",
     "edm": "EDMEulerScheduler",
 }
 """Diffusers' class names of the schedulers that draw images here, by their names for `--scheduler`."""
 
-_OWN_BETAS = ("ddpm", "ddim", "pndm", "euler", "dpm++")
+_OWN_BETAS = ("ddpm", "ddim", "pndm", "euler", "lms", "dpm++")
 
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
 _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -43,7 +44,6 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "KDPM2AncestralDiscreteScheduler": ("euler", _STABLE_DIFFUSION),
     "KDPM2DiscreteScheduler": ("euler", _STABLE_DIFFUSION),
     "LCMScheduler": ("ddim", _STABLE_DIFFUSION | {"beta_schedule": "scaled_linear"}),
-    "LMSDiscreteScheduler": ("euler", {}),
     "RePaintScheduler": ("ddpm", {}),
     "SASolverScheduler": ("dpm++", {}),
     "TCDScheduler": ("ddim", _STABLE_DIFFUSION | {"beta_schedule": "scaled_linear"}),
