@@ -132,7 +132,7 @@ class Observer:
         self._asked.append(("dataset", arguments, options))
         return copy.copy(self.world.table)
 
-    def _snapshot_download(self, name, *, revision=None, allow_patterns=(), dry_run=False):
+    def _snapshot_download(self, name, *, revision=None, allow_patterns=(), dry_run=False, cache_dir=None):
         self._asked.append(("model", name, revision))
         folder = self.world.folder / name.partition("/")[2]
         if not dry_run:

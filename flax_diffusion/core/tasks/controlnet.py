@@ -73,6 +73,8 @@ class ControlNetConfig(CaptionsConfig):
             raise ValueError("controlnet starts from a model: give --pretrained_model_name_or_path")
         if self.controlnet_revision is not None and self.controlnet_model_name_or_path is None:
             raise ValueError("--controlnet_revision goes with --controlnet_model_name_or_path: add it, or drop it")
+        if "{timestamp}" in self.output_dir:
+            raise ValueError(f"--output_dir {self.output_dir}: a run that can be resumed has one name: write it out")
         images, prompts = len(self.validation_images), len(self.validation_prompts)
         if (images == 0) != (prompts == 0) or (images != prompts and 1 not in (images, prompts)):
             raise ValueError(
