@@ -85,27 +85,21 @@ def test_the_folder_of_the_second_pictures_may_be_elsewhere_or_inside(options, d
     inside = elsewhere | {"conditioning_data_dir": str(plain / "edges")}
     np.testing.assert_array_equal(example(options | inside)["conditioning_pixel_values"], expected)
     (plain / "edges/2.webp").unlink()
-    with pytest.raises(
-        DataError, match=r"--conditioning_data_dir .*edges: 1 of 5 pictures in .* have none there: 2\.png"
-    ):
+    with pytest.raises(DataError, match=r"--conditioning_data_dir .*edges: 1 of 5 pictures in .* have none there: 2"):
         example(options | inside)
 
 
 def test_mistakes_in_data_are_named(options, data, tmp_path):
     where = ExtraImages(column="edges", option="conditioning_image_column", folder_option="conditioning_data_dir")
-    with pytest.raises(DataError, match="--conditioning_image_column is edges, but .* has the columns file_name"):
+    with pytest.raises(DataError, match=r"--conditioning_image_column is edges, but .* has the columns file_name"):
         open_source(train_data_dir=data, extra=where)
     bare = pictures(tmp_path / "bare", 2)
     (bare / "metadata.jsonl").unlink()
     for number in range(2):
         (bare / f"{number}.txt").write_text("a dog")
-    with pytest.raises(
-        DataError, match=r"has no metadata\.jsonl or metadata\.csv with a column edges_file_name; add it"
-    ):
+    with pytest.raises(DataError, match=r"has no metadata\.jsonl or metadata\.csv with a column edges_file_name; add"):
         open_source(train_data_dir=bare, extra=where)
-    with pytest.raises(
-        DataError, match="--conditioning_image_column is edges, but digits has the columns conditioning"
-    ):
+    with pytest.raises(DataError, match="--conditioning_image_column is edges, but digits has the columns condition"):
         open_source(dataset_name="digits", extra=where)
     broken = shutil.copytree(data, tmp_path / "broken")
     (broken / "conditioning/3.png").unlink()
@@ -260,13 +254,9 @@ def test_conditioning_images_of_generate_are_checked(model, data, tmp_path, opti
     with pytest.raises(ConfigError, match="a StableDiffusionPipeline with 1 conditioning images: drop --conditioning"):
         flax_diffusion.generate.generate(model, prompt="a dog", conditioning_image=str(data / "0.png"))
     run(options, "torch", tmp_path / "first")
-    with pytest.raises(
-        ConfigError, match="with 0 conditioning images: give the picture to follow by --conditioning_im"
-    ):
+    with pytest.raises(ConfigError, match="with 0 conditioning images: give the picture to follow by --conditioning"):
         flax_diffusion.generate.generate(tmp_path / "first", prompt="a dog")
-    with pytest.raises(
-        ConfigError, match="--conditioning_image are 2, for 3 prompts: give one for each, or one for all"
-    ):
+    with pytest.raises(ConfigError, match="--conditioning_image are 2, for 3 prompts: give one for each, or one for"):
         flax_diffusion.generate.generate(tmp_path / "first", prompt=["a"] * 3, conditioning_image=["0.png", "1.png"])
     with pytest.raises(DataError, match=r"--conditioning_image nowhere\.png: does not exist"):
         flax_diffusion.generate.generate(tmp_path / "first", prompt="a dog", conditioning_image="nowhere.png")

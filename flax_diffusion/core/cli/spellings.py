@@ -86,7 +86,7 @@ REPLACED = {
     "logging_steps": "drop it, every step is logged",
     "wandb_entity": _WANDB,
     "tracker_project_name": _WANDB,
-    "streaming": "drop it; data are downloaded once, so that each epoch has an order of its own that a resumed run keeps",
+    "streaming": "drop it; data are downloaded once, so that each epoch has an order, which a resumed run keeps",
     "load_from_disk": "drop it, and write the dataset to a folder by its `to_parquet`, which --train_data_dir opens",
     "local_rank": "drop it; the launcher tells each process its place",
 }
