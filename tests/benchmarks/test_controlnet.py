@@ -1,6 +1,7 @@
-"""Digits follow a coarse shape and the prompt. Run: python -m pytest -m acceptance -s tests/benchmarks/test_controlnet.py
+"""Digits follow a coarse shape and the prompt.
 
-The base is trained once, with PyTorch, the quicker one here.
+Run: python -m pytest -m acceptance -s tests/benchmarks/test_controlnet.py. The base is trained once, with PyTorch, the
+quicker one here.
 """
 
 import os

@@ -136,7 +136,11 @@ TABLE: dict[str, list[Row]] = {
     # Data
     "dataset_name": [Row("digits", "batch", {"train_data_dir": None})],
     "dataset_config_name": [Row("cats", "asked", {"dataset_name": "me/pets", "train_data_dir": None})],
-    "train_data_dir": [Row(lambda w, _: str(w.paired_more), "batch")],
+    "train_data_dir": [
+        Row(lambda w, _: str(w.more), "batch",
+            tasks=("unconditional", "text_to_image", "textual_inversion", "autoencoder")),
+        Row(lambda w, _: str(w.paired_more), "batch", tasks=("controlnet",)),
+    ],
     "image_column": [Row("picture", "batch", lambda w: {"train_data_dir": str(w.columns)})],
     "caption_column": [
         Row("words", "batch", lambda w: {"train_data_dir": str(w.words)}, tasks=("text_to_image",)),
@@ -232,6 +236,10 @@ TABLE: dict[str, list[Row]] = {
             lambda w: {"instance_data_dir": None, "instance_prompt": None,
                        "concepts": [concept(w, w.data, "a sks dog")]}),
     ],
+    # Inpainting
+    "inpainting": [Row(True, ("spec", "batch"))],
+    "mask_column": [Row("picture", "batch", lambda w: {"train_data_dir": str(w.columns), "inpainting": True})],
+    "mask_data_dir": [Row(lambda w, _: str(w.edges), "batch", {"inpainting": True})],
     # ControlNet
     "controlnet_model_name_or_path": [Row(lambda w, _: str(w.control), "spec")],
     "controlnet_revision": [Row("v2", ("asked", "spec"), {"controlnet_model_name_or_path": "me/control"})],

@@ -116,6 +116,7 @@ METHODS = {
         "text_encoder_learning_rate": 1e-3,
     },
     "text_to_image_lora": {"lora_rank": 4, "gradient_accumulation_steps": 2},
+    "text_to_image_inpainting": {"inpainting": True, "random_flip": True},
     "textual_inversion": {
         "placeholder_token": "<dog-toy>", "initializer_token": "dog", "num_vectors": 2, "gradient_checkpointing": True,
     },
@@ -163,8 +164,8 @@ def test_lora_of_both_models_float64(tmp_path):
     assert equal, line
 
 
-@pytest.mark.parametrize("method", ["controlnet", "controlnet_cached"])
-def test_controlnet_float64(tmp_path, method):
+@pytest.mark.parametrize("method", ["controlnet", "controlnet_cached", "text_to_image_inpainting"])
+def test_a_second_picture_float64(tmp_path, method):
     rows = list(compare(method_config(method, tmp_path), 3))
     equal, line = verdict(rows, "float64")
     assert equal, line

@@ -18,6 +18,10 @@ CONDITIONING_IMAGE = "conditioning_pixel_values"
 """Array of a batch with the pictures that a ControlNet follows, float32 (B, 3, H, W) in [0, 1]."""
 
 
+MASK, MASKED_NOISE = "mask", "masked_latent_noise"
+"""Arrays of a batch for inpainting: see `Mask`."""
+
+
 class MakeExtra(Protocol):
     """Function that makes the arrays of an example's second picture. Picklable."""
 
@@ -81,6 +85,63 @@ def _centre(option: str, name: str, size: tuple[int, int]) -> Image.Image:
 def no_draw(stream: Stream) -> np.random.Generator:
     """Raise AssertionError, where nothing may depend on the random numbers of a stream."""
     raise AssertionError(f"{stream.name} is drawn, so that a picture has more than one form")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Maker of the mask of what an inpainting model fills in.
+
+    Attributes:
+        from_files: Whether the second picture is the mask, whose light parts are filled in; otherwise it is drawn.
+        latents: Shape (C, h, w) of the latents of the rest; None in pixel space.
+    """
+
+    from_files: bool
+    latents: tuple[int, int, int] | None
+
+    def __call__(
+        self, record: Record, transform: ImageTransform, place: Placement, rng: Callable[[Stream], np.random.Generator]
+    ) -> dict[str, np.ndarray]:
+        """Make the arrays; see `MakeExtra`.
+
+        Returns:
+            `mask`, float32 (1, resolution, resolution), 1 where to fill in and else 0; with latents,
+            `masked_latent_noise`, float32 (C, h, w), which samples the posterior of the rest.
+        """
+        if self.from_files:
+            image = decode(second_of(record))
+            mask = transform.cut(image, place, channels=1, interpolation="nearest") >= 128
+        else:
+            mask = draw_mask(transform.resolution, rng(Stream.MASK))
+        made = {MASK: mask[None].astype(np.float32)}
+        if self.latents is not None:
+            made[MASKED_NOISE] = rng(Stream.MASKED_LATENT).standard_normal(self.latents, dtype=np.float32)
+        return made
+
+
+def draw_mask(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw what to fill in: all of the picture in a quarter of the cases, else a rectangle or an ellipse.
+
+    Args:
+        size: Height and width of the picture, in pixels.
+        rng: Generator.
+
+    Returns:
+        The mask, bool (size, size).
+
+    Reference:
+        `random_mask` of Diffusers' scripts for inpainting, for the shapes and their shares.
+    """
+    everything, ellipse = rng.random() < 0.25, rng.random() < 0.5
+    height, width = (int(side) for side in rng.integers(1, size + 1, 2))
+    top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+    if everything:
+        return np.ones((size, size), bool)
+    rows = (np.arange(size) + 0.5 - top) / height * 2 - 1  # -1..1 inside
+    columns = (np.arange(size) + 0.5 - left) / width * 2 - 1
+    if ellipse:
+        return rows[:, None] ** 2 + columns**2 <= 1
+    return (np.abs(rows) <= 1)[:, None] & (np.abs(columns) <= 1)
 
 
 def second_of(record: Record) -> Record:

@@ -149,6 +149,7 @@ STABLE_DIFFUSION = FAMILIES.register(
         title="a Stable Diffusion 1.x or 2.x pipeline (SDXL is not trained or drawn yet)",
         pipelines={
             "StableDiffusionPipeline": PipelineClass(parts=_PARTS, scheduler=_SCHEDULER, index=_INDEX),
+            "StableDiffusionInpaintPipeline": PipelineClass(parts=_PARTS, scheduler=_SCHEDULER, index=_INDEX),
             "StableDiffusionControlNetPipeline": PipelineClass(
                 parts=_PARTS | {"controlnet": CONTROLNET}, scheduler=_SCHEDULER, index=_INDEX
             ),

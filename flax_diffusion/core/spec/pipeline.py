@@ -206,7 +206,8 @@ class PipelineSpec:
     @property
     def image_channels(self) -> Literal[1, 3]:
         """Channels of the images that the pipeline makes."""
-        return (self.vae or self.denoiser)["in_channels"]
+        channels: Any = self.vae["in_channels"] if self.vae else self.sample_shape[0]
+        return channels
 
     @property
     def vae_factor(self) -> int:
@@ -217,7 +218,9 @@ class PipelineSpec:
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape (C, h, w) of what is denoised."""
         height, width = (side // self.vae_factor for side in self.size or (self.resolution, self.resolution))
-        return (self.vae["latent_channels"] if self.vae else self.denoiser["in_channels"], height, width)
+        denoiser = self.denoiser  # which for inpainting also takes a mask and the rest of the picture
+        channels = self.vae["latent_channels"] if self.vae else min(denoiser["in_channels"], denoiser["out_channels"])
+        return (channels, height, width)
 
     @property
     def size_factor(self) -> int:

@@ -169,20 +169,25 @@ class DiffusionTask(Task[D]):
             spec = replace(spec, components=components | {spec.denoiser_name: denoiser})
         denoiser, vae = spec.denoiser, spec.vae
         check_resolution(config.resolution, spec.size_factor)
-        if denoiser["in_channels"] != denoiser["out_channels"]:
+        self.check_channels(denoiser)
+        if vae and vae["latent_channels"] != denoiser["out_channels"]:
             raise ConfigError(
-                f"UNet with in_channels {denoiser['in_channels']} and out_channels {denoiser['out_channels']}: "
-                "inpainting and learned-variance models cannot be trained yet; use a UNet that has both equal"
-            )
-        if vae and vae["latent_channels"] != denoiser["in_channels"]:
-            raise ConfigError(
-                f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {denoiser['in_channels']}: use "
+                f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {denoiser['out_channels']}: use "
                 "a pair made for each other"
             )
         check_channels(spec)
         spec.family.check(spec)
         self.objective(spec)  # which looks at its options
         return spec
+
+    def check_channels(self, denoiser: Component) -> None:
+        """Raise ConfigError for a denoiser that takes or gives something beside the sample."""
+        if denoiser["in_channels"] != denoiser["out_channels"]:
+            raise ConfigError(
+                f"UNet with in_channels {denoiser['in_channels']} and out_channels {denoiser['out_channels']}: "
+                "inpainting models are trained by text_to_image --inpainting, and learned-variance models cannot be "
+                "trained yet; use a UNet that has both equal"
+            )
 
     def _scheduler(self, kind: str) -> tuple[dict[str, Any], type[Objective]]:
         """Return the scheduler's config, and what is learnt.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flax_diffusion.core.data.extra import CONDITIONING_IMAGE
+import jax.numpy as jnp
+
+from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, MASK, MASKED_NOISE
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModel, FlaxControlNetModel, FlaxUNet2DConditionModel
 
@@ -13,7 +15,10 @@ if TYPE_CHECKING:
 
 Condition = dict[str, Any]
 """What the UNet is told, by the names of a batch: text_embeddings (B, L, D), and where there is a ControlNet
-conditioning_pixel_values (B, 3, H, W)."""
+conditioning_pixel_values (B, 3, H, W), for inpainting masked (B, 1 + C, h, w)."""
+
+MASKED = "masked"
+"""What an inpainting UNet is told: the mask at the size of the latents, and the latents of the rest of the picture."""
 
 
 def condition(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None = None) -> Condition:
@@ -23,13 +28,28 @@ def condition(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""
         modules: The pipeline's modules.
         params: Weights of all components.
         batch: input_ids (B, L), or text_embeddings (B, L, D) that were made before; conditioning_pixel_values
-            (B, 3, H, W) in 0..1 for a ControlNet.
+            (B, 3, H, W) in 0..1 for a ControlNet; for inpainting pixel_values (B, C, H, W), mask (B, 1, H, W) and
+            with an autoencoder masked_latent_noise (B, C, h, w).
         dropout: Key of the dropout masks; None in evaluation.
     """
     told: Condition = {name: batch[name] for name in (CONDITIONING_IMAGE,) if name in batch}
+    if MASK in batch:
+        told[MASKED] = _masked(modules, params, batch)
     if "input_ids" not in batch:
         return told | {"text_embeddings": batch["text_embeddings"]}
     return told | {"text_embeddings": modules.call("text_encoder", params, dropout, batch["input_ids"])[0]}
+
+
+def _masked(modules: Any, params: Params, batch: Batch) -> Float[Array, "B c h w"]:
+    """Return the mask at the size of the latents, by the nearest pixel, and the latents of the rest, (B, 1 + C, h, w).
+
+    Reference:
+        Rombach et al., https://arxiv.org/abs/2112.10752; StableDiffusionInpaintPipeline of Diffusers, for the order.
+    """
+    mask, factor = batch[MASK], modules.spec.vae_factor
+    rest = batch["pixel_values"] * (mask < 0.5)
+    latents = modules.encode_images(params, rest, batch.get(MASKED_NOISE))
+    return jnp.concatenate([mask[:, :, ::factor, ::factor], latents], axis=1)
 
 
 def predict(
@@ -46,6 +66,8 @@ def predict(
         Zhang et al., https://arxiv.org/abs/2302.05543, for the ControlNet, whose outputs are added to the UNet's.
     """
     text, residuals = condition["text_embeddings"], {}
+    if MASKED in condition:
+        sample = jnp.concatenate([sample, condition[MASKED]], axis=1)
     if "controlnet" in modules.by_name:
         followed = condition[CONDITIONING_IMAGE]
         down, mid = modules.call("controlnet", params, dropout, sample, timesteps, text, followed, return_dict=False)
