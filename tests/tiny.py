@@ -141,8 +141,8 @@ def paired_pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
     (folder / "conditioning").mkdir()
     for row in rows:
         row["conditioning_image_file_name"] = f"conditioning/{row['file_name']}"
-        picture = Image.open(folder / row["file_name"])
-        ImageOps.invert(picture).save(folder / row["conditioning_image_file_name"])
+        with Image.open(folder / row["file_name"]) as picture:
+            ImageOps.invert(picture).save(folder / row["conditioning_image_file_name"])
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 

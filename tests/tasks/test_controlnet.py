@@ -65,8 +65,9 @@ def test_the_second_picture_is_cut_and_mirrored_like_the_first(options):
 def test_a_second_picture_of_another_size_keeps_its_place(options, data, tmp_path):
     small = shutil.copytree(data, tmp_path / "small")
     for path in (small / "conditioning").iterdir():
-        picture = Image.open(path)
-        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST).save(path)
+        with Image.open(path) as picture:
+            larger = picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.NEAREST)
+        larger.save(path)
     for epoch in range(4):
         made = example(options | {"train_data_dir": str(small)}, 4, epoch)
         apart = made["conditioning_pixel_values"] - (1 - made["pixel_values"]) / 2
@@ -80,7 +81,8 @@ def test_the_folder_of_the_second_pictures_may_be_elsewhere_or_inside(options, d
     np.testing.assert_array_equal(example(options | elsewhere)["conditioning_pixel_values"], expected)
     shutil.copytree(data / "conditioning", plain / "edges")
     for path in (plain / "edges").iterdir():
-        Image.open(path).save(path.with_suffix(".webp"), lossless=True)
+        with Image.open(path) as picture:
+            picture.save(path.with_suffix(".webp"), lossless=True)
         path.unlink()
     inside = elsewhere | {"conditioning_data_dir": str(plain / "edges")}
     np.testing.assert_array_equal(example(options | inside)["conditioning_pixel_values"], expected)

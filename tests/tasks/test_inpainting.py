@@ -63,9 +63,9 @@ def test_masks_of_files_are_cut_like_the_pictures(options, tmp_path):
     folder = tmp_path / "masks"
     folder.mkdir()
     for path in (tmp_path / "data").glob("*.png"):
-        picture = Image.open(path)
-        light = np.zeros((picture.height, picture.width), np.uint8)
-        light[:, : picture.width // 2] = 255
+        with Image.open(path) as picture:
+            light = np.zeros((picture.height, picture.width), np.uint8)
+        light[:, : light.shape[1] // 2] = 255
         Image.fromarray(light).save(folder / path.name)
     task = task_of(TextToImageConfig(**options | {"mask_data_dir": str(folder)}))
     source = task.open_source()
@@ -128,10 +128,7 @@ def test_what_the_unet_is_told_is_what_diffusers_tells_it(options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"cache_latents": True, "center_crop": True},
-            "--inpainting encodes each picture anew, .*: drop --cache_latents",
-        ),
+        ({"cache_latents": True, "center_crop": True}, "--inpainting encodes each picture anew, .*: drop --cache"),
         ({"inpainting": False, "mask_column": "mask"}, "--mask_column goes with --inpainting: add it"),
         ({"mask_column": "a", "mask_data_dir": "b"}, "--mask_column and --mask_data_dir exclude each other"),
         ({"lora_rank": 2}, "--inpainting with --lora_rank: LoRA does not train the UNet's first layer"),
@@ -155,7 +152,5 @@ def test_an_inpainting_model_trains_with_the_flag_only(options, tmp_path):
     with pytest.raises(ConfigError, match=r"in_channels 9 and out_channels 4: it fills in pictures; add --inpainting"):
         make(nine | {"inpainting": False})
     other = stable_diffusion(tmp_path / "five", length=40, unet={"in_channels": 5})
-    with pytest.raises(
-        ConfigError, match=r"--inpainting: the UNet has in_channels 5 .* must take 9, or 4 to be widened"
-    ):
+    with pytest.raises(ConfigError, match=r"--inpainting: the UNet has in_channels 5 .* must take 9, or 4 to be wid"):
         make(options | {"pretrained_model_name_or_path": str(other)})
