@@ -149,7 +149,12 @@ STABLE_DIFFUSION = FAMILIES.register(
         title="a Stable Diffusion 1.x or 2.x pipeline (SDXL is not trained or drawn yet)",
         pipelines={
             "StableDiffusionPipeline": PipelineClass(parts=_PARTS, scheduler=_SCHEDULER, index=_INDEX),
-            "StableDiffusionInpaintPipeline": PipelineClass(parts=_PARTS, scheduler=_SCHEDULER, index=_INDEX),
+            "StableDiffusionInpaintPipeline": PipelineClass(
+                # Diffusers' class does not open a folder that names no version.
+                parts=_PARTS,
+                scheduler=_SCHEDULER,
+                index=_INDEX | {"_diffusers_version": "0.39.0"},
+            ),
             "StableDiffusionControlNetPipeline": PipelineClass(
                 parts=_PARTS | {"controlnet": CONTROLNET}, scheduler=_SCHEDULER, index=_INDEX
             ),

@@ -218,9 +218,10 @@ class PipelineSpec:
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape (C, h, w) of what is denoised."""
         height, width = (side // self.vae_factor for side in self.size or (self.resolution, self.resolution))
-        denoiser = self.denoiser  # which for inpainting also takes a mask and the rest of the picture
-        channels = self.vae["latent_channels"] if self.vae else min(denoiser["in_channels"], denoiser["out_channels"])
-        return (channels, height, width)
+        if self.vae:
+            return (self.vae["latent_channels"], height, width)
+        # A denoiser for inpainting takes more than it gives.
+        return (min(self.denoiser[key] for key in ("in_channels", "out_channels")), height, width)
 
     @property
     def size_factor(self) -> int:
