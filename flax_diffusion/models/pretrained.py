@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
-from flax_diffusion.core.io.model_files import HubOptions
+from flax_diffusion.core.io.hub_options import HUB_KEYWORDS, HubOptions, take_hub_options
 from flax_diffusion.core.spec import weight_files
 
-REPLACED = {
-    "proxies": "the Hub's client reads proxies from HTTPS_PROXY and HTTP_PROXY: set these",
-    "mirror": "the Hub's client reads the address of a mirror from HF_ENDPOINT: set that",
-    "resume_download": "downloads always go on where they stopped: leave it out",
-}
-"""Keywords that nothing reads any more, and what takes their place."""
-
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
-KEYWORDS = (*HUB_KEYWORDS, "use_auth_token", "from_pt", "use_safetensors", *REPLACED)
+KEYWORDS = (*HUB_KEYWORDS, "from_pt", "use_safetensors")
 """All keywords that `take_loading_keywords` takes out."""
 
 
@@ -35,18 +26,13 @@ def take_loading_keywords(owner: str, keywords: dict[str, Any]) -> tuple[HubOpti
     Raises:
         ConfigError: If pickled weights are asked for.
     """
-    for name, instead in REPLACED.items():
-        if keywords.pop(name, None):
-            warnings.warn(f"{owner}.from_pretrained does not read {name}: {instead}", stacklevel=3)
-    hub = {name: keywords.pop(name) for name in HUB_KEYWORDS if name in keywords}
-    if "use_auth_token" in keywords:  # the name of token before 2023
-        hub.setdefault("token", keywords.pop("use_auth_token"))
+    hub = take_hub_options(owner, keywords)
     from_pt, safetensors = keywords.pop("from_pt", False), keywords.pop("use_safetensors", None)
     if safetensors is False:
         raise ConfigError(
             f"{owner}.from_pretrained does not read pickled weights, which use_safetensors=False asks for: leave it out"
         )
-    return HubOptions(**hub), bool(from_pt or safetensors)
+    return hub, bool(from_pt or safetensors)
 
 
 def check_torch_format(folder: Any, base: str, variant: str | None) -> None:

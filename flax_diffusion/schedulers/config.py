@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.io import model_files
+from flax_diffusion.core.io.hub_options import DEFAULT_HUB, HubOptions
 from flax_diffusion.core.io.untrusted import parse_json, read_text
-from flax_diffusion.schedulers.hub import fetched
 
 CONFIG_NAME = "scheduler_config.json"
 
@@ -51,7 +52,7 @@ class SchedulerConfig(Mapping[str, Any]):
 
 
 def read_config(
-    path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None, **hub: Any
+    path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None, hub: HubOptions = DEFAULT_HUB
 ) -> dict[str, Any]:
     """Return the configuration in a folder, a `.json` file or a Hub repository.
 
@@ -59,7 +60,7 @@ def read_config(
         path_or_hub_id: The file, the folder that holds `scheduler_config.json`, or a Hub id.
         subfolder: Folder inside it, such as "scheduler" in a pipeline.
         revision: Branch, tag or commit of a Hub id.
-        hub: Options of the Hub, `hub.HUB_KEYWORDS`.
+        hub: How files come from the Hub.
 
     Returns:
         The mapping in the file.
@@ -67,7 +68,7 @@ def read_config(
     Raises:
         ConfigError: If there is no such file, or it holds no JSON mapping.
     """
-    path = config_file(path_or_hub_id, subfolder, revision, **hub)
+    path = config_file(path_or_hub_id, subfolder, revision, hub)
     try:
         values = parse_json(read_text(path))
     except ValueError as error:
@@ -78,7 +79,7 @@ def read_config(
 
 
 def config_file(
-    path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None, **hub: Any
+    path_or_hub_id: str | Path, subfolder: str | None = None, revision: str | None = None, hub: HubOptions = DEFAULT_HUB
 ) -> Path:
     """Return the file that `read_config` reads; for arguments and errors see there."""
     path = Path(path_or_hub_id)
@@ -88,7 +89,7 @@ def config_file(
         places = [path / (subfolder or "") / CONFIG_NAME, path / CONFIG_NAME]
         path = places[0] if places[0].is_file() or not places[1].is_file() else places[1]
     else:
-        path = fetched(str(path_or_hub_id), subfolder, revision, CONFIG_NAME, hub) / CONFIG_NAME
+        path = Path(model_files.resolve(path_or_hub_id, subfolder, revision, [CONFIG_NAME], hub)) / CONFIG_NAME
     if not path.is_file():
         raise ConfigError(f"no {CONFIG_NAME} in {path.parent}; give the scheduler's folder (subfolder='scheduler'?)")
     return path

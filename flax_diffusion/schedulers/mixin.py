@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.io.hub_options import HUB_KEYWORDS, take_hub_options
+from flax_diffusion.core.io.publishing import push_folder
 from flax_diffusion.core.objectives import noise_schedule
 from flax_diffusion.core.typed import Size, check_values
 from flax_diffusion.schedulers.config import (
@@ -26,7 +29,6 @@ from flax_diffusion.schedulers.config import (
     read_config,
     with_present_keys,
 )
-from flax_diffusion.schedulers.hub import HUB_KEYWORDS, uploaded
 
 _WITHOUT_EFFECT = ("mirror", "output_loading_info", "user_agent")
 """Keywords that loading a configuration takes in Diffusers too, where they change nothing that it returns."""
@@ -215,7 +217,8 @@ class FlaxSchedulerMixin:
         Raises:
             ConfigError: See `read_config`; and for an unknown keyword, unless it is to be returned.
         """
-        where = {key: kwargs.pop(key) for key in ("subfolder", "revision", *HUB_KEYWORDS) if key in kwargs}
+        where = {key: kwargs.pop(key) for key in ("subfolder", "revision") if key in kwargs}
+        where["hub"] = take_hub_options(f"{cls.__name__}.load_config", kwargs)
         rest = {key: value for key, value in kwargs.items() if key not in _WITHOUT_EFFECT}
         if rest and not return_unused_kwargs:
             key = next(iter(rest))
@@ -306,7 +309,10 @@ class FlaxSchedulerMixin:
         for key in kwargs:
             if key not in known:
                 raise ConfigError(f"push_to_hub has no keyword {key!r}: correct or remove it{nearest(key, known)}")
-        return uploaded(self.save_config, repo_id, commit_message=commit_message, **kwargs)
+        where, message = kwargs.pop("subfolder", None), commit_message or "Upload scheduler"
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_config(folder)
+            return push_folder(Path(folder), repo_id, commit_message=message, path_in_repo=where, **kwargs)
 
 
 @dataclasses.dataclass(frozen=True)

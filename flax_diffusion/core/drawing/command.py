@@ -94,6 +94,7 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
         UserError: If the model is no pipeline, or something does not fit it.
     """
     spec = open_model(config.model, shapes, config.revision, config.variant)
+    spec.family.check_drawing(spec)
     check_prompts(spec, config.prompt)
     _check_conditioning(spec, config)
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)

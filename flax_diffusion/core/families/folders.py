@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from flax_diffusion.core.errors import WeightsError
-from flax_diffusion.core.families.family import FAMILIES, Family
+from flax_diffusion.core.families.family import FAMILIES, Family, family_of
 from flax_diffusion.core.io import model_files
+
+log = logging.getLogger(__name__)
 
 FLAX_ONLY_KEYS = frozenset({"split_head_dim", "use_memory_efficient_attention"})
 """Config keys of the Flax releases' UNets: how they computed attention, with one result whatever the value."""
+_IGNORED_SCHEDULER_KEYS = frozenset({"tensor_format", "timestep_values"})  # of Diffusers 0.1, which change nothing
+_LISTED_AS = "_listed_as"
 
 
 def model_config(values: dict[str, Any]) -> dict[str, Any]:
     """Return what a config.json says of the model itself, without notes of the program that wrote it."""
     return {key: value for key, value in values.items() if not key.startswith("_") and key not in FLAX_ONLY_KEYS}
+
+
+def read_scheduler(folder: Path) -> dict[str, Any]:
+    """Read the scheduler_config.json of any release, and put what it says into the keys of today.
+
+    Diffusers up to 0.10 said `predict_epsilon` for `prediction_type`. FlaxDPMSolverMultistepScheduler always ended at
+    the noise level of timestep 0, which PyTorch's class does for `final_sigmas_type` "sigma_min" only.
+
+    Args:
+        folder: Local folder of the scheduler.
+
+    Returns:
+        The config, of the same class.
+
+    Raises:
+        WeightsError: If there is no such file.
+    """
+    values = model_files.read_json(folder / "scheduler_config.json")
+    values = {key: value for key, value in values.items() if key not in _IGNORED_SCHEDULER_KEYS}
+    if isinstance(predicts_epsilon := values.get("predict_epsilon"), bool):
+        del values["predict_epsilon"]
+        values = {"prediction_type": "epsilon" if predicts_epsilon else "sample"} | values
+    if values.get("_class_name") == "FlaxDPMSolverMultistepScheduler":
+        values = {"final_sigmas_type": "sigma_min"} | values
+    return values
 
 
 def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
@@ -27,7 +58,7 @@ def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
 
     Returns:
         The index, with the kind that is known here as its class: `FlaxStableDiffusionPipeline` and the pipelines that
-        change images are made of the parts of a StableDiffusionPipeline.
+        change images are made of the parts of a StableDiffusionPipeline. `listed_as` still knows the class in the file.
     """
     folder = model_files.resolve(source, None, revision, allow_patterns=["model_index.json", "config.json"])
     if not (folder / "model_index.json").is_file():
@@ -35,7 +66,20 @@ def read_index(source: str, revision: str | None = None) -> dict[str, Any]:
     index = model_files.read_json(folder / "model_index.json")
     kind = str(index.get("_class_name")).removeprefix("Flax")
     same = {other: own for family in FAMILIES.values() for other, own in family.same_parts.items()}
-    return index | {"_class_name": same.get(kind, kind)}
+    return index | {"_class_name": same.get(kind, kind), _LISTED_AS: kind}
+
+
+def listed_as(index: dict[str, Any]) -> str:
+    """Return the class of PyTorch's pipelines that an index was written for, if all its models are read here."""
+    return index["_class_name"] if _models_left_out(index) else index[_LISTED_AS]
+
+
+def _models_left_out(index: dict[str, Any]) -> list[str]:
+    """Return the names of models, such as a ControlNet, that a pipeline of a known kind has beside its parts."""
+    kind = index["_class_name"]
+    pipeline = family_of(kind).pipelines[kind]
+    known = {*pipeline.parts, *pipeline.index, "scheduler", "tokenizer"}
+    return [name for name, value in index.items() if isinstance(value, list) and any(value) and name not in known]
 
 
 def has_part(index: dict[str, Any], name: str) -> bool:
@@ -45,6 +89,8 @@ def has_part(index: dict[str, Any], name: str) -> bool:
 
 def check_kind(source: str, revision: str | None, families: Collection[Family]) -> dict[str, Any]:
     """Refuse a source that is no pipeline of the right kind. A folder of parts without an index is not refused.
+
+    Models beside the parts of such a pipeline are left out, with a warning.
 
     Args:
         source: Folder or Hub id.
@@ -60,6 +106,8 @@ def check_kind(source: str, revision: str | None, families: Collection[Family]) 
     index = read_index(source, revision)
     if index and not any(index["_class_name"] in family.pipelines for family in families):
         raise WeightsError(f"{source} is a {index['_class_name']}: {_fix(families)}")
+    for name in _models_left_out(index) if index else ():
+        log.warning("%s: its %r is left out, the rest is used as a %s", source, name, index["_class_name"])
     if not index:
         lone = (
             model_files.resolve(source, None, revision, allow_patterns=["model_index.json", "config.json"])

@@ -160,6 +160,7 @@ STABLE_DIFFUSION = FAMILIES.register(
             ),
         },
         same_parts={
+            "StableDiffusionControlNetPipeline": "StableDiffusionPipeline",
             "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
             "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
         },

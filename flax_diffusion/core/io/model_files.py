@@ -1,7 +1,7 @@
 """Model folders, local or on the Hugging Face Hub, and their safetensors files, read without a framework."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,32 +11,13 @@ from safetensors.numpy import save_file
 
 from flax_diffusion.core.errors import WeightsError, naming
 from flax_diffusion.core.io.files import as_path, is_local, local_copy, replacing
+from flax_diffusion.core.io.hub_options import DEFAULT_HUB, HubOptions
 from flax_diffusion.core.io.untrusted import parse_json, read_text
 
 PICKLED = (".bin", ".ckpt", ".pt", ".pth")
 """File name extensions of pickled weights."""
 MAX_HEADER_BYTES = 2**25  # of a safetensors file; about a hundred bytes per tensor are usual
 _UNREADABLE_TENSOR = (SafetensorError, ValueError, TypeError, AttributeError, OverflowError)
-
-
-@dataclass(frozen=True, kw_only=True)
-class HubOptions:
-    """How files come from the Hub; the fields are arguments of `huggingface_hub.snapshot_download`.
-
-    Attributes:
-        cache_dir: Folder of the cache; None for the usual one.
-        force_download: Download again what the cache holds.
-        local_files_only: Read the cache alone, and ask no server.
-        token: Token of the Hub; True for the one of the log-in, False for none, None for what there is.
-    """
-
-    cache_dir: str | Path | None = None
-    force_download: bool = False
-    local_files_only: bool = False
-    token: str | bool | None = None
-
-
-DEFAULT_HUB = HubOptions()
 
 
 class StoredTensor:

@@ -15,6 +15,7 @@ def push_folder(
     private: bool | None = None,
     create_pr: bool = False,
     commit_message: str | None = None,
+    path_in_repo: str | None = None,
 ) -> str:
     """Upload a folder to the Hub, in a repository that is made if it does not exist.
 
@@ -25,9 +26,10 @@ def push_folder(
         private: Make a new repository private; None for the owner's default.
         create_pr: Open a pull request in place of a commit.
         commit_message: Message of the commit; None for a plain one.
+        path_in_repo: Folder in the repository; None for its root.
 
     Returns:
-        Address of the repository's page.
+        Address of the commit.
 
     Raises:
         WeightsError: If the Hub refuses, or cannot be reached.
@@ -37,10 +39,13 @@ def push_folder(
 
     api = HfApi(token=token)
     try:
-        page = api.create_repo(repo_id, private=private, exist_ok=True)
-        message = commit_message or f"Upload {folder.name}"
-        api.upload_folder(
-            repo_id=page.repo_id, folder_path=folder, commit_message=message, create_pr=create_pr, repo_type="model"
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            path_in_repo=path_in_repo,
+            commit_message=commit_message or f"Upload {folder.name}",
+            create_pr=create_pr,
         )
     except LocalTokenNotFoundError as error:
         raise WeightsError(f"cannot push to {repo_id}: log in with `hf auth login`, or give token=…") from error
@@ -49,4 +54,4 @@ def push_folder(
             f"cannot push {folder} to {repo_id} ({error}): the folder is whole on this machine, check the name of the "
             "repository and your rights, and push again"
         ) from error
-    return str(page)
+    return str(commit)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,6 +128,7 @@ class PipelineSpec:
         tokenizer: Its tokenizer; None for none.
         autoencoder_loss: Loss of an autoencoder; None where a denoiser is trained.
         objective_name: Objective of a run that does not train by that of its scheduler; None where it does.
+        listed_as: Class that its model_index.json names where that is another one of the same parts; None for `kind`.
     """
 
     kind: str
@@ -137,6 +139,7 @@ class PipelineSpec:
     tokenizer: CLIPTokenizer | None = None
     autoencoder_loss: AutoencoderLoss | None = None
     objective_name: str | None = None
+    listed_as: str | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler:
@@ -230,7 +233,7 @@ class PipelineSpec:
 
 
 def open_pipeline(source: str, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
-    """Open a finished pipeline, to draw images from it.
+    """Open a finished pipeline, to draw images from it or to convert it.
 
     Args:
         source: Folder or Hub id of the pipeline.
@@ -254,7 +257,7 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
         if folders.has_part(index, name):
             folder = model_files.resolve(source, name, revision, allow_patterns=["*.json"])
             components[name] = read_component(folder, model.name, source, name, revision, variant)
-    scheduler = model_files.read_json(model_files.resolve(source, "scheduler", revision) / "scheduler_config.json")
+    scheduler = folders.read_scheduler(model_files.resolve(source, "scheduler", revision))
     tokenizer = (
         text.load_tokenizer(model_files.resolve(source, "tokenizer", revision)) if "tokenizer" in index else None
     )
@@ -262,8 +265,14 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     if denoiser is None or not isinstance(size := denoiser["sample_size"], int):
         raise WeightsError(f"{source}: has no UNet whose config says its sample_size as one number")
     check_variant(components.values(), variant)
-    spec = PipelineSpec(kind=kind, components=components, scheduler=scheduler, resolution=1, tokenizer=tokenizer)
-    spec.family.check_drawing(spec)
+    spec = PipelineSpec(
+        kind=kind,
+        components=components,
+        scheduler=scheduler,
+        resolution=1,
+        tokenizer=tokenizer,
+        listed_as=folders.listed_as(index),
+    )
     return replace(spec, resolution=size * spec.vae_factor)
 
 
@@ -354,7 +363,9 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
         spec: The pipeline.
         folder: Folder of the pipeline.
     """
-    index: dict[str, Any] = {"_class_name": spec.kind}
+    index: dict[str, Any] = {"_class_name": spec.listed_as or spec.kind}
+    if spec.listed_as not in (None, spec.kind):
+        index["_diffusers_version"] = version("diffusers")  # StableDiffusionInpaintPipeline does not open without it
     index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
     if spec.tokenizer is not None:

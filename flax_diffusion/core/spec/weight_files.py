@@ -1,10 +1,15 @@
-"""Reader of the weights in a model's folder, without a framework: safetensors, or msgpack of a Flax release."""
+"""Reader of the weights in a model's folder, without a framework: safetensors, or msgpack of a Flax release.
+
+A Flax release wrote one msgpack file a model. Transformers' Flax classes also split one into shards
+(`max_shard_size`), or wrote safetensors with Linen's names and layout (`safe_serialization`).
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +18,19 @@ import numpy as np
 
 from flax_diffusion.core.errors import WeightsError, shown
 from flax_diffusion.core.io import model_files
-from flax_diffusion.core.io.model_files import DEFAULT_HUB, HubOptions
-from flax_diffusion.core.io.torch_names import LEAVES, to_torch_layout, torch_name
+from flax_diffusion.core.io.hub_options import DEFAULT_HUB, HubOptions
+from flax_diffusion.core.io.torch_names import LEAVES, to_torch_layout, torch_name, torch_shape
+from flax_diffusion.core.io.untrusted import LFS_POINTER
+
+log = logging.getLogger(__name__)
 
 FLAX_FILES = ("diffusion_flax_model.msgpack", "flax_model.msgpack")
+FLAX_PATTERNS = tuple(
+    pattern
+    for name in FLAX_FILES
+    for pattern in (name, name.replace(".msgpack", "-?????-of-?????.msgpack"), f"{name}.index.json")
+)
+"""Names of a Flax release's files: the single file, a glob of the shards, and the index of the shards."""
 
 # Name parts in old files and their present form, tried on names that the model does not have.
 ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
@@ -62,6 +76,18 @@ class _InMemory:
     def array(self) -> np.ndarray:
         """Return the values."""
         return self.values
+
+
+class _InLinenLayout:
+    """A tensor of a safetensors file that holds Linen's tree."""
+
+    def __init__(self, stored: Tensor, where: tuple[str, ...]):
+        self._stored, self._where = stored, where
+        self.shape = torch_shape(where, stored.shape)
+
+    def array(self) -> np.ndarray:
+        """Return the values in PyTorch's layout."""
+        return to_torch_layout(self._where, self._stored.array())
 
 
 def in_memory(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -153,12 +179,12 @@ def fetch(
     folder = model_files.resolve(source, subfolder, revision, names, hub)
     if has_weights(folder, base, variant):
         return folder
-    return model_files.resolve(source, subfolder, revision, [*names, *FLAX_FILES], hub)
+    return model_files.resolve(source, subfolder, revision, [*names, *FLAX_PATTERNS], hub)
 
 
 def files_of(folder: Path, base: str, variant: str | None = None) -> list[Path]:
     """Return the files that `read` reads, sorted by name."""
-    names = file_patterns(base, variant) if has_weights(folder, base, variant) else FLAX_FILES
+    names = file_patterns(base, variant) if has_weights(folder, base, variant) else FLAX_PATTERNS
     return sorted(file for file in folder.iterdir() if any(fnmatch.fnmatch(file.name, name) for name in names))
 
 
@@ -178,18 +204,31 @@ def read(folder: Path, base: str, variant: str | None = None) -> tuple[dict[str,
     """
     single, _, index = file_patterns(base, variant)
     if (folder / single).is_file():
-        return dict(model_files.read_safetensors(folder / single)), folder / single
+        return _read_safetensors(folder / single), folder / single
     if (folder / index).is_file():
-        tensors: dict[str, Tensor] = {}
-        for shard in _shards(folder / index):
-            if not (folder / shard).is_file():
-                raise WeightsError(f"{folder / index} names {shard}, which is missing: fetch the folder again")
-            tensors.update(model_files.read_safetensors(folder / shard))
-        return tensors, folder / index
+        return _read_shards(folder / index, _read_safetensors), folder / index
     for name in FLAX_FILES:
-        if variant is None and (folder / name).is_file():
-            return _read_msgpack(folder / name), folder / name
+        whole, index = folder / name, f"{name}.index.json"
+        if not (whole.is_file() or (folder / index).is_file()):
+            continue
+        if variant is not None and has_weights(folder, base, None):
+            break  # whoever wants these asks for no variant
+        if variant is not None:
+            log.warning("%s: its %s is read, as Flax's files have no variant %s", folder, name, variant)
+        if whole.is_file():
+            return _read_msgpack(whole), whole
+        return _read_shards(folder / index, _read_msgpack), folder / index
     raise WeightsError(_nothing_to_read(folder, single))
+
+
+def _read_shards(index: Path, read_one: Callable[[Path], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Read the shards that an index lists, each by the reader of its format."""
+    tensors: dict[str, Tensor] = {}
+    for shard in _shards(index):
+        if not index.with_name(shard).is_file():
+            raise WeightsError(f"{index} names {shard}, which is missing: fetch the folder again")
+        tensors.update(read_one(index.with_name(shard)))
+    return tensors
 
 
 def _shards(index: Path) -> list[str]:
@@ -202,14 +241,31 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(names))
 
 
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Open a safetensors file; names and layout become PyTorch's where the file says that they are Flax's."""
+    tensors = model_files.read_safetensors(path)
+    if model_files.safetensors_metadata(path).get("format") != "flax":
+        return dict(tensors)
+    paths = {tuple(name.split(".")): tensor for name, tensor in tensors.items()}
+    return {_torch_name(where): _InLinenLayout(tensor, where) for where, tensor in paths.items()}
+
+
+def _torch_name(where: tuple[str, ...]) -> str:
+    """Return PyTorch's name of a leaf of Linen's tree; a leaf that no parameter has keeps its own."""
+    return torch_name(where) if where[-1] in LEAVES else ".".join(where)
+
+
 def _read_msgpack(path: Path) -> dict[str, Tensor]:
     """Read a Flax msgpack file and return its arrays by PyTorch name.
 
     Raises:
         WeightsError: If it holds anything else.
     """
+    data = path.read_bytes()
+    if data.startswith(LFS_POINTER):
+        raise WeightsError(f"{path} is a pointer of Git LFS, without the weights: run `git lfs pull` in its folder")
     try:
-        flat = dict(_leaves(msgpack.unpackb(path.read_bytes(), ext_hook=_array_of, raw=False)))
+        flat = dict(_leaves(msgpack.unpackb(data, ext_hook=_array_of, raw=False)))
     except _NOT_MSGPACK as error:
         reason = f"{type(error).__name__}: {error}"
         raise WeightsError(f"{path} is not a whole Flax msgpack file ({reason}): fetch it again") from error
@@ -218,8 +274,7 @@ def _read_msgpack(path: Path) -> dict[str, Tensor]:
         if not (where and all(isinstance(key, str) for key in where) and isinstance(array, np.ndarray)):
             place = "/".join(map(str, where)) or "its whole content"
             raise WeightsError(f"{path} holds {shown(array)} as {place}, must be an array: fetch it again")
-        name = torch_name(where) if where[-1] in LEAVES else ".".join(where)
-        arrays[name] = to_torch_layout(where, array)
+        arrays[_torch_name(where)] = to_torch_layout(where, array)
     return in_memory(arrays)
 
 

@@ -14,6 +14,7 @@ from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.options import Reads, TrainConfig, also
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import family_of
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.objectives.ddpm import DdpmOptions
@@ -204,7 +205,7 @@ class DiffusionTask(Task[D]):
             values = {"_class_name": default} | config.noise_scheduler
         elif config.pretrained_model_name_or_path:
             folder = model_files.resolve(config.pretrained_model_name_or_path, "scheduler", config.revision)
-            values = model_files.read_json(folder / "scheduler_config.json")
+            values = folders.read_scheduler(folder)
         else:
             values = self._new_scheduler(asked or OBJECTIVES[DEFAULT_OBJECTIVE], kind)
         objective = objective_of(values)

@@ -202,7 +202,7 @@ def test_overrides_and_unused_keywords(tmp_path) -> None:
 def test_push_to_hub(tmp_path, monkeypatch) -> None:
     calls = []
 
-    def upload(**options):
+    def upload(_, **options):
         (file,) = (tmp_path.__class__(options.pop("folder_path"))).iterdir()
         calls.append((file.name, options))
         return "address"
@@ -210,8 +210,8 @@ def test_push_to_hub(tmp_path, monkeypatch) -> None:
     class Made:
         repo_id = "me/name"
 
-    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *args, **kwargs: Made)
-    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda *args, **kwargs: Made)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     FlaxDDIMScheduler().save_pretrained(tmp_path / "name", True, commit_message="words", create_pr=True)
     assert FlaxDDIMScheduler().push_to_hub("name", subfolder="scheduler") == "address"
     assert [name for name, _ in calls] == ["scheduler_config.json"] * 2
@@ -234,7 +234,7 @@ def test_options_of_the_hub(tmp_path, monkeypatch) -> None:
     FlaxPNDMScheduler.from_pretrained("owner/name", subfolder="scheduler", cache_dir="here", token="t", revision="bf16")
     assert asked == {
         "name": "owner/name", "revision": "bf16", "allow_patterns": ["scheduler/scheduler_config.json"],
-        "cache_dir": "here", "token": "t",
+        "cache_dir": "here", "token": "t", "force_download": False, "local_files_only": False,
     }  # fmt: skip
     *_, commit = FlaxPNDMScheduler.load_config(
         "owner/name", subfolder="scheduler", force_download=True, return_commit_hash=True
@@ -252,13 +252,18 @@ def test_options_of_the_hub(tmp_path, monkeypatch) -> None:
         (lambda: FlaxDDPMScheduler().save_config(__file__), "is a file; name a folder"),
         (lambda: FlaxDDPMScheduler().save_config("x", repo_id="y"), "add push_to_hub=True"),
         (lambda: FlaxDDPMScheduler().push_to_hub("x", privat=True), "no keyword 'privat'.* mean 'private'"),
-        (lambda: FlaxDDPMScheduler.from_pretrained("a/b", proxies={"https": "x"}), "set HTTPS_PROXY"),
     ],
 )
 def test_errors(call, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_proxies_are_said_to_be_left_alone(tmp_path) -> None:
+    FlaxDDPMScheduler().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="HTTPS_PROXY"):
+        FlaxDDPMScheduler.from_pretrained(tmp_path, proxies={"https": "x"})
 
 
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_diffusion import FlaxAutoencoderKL, FlaxControlNetModel, FlaxModelMixin, FlaxUNet2DConditionModel
 from flax_diffusion.core.errors import ConfigError, WeightsError
-from flax_diffusion.core.io import model_files, publishing
+from flax_diffusion.core.io import publishing
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,6 @@ def test_how_files_come_from_the_hub(folder: Path, monkeypatch: pytest.MonkeyPat
     assert "vae/config.json" in options["allow_patterns"]
     hub = {key: options[key] for key in ("cache_dir", "force_download", "local_files_only", "token")}
     assert hub == {"cache_dir": tmp_path, "force_download": True, "local_files_only": False, "token": "t"}
-    assert model_files.HubOptions() == model_files.DEFAULT_HUB
 
 
 def test_saving_and_pushing(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""How files come from the Hugging Face Hub, and the keywords by which `from_pretrained` is told."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """How files come from the Hub; the fields are arguments of `huggingface_hub.snapshot_download`.
+
+    Attributes:
+        cache_dir: Folder of the cache; None for the usual one.
+        force_download: Download again what the cache holds.
+        local_files_only: Read the cache alone, and ask no server.
+        token: Token of the Hub; True for the one of the log-in, False for none, None for what there is.
+    """
+
+    cache_dir: str | Path | None = None
+    force_download: bool = False
+    local_files_only: bool = False
+    token: str | bool | None = None
+
+
+DEFAULT_HUB = HubOptions()
+
+REPLACED = {
+    "proxies": "the Hub's client reads proxies from HTTPS_PROXY and HTTP_PROXY: set these",
+    "mirror": "the Hub's client reads the address of a mirror from HF_ENDPOINT: set that",
+    "resume_download": "downloads always go on where they stopped: leave it out",
+}
+"""Keywords that nothing reads any more, and what takes their place."""
+
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "use_auth_token", *REPLACED)
+"""All keywords that `take_hub_options` takes out."""
+
+
+def take_hub_options(owner: str, keywords: dict[str, Any]) -> HubOptions:
+    """Take the keywords of the Hub out of a dictionary; the others stay in it.
+
+    Args:
+        owner: Name of the class, for warnings.
+        keywords: Keywords of a call to `from_pretrained` or `load_config`; changed in place.
+
+    Returns:
+        How files come from the Hub.
+    """
+    for name, instead in REPLACED.items():
+        if keywords.pop(name, None):
+            warnings.warn(f"{owner} does not read {name}: {instead}", stacklevel=4)
+    old_token = keywords.pop("use_auth_token", None)  # the name of token before 2023
+    given = {name: keywords.pop(name) for name in HubOptions.__dataclass_fields__ if keywords.get(name) is not None}
+    for name in HubOptions.__dataclass_fields__:
+        keywords.pop(name, None)
+    return HubOptions(**({"token": old_token} | given))
