@@ -160,7 +160,6 @@ STABLE_DIFFUSION = FAMILIES.register(
             ),
         },
         same_parts={
-            "StableDiffusionControlNetPipeline": "StableDiffusionPipeline",
             "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
             "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
         },

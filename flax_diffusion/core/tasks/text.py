@@ -19,7 +19,7 @@ from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ModelClass, Role, family_of
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import as_path, local_copy
-from flax_diffusion.core.spec import pipeline
+from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.adapters import Lora
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
@@ -229,7 +229,7 @@ class TextTask(DiffusionTask[T]):
             return
         arrays = backend.trained_arrays()
         if backend.process_index == 0:
-            pipeline.write_adapters(spec, arrays, folder, self.lora_format)
+            writing.write_adapters(spec, arrays, folder, self.lora_format)
 
     def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
         """Write a pipeline that Diffusers loads, or the adapters."""
