@@ -23,7 +23,7 @@ from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
 from flax_diffusion.core.io.files import as_path, local_copy
-from flax_diffusion.core.spec import adapters, pipeline, single_file
+from flax_diffusion.core.spec import adapters, single_file, writing
 from flax_diffusion.core.spec.merging import checkpoint_arrays, read_lora, with_adapters
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from flax_diffusion.core.spec.weight_files import in_memory
@@ -243,7 +243,7 @@ def _write(spec: PipelineSpec, weights: dict[str, Arrays], options: ConvertOptio
         with replacing(out / name / file) as partial:
             partial.write_bytes(msgpack_serialize(tree))
         write_json(out / name / "config.json", model.saved_config(tree))
-    pipeline.write_index(spec, out)
+    writing.write_index(spec, out)
 
 
 def _cast(tree: dict[str, Any], dtype: Any) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
     scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), kind=config.scheduler)
     sampler = Sampler(modules, scheduler, mesh)
     params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
-    return sampler.batches(params, **command.sampler_options(config))
+    return sampler.batches(params, **command.sampler_options(config, spec))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -131,6 +131,22 @@ def pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
     return folder
 
 
+def paired_pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
+    """A folder of such pictures whose metadata also name, in a subfolder, a conditioning image of each."""
+    import json
+
+    from PIL import Image, ImageOps
+
+    rows = [json.loads(line) for line in (pictures(folder, count, size) / "metadata.jsonl").read_text().splitlines()]
+    (folder / "conditioning").mkdir()
+    for row in rows:
+        row["conditioning_image_file_name"] = f"conditioning/{row['file_name']}"
+        with Image.open(folder / row["file_name"]) as picture:
+            ImageOps.invert(picture).save(folder / row["conditioning_image_file_name"])
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    return folder
+
+
 def losses(folder: Path) -> list[float]:
     """The logged losses of a run; none, if it logged none."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

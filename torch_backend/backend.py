@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -282,6 +282,7 @@ class TorchBackend:
         guidance_scale: float,
         seed: int,
         batch_size: int = 64,
+        extra: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Draw images with the moving average, or with the weights themselves where there is none."""
         with self._sampling_modules() as modules:
@@ -292,6 +293,7 @@ class TorchBackend:
                 guidance_scale=guidance_scale,
                 seed=seed,
                 batch_size=batch_size,
+                extra=extra,
             )
 
     @torch.no_grad()
@@ -300,7 +302,7 @@ class TorchBackend:
         tokenize = self.spec.tokenize
         assert tokenize is not None
         ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts])).long().to(self.device)
-        made = self.modules.condition({"input_ids": ids})
+        made = self.modules.condition({"input_ids": ids})["text_embeddings"]
         return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
 
     @torch.no_grad()

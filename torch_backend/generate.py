@@ -35,7 +35,7 @@ def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,
         device=device,
     )  # fmt: skip
-    return Sampler(modules, scheduler, device).batches(**command.sampler_options(config))
+    return Sampler(modules, scheduler, device).batches(**command.sampler_options(config, spec))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

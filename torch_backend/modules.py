@@ -255,6 +255,7 @@ def make(component: Component) -> Any:
 
 
 def _draw(component: Component, seed: int) -> Any:
+    """Return a new module: copies of another model's weights where it has the same, else drawn ones."""
     module = make(component)
     config = module.config.to_dict() if component.model.library == "transformers" else dict(module.config)
     with torch.no_grad():
@@ -262,4 +263,9 @@ def _draw(component: Component, seed: int) -> Any:
             file = file_name(component.kind, name)
             drawn = initial_weights.draw(seed, component.kind, config, file, tuple(parameter.shape))
             parameter.copy_(torch.from_numpy(np.ascontiguousarray(drawn)))
+        if component.copied_from is not None:
+            known = dict(load(component.copied_from).named_parameters())
+            for name, parameter in module.named_parameters():
+                if name in known:
+                    parameter.copy_(known[name])
     return module

@@ -81,7 +81,7 @@ def apply(config: TrainConfig, modules: Modules) -> None:
     """Set up the trained models, before Accelerate wraps them."""
     for name, component in modules.spec.components.items():
         module = modules.by_name[name]
-        if config.enable_xformers_memory_efficient_attention and component.role is Role.DENOISER:
+        if config.enable_xformers_memory_efficient_attention and component.role in (Role.DENOISER, Role.CONTROL):
             module.enable_xformers_memory_efficient_attention()
         if config.channels_last and component.role is not Role.TEXT_ENCODER:
             module.to(memory_format=torch.channels_last)

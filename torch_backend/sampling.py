@@ -6,7 +6,7 @@ All noise is drawn on the host from a generator keyed by (seed, image, step).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -99,6 +99,7 @@ class Sampler:
         seed: int,
         negative_prompt: str = "",
         batch_size: int = 64,
+        extra: Mapping[str, np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
         """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
@@ -112,16 +113,20 @@ class Sampler:
         tokenize = spec.tokenize
         guided = tokenize is not None and guidance_scale > 1
         count = num_images * max(1, len(prompts))
-        ids = None
+        told = {name: torch.from_numpy(array) for name, array in (extra or {}).items()}
+        away: dict[str, Tensor] = {}  # what to guide away from, where that is something else
         if tokenize is not None:
             ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])).long()
+            told["input_ids"], away["input_ids"] = ids[:-1], ids[-1]
         for first in range(0, count, batch_size):
             indices = np.arange(first, min(first + batch_size, count))
             condition = None
-            if ids is not None:
-                rows = ids[indices // num_images]
-                rows = torch.cat([ids[-1:].expand(len(rows), -1), rows]) if guided else rows
-                condition = self.modules.condition({"input_ids": rows.to(self.device)})
+            if told:
+                batch = {name: array[indices // num_images] for name, array in told.items()}
+                if guided:
+                    before = batch | {name: rows.expand_as(batch[name]) for name, rows in away.items()}
+                    batch = {name: torch.cat([before[name], rows]) for name, rows in batch.items()}
+                condition = self.modules.condition({name: rows.to(self.device) for name, rows in batch.items()})
             yield self._draw(condition, indices, num_inference_steps, guidance_scale if guided else None, seed)
 
     def _draw(

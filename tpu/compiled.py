@@ -174,13 +174,16 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
 
 
 def _described_source(task: Task[TrainConfig]) -> Any:
-    """Return a source of one picture with a caption, or the real data where a tokenizer is trained on its captions."""
+    """Return a source of one picture with a caption and a second picture, or the real data.
+
+    The latter where a tokenizer is trained on their captions.
+    """
     from flax_diffusion.core.data.sources.source import ArraySource
 
     if task.makes_tokenizer:
         return task.open_source()
     images = np.zeros((1, task.config.resolution, task.config.resolution, 3), np.uint8)
-    return ArraySource(images, ["a photo"], "described")
+    return ArraySource(images, ["a photo"], "described", extras=images)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -96,7 +96,7 @@ def part_of(module: str) -> str:
     flax = {name: kind.__name__ for family in FLAX_FAMILIES.values() for name, kind in family.classes.items()}
     models = {model.name: model.role for family in FAMILIES.values() for model in family.models.values()}
     role = next((role for name, role in models.items() if name in module or flax.get(name, name) in module), None)
-    if role in (Role.TEXT_ENCODER, Role.AUTOENCODER):
+    if role in (Role.TEXT_ENCODER, Role.AUTOENCODER, Role.CONTROL):
         return str(role)
     for part, words in _PARTS.items():
         if any(word in module for word in words):

@@ -212,6 +212,7 @@ class Backend(Protocol):
         guidance_scale: float,
         seed: int,
         batch_size: int = 64,
+        extra: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Draw images with the averaged weights if there are any.
 
@@ -222,6 +223,8 @@ class Backend(Protocol):
             guidance_scale: Scale of classifier-free guidance; 1 or less turns it off.
             seed: Seed of all noise.
             batch_size: Images drawn at a time, over all devices.
+            extra: What the denoiser is told beside the prompts, by its name in a batch: arrays (prompts, …). None for
+                nothing.
 
         Returns:
             Images, uint8 (prompts x num_images, H, W, C), or (num_images, H, W, C) where there are no prompts.

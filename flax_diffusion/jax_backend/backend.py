@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from flax_diffusion.core.io.torch_names import from_torch_layout
 from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.jax_backend import adapters
-from flax_diffusion.jax_backend.modules import load_pretrained
+from flax_diffusion.jax_backend.modules import first_weights, load_pretrained
 from flax_diffusion.jax_backend.optimizers.optimizer import OPTIMIZERS, Params
 from flax_diffusion.jax_backend.processes import all_processes, broadcast_from_first, to_host
 from flax_diffusion.jax_backend.program import Program
@@ -102,7 +102,7 @@ class JaxBackend:
         params = {}
         for name in self.program.trained:
             part = self.spec.components[name]
-            host = loaded[name] if name in loaded else self.modules.by_name[name].init_weights(self.config.seed)
+            host = loaded[name] if name in loaded else first_weights(self.modules, name, self.config.seed)
             host = adapters.draw(part, host, self.config.seed) if part.training is Training.ADAPTERS else host
             params[name] = put(_cast(host, self.dtype), state_shardings(host, self.mesh))
         self.state = self.program.init_state(params)
@@ -131,7 +131,7 @@ class JaxBackend:
         assert tokenize is not None
         ids = put_replicated(np.stack([tokenize(prompt) for prompt in prompts]), self.mesh)
         encoders = {name: self.frozen[name] for name in self.spec.names_of(Role.TEXT_ENCODER)}
-        made = to_host(self._condition(encoders, {"input_ids": ids}))
+        made = to_host(self._condition(encoders, {"input_ids": ids})["text_embeddings"])
         return made.astype(np.promote_types(self.dtype, np.float32))
 
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:
@@ -259,6 +259,7 @@ class JaxBackend:
         guidance_scale: float,
         seed: int,
         batch_size: int = 64,
+        extra: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
         """Draw images with the moving average, or with the weights themselves where there is none."""
         return self._sampler(
@@ -269,6 +270,7 @@ class JaxBackend:
             guidance_scale=guidance_scale,
             seed=seed,
             batch_size=batch_size,
+            extra=extra,
         )
 
     def trained_arrays(self) -> portable.Arrays:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from flax_diffusion.core.families.family import Role
@@ -110,7 +111,9 @@ class Modules:
         """Return the denoiser's prediction for noisy samples (B, C, h, w) at timesteps (B,)."""
         return self.family.predict(self, params, sample, timesteps, condition, dropout)
 
-    def call(self, name: str, params: Params, dropout: Key[Array, ""] | None, *inputs: jax.Array) -> Any:
+    def call(
+        self, name: str, params: Params, dropout: Key[Array, ""] | None, *inputs: jax.Array, **options: Any
+    ) -> Any:
         """Call a model with its adapters; a model that does not train has no dropout.
 
         Args:
@@ -118,6 +121,7 @@ class Modules:
             params: Weights of all components.
             dropout: Key of the dropout masks; None in evaluation.
             inputs: Inputs of the model.
+            options: Further inputs by name.
 
         Returns:
             The model's outputs.
@@ -130,7 +134,7 @@ class Modules:
             if component.training is Training.ADAPTERS
             else nullcontext()
         ):
-            return self._apply(name, params, *inputs, train=train, rngs=rngs)
+            return self._apply(name, params, *inputs, train=train, rngs=rngs, **options)
 
     def _apply(self, name: str, params: Params, *inputs: jax.Array, **options: Any) -> Any:
         mesh: AbstractContextManager[Any] = nullcontext()
@@ -173,6 +177,25 @@ def build_modules(
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the shapes of a pipeline's parameters by component and PyTorch name, without reading a weight."""
     return {name: torch_shapes(model.params_shape()) for name, model in build_modules(spec).by_name.items()}
+
+
+def first_weights(modules: Modules, name: str, seed: int) -> Params:
+    """Return the first weights of a new component: copies of another model's where it has the same, else drawn.
+
+    Args:
+        modules: The pipeline's modules.
+        name: Name of the component.
+        seed: Seed of the run.
+
+    Returns:
+        The weights as NumPy arrays on the host, float32.
+    """
+    drawn = modules.by_name[name].init_weights(seed)
+    source = modules.spec.components[name].copied_from
+    if source is None:
+        return drawn
+    known = flatten_dict(load_pretrained(source))
+    return unflatten_dict({path: known.get(path, leaf) for path, leaf in flatten_dict(drawn).items()})
 
 
 def load_pretrained(component: Component) -> Params:

@@ -7,7 +7,7 @@ size, devices or backend.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -70,6 +70,7 @@ class Sampler:
         seed: int,
         negative_prompt: str = "",
         batch_size: int = 64,
+        extra: Mapping[str, np.ndarray] | None = None,
     ) -> Iterator[np.ndarray]:
         """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
@@ -82,6 +83,8 @@ class Sampler:
             seed: Seed of all noise.
             negative_prompt: Text to guide away from.
             batch_size: Images drawn at a time; it changes speed and memory, not the pictures.
+            extra: What the denoiser is told beside the prompts, by its name in a batch: arrays (prompts, …). None for
+                nothing.
 
         Yields:
             Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
@@ -98,17 +101,21 @@ class Sampler:
         count = num_images * max(1, len(prompts))
         devices = self.mesh.size
         batch_size = -(-min(batch_size, count) // devices) * devices
-        ids = None
+        told = dict(extra or {})
+        away: dict[str, np.ndarray] = {}  # what to guide away from, where that is something else
         if tokenize is not None:
-            ids = np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])
+            told["input_ids"] = np.stack([tokenize(prompt) for prompt in prompts])
+            away["input_ids"] = tokenize(negative_prompt)
         for first in range(0, count, batch_size):
             # The last batch is filled up, so that every batch has the same compiled shape.
             indices = np.arange(first, first + batch_size)
             condition = None
-            if ids is not None:
-                rows = ids[np.minimum(indices // num_images, len(prompts) - 1)]
-                rows = np.concatenate([np.broadcast_to(ids[-1], rows.shape), rows]) if guided else rows
-                condition = self._condition(params, {"input_ids": self._put(rows)})
+            if told:
+                places = np.minimum(indices // num_images, len(prompts) - 1)
+                batch = {name: array[places] for name, array in told.items()}
+                if guided:
+                    batch = {name: _doubled(rows, away.get(name)) for name, rows in batch.items()}
+                condition = self._condition(params, {name: self._put(rows) for name, rows in batch.items()})
             images = self._draw(params, condition, indices, num_inference_steps, guidance_scale, seed, guided)
             yield to_host(images)[: count - first]
 
@@ -169,6 +176,11 @@ class Sampler:
         options = {} if noise is None else {"variance_noise": noise}
         output = self.scheduler.step(state, predicted, timestep, sample, **options)
         return output.state, output.prev_sample
+
+
+def _doubled(rows: np.ndarray, away: np.ndarray | None) -> np.ndarray:
+    """Put before some rows as many of what to guide away from; None for the same rows again."""
+    return np.concatenate([rows if away is None else np.broadcast_to(away, rows.shape), rows])
 
 
 def to_uint8(modules: Modules, params: Params, latents: Float[Array, "B C h w"]) -> UInt8[Array, "B H W C"]:

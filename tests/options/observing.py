@@ -95,7 +95,8 @@ class Recorder(Idle):
         return np.zeros((len(latents), side, side, self.spec.image_channels), np.uint8)
 
     def sample(self, **asked):
-        self.sampled.append(asked)
+        told = {name: digest(array) for name, array in (asked["extra"] or {}).items()}
+        self.sampled.append(asked | {"extra": told})
         count = asked["num_images"] * max(1, len(asked["prompts"]))
         return np.zeros((count, 16, 16, 3), np.uint8)
 
@@ -131,7 +132,7 @@ class Observer:
         self._asked.append(("dataset", arguments, options))
         return copy.copy(self.world.table)
 
-    def _snapshot_download(self, name, *, revision=None, allow_patterns=(), dry_run=False):
+    def _snapshot_download(self, name, *, revision=None, allow_patterns=(), dry_run=False, cache_dir=None):
         self._asked.append(("model", name, revision))
         folder = self.world.folder / name.partition("/")[2]
         if not dry_run:

@@ -49,8 +49,8 @@ def other(_: Any, value: Any) -> bool:
 BACKENDS = ("jax", "torch", "torch_built", "jax_says")
 """Channels that make models: those of text get a pipeline that trains on pixels, of fewer layers."""
 BOTH = ("jax", "torch")
-TEXT = ("text_to_image", "dreambooth", "textual_inversion")
-TUNED = ("dreambooth", "textual_inversion")
+TEXT = ("text_to_image", "dreambooth", "textual_inversion", "controlnet")
+TUNED = ("dreambooth", "textual_inversion", "controlnet")
 FLOW = {"objective": "flow_matching"}
 EARLIER = {"max_train_steps": 4, "checkpointing_steps": 2}
 
@@ -113,7 +113,7 @@ TABLE: dict[str, list[Row]] = {
         Row(VAE | {"layers_per_block": 2}, "spec", tasks=("autoencoder",)),
     ],
     "text_encoder": [Row(TEXT_ENCODER | {"num_hidden_layers": 2}, "spec", scratch)],
-    "tokenizer_name": [Row(lambda w, _: str(w.tokenizer), "batch", tasks=("text_to_image", "dreambooth")),
+    "tokenizer_name": [Row(lambda w, _: str(w.tokenizer), "batch", tasks=("text_to_image", "dreambooth", "controlnet")),
                        Row(lambda w, _: str(w.tokenizer), "batch", {"initializer_token": "a"},
                            tasks=("textual_inversion",))],
     "noise_scheduler": [Row({"num_train_timesteps": 20, "beta_schedule": "scaled_linear"}, ("spec", "batch"))],
@@ -136,9 +136,17 @@ TABLE: dict[str, list[Row]] = {
     # Data
     "dataset_name": [Row("digits", "batch", {"train_data_dir": None})],
     "dataset_config_name": [Row("cats", "asked", {"dataset_name": "me/pets", "train_data_dir": None})],
-    "train_data_dir": [Row(lambda w, _: str(w.more), "batch")],
+    "train_data_dir": [
+        Row(lambda w, _: str(w.more), "batch",
+            tasks=("unconditional", "text_to_image", "textual_inversion", "autoencoder")),
+        Row(lambda w, _: str(w.paired_more), "batch", tasks=("controlnet",)),
+    ],
     "image_column": [Row("picture", "batch", lambda w: {"train_data_dir": str(w.columns)})],
-    "caption_column": [Row("words", "batch", lambda w: {"train_data_dir": str(w.words)})],
+    "caption_column": [
+        Row("words", "batch", lambda w: {"train_data_dir": str(w.words)}, tasks=("text_to_image",)),
+        Row("words", "batch", lambda w: {"train_data_dir": str(w.words), "conditioning_data_dir": str(w.data)},
+            tasks=("controlnet",)),
+    ],
     "max_train_samples": [Row(3, "batch")],
     "cache_dir": [
         Row(lambda w, _: str(w.folder / "cache"), "asked", {"dataset_name": "me/pets", "train_data_dir": None})
@@ -154,6 +162,8 @@ TABLE: dict[str, list[Row]] = {
         Row(True, "batch", lambda w: {"instance_data_dir": str(w.bad)}, tasks=("dreambooth",)),
         Row(True, "batch", lambda w: {"train_data_dir": str(w.bad)},
             tasks=("unconditional", "text_to_image", "textual_inversion", "autoencoder")),
+        Row(True, "batch", lambda w: {"train_data_dir": str(w.bad), "conditioning_data_dir": str(w.data)},
+            tasks=("controlnet",)),
     ],
     "cache_latents": [Row(True, "batch", latent, tasks=("unconditional",)),
                       Row(True, "batch", {"center_crop": True}, tasks=TEXT)],
@@ -226,6 +236,19 @@ TABLE: dict[str, list[Row]] = {
             lambda w: {"instance_data_dir": None, "instance_prompt": None,
                        "concepts": [concept(w, w.data, "a sks dog")]}),
     ],
+    # Inpainting
+    "inpainting": [Row(True, ("spec", "batch"))],
+    "mask_column": [Row("picture", "batch", lambda w: {"train_data_dir": str(w.columns), "inpainting": True})],
+    "mask_data_dir": [Row(lambda w, _: str(w.edges), "batch", {"inpainting": True})],
+    # ControlNet
+    "controlnet_model_name_or_path": [Row(lambda w, _: str(w.control), "spec")],
+    "controlnet_revision": [Row("v2", ("asked", "spec"), {"controlnet_model_name_or_path": "me/control"})],
+    "conditioning_image_column": [Row("edges", "batch", lambda w: {"train_data_dir": str(w.columns)})],
+    "conditioning_data_dir": [
+        Row(lambda w, _: str(w.edges), "batch",
+            lambda w: {"train_data_dir": str(w.data), "conditioning_data_dir": str(w.data)}),
+    ],
+    "validation_images": [Row(lambda w, _: [str(w.data / "1.png")], "samples")],
     # Textual inversion
     "placeholder_token": [Row("<other>", ("spec", "files"), {"validation_prompts": ["<new> <other>"]})],
     "initializer_token": [Row("photo", ("spec", "torch"))],
@@ -281,6 +304,7 @@ def base(task: str, w: Any) -> dict[str, Any]:
         "dreambooth": text | {"instance_data_dir": str(w.data), "instance_prompt": "a photo of sks dog"},
         "textual_inversion": text
         | {"train_data_dir": str(w.data), "placeholder_token": "<new>", "initializer_token": "dog", "repeats": 1},
+        "controlnet": text | {"train_data_dir": str(w.paired), "validation_images": [str(w.data / "0.png")]},
         "autoencoder": {"vae": VAE, "train_data_dir": str(w.data)},
     }[task]  # fmt: skip
 

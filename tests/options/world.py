@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderKL, ControlNetModel, DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 from PIL import Image
-from tiny import ONE_BLOCK, UNET, VAE, pictures, stable_diffusion
+from tiny import ONE_BLOCK, UNET, VAE, paired_pictures, pictures, stable_diffusion
 
 from flax_diffusion.core.data.captions import train_tokenizer
 
@@ -33,6 +33,9 @@ def make(folder):
     world.pixels = stable_diffusion(folder / "pixels", length=48, unet={"in_channels": 3, "out_channels": 3})
     torch.manual_seed(0)
     DDPMPipeline(UNet2DModel(**COLOUR_UNET), DDPMScheduler()).save_pretrained(folder / "ddpm")
+    world.control = folder / "control"
+    unet = UNet2DConditionModel.from_pretrained(world.base / "unet")
+    ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=[8, 16]).save_pretrained(world.control)
     world.ddpm, world.vae = folder / "ddpm", folder / "vae"
     AutoencoderKL(**VAE).save_pretrained(world.vae)
     for name in ("base", "ddpm"):
@@ -40,6 +43,8 @@ def make(folder):
         for path in (folder / f"{name}-half").rglob("*.safetensors"):
             shutil.copy(path, path.with_suffix(".fp16.safetensors"))
     world.data, world.more = pictures(folder / "data"), pictures(folder / "more", 7, size=20)
+    world.paired, world.paired_more = paired_pictures(folder / "paired"), paired_pictures(folder / "paired_more", 7, 20)
+    world.edges = world.paired / "conditioning"
     world.unfilled = folder / "unfilled"  # whose class pictures each run has to draw
     world.classes, world.animals = pictures(folder / "classes", 4), pictures(folder / "animals", 6, size=20)
     world.bad = pictures(folder / "bad")
@@ -53,9 +58,11 @@ def make(folder):
     world.columns = folder / "columns"
     world.columns.mkdir()
     columns = {"image": [png(n) for n in range(4)], "picture": [png(n + 9) for n in range(4)], "text": ["a dog"] * 4}
+    columns |= {"conditioning_image": columns["picture"], "edges": columns["image"]}
     pq.write_table(pa.table(columns), world.columns / "data.parquet")
     world.tokenizer = folder / "another_tokenizer"
     train_tokenizer(["quick brown foxes jump", "over lazy dogs"], 700, 48).save_pretrained(world.tokenizer)
-    kept = datasets.Dataset.from_dict({"image": columns["image"], "text": columns["text"]})
-    world.table = kept.cast_column("image", datasets.Image())
+    kept = {name: columns[name] for name in ("image", "text", "conditioning_image")}
+    world.table = datasets.Dataset.from_dict(kept).cast_column("image", datasets.Image())
+    world.table = world.table.cast_column("conditioning_image", datasets.Image())
     return world

@@ -15,7 +15,7 @@ import torch_backend.generate
 from flax_diffusion.core.errors import ConfigError, DataError
 from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.schedule import make_schedule
-from flax_diffusion.core.tasks import class_images
+from flax_diffusion.core.tasks import dreambooth
 from flax_diffusion.core.tasks.dreambooth import DreamBoothConfig
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
@@ -71,13 +71,13 @@ def test_the_shortfall_is_drawn_and_nothing_is_overwritten(options, tmp_path):
     (folder / "class-00001.png").write_bytes((tmp_path / "new/0.png").read_bytes())
     before = (folder / "class-00001.png").read_bytes()
     config, painter = DreamBoothConfig(**options | {"num_class_images": 8}), Painter()
-    class_images.draw_missing(config, painter)
+    dreambooth.draw_missing(config, painter)
     assert painter.asked == [(["a photo of dog"], 4, 1), (["a photo of dog"], 4, 5)]
     assert len(list(folder.iterdir())) == 8
     assert (folder / "class-00001.png").read_bytes() == before
     colours = {np.asarray(Image.open(path)).flat[0] for path in folder.glob("*.png") if path.name != "class-00001.png"}
     assert colours == {1, 2, 3, 4, 5, 6, 7}
-    class_images.draw_missing(config, painter)
+    dreambooth.draw_missing(config, painter)
     assert len(painter.asked) == 2
 
 
@@ -85,7 +85,7 @@ def test_the_class_is_drawn_as_diffusers_draws_by_default(options):
     from diffusers import StableDiffusionPipeline
 
     painter = Painter()
-    class_images.draw_missing(DreamBoothConfig(**options), painter)
+    dreambooth.draw_missing(DreamBoothConfig(**options), painter)
     by_default = inspect.signature(StableDiffusionPipeline.__call__).parameters
     for name in ("num_inference_steps", "guidance_scale"):
         assert {asked[name] for asked in painter.options} == {by_default[name].default}
@@ -102,7 +102,7 @@ def test_the_class_is_drawn_with_its_own_steps_and_guidance(options, model, tmp_
     config = DreamBoothConfig(**options | changes)
     made = backend(config, task_of(config).make_spec(task_of(config).open_source()))
     made.init_state()
-    class_images.draw_missing(config, made)
+    dreambooth.draw_missing(config, made)
     drawn = np.stack([np.asarray(Image.open(path)) for path in sorted((tmp_path / "class").iterdir())])
     shared = {"prompt": "a photo of dog", "num_images": 2, "batch_size": 2}
     np.testing.assert_array_equal(drawn, generate(model, **shared | asked))
@@ -228,7 +228,7 @@ def test_folders_that_cannot_be_used(options, tmp_path):
 
 
 def test_a_class_folder_that_is_short_and_cannot_be_written(options, monkeypatch):
-    monkeypatch.setattr(class_images.os, "access", lambda *_: False)
+    monkeypatch.setattr(dreambooth.os, "access", lambda *_: False)
     with pytest.raises(DataError, match=r"holds 0 of 5 pictures and cannot be written; .*--num_class_images 0"):
         train("dreambooth", **options)
 

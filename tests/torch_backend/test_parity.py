@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny import RUN, TEXT_RUN, VAE, pictures, stable_diffusion
+from tiny import RUN, TEXT_RUN, VAE, paired_pictures, pictures, stable_diffusion
 
 from flax_diffusion import generate as jax_generate
 from flax_diffusion.core.cli.command_line import merge
@@ -116,8 +116,14 @@ METHODS = {
         "text_encoder_learning_rate": 1e-3,
     },
     "text_to_image_lora": {"lora_rank": 4, "gradient_accumulation_steps": 2},
+    "text_to_image_inpainting": {"inpainting": True, "random_flip": True},
     "textual_inversion": {
         "placeholder_token": "<dog-toy>", "initializer_token": "dog", "num_vectors": 2, "gradient_checkpointing": True,
+    },
+    "controlnet": {"proportion_empty_prompts": 0.3, "random_flip": True, "center_crop": False},
+    "controlnet_cached": {
+        "cache_latents": True, "pre_compute_text_embeddings": True, "random_flip": True, "snr_gamma": 5.0,
+        "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
     },
     "autoencoder": {"kl_scale": 1e-3},
     "autoencoder_l1": {"kl_scale": 1e-3, "rec_loss": "l1"},
@@ -126,7 +132,7 @@ METHODS = {
 
 def method_config(method, tmp_path, **options):
     task = next(name for name in TASKS if method.startswith(name))
-    data = pictures(tmp_path / "data", 4)
+    data = (paired_pictures if task == "controlnet" else pictures)(tmp_path / "data", 4)
     values = QUIET | METHODS[method] | {
         "resolution": 16, "train_batch_size": 2, "learning_rate": 1e-2, "use_ema": True, "lr_warmup_steps": 0,
     } | options  # fmt: skip
@@ -156,6 +162,14 @@ def test_thirty_steps_of_every_method(tmp_path, method):
 def test_lora_of_both_models_float64(tmp_path):
     equal, line = verdict(list(compare(method_config("dreambooth_lora", tmp_path), 3)), "float64")
     assert equal, line
+
+
+@pytest.mark.parametrize("method", ["controlnet", "controlnet_cached", "text_to_image_inpainting"])
+def test_a_second_picture_float64(tmp_path, method):
+    rows = list(compare(method_config(method, tmp_path), 3))
+    equal, line = verdict(rows, "float64")
+    assert equal, line
+    assert rows[0].grad_norm_jax > 0
 
 
 def test_the_measure_sees_a_difference():

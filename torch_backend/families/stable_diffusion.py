@@ -1,40 +1,80 @@
-"""Pictures from prompts: Stable Diffusion 1.x and 2.x."""
+"""Pictures from prompts: Stable Diffusion 1.x and 2.x, with a ControlNet or without."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import (  # made at run time
     AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
+    ControlNetModel,  # pyright: ignore[reportPrivateImportUsage]
     UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
 )
 from torch import Tensor
 from transformers import CLIPTextModel
 
+from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, MASK, MASKED_NOISE
 from torch_backend.families.family import FAMILIES, Batch, Family
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Num
 
+Condition = dict[str, Tensor]
+"""What the UNet is told, by the names of a batch: text_embeddings (B, L, D), and where there is a ControlNet
+conditioning_pixel_values (B, 3, H, W), for inpainting masked (B, 1 + C, h, w)."""
 
-def condition(modules: Any, batch: Batch) -> Float[Tensor, "B L D"]:
-    """Return the text encoder's last hidden states (B, L, D), which the UNet attends to.
+MASKED = "masked"
+"""What an inpainting UNet is told: the mask at the size of the latents, and the latents of the rest of the picture."""
+
+
+def condition(modules: Any, batch: Batch) -> Condition:
+    """Return the text encoder's last hidden states, which the UNet attends to, and what a ControlNet follows.
 
     Args:
         modules: The pipeline's modules.
-        batch: input_ids (B, L), or text_embeddings (B, L, D) that were made before.
+        batch: input_ids (B, L), or text_embeddings (B, L, D) that were made before; conditioning_pixel_values
+            (B, 3, H, W) in 0..1 for a ControlNet; for inpainting pixel_values (B, C, H, W), mask (B, 1, H, W) and
+            with an autoencoder masked_latent_noise (B, C, h, w).
     """
+    told = {name: batch[name] for name in (CONDITIONING_IMAGE,) if name in batch}
+    if MASK in batch:
+        told[MASKED] = _masked(modules, batch)
     if "input_ids" not in batch:
-        return batch["text_embeddings"]
-    return modules.by_name["text_encoder"](batch["input_ids"])[0]
+        return told | {"text_embeddings": batch["text_embeddings"]}
+    return told | {"text_embeddings": modules.by_name["text_encoder"](batch["input_ids"])[0]}
+
+
+def _masked(modules: Any, batch: Batch) -> Float[Tensor, "B c h w"]:
+    """Return the mask at the size of the latents, by the nearest pixel, and the latents of the rest, (B, 1 + C, h, w).
+
+    Reference:
+        Rombach et al., https://arxiv.org/abs/2112.10752; StableDiffusionInpaintPipeline of Diffusers, for the order.
+    """
+    mask, factor = batch[MASK], modules.spec.vae_factor
+    rest = batch["pixel_values"] * (mask < 0.5)
+    latents = modules.encode_images(rest, batch.get(MASKED_NOISE))
+    return torch.cat([mask[:, :, ::factor, ::factor], latents], dim=1)
 
 
 def predict(
-    modules: Any, sample: Float[Tensor, "B C h w"], timesteps: Num[Tensor, " B"], condition: Float[Tensor, "B L D"]
+    modules: Any, sample: Float[Tensor, "B C h w"], timesteps: Num[Tensor, " B"], condition: Condition
 ) -> Float[Tensor, "B C h w"]:
-    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,) and hidden states (B, L, D)."""
-    unet = modules.by_name["unet"]
-    return unet(sample.to(unet.dtype), timesteps, condition.to(unet.dtype)).sample
+    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,) and what it is told.
+
+    Reference:
+        Zhang et al., https://arxiv.org/abs/2302.05543, for the ControlNet, whose outputs are added to the UNet's.
+    """
+    unet, control = modules.by_name["unet"], modules.by_name.get("controlnet")
+    text = condition["text_embeddings"].to(unet.dtype)
+    residuals: dict[str, Any] = {}
+    if MASKED in condition:
+        sample = torch.cat([sample, condition[MASKED].to(sample.dtype)], dim=1)
+    if control is not None:
+        inputs = (sample.to(control.dtype), timesteps, text.to(control.dtype))
+        down, mid = control(*inputs, condition[CONDITIONING_IMAGE].to(control.dtype), return_dict=False)
+        residuals["down_block_additional_residuals"] = [residual.to(unet.dtype) for residual in down]
+        residuals["mid_block_additional_residual"] = mid.to(unet.dtype)
+    return unet(sample.to(unet.dtype), timesteps, text, **residuals).sample
 
 
 FAMILIES.register(
@@ -43,6 +83,7 @@ FAMILIES.register(
         classes={
             "CLIPTextModel": CLIPTextModel,
             "UNet2DConditionModel": UNet2DConditionModel,
+            "ControlNetModel": ControlNetModel,
             "AutoencoderKL": AutoencoderKL,
         },
         condition=condition,

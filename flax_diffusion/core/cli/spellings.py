@@ -69,6 +69,29 @@ def _is_model(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
+_ANY_FORMAT = "drop it, weights are read whether PyTorch or Flax wrote them"
+_PROFILE = "drop it; `python -m tpu.plan` shows time and memory of a step, and jax.profiler traces a run"
+_UPLOAD = "drop it, and upload the result by `hf upload OWNER/NAME FOLDER`"
+_WANDB = "drop it; the run is in TensorBoard's files, which wandb reads by `wandb sync FOLDER/logs`"
+REPLACED = {
+    "from_pt": _ANY_FORMAT,
+    "controlnet_from_pt": _ANY_FORMAT,
+    "profile_steps": _PROFILE,
+    "profile_validation": _PROFILE,
+    "profile_memory": _PROFILE,
+    "ccache": "set the environment variable JAX_COMPILATION_CACHE_DIR to that folder",
+    "push_to_hub": _UPLOAD,
+    "hub_model_id": _UPLOAD,
+    "hub_token": "drop it, and log in by `hf auth login`",
+    "logging_steps": "drop it, every step is logged",
+    "wandb_entity": _WANDB,
+    "tracker_project_name": _WANDB,
+    "streaming": "drop it; data are downloaded once, so that each epoch has an order, which a resumed run keeps",
+    "load_from_disk": "drop it, and write the dataset to a folder by its `to_parquet`, which --train_data_dir opens",
+    "local_rank": "drop it; the launcher tells each process its place",
+}
+"""Options of Diffusers' scripts that there are not here, and what to do instead."""
+
 _FOLDERS = ("instance_data_dir", "train_data_dir")
 """Names that tasks give to the folder of pictures; no task has both."""
 
@@ -86,6 +109,8 @@ def unknown_option(name: str, model: type[BaseModel] | None, known: Iterable[str
     positive = word.removeprefix("no_")
     dashes = name[: len(name) - len(word)]
     start = f"{origin}: unknown option '{name}'"
+    if positive in REPLACED:
+        return ConfigError(f"{start}: {REPLACED[positive]}")
     task = next((name for name, task in TASKS.items() if task.config_class is model), None)
     owners = [name for name, other in TASKS.items() if {word, positive} & fields_by_spelling(other.config_class).keys()]
     if task is None or not owners:

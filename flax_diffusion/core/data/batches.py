@@ -7,7 +7,8 @@ from typing import Protocol
 import numpy as np
 
 from flax_diffusion.core.data.captions import Tokenize
-from flax_diffusion.core.data.images.decoding import decode
+from flax_diffusion.core.data.extra import MakeExtra
+from flax_diffusion.core.data.images.decoding import decode, size_of
 from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.errors import DataError
@@ -48,6 +49,7 @@ class ExampleFn:
         tokenize: The captions' tokenizer; None for unconditional training.
         made: What was computed before training.
         proportion_empty_prompts: Probability with which a caption is replaced by the empty one.
+        extra: Maker of the arrays of the example's second picture; None for no such arrays.
     """
 
     transform: ImageTransform
@@ -55,6 +57,7 @@ class ExampleFn:
     tokenize: Tokenize | None = None
     made: Precomputed = field(default=Precomputed(), repr=False)
     proportion_empty_prompts: float = 0.0
+    extra: MakeExtra | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.proportion_empty_prompts <= 1:
@@ -73,7 +76,8 @@ class ExampleFn:
             `pixel_values` float32 (channels, resolution, resolution) in [-1, 1] or, where they were made before,
             `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
             `loss_weights` times the record's own weight; `input_ids` int32 (model_max_length,) or, where they were
-            made before, `text_embeddings` (L, D), unless unconditional; `example_index` int64 ().
+            made before, `text_embeddings` (L, D), unless unconditional; the arrays of `extra`; `example_index`
+            int64 ().
 
         Raises:
             DataError: If the picture cannot be decoded, or has no caption.
@@ -84,12 +88,17 @@ class ExampleFn:
 
         record = source[index]
         embeddings, posteriors = self.made.embeddings, self.made.posteriors
+        size: tuple[int, int] | None = None
         if posteriors is None:
-            example = {"pixel_values": self.transform(decode(record), rng).pixel_values}
+            image = decode(record)
+            example, size = {"pixel_values": self.transform(image, rng).pixel_values}, image.size
         elif record.name in posteriors:
             example = {"posterior": posteriors[record.name][int(self.transform.flips(rng))]}
         else:
             raise DataError(f"{record.name} could not be read when its latents were made")
+        if self.extra is not None:
+            place = self.transform.place(size or size_of(record), rng)  # which draws the same numbers again
+            example |= self.extra(record, self.transform, place, rng)
         example |= self.noise.draw(rng)
         if embeddings is not None:
             example["text_embeddings"] = embeddings[self._caption(record, rng)]

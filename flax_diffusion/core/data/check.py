@@ -144,6 +144,8 @@ class _Findings:
                 record = self._source[index]
                 if self._is_new(record.name):  # DreamBooth has its pictures several times in an epoch
                     check_header(record)
+                    if record.extra is not None:
+                        check_header(record.extra)
                     if record.caption == "":
                         self.empty.add(record.name)
                     if rest := self._rest(record.caption):

@@ -14,8 +14,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, conditioning_images
 from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.errors import ConfigError, nearest_multiples
+from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import as_path, replacing
 from flax_diffusion.core.spec.merging import Shapes, with_adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec, check_prompts
@@ -41,6 +43,9 @@ class GenerateConfig(BaseModel):
     embeddings: list[str] = Field([], description="Files of textual inversion, each as PATH or PATH:WORD.")
     prompt: list[str] = Field([], description="Texts to draw. Each gets num_images images.")
     negative_prompt: str = Field("", description="Text to guide away from.")
+    conditioning_image: list[str] = Field(
+        [], description="Pictures that a ControlNet follows: one for each prompt, or one for all."
+    )
     num_images: int = Field(1, ge=1, description="Images to draw (per prompt).")
     height: int | None = Field(None, ge=1, le=2**14, description="Height in pixels. None: the pipeline's own.")
     width: int | None = Field(None, ge=1, le=2**14, description="Width in pixels. None: the pipeline's own.")
@@ -69,7 +74,7 @@ def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
         ConfigError: For unknown names and wrong values.
     """
     values = {"model": str(model)} | options
-    for name in ("prompt", "lora", "embeddings"):
+    for name in ("prompt", "lora", "embeddings", "conditioning_image"):
         if isinstance(values.get(name), str | Path):
             values[name] = [str(values[name])]
     return command_line.build(GenerateConfig, values, "generate")
@@ -91,6 +96,7 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
     spec = open_model(config.model, shapes, config.revision, config.variant)
     spec.family.check_drawing(spec)
     check_prompts(spec, config.prompt)
+    _check_conditioning(spec, config)
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
     height, width = spec.size or (spec.resolution, spec.resolution)
     spec = replace(spec, size=(config.height or height, config.width or width))
@@ -107,10 +113,37 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
     return spec
 
 
-def sampler_options(config: GenerateConfig) -> dict[str, Any]:
-    """Return the options that the samplers of both backends take."""
+def _check_conditioning(spec: PipelineSpec, config: GenerateConfig) -> None:
+    """Make sure that there are conditioning images exactly where there is a ControlNet.
+
+    Raises:
+        ConfigError: If they are missing, given to a pipeline that has none, or of another number than the prompts.
+    """
+    given, prompts = len(config.conditioning_image), len(config.prompt)
+    if bool(spec.names_of(Role.CONTROL)) != bool(given):
+        fix = "drop --conditioning_image" if given else "give the picture to follow by --conditioning_image"
+        raise ConfigError(f"a {spec.kind} with {given} conditioning images: {fix}")
+    if given not in (0, 1, prompts):
+        raise ConfigError(f"--conditioning_image are {given}, for {prompts} prompts: give one for each, or one for all")
+
+
+def sampler_options(config: GenerateConfig, spec: PipelineSpec) -> dict[str, Any]:
+    """Return the options that the samplers of both backends take.
+
+    Args:
+        config: The options.
+        spec: The pipeline.
+
+    Raises:
+        DataError: If a conditioning image cannot be read.
+    """
     names = ("prompt", "negative_prompt", "num_images", "num_inference_steps", "guidance_scale", "seed", "batch_size")
-    return {{"prompt": "prompts"}.get(name, name): getattr(config, name) for name in names}
+    options = {{"prompt": "prompts"}.get(name, name): getattr(config, name) for name in names}
+    if not config.conditioning_image:
+        return options
+    images = config.conditioning_image * (len(config.prompt) // len(config.conditioning_image))
+    size = spec.size or (spec.resolution, spec.resolution)
+    return options | {"extra": {CONDITIONING_IMAGE: conditioning_images("--conditioning_image", images, size)}}
 
 
 def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv: Sequence[str] | None) -> None:

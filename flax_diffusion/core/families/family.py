@@ -21,6 +21,7 @@ class Role(StrEnum):
     DENOISER = "denoiser"
     AUTOENCODER = "autoencoder"
     TEXT_ENCODER = "text encoder"
+    CONTROL = "control network"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,10 @@ _LISTED_AS = "_listed_as"
 
 def model_config(values: dict[str, Any]) -> dict[str, Any]:
     """Return what a config.json says of the model itself, without notes of the program that wrote it."""
-    return {key: value for key, value in values.items() if not key.startswith("_") and key not in FLAX_ONLY_KEYS}
+    left_out = FLAX_ONLY_KEYS
+    if values.get("_class_name") == "FlaxControlNetModel":
+        left_out |= {"sample_size", "dropout"}  # which PyTorch's class has not
+    return {key: value for key, value in values.items() if not key.startswith("_") and key not in left_out}
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

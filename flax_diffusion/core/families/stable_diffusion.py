@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.families import stable_diffusion_names
@@ -12,7 +12,7 @@ from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, Pi
 from flax_diffusion.core.typed import Count, Size
 
 if TYPE_CHECKING:
-    from flax_diffusion.core.spec.pipeline import PipelineSpec
+    from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 
 
 class _UNet2DCondition:
@@ -34,8 +34,75 @@ class _CLIPText:
     hidden_act: str = "quick_gelu"
 
 
+class _ControlNet:
+    in_channels: Size = 4
+    conditioning_channels: Size = 3
+    block_out_channels: Sequence[Size] = (320, 640, 1280, 1280)
+    layers_per_block: Count = 2
+    cross_attention_dim: Size | list[Size] = 1280
+    addition_embed_type: str | None = None
+    conditioning_embedding_out_channels: Sequence[Size] = (16, 32, 96, 256)
+
+
 UNET_2D_CONDITION = ModelClass(name="UNet2DConditionModel", role=Role.DENOISER, schema=_UNet2DCondition)
+CONTROLNET = ModelClass(name="ControlNetModel", role=Role.CONTROL, schema=_ControlNet)
 CLIP_TEXT = ModelClass(name="CLIPTextModel", role=Role.TEXT_ENCODER, library="transformers", schema=_CLIPText)
+
+
+_SHARED = (
+    "in_channels", "flip_sin_to_cos", "freq_shift", "down_block_types", "mid_block_type", "only_cross_attention",
+    "block_out_channels", "layers_per_block", "downsample_padding", "mid_block_scale_factor", "act_fn",
+    "norm_num_groups", "norm_eps", "cross_attention_dim", "transformer_layers_per_block", "encoder_hid_dim",
+    "encoder_hid_dim_type", "attention_head_dim", "num_attention_heads", "use_linear_projection", "class_embed_type",
+    "addition_embed_type", "addition_time_embed_dim", "num_class_embeds", "upcast_attention",
+    "resnet_time_scale_shift", "projection_class_embeddings_input_dim",
+)  # fmt: skip
+"""Config keys that a ControlNet has from the UNet that it starts from."""
+
+
+def control_config(unet: Component, factor: int) -> dict[str, Any]:
+    """Return the config of a new ControlNet for a UNet.
+
+    Args:
+        unet: The UNet.
+        factor: Pixels per latent and side, by which the ControlNet's first layers divide the picture that it follows.
+
+    Raises:
+        ConfigError: If no such ControlNet is known: SD's divides by 8, and those here by 1, 2, 4 or 8.
+
+    Reference:
+        Zhang et al., https://arxiv.org/abs/2302.05543; `ControlNetModel.from_unet` of Diffusers.
+    """
+    widths = list(_ControlNet.conditioning_embedding_out_channels)
+    halvings = factor.bit_length()
+    if halvings > len(widths):
+        raise ConfigError(
+            f"a ControlNet for {factor} pixels per latent: new ones are made for up to {2 ** (len(widths) - 1)}; give "
+            "--controlnet_model_name_or_path"
+        )
+    shared = {key: unet.config[key] for key in _SHARED if key in unet.config}
+    return shared | {"conditioning_embedding_out_channels": widths[:halvings]}
+
+
+def _check_control(spec: PipelineSpec, control: Component) -> None:
+    unet = spec.denoiser
+    for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+        own, theirs = (list(v) if isinstance(v := part[key], Sequence) else v for part in (control, unet))
+        if own != theirs:
+            raise ConfigError(
+                f"ControlNet of {key} {own} and UNet of {key} {theirs}: they must be equal; use a pair made for each "
+                "other"
+            )
+    factor = 2 ** (len(control["conditioning_embedding_out_channels"]) - 1)
+    if factor != spec.vae_factor:
+        raise ConfigError(
+            f"ControlNet whose conditioning_embedding_out_channels divide pictures by {factor}, and "
+            f"{spec.vae_factor} pixels per latent: they must be equal; use a pair made for each other"
+        )
+    if control["conditioning_channels"] != 3:
+        raise ConfigError(
+            f"ControlNet of conditioning_channels {control['conditioning_channels']}: it must have 3, for RGB"
+        )
 
 
 def _check(spec: PipelineSpec) -> None:
@@ -50,6 +117,8 @@ def _check(spec: PipelineSpec) -> None:
             f"text encoder of hidden_size {encoder['hidden_size']} and UNet of cross_attention_dim "
             f"{unet['cross_attention_dim']}: they must be equal"
         )
+    for name in spec.names_of(Role.CONTROL):
+        _check_control(spec, spec.components[name])
 
 
 def _check_drawing(spec: PipelineSpec) -> None:
@@ -63,6 +132,15 @@ def _check_drawing(spec: PipelineSpec) -> None:
 
 _NOTHING = [None, None]
 """How model_index.json says that a part is not there."""
+_PARTS = {"text_encoder": CLIP_TEXT, "unet": UNET_2D_CONDITION, "vae": AUTOENCODER_KL}
+_SCHEDULER = {"steps_offset": 1}
+_INDEX = {
+    "safety_checker": _NOTHING,
+    "feature_extractor": _NOTHING,
+    "image_encoder": _NOTHING,
+    "vae": _NOTHING,
+    "requires_safety_checker": False,
+}
 
 STABLE_DIFFUSION = FAMILIES.register(
     "stable_diffusion",
@@ -70,20 +148,18 @@ STABLE_DIFFUSION = FAMILIES.register(
         name="stable_diffusion",
         title="a Stable Diffusion 1.x or 2.x pipeline (SDXL is not trained or drawn yet)",
         pipelines={
-            "StableDiffusionPipeline": PipelineClass(
-                parts={"text_encoder": CLIP_TEXT, "unet": UNET_2D_CONDITION, "vae": AUTOENCODER_KL},
-                scheduler={"steps_offset": 1},
-                index={
-                    "safety_checker": _NOTHING,
-                    "feature_extractor": _NOTHING,
-                    "image_encoder": _NOTHING,
-                    "vae": _NOTHING,
-                    "requires_safety_checker": False,
-                },
-            )
+            "StableDiffusionPipeline": PipelineClass(parts=_PARTS, scheduler=_SCHEDULER, index=_INDEX),
+            "StableDiffusionInpaintPipeline": PipelineClass(
+                # Diffusers' class does not open a folder that names no version.
+                parts=_PARTS,
+                scheduler=_SCHEDULER,
+                index=_INDEX | {"_diffusers_version": "0.39.0"},
+            ),
+            "StableDiffusionControlNetPipeline": PipelineClass(
+                parts=_PARTS | {"controlnet": CONTROLNET}, scheduler=_SCHEDULER, index=_INDEX
+            ),
         },
         same_parts={
-            "StableDiffusionControlNetPipeline": "StableDiffusionPipeline",
             "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
             "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
         },

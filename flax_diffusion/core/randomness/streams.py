@@ -29,6 +29,8 @@ class Stream(IntEnum):
     SHUFFLE = 9  # the order of an epoch; the index is 0
     SAMPLE = 10  # noise of a generated image; the epoch is the denoising step
     WEIGHTS = 11  # initial values of a parameter; the index is `initial_weights.name_number`
+    MASK = 12  # what an inpainting model has to fill in
+    MASKED_LATENT = 13  # the sample from the autoencoder's posterior of the rest
 
 
 class _NoEntropy(np.random.bit_generator.ISeedSequence):

@@ -11,8 +11,9 @@ import numpy as np
 from flax_diffusion.core.config.options import ONCE, TrainConfig
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import CheckpointError, DataError, shown
+from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec import weight_files
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 
 _LOCATION_OPTIONS = ("output_dir", "logging_dir")
 """Options that say where a run is stored, not what it is."""
@@ -50,7 +51,10 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
         made["new_tokens"] = {
             name: {"tokens": list(word.tokens), "initializer": word.initializer} for name, word in words.items()
         }
-        made["base"] = {name: weights_digest(part) for name, part in parts.items() if part.weights is not None}
+    if any(parts[name].training is not Training.ALL for name in spec.names_of(Role.DENOISER)):
+        # What trains has a meaning only beside the weights that stay as they are.
+        frozen = {name: part for name, part in parts.items() if part.training is not Training.ALL}
+        made["base"] = {name: weights_digest(part) for name, part in frozen.items() if part.weights is not None}
     if spec.autoencoder_loss is None:
         made["prediction_type"] = spec.prediction_type
         if spec.objective_name is not None:
@@ -59,7 +63,7 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
 
 
 def data_digest(source: Source) -> str:
-    """Return a fingerprint of a dataset: a checksum of the names and captions of up to 64 examples.
+    """Return a fingerprint of a dataset: a checksum of names and captions of up to 64 examples.
 
     Two datasets of the same size are told apart by it.
     """
@@ -68,6 +72,8 @@ def data_digest(source: Source) -> str:
         try:
             record = source[index]
             digest.update(repr((PurePosixPath(record.name).name, record.caption)).encode())
+            if record.extra is not None:
+                digest.update(repr(PurePosixPath(record.extra.name).name).encode())
         except DataError:
             digest.update(b"unreadable")
     return digest.hexdigest()[:16]

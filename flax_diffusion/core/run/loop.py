@@ -34,7 +34,7 @@ from flax_diffusion.core.run.rates import ema_decay
 from flax_diffusion.core.run.saving import Saver
 from flax_diffusion.core.run.schedule import make_rate
 from flax_diffusion.core.run.start import Start, open_inputs, prepare
-from flax_diffusion.core.spec import pipeline
+from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 
@@ -132,7 +132,7 @@ class _Run:
         """Take the remaining steps and write the results; if the run is told to end early, only save."""
         if self.main:
             self._write_config()
-            pipeline.save_tokenizer(self.spec, self.output_dir)
+            writing.save_tokenizer(self.spec, self.output_dir)
         left = self.schedule.total_steps - self.first_step
         if left <= 0:
             self.tracker.say(f"nothing to train: {self._newest()} is there, and {self.schedule.limit}")

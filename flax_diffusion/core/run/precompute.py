@@ -19,13 +19,13 @@ from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import Precomputed
+from flax_diffusion.core.data.extra import no_draw
 from flax_diffusion.core.data.images.decoding import decode
 from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.data.table import write_table
 from flax_diffusion.core.errors import DataError, NonFiniteError
 from flax_diffusion.core.families.family import Role
-from flax_diffusion.core.randomness.streams import Stream
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 
@@ -114,7 +114,7 @@ def _encoded(
 
     def read(name: str) -> np.ndarray:
         try:
-            return upright(decode(source[named[name]]), _no_draw).pixel_values
+            return upright(decode(source[named[name]]), no_draw).pixel_values
         except DataError as error:
             if bad is None:
                 raise
@@ -140,7 +140,3 @@ def _encoded(
                 else:
                     bad.add(name, reasons.get(name, _NOT_FINITE.format(name)))
             yield [several[place] for place in good], posteriors[good]
-
-
-def _no_draw(stream: Stream) -> np.random.Generator:
-    raise AssertionError(f"{stream.name} is drawn, so that a picture has more than one form")

@@ -239,12 +239,14 @@ class Overlay:
         loras: LoRAs to merge, each as its matrices by layer name and its strength.
         rows: Rows of new tokens, (new tokens, features); None for none.
         first: Id of the first new token.
+        widened: Input channels by name of a layer's weight that has fewer in the files; those that are new are zero.
     """
 
     replaced: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     loras: tuple[tuple[Mapping[str, LoraLayer], float], ...] = field(default=(), repr=False)
     rows: np.ndarray | None = field(default=None, repr=False)
     first: int = 0
+    widened: Mapping[str, int] = field(default_factory=dict)
 
     def apply(self, weights: Mapping[str, np.ndarray], source: str) -> Arrays:
         """Return a model's weights with these differences.
@@ -260,6 +262,10 @@ class Overlay:
             WeightsError: If the weights are those of another model.
         """
         merged = {**weights, **self.replaced}
+        for name, channels in self.widened.items():
+            weight = merged[name]
+            more = np.zeros((weight.shape[0], channels - weight.shape[1], *weight.shape[2:]), weight.dtype)
+            merged[name] = np.concatenate([weight, more], axis=1)
         for layers, strength in self.loras:
             for layer, lora in layers.items():
                 name = f"{layer}.weight"

@@ -6,22 +6,18 @@ Both backends build their modules from the same `PipelineSpec`. It is read and c
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
 
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, Role, family_of, model_class
 from flax_diffusion.core.io import model_files
-from flax_diffusion.core.io.files import write_json, written_folder
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, objective_of
-from flax_diffusion.core.spec import adapters, weight_files
+from flax_diffusion.core.spec import weight_files
 from flax_diffusion.core.spec.adapters import Lora, NewTokens, Overlay
 from flax_diffusion.core.typed import check_values
 
@@ -57,6 +53,8 @@ class Component:
         lora: LoRA that trains; None for none.
         new_tokens: New tokens whose rows train, behind the embedding table; None for none.
         overlay: Differences from the weights in the files; None for none.
+        copied_from: Model whose weights a new one starts with, by name; what that model lacks is drawn at random. None
+            to draw all.
         rate_factor: Factor on the learning rate.
     """
 
@@ -70,6 +68,7 @@ class Component:
     lora: Lora | None = None
     new_tokens: NewTokens | None = None
     overlay: Overlay | None = None
+    copied_from: Component | None = None
     rate_factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -206,7 +205,8 @@ class PipelineSpec:
     @property
     def image_channels(self) -> Literal[1, 3]:
         """Channels of the images that the pipeline makes."""
-        return (self.vae or self.denoiser)["in_channels"]
+        channels: Any = self.vae["in_channels"] if self.vae else self.sample_shape[0]
+        return channels
 
     @property
     def vae_factor(self) -> int:
@@ -217,7 +217,10 @@ class PipelineSpec:
     def sample_shape(self) -> tuple[int, int, int]:
         """Shape (C, h, w) of what is denoised."""
         height, width = (side // self.vae_factor for side in self.size or (self.resolution, self.resolution))
-        return (self.vae["latent_channels"] if self.vae else self.denoiser["in_channels"], height, width)
+        if self.vae:
+            return (self.vae["latent_channels"], height, width)
+        # A denoiser for inpainting takes more than it gives.
+        return (min(self.denoiser[key] for key in ("in_channels", "out_channels")), height, width)
 
     @property
     def size_factor(self) -> int:
@@ -344,57 +347,3 @@ def check_prompts(spec: PipelineSpec, prompts: list[str]) -> None:
     if (spec.tokenizer is not None) != bool(prompts):
         fix = "drop --prompt" if prompts else "give at least one --prompt"
         raise ConfigError(f"a {spec.kind} with {len(prompts)} prompts: {fix}")
-
-
-def write_index(spec: PipelineSpec, folder: Path) -> None:
-    """Write the files of a pipeline folder that belong to no model: model_index.json, scheduler and tokenizer.
-
-    Args:
-        spec: The pipeline.
-        folder: Folder of the pipeline.
-    """
-    index: dict[str, Any] = {"_class_name": spec.listed_as or spec.kind}
-    if spec.listed_as not in (None, spec.kind):
-        index["_diffusers_version"] = version("diffusers")  # StableDiffusionInpaintPipeline does not open without it
-    index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
-    index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
-    if spec.tokenizer is not None:
-        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-        save_tokenizer(spec, folder)
-    index = index | {name: value for name, value in spec.family.pipelines[spec.kind].index.items() if name not in index}
-    scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
-    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", index)
-
-
-def save_tokenizer(spec: PipelineSpec, folder: Path) -> None:
-    """Write the tokenizer, if there is one; a resumed run reads it from there.
-
-    Args:
-        spec: The pipeline.
-        folder: Folder of the pipeline.
-    """
-    if spec.tokenizer is not None:
-        with written_folder(folder / "tokenizer") as local:
-            spec.tokenizer.save_pretrained(local)
-
-
-def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str) -> None:
-    """Write trained adapters to pytorch_lora_weights.safetensors or learned_embeds.safetensors.
-
-    Args:
-        spec: The pipeline, which says what was trained.
-        trained: Arrays by component and PyTorch name, such as `unet/….lora_A.weight`.
-        folder: Folder to write to.
-        form: Names in a LoRA file: "peft" or "kohya".
-    """
-    loras = {}
-    for name, component in spec.components.items():
-        own = {key.removeprefix(f"{name}/"): array for key, array in trained.items() if key.startswith(f"{name}/")}
-        own = {key: np.asarray(array, np.float32) for key, array in own.items()}
-        if component.lora is not None:
-            loras[name] = adapters.trained_layers(component.lora, own)
-        if component.new_tokens is not None:
-            adapters.save_embeddings(folder / adapters.EMBEDDINGS_FILE, component.new_tokens, own[adapters.NEW_ROWS])
-    if loras:
-        adapters.save_lora(folder / adapters.LORA_FILE, loras, form, spec.family.lora_prefixes)

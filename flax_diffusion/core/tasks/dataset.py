@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar
 
+import numpy as np
+from numpy.typing import DTypeLike
 from pydantic import Field, model_validator
 
 from flax_diffusion.core.config.options import Reads, TrainConfig
+from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.sources.opening import open_source
-from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.data.sources.source import ExtraImages, Source
 from flax_diffusion.core.errors import naming
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.tasks.text import PromptsConfig, TextTask
 
 
 class DatasetConfig(TrainConfig):
@@ -36,12 +42,52 @@ class DatasetConfig(TrainConfig):
         return self
 
 
-def open_dataset(config: DatasetConfig, caption_column: str | None = None) -> Source:
+class CaptionsConfig(PromptsConfig, DatasetConfig):
+    """Options of tasks that train on a dataset with captions."""
+
+    caption_column: str = Field("text", description="Column that holds the captions.")
+    proportion_empty_prompts: float = Field(
+        0.0, ge=0, le=1, description="Share of the captions that are replaced by the empty one, which guidance needs."
+    )
+
+
+K = TypeVar("K", bound=CaptionsConfig, covariant=True)
+
+
+class CaptionsTask(TextTask[K]):
+    """Training on a dataset with captions."""
+
+    checks_captions = True
+
+    def __init__(self, config: K):
+        super().__init__(config)
+        self.embeds_prompts = config.pre_compute_text_embeddings
+        self.embeds_empty_prompt = config.proportion_empty_prompts > 0
+
+    @property
+    def extra_images(self) -> ExtraImages | None:
+        """Place of the second picture of each example; None for one picture each."""
+        return None
+
+    def open_source(self) -> Source:
+        """Open the dataset."""
+        return open_dataset(self.config, self.config.caption_column, self.extra_images)
+
+    def make_example_fn(
+        self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
+    ) -> ExampleFn:
+        """Return what makes an example; a share of the captions is left out."""
+        share = self.config.proportion_empty_prompts
+        return replace(super().make_example_fn(spec, made, dtype), proportion_empty_prompts=share)
+
+
+def open_dataset(config: DatasetConfig, caption_column: str | None = None, extra: ExtraImages | None = None) -> Source:
     """Open the dataset that the options name.
 
     Args:
         config: The options.
         caption_column: Column that holds the captions; None for pictures without.
+        extra: Place of the second picture of each example; None for one picture each.
 
     Raises:
         DataError: If it cannot be used.
@@ -55,6 +101,7 @@ def open_dataset(config: DatasetConfig, caption_column: str | None = None) -> So
             caption_column=caption_column,
             max_train_samples=config.max_train_samples,
             cache_dir=config.cache_dir,
+            extra=extra,
         )
 
 

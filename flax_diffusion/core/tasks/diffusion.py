@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -21,7 +22,7 @@ from flax_diffusion.core.objectives.edm import EdmOptions
 from flax_diffusion.core.objectives.flow_matching import FlowMatchingOptions
 from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, check_options, objective_of
-from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, check_variant
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, check_variant
 from flax_diffusion.core.tasks.parts import check_channels, check_resolution, sized
 from flax_diffusion.core.tasks.task import Preview, Task
 
@@ -119,7 +120,13 @@ class DiffusionTask(Task[D]):
         """Draw pictures from noise."""
         return self._samples([], 1.0, None)
 
-    def _samples(self, prompts: list[str], guidance_scale: float, columns: int | None) -> Preview:
+    def _samples(
+        self,
+        prompts: list[str],
+        guidance_scale: float,
+        columns: int | None,
+        extra: Mapping[str, np.ndarray] | None = None,
+    ) -> Preview:
         config = self.config
 
         def draw(backend: Backend) -> np.ndarray:
@@ -129,6 +136,7 @@ class DiffusionTask(Task[D]):
                 num_inference_steps=config.validation_num_inference_steps,
                 guidance_scale=guidance_scale,
                 seed=config.seed,
+                extra=extra,
             )
 
         return Preview(draw, columns)
@@ -157,25 +165,30 @@ class DiffusionTask(Task[D]):
             tokenizer=tokenizer,
             objective_name=None if objective is objective_of(scheduler) else objective.name,
         )
-        if spec.denoiser.training is Training.ALL:
+        if not spec.trains_adapters:
             denoiser = sized(spec.denoiser, config.resolution // spec.vae_factor)
             spec = replace(spec, components=components | {spec.denoiser_name: denoiser})
         denoiser, vae = spec.denoiser, spec.vae
         check_resolution(config.resolution, spec.size_factor)
-        if denoiser["in_channels"] != denoiser["out_channels"]:
+        self.check_channels(denoiser)
+        if vae and vae["latent_channels"] != denoiser["out_channels"]:
             raise ConfigError(
-                f"UNet with in_channels {denoiser['in_channels']} and out_channels {denoiser['out_channels']}: "
-                "inpainting and learned-variance models cannot be trained yet; use a UNet that has both equal"
-            )
-        if vae and vae["latent_channels"] != denoiser["in_channels"]:
-            raise ConfigError(
-                f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {denoiser['in_channels']}: use "
+                f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {denoiser['out_channels']}: use "
                 "a pair made for each other"
             )
         check_channels(spec)
         spec.family.check(spec)
         self.objective(spec)  # which looks at its options
         return spec
+
+    def check_channels(self, denoiser: Component) -> None:
+        """Raise ConfigError for a denoiser that takes or gives something beside the sample."""
+        if denoiser["in_channels"] != denoiser["out_channels"]:
+            raise ConfigError(
+                f"UNet with in_channels {denoiser['in_channels']} and out_channels {denoiser['out_channels']}: "
+                "inpainting models are trained by text_to_image --inpainting, and learned-variance models cannot be "
+                "trained yet; use a UNet that has both equal"
+            )
 
     def _scheduler(self, kind: str) -> tuple[dict[str, Any], type[Objective]]:
         """Return the scheduler's config, and what is learnt.

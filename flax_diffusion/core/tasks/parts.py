@@ -13,6 +13,7 @@ from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
 from flax_diffusion.core.families.family import Family, ModelClass
 from flax_diffusion.core.io import model_files
+from flax_diffusion.core.spec.adapters import Overlay
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, read_component
 
 
@@ -81,6 +82,27 @@ def check_part(source: str, option: str, part: str) -> None:
     folder = Path(source)
     if (folder / part).is_dir() and (folder / "model_index.json").is_file():
         raise WeightsError(f"{option} {source}: is a whole pipeline; give its folder {folder / part}")
+
+
+def inpainting(unet: Component) -> Component:
+    """Return a UNet that also takes a mask and the latents of the rest of the picture, by weights that are zero.
+
+    Args:
+        unet: A UNet, which is returned as it is if it takes more than the sample already.
+
+    Reference:
+        The model card of runwayml/stable-diffusion-inpainting; Rombach et al., https://arxiv.org/abs/2112.10752.
+    """
+    channels = 2 * unet["out_channels"] + 1
+    if unet["in_channels"] != unet["out_channels"]:
+        return unet
+    overlay = Overlay(widened={"conv_in.weight": channels}) if unet.weights else None
+    return replace(unet, config=unet.config | {"in_channels": channels}, overlay=overlay)
+
+
+def vae_factor(vae: Component | None) -> int:
+    """Return the pixels per latent and side of an autoencoder; 1 for None, in pixel space."""
+    return 2 ** (len(vae["block_out_channels"]) - 1) if vae else 1
 
 
 def sized(component: Component, size: int) -> Component:

@@ -18,7 +18,7 @@ from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.families.family import GROUP
 from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.registry import Registry
-from flax_diffusion.core.spec import pipeline
+from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 C = TypeVar("C", bound=TrainConfig, covariant=True)
@@ -178,10 +178,10 @@ class Task(ABC, Generic[C]):
         """Write the result of the run, which is a pipeline that Diffusers loads unless a task overrides this."""
         self.export_trained(backend, spec, source, folder)
         if backend.process_index == 0:
-            pipeline.write_index(spec, folder)
+            writing.write_index(spec, folder)
 
 
-_MODULES = ("unconditional", "text_to_image", "dreambooth", "textual_inversion", "autoencoder")
+_MODULES = ("unconditional", "text_to_image", "dreambooth", "textual_inversion", "controlnet", "autoencoder")
 
 TASKS: Registry[type[Task[TrainConfig]]] = Registry(
     "task", [f"flax_diffusion.core.tasks.{name}" for name in _MODULES], GROUP

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -19,7 +19,7 @@ from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ModelClass, Role, family_of
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import as_path, local_copy
-from flax_diffusion.core.spec import pipeline
+from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.adapters import Lora
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
@@ -56,13 +56,18 @@ class TextConfig(DiffusionConfig):
     validation_guidance_scale: float = Field(7.5, ge=0, description="Guidance scale of these samples.")
 
 
-class CaptionedConfig(TextConfig):
-    """Options of tasks whose prompts are known before training, and whose text encoder may train."""
+class PromptsConfig(TextConfig):
+    """Options of tasks whose prompts are known before training."""
 
-    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
     pre_compute_text_embeddings: bool = Field(
         False, description="Encode each prompt once, before training. The text encoder is then freed, and cannot train."
     )
+
+
+class CaptionedConfig(PromptsConfig):
+    """Options of tasks whose prompts are known before training, and whose text encoder may train."""
+
+    train_text_encoder: bool = Field(False, description="Train the text encoder too.")
 
     @model_validator(mode="after")
     def _check_embeddings(self) -> CaptionedConfig:
@@ -114,6 +119,8 @@ L = TypeVar("L", bound=LoraConfig, covariant=True)
 class TextTask(DiffusionTask[T]):
     """Training of Stable Diffusion 1.x or 2.x, or of parts of it."""
 
+    roles: ClassVar[frozenset[Role]] = frozenset({Role.TEXT_ENCODER, Role.DENOISER, Role.AUTOENCODER})
+    """Roles of the models that the task has a use for."""
     lora_format: Literal["peft", "kohya"] = "peft"
 
     def make_spec(self, source: Source) -> PipelineSpec:
@@ -142,8 +149,14 @@ class TextTask(DiffusionTask[T]):
         config = self.config
         families = [family for family in FAMILIES.values() if family.has(Role.TEXT_ENCODER)]
         index = check_pipeline(config, families) if config.pretrained_model_name_or_path else {}
-        kind = index.get("_class_name", NEW_PIPELINE)
+        kind = self.kind_of(index.get("_class_name", NEW_PIPELINE))
         models = family_of(kind).pipelines[kind].parts
+        vain = [name for name, model in models.items() if model.role not in self.roles]
+        if vain:
+            raise WeightsError(
+                f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: is a {kind}, whose {vain[0]} "
+                f"this task has no use for: name the pipeline that it was made from, or use the task {vain[0]}"
+            )
         components = self.read_models(models)
         first, *_ = (part for part in components.values() if part.role is Role.TEXT_ENCODER)
         tokenizer = self._tokenizer(first, texts, made_before)
@@ -160,6 +173,10 @@ class TextTask(DiffusionTask[T]):
         elif config.vae and config.vae != "pretrained":
             components[vae] = frozen_vae(config.vae)
         return self.pipeline(kind, components, tokenizer)
+
+    def kind_of(self, found: str) -> str:
+        """Return the class of the pipeline to train, for that of the pretrained one or of a new one."""
+        return found
 
     def read_models(self, models: Mapping[str, ModelClass]) -> dict[str, Component]:
         """Read the configs of the text encoders and the denoiser.
@@ -212,7 +229,7 @@ class TextTask(DiffusionTask[T]):
             return
         arrays = backend.trained_arrays()
         if backend.process_index == 0:
-            pipeline.write_adapters(spec, arrays, folder, self.lora_format)
+            writing.write_adapters(spec, arrays, folder, self.lora_format)
 
     def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
         """Write a pipeline that Diffusers loads, or the adapters."""

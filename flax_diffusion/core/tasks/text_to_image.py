@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -13,27 +13,57 @@ from pydantic import Field, model_validator
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
-from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.families.family import ModelClass
+from flax_diffusion.core.data.extra import MASK, MASKED_NOISE, Mask
+from flax_diffusion.core.data.sources.source import ExtraImages, Source
+from flax_diffusion.core.errors import ConfigError, DataError
+from flax_diffusion.core.families.family import ModelClass, Role
+from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
-from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
-from flax_diffusion.core.tasks.parts import from_scratch
-from flax_diffusion.core.tasks.task import TASKS
+from flax_diffusion.core.tasks.dataset import CaptionsConfig, CaptionsTask, stand_in
+from flax_diffusion.core.tasks.parts import from_scratch, inpainting
+from flax_diffusion.core.tasks.task import TASKS, Preview
 from flax_diffusion.core.tasks.text import LoraConfig, LoraTask
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+INPAINT_PIPELINE = "StableDiffusionInpaintPipeline"
 
 
 @with_defaults(image_interpolation_mode="lanczos", output_dir="sd-model-finetuned")
-class TextToImageConfig(LoraConfig, DatasetConfig):
+class TextToImageConfig(LoraConfig, CaptionsConfig):
     """Images from captions: `train text_to_image`. Fine-tunes Stable Diffusion 1.x and 2.x, or starts from scratch."""
 
     text_encoder: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
         None,
         description="From scratch: config of the CLIP text encoder, as a mapping, or the folder or .json file with it.",
     )
-    caption_column: str = Field("text", description="Column that holds the captions.")
-    proportion_empty_prompts: float = Field(
-        0.0, ge=0, le=1, description="Share of the captions that are replaced by the empty one, which guidance needs."
+
+    inpainting: bool = Field(
+        False,
+        description="Train to fill in a part of each picture. A UNet that takes only the sample is widened by zeros.",
     )
+    mask_column: str | None = Field(
+        None,
+        description="Column that holds the masks, whose light parts are filled in. In metadata.jsonl and metadata.csv "
+        "it, or <column>_file_name, names their files. None: masks are drawn, unless there is a folder.",
+    )
+    mask_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
+        None, description="Folder of the masks, with the names of the pictures."
+    )
+
+    @model_validator(mode="after")
+    def _check_inpainting(self) -> TextToImageConfig:
+        for name in ("mask_column", "mask_data_dir"):
+            if getattr(self, name) is not None and not self.inpainting:
+                raise ValueError(f"--{name} goes with --inpainting: add it, or drop the former")
+        if self.mask_column is not None and self.mask_data_dir is not None:
+            raise ValueError("--mask_column and --mask_data_dir exclude each other: drop one")
+        if self.inpainting and self.cache_latents:
+            raise ValueError(
+                "--inpainting encodes each picture anew, without what its mask hides: drop --cache_latents"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_text(self) -> TextToImageConfig:
@@ -52,26 +82,101 @@ class TextToImageConfig(LoraConfig, DatasetConfig):
         return self
 
 
-class TextToImageTask(LoraTask[TextToImageConfig]):
+class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfig]):
     """Training of Stable Diffusion on pictures with captions."""
 
     name = "text_to_image"
     config_class = TextToImageConfig
-    checks_captions = True
 
     def __init__(self, config: TextToImageConfig):
         super().__init__(config)
-        self.embeds_empty_prompt = config.proportion_empty_prompts > 0
         self.makes_tokenizer = not (config.pretrained_model_name_or_path or config.tokenizer_name)
+
+    @property
+    def extra_images(self) -> ExtraImages | None:
+        """Place of the mask of each example; None where there is none or it is drawn."""
+        config = self.config
+        if config.mask_column is None and config.mask_data_dir is None:
+            return None
+        return ExtraImages(
+            column=config.mask_column or "mask",
+            folder=None if config.mask_data_dir is None else as_path(config.mask_data_dir),
+            option="mask_column",
+            folder_option="mask_data_dir",
+        )
+
+    def make_example_fn(
+        self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
+    ) -> ExampleFn:
+        """Return what makes an example, with its mask for inpainting."""
+        make = super().make_example_fn(spec, made, dtype)
+        if not self.config.inpainting:
+            return make
+        latents = spec.sample_shape if spec.vae else None
+        return replace(make, extra=Mask(from_files=self.extra_images is not None, latents=latents))
+
+    def kind_of(self, found: str) -> str:
+        """Return the class of the pipeline to train."""
+        return INPAINT_PIPELINE if self.config.inpainting else super().kind_of(found)
+
+    def pipeline(
+        self, kind: str, components: dict[str, Component], tokenizer: CLIPTokenizer | None = None
+    ) -> PipelineSpec:
+        """Put a pipeline together; for inpainting with a UNet that takes a mask.
+
+        Raises:
+            ConfigError: If its parts do not go together, or if LoRA would have to train a UNet that is not one yet.
+        """
+        if self.config.inpainting:
+            widened = {n: inpainting(part) for n, part in components.items() if part.role is Role.DENOISER}
+            if self.config.lora_rank is not None and any(components[name] != part for name, part in widened.items()):
+                raise ConfigError(
+                    "--inpainting with --lora_rank: LoRA does not train the UNet's first layer, to which a mask would "
+                    "be new; give --pretrained_model_name_or_path of an inpainting model, or drop --lora_rank"
+                )
+            components = components | widened
+        return super().pipeline(kind, components, tokenizer)
+
+    def check_channels(self, denoiser: Component) -> None:
+        """Raise ConfigError for a UNet that does not take what it is to be given."""
+        given, channels = denoiser["in_channels"], denoiser["out_channels"]
+        if self.config.inpainting and given != 2 * channels + 1:
+            raise ConfigError(
+                f"--inpainting: the UNet has in_channels {given} and out_channels {channels}, and must take "
+                f"{2 * channels + 1}, or {channels} to be widened; use another UNet"
+            )
+        if not self.config.inpainting and given == 2 * channels + 1:
+            raise ConfigError(
+                f"UNet with in_channels {given} and out_channels {channels}: it fills in pictures; add --inpainting, "
+                "or use a UNet that has both equal"
+            )
+        if not self.config.inpainting:
+            super().check_channels(denoiser)
+
+    def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
+        """Draw pictures of the validation prompts, for inpainting into the first pictures of the dataset."""
+        config = self.config
+        if not (config.inpainting and config.validation_prompts):
+            return super().make_preview(spec, source)
+        make, examples = self.make_example_fn(spec), []
+        for index in range(len(source)):
+            if len(examples) == len(config.validation_prompts):
+                break
+            try:
+                examples.append(make(source, config.seed, 0, index))
+            except DataError:  # the loader reports it, or skips it
+                continue
+        if not examples:
+            return None
+        places = [place % len(examples) for place in range(len(config.validation_prompts))]
+        names = ("pixel_values", MASK, MASKED_NOISE) if spec.vae else ("pixel_values", MASK)
+        extra = {name: np.stack([examples[place][name] for place in places]) for name in names}
+        return self._samples(config.validation_prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
 
     @classmethod
     def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return options that name data, for a plan, which reads none but captions that make a tokenizer."""
         return stand_in(given) if given.get("pretrained_model_name_or_path") else {}
-
-    def open_source(self) -> Source:
-        """Open the dataset."""
-        return open_dataset(self.config, self.config.caption_column)
 
     def read_models(self, models: Mapping[str, ModelClass]) -> dict[str, Component]:
         """Read the configs of the text encoders and the denoiser, of a pipeline or of the options."""
@@ -79,13 +184,6 @@ class TextToImageTask(LoraTask[TextToImageConfig]):
             return super().read_models(models)
         given = {name: getattr(self.config, name) for name in ("text_encoder", "unet")}
         return {name: from_scratch(value, f"--{name}", models[name]) for name, value in given.items()}
-
-    def make_example_fn(
-        self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
-    ) -> ExampleFn:
-        """Return what makes an example; a share of the captions is left out."""
-        share = self.config.proportion_empty_prompts
-        return replace(super().make_example_fn(spec, made, dtype), proportion_empty_prompts=share)
 
 
 TASKS.register(TextToImageTask.name, TextToImageTask)

@@ -1,30 +1,55 @@
-"""Pictures from prompts: Stable Diffusion 1.x and 2.x."""
+"""Pictures from prompts: Stable Diffusion 1.x and 2.x, with a ControlNet or without."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
+
+from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, MASK, MASKED_NOISE
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
-from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModule, FlaxUNet2DConditionModel
+from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModule, FlaxControlNetModel, FlaxUNet2DConditionModel
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key, Num
 
+Condition = dict[str, Any]
+"""What the UNet is told, by the names of a batch: text_embeddings (B, L, D), and where there is a ControlNet
+conditioning_pixel_values (B, 3, H, W), for inpainting masked (B, 1 + C, h, w)."""
 
-def condition(
-    modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None = None
-) -> Float[Array, "B L D"]:
-    """Return the text encoder's last hidden states (B, L, D), which the UNet attends to.
+MASKED = "masked"
+"""What an inpainting UNet is told: the mask at the size of the latents, and the latents of the rest of the picture."""
+
+
+def condition(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None = None) -> Condition:
+    """Return the text encoder's last hidden states, which the UNet attends to, and what a ControlNet follows.
 
     Args:
         modules: The pipeline's modules.
         params: Weights of all components.
-        batch: input_ids (B, L), or text_embeddings (B, L, D) that were made before.
+        batch: input_ids (B, L), or text_embeddings (B, L, D) that were made before; conditioning_pixel_values
+            (B, 3, H, W) in 0..1 for a ControlNet; for inpainting pixel_values (B, C, H, W), mask (B, 1, H, W) and
+            with an autoencoder masked_latent_noise (B, C, h, w).
         dropout: Key of the dropout masks; None in evaluation.
     """
+    told: Condition = {name: batch[name] for name in (CONDITIONING_IMAGE,) if name in batch}
+    if MASK in batch:
+        told[MASKED] = _masked(modules, params, batch)
     if "input_ids" not in batch:
-        return batch["text_embeddings"]
-    return modules.call("text_encoder", params, dropout, batch["input_ids"])[0]
+        return told | {"text_embeddings": batch["text_embeddings"]}
+    return told | {"text_embeddings": modules.call("text_encoder", params, dropout, batch["input_ids"])[0]}
+
+
+def _masked(modules: Any, params: Params, batch: Batch) -> Float[Array, "B c h w"]:
+    """Return the mask at the size of the latents, by the nearest pixel, and the latents of the rest, (B, 1 + C, h, w).
+
+    Reference:
+        Rombach et al., https://arxiv.org/abs/2112.10752; StableDiffusionInpaintPipeline of Diffusers, for the order.
+    """
+    mask, factor = batch[MASK], modules.spec.vae_factor
+    rest = batch["pixel_values"] * (mask < 0.5)
+    latents = modules.encode_images(params, rest, batch.get(MASKED_NOISE))
+    return jnp.concatenate([mask[:, :, ::factor, ::factor], latents], axis=1)
 
 
 def predict(
@@ -32,11 +57,22 @@ def predict(
     params: Params,
     sample: Float[Array, "B C h w"],
     timesteps: Num[Array, " B"],
-    condition: Float[Array, "B L D"],
+    condition: Condition,
     dropout: Key[Array, ""] | None = None,
 ) -> Float[Array, "B C h w"]:
-    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,) and hidden states (B, L, D)."""
-    return modules.call("unet", params, dropout, sample, timesteps, condition)[0]
+    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,) and what it is told.
+
+    Reference:
+        Zhang et al., https://arxiv.org/abs/2302.05543, for the ControlNet, whose outputs are added to the UNet's.
+    """
+    text, residuals = condition["text_embeddings"], {}
+    if MASKED in condition:
+        sample = jnp.concatenate([sample, condition[MASKED]], axis=1)
+    if "controlnet" in modules.by_name:
+        followed = condition[CONDITIONING_IMAGE]
+        down, mid = modules.call("controlnet", params, dropout, sample, timesteps, text, followed, return_dict=False)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    return modules.call("unet", params, dropout, sample, timesteps, text, **residuals)[0]
 
 
 FAMILIES.register(
@@ -45,6 +81,7 @@ FAMILIES.register(
         classes={
             "CLIPTextModel": FlaxCLIPTextModule,
             "UNet2DConditionModel": FlaxUNet2DConditionModel,
+            "ControlNetModel": FlaxControlNetModel,
             "AutoencoderKL": FlaxAutoencoderKL,
         },
         condition=condition,

@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from flax_diffusion.core.data.images import png
 from flax_diffusion.core.data.sources.source import Record
@@ -77,6 +77,24 @@ def decode(record: Record) -> Image.Image:
             del image.info["transparency"]
             image.putalpha(alpha)
         return _to_rgb(ImageOps.exif_transpose(image))
+
+
+def size_of(record: Record) -> tuple[int, int]:
+    """Return width and height of a record's picture once it is turned upright, in pixels, without decoding it.
+
+    Args:
+        record: A record of a source.
+
+    Raises:
+        DataError: As `decode`, except for errors that only the pixels show.
+    """
+    source = record.image
+    if isinstance(source, np.ndarray):
+        return source.shape[1], source.shape[0]
+    with _named(record):
+        image = source if isinstance(source, Image.Image) else _open(png.without_text(_content(source)))
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return (image.height, image.width) if turned else image.size
 
 
 def check_header(record: Record) -> None:

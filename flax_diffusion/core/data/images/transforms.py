@@ -18,8 +18,9 @@ FILTERS = {
     "lanczos": Image.Resampling.LANCZOS,
 }
 
-# ToTensor then Normalize([0.5], [0.5]), in float32 and in that order, for each of the 256 values.
-_SCALED = (np.arange(256, dtype=np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+# ToTensor, and ToTensor then Normalize([0.5], [0.5]), in float32 and in that order, for each of the 256 values.
+_UNIT = np.arange(256, dtype=np.float32) / np.float32(255)
+_SCALED = (_UNIT - np.float32(0.5)) / np.float32(0.5)
 
 
 class Transformed(NamedTuple):
@@ -28,6 +29,14 @@ class Transformed(NamedTuple):
     pixel_values: np.ndarray  # float32 (C, resolution, resolution) in [-1, 1]
     original_size: tuple[int, int]  # (height, width) before resizing, pixels
     crop_top_left: tuple[int, int]  # (top, left) after resizing and flipping, pixels
+
+
+class Placement(NamedTuple):
+    """Where a picture is resized to, cut and mirrored, all in pixels."""
+
+    size: tuple[int, int]  # (width, height) after resizing
+    corner: tuple[int, int]  # (top, left) of the square, before the flip
+    flipped: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,16 +67,42 @@ class ImageTransform:
             torchvision's Resize, CenterCrop or RandomCrop, RandomHorizontalFlip, ToTensor, Normalize, in
             the order of HF's example scripts.
         """
-        original_size = (image.height, image.width)
-        if self.channels == 1:
+        place = self.place(image.size, rng)
+        pixels = self.cut(image, place, channels=self.channels, interpolation=self.interpolation)
+        top, left = place.corner
+        if place.flipped:
+            left = place.size[0] - left - self.resolution
+        return Transformed(scale(pixels), (image.height, image.width), (top, left))
+
+    def place(self, size: tuple[int, int], rng: Callable[[Stream], np.random.Generator]) -> Placement:
+        """Choose the part of a picture that is used.
+
+        Args:
+            size: Width and height of the picture, in pixels.
+            rng: As for a call.
+        """
+        width, height = self._resized(*size)
+        return Placement((width, height), self._corner(width, height, rng), self.flips(rng))
+
+    def cut(self, image: Image.Image, place: Placement, *, channels: int, interpolation: str) -> np.ndarray:
+        """Resize, crop and mirror a picture, or a second one of the same example, which may have another size.
+
+        Args:
+            image: Picture in mode RGB.
+            place: Where to.
+            channels: 1 for grey, 3 for RGB.
+            interpolation: Filter that resizes, one of `FILTERS`.
+
+        Returns:
+            The pixels, uint8 (resolution, resolution) or (resolution, resolution, 3).
+        """
+        if channels == 1:
             image = image.convert("L")
-        width, height = self._resized(image)
-        top, left = self._corner(width, height, rng)
-        image = resize_part(image, (width, height), (left, top), self.resolution, FILTERS[self.interpolation])
-        if self.flips(rng):
+        top, left = place.corner
+        image = resize_part(image, place.size, (left, top), self.resolution, FILTERS[interpolation])
+        if place.flipped:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-            left = width - left - self.resolution
-        return Transformed(scale(np.asarray(image)), original_size, (top, left))
+        return np.asarray(image)
 
     def flips(self, rng: Callable[[Stream], np.random.Generator]) -> bool:
         """Draw from `FLIP` whether a picture is flipped.
@@ -77,13 +112,12 @@ class ImageTransform:
         """
         return self.random_flip and rng(Stream.FLIP).random() < 0.5
 
-    def _resized(self, image: Image.Image) -> tuple[int, int]:
+    def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Return width and height after resizing, before the square is cut out."""
         if self.resize_mode == "stretch":
             return self.resolution, self.resolution
         if self.resize_mode != "crop":
             raise unknown("resize_mode", self.resize_mode, ("crop", "stretch"))
-        width, height = image.size
         # torchvision truncates the long side.
         if width <= height:
             return self.resolution, int(self.resolution * height / width)
@@ -108,6 +142,22 @@ def scale(pixels: np.ndarray) -> np.ndarray:
     Returns:
         The pixels x as float32 (C, H, W) in [-1, 1]: (x / 255 - 0.5) / 0.5 computed in float32.
     """
+    return _SCALED[_planes(pixels)]
+
+
+def scale_to_unit(pixels: np.ndarray) -> np.ndarray:
+    """Map 8-bit pixels to 0..1.
+
+    Args:
+        pixels: Pixels, uint8 (H, W) or (H, W, C).
+
+    Returns:
+        The pixels x as float32 (C, H, W) in [0, 1]: x / 255 computed in float32.
+    """
+    return _UNIT[_planes(pixels)]
+
+
+def _planes(pixels: np.ndarray) -> np.ndarray:
     planes = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     # A look-up has the memory order of its index, and Grain shares only contiguous arrays between processes.
-    return _SCALED[np.ascontiguousarray(planes)]
+    return np.ascontiguousarray(planes)

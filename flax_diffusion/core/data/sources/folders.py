@@ -4,15 +4,15 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flax_diffusion.core.data.sources.cards import files_of
-from flax_diffusion.core.data.sources.metadata import METADATA_FILES, Caption, read_metadata
-from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, Record, Source, first_few
+from flax_diffusion.core.data.sources.metadata import METADATA_FILES, Caption, read_extras, read_metadata
+from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, ExtraImages, Record, Source, first_few
 from flax_diffusion.core.data.sources.splits import is_beside_splits, of_split
 from flax_diffusion.core.errors import DataError
-from flax_diffusion.core.io.files import walk
+from flax_diffusion.core.io.files import absolute, lies_in, walk
 from flax_diffusion.core.io.untrusted import read_text
 
 IMAGE_EXTENSIONS = (
@@ -40,6 +40,7 @@ class FolderSource:
     files: list[str] = field(repr=False)  # relative to `root`, in order
     captions: list[Caption] | None = field(repr=False)  # one for each file
     text_files: bool = False  # whether each caption is in the .txt file of the same name
+    extras: list[Path] | None = field(default=None, repr=False)  # second picture of each file
 
     def __len__(self) -> int:
         return len(self.files)
@@ -50,7 +51,9 @@ class FolderSource:
             caption: Caption = _read_text(path.with_suffix(".txt"), str(path))
         else:
             caption = None if self.captions is None else self.captions[index]
-        return Record(path, caption, str(path))
+        second = None if self.extras is None else self.extras[index]
+        extra = None if second is None else Record(second, None, str(second))
+        return Record(path, caption, str(path), extra=extra)
 
 
 def open_folder(
@@ -62,6 +65,7 @@ def open_folder(
     cache_dir: Path | None = None,
     config_name: str | None = None,
     split: str = "train",
+    extra: ExtraImages | None = None,
 ) -> Source:
     """Open a folder of images or of Parquet files, or one Parquet file.
 
@@ -81,6 +85,8 @@ def open_folder(
         cache_dir: Folder for unpacked Parquet; None for the user's cache folder.
         config_name: Configuration in the README.md; None for its default one.
         split: Split to take if there are several.
+        extra: Place of the second picture of each example; None for one picture each. Second pictures that lie in the
+            folder are no examples of their own.
 
     Returns:
         The source.
@@ -100,7 +106,7 @@ def open_folder(
             raise DataError(f"{root} is a file; give a folder or a .parquet file")
         if config_name is not None:
             raise DataError(f"--dataset_config_name {config_name}: {root} is one file; leave it out")
-        return open_parquet([root], image_column, caption_column, max_samples, cache_dir)
+        return open_parquet([root], image_column, caption_column, max_samples, cache_dir, extra)
 
     links: list[str] = []
     files = _files(root, links)
@@ -116,13 +122,26 @@ def open_folder(
     _warn_of_left_out(root, wanted, links)
     if tables:
         tables = of_split(root, tables, split_to_choose)
-        return open_parquet([root / name for name in tables], image_column, caption_column, max_samples, cache_dir)
+        paths = [root / name for name in tables]
+        return open_parquet(paths, image_column, caption_column, max_samples, cache_dir, extra)
     metadata = [name for name in wanted if os.path.basename(name) in METADATA_FILES]
     if not images and not metadata:
         raise DataError(
             f"{root} holds no images; looked for {' '.join(IMAGE_EXTENSIONS)} and .parquet{_found(files, links)}"
         )
-    return _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split_to_choose)
+    if not metadata and image_column != DEFAULT_IMAGE_COLUMN:
+        raise DataError(f"--image_column {image_column}: {root} holds pictures and no columns; leave it out")
+    reads_rows = caption_column is not None or (extra is not None and extra.folder is None)
+    if metadata and reads_rows and not any(is_beside_splits(name, split_to_choose) for name in metadata):
+        # Otherwise the rows decide which images are used.
+        images, metadata = (of_split(root, names, split_to_choose) for names in (images, metadata))
+        split_to_choose = None
+    if extra is None:
+        return _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split_to_choose)
+    extras = _extras(root, images, metadata, image_column, extra)
+    images = _firsts(root, images, extras, extra)
+    source = _open_pictures(root, files, images, metadata, image_column, caption_column, max_samples, split_to_choose)
+    return _with_extras(source, extras, extra)
 
 
 def _open_pictures(
@@ -135,15 +154,9 @@ def _open_pictures(
     max_samples: int | None,
     split: str | None,
 ) -> FolderSource:
-    if not metadata and image_column != DEFAULT_IMAGE_COLUMN:
-        raise DataError(f"--image_column {image_column}: {root} holds pictures and no columns; leave it out")
     if caption_column is None:
         return FolderSource(root, of_split(root, images, split)[:max_samples], None)
     if metadata:
-        if not any(
-            is_beside_splits(name, split) for name in metadata
-        ):  # otherwise the rows decide which images are used
-            images, metadata = of_split(root, images, split), of_split(root, metadata, split)
         captions = read_metadata(root, metadata, images, image_column, caption_column)
         captioned = {name for name, caption in captions.items() if caption is not None}
         _require_captions(root, sorted({*images, *captions}), captioned)
@@ -151,6 +164,53 @@ def _open_pictures(
     images, present = of_split(root, images, split), set(files)
     _require_captions(root, images, {name for name in images if _text_file(name) in present})
     return FolderSource(root, images[:max_samples], None, text_files=True)
+
+
+def _extras(
+    root: Path, images: list[str], metadata: list[str], image_column: str, extra: ExtraImages
+) -> dict[str, Path]:
+    """Return the second pictures, by the name of the first where metadata tell it, else by name without extension."""
+    if extra.folder is None:
+        if not metadata:
+            raise DataError(
+                f"--{extra.option} {extra.column}: {root} has no metadata.jsonl or metadata.csv with a column "
+                f"{extra.column}_file_name; add it, or give the folder of these pictures by --{extra.folder_option}"
+            )
+        named = read_extras(root, metadata, images, image_column, extra)
+        return {name: root / second for name, second in named.items()}
+    if not extra.folder.is_dir():
+        raise DataError(f"--{extra.folder_option} {extra.folder}: does not exist; give a folder of pictures")
+    found: dict[str, Path] = {}
+    for name in _images(_files(extra.folder, [])):
+        other = found.setdefault(os.path.splitext(name)[0], extra.folder / name)
+        if other != extra.folder / name:
+            raise DataError(f"--{extra.folder_option}: {other} and {name} belong to one picture; remove one of them")
+    return found
+
+
+def _firsts(root: Path, images: list[str], extras: dict[str, Path], extra: ExtraImages) -> list[str]:
+    """Return the pictures that are examples: those that are no second picture."""
+    if extra.folder is None:
+        seconds = set(extras.values())
+        return [name for name in images if name in extras or root / name not in seconds]
+    if not lies_in(str(extra.folder), str(root)):
+        return images
+    below = f"{os.path.relpath(absolute(extra.folder), absolute(root))}/"
+    return [name for name in images if not name.startswith(below)]
+
+
+def _with_extras(source: FolderSource, extras: dict[str, Path], extra: ExtraImages) -> FolderSource:
+    """Return pictures with the second one of each."""
+    keys = source.files if extra.folder is None else [os.path.splitext(name)[0] for name in source.files]
+    missing = [name for name, key in zip(source.files, keys, strict=True) if key not in extras]
+    if missing:
+        by_folder = extra.folder is not None
+        place = f"--{extra.folder_option} {extra.folder}" if by_folder else f"--{extra.option} {extra.column}"
+        raise DataError(
+            f"{place}: {len(missing)} of {len(source.files)} pictures in {source.root} have none there: "
+            f"{first_few(missing)}; add those of the same name, or remove the pictures"
+        )
+    return replace(source, extras=[extras[key] for key in keys])
 
 
 def image_files(root: Path) -> list[str]:

@@ -9,7 +9,13 @@ import datasets
 from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
-from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, Record, require_column, whole_caption
+from flax_diffusion.core.data.sources.source import (
+    DEFAULT_IMAGE_COLUMN,
+    ExtraImages,
+    Record,
+    require_column,
+    whole_caption,
+)
 from flax_diffusion.core.errors import DataError
 
 _CACHES = (HF_DATASETS_CACHE, DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
@@ -24,6 +30,7 @@ class HubSource:
     image_column: str
     caption_column: str | None
     folders: tuple[Path, ...] = field(default=(), repr=False)  # folders of downloads; rows may name files only in these
+    extra_column: str | None = None  # column of the second picture
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -31,12 +38,18 @@ class HubSource:
     def __getitem__(self, index: int) -> Record:
         row: dict[str, Any] = self.dataset[index]
         name = f"{self.name}[{index}]"
-        image = row[self.image_column]
-        if image is None or (image["bytes"] is None and image["path"] is None):
-            raise DataError(f"{name} holds no image; use another dataset, or skip bad images", name)
-        encoded = self._inside(image["path"], name) if image["bytes"] is None else image["bytes"]
+        image = self._image(row[self.image_column], name, "image")
         caption = None if self.caption_column is None else row[self.caption_column]
-        return Record(encoded, whole_caption(caption, name), name)
+        extra = None
+        if self.extra_column is not None:
+            extra_name = f"{name} {self.extra_column}"
+            extra = Record(self._image(row[self.extra_column], name, self.extra_column), None, extra_name)
+        return Record(image, whole_caption(caption, name), name, extra=extra)
+
+    def _image(self, image: Any, name: str, what: str) -> bytes | Path:
+        if image is None or (image["bytes"] is None and image["path"] is None):
+            raise DataError(f"{name} holds no {what}; use another dataset, or skip bad images", name)
+        return self._inside(image["path"], name) if image["bytes"] is None else image["bytes"]
 
     def _inside(self, path: str, name: str) -> Path:
         where = Path(os.path.abspath(path))
@@ -56,6 +69,7 @@ def open_hub(
     max_samples: int | None = None,
     cache_dir: str | Path | None = None,
     split: str = "train",
+    extra: ExtraImages | None = None,
 ) -> HubSource:
     """Open a dataset, downloaded or from the cache, and check its columns.
 
@@ -67,6 +81,7 @@ def open_hub(
         max_samples: Number of rows to take, from the first; None for all.
         cache_dir: Folder for downloads; None for the library's own.
         split: Split to take.
+        extra: Column of the second picture of each example; None for one picture each.
 
     Returns:
         The source.
@@ -85,29 +100,37 @@ def open_hub(
         ) from error
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"dataset {name}, split {split} is not a table of rows; name one split")
-    columns = [image_column] + ([] if caption_column is None else [caption_column])
-    for option, column in zip(("image_column", "caption_column"), columns, strict=False):
+    columns = {"image_column": image_column} | ({} if caption_column is None else {"caption_column": caption_column})
+    if extra is not None:
+        extra.refuse_folder(f"dataset {name}")
+        columns[extra.option] = extra.column
+    for option, column in columns.items():
         likely = [one for one in dataset.column_names if option == "image_column" or one != image_column]
         require_column(column, dataset.column_names, option=option, where=f"dataset {name}", likely=likely)
-    dataset = dataset.select_columns(columns)
+    dataset = dataset.select_columns(list(dict.fromkeys(columns.values())))
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     if len(dataset) == 0:
         raise DataError(f"dataset {name}, split {split} holds no rows; take another split")
-    _check_types(dataset, name, image_column, caption_column)
+    pictures = {"image_column": image_column} | ({} if extra is None else {extra.option: extra.column})
+    _check_types(dataset, name, pictures, caption_column)
+    for column in pictures.values():
+        dataset = dataset.cast_column(column, datasets.Image(decode=False))
     return HubSource(
-        dataset.cast_column(image_column, datasets.Image(decode=False)),
+        dataset,
         name,
         image_column,
         caption_column,
         tuple(Path(os.path.abspath(folder)) for folder in (*_CACHES, cache_dir) if folder is not None),
+        None if extra is None else extra.column,
     )
 
 
-def _check_types(dataset: datasets.Dataset, name: str, image_column: str, caption_column: str | None) -> None:
-    kind = dataset.features[image_column]
-    if not isinstance(kind, datasets.Image) and getattr(kind, "dtype", None) not in ("string", "binary"):
-        raise DataError(f"--image_column {image_column} of dataset {name} is {kind}; it must hold images")
+def _check_types(dataset: datasets.Dataset, name: str, pictures: dict[str, str], caption_column: str | None) -> None:
+    for option, column in pictures.items():
+        kind = dataset.features[column]
+        if not isinstance(kind, datasets.Image) and getattr(kind, "dtype", None) not in ("string", "binary"):
+            raise DataError(f"--{option} {column} of dataset {name} is {kind}; it must hold images")
     if caption_column is None:
         return
     kind = dataset.features[caption_column]

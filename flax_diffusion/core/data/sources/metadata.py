@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, first_few, require_column
+from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, ExtraImages, first_few, require_column
 from flax_diffusion.core.errors import DataError, shown
 from flax_diffusion.core.io.untrusted import open_text, parse_json, path_below, path_inside
 
@@ -66,6 +66,49 @@ def read_metadata(
     return captions
 
 
+def read_extras(
+    root: Path, metadata: Sequence[str], images: Sequence[str], image_column: str, extra: ExtraImages
+) -> dict[str, str]:
+    """Read which second picture belongs to each picture of a folder.
+
+    Args:
+        root: The folder.
+        metadata: Its metadata files, relative to it.
+        images: Its pictures, relative to it.
+        image_column: As in `read_metadata`.
+        extra: Column of the second pictures' files, relative to the metadata's own folder.
+
+    Returns:
+        Path of the second picture by path of the first, both relative to `root`.
+
+    Raises:
+        DataError: If the column or a file is missing, a path leaves the folder, or a picture has two second ones.
+    """
+    found: dict[str, str] = {}
+    known = set(images)
+    for file in metadata:
+        where, folder = str(root / file), os.path.dirname(file)
+        rows, columns = _rows(root / file)
+        first = _file_column(columns, image_column, where)
+        spellings = (f"{extra.column}_file_name", extra.column)
+        second = next((column for column in spellings if column in columns), None)
+        if second is None:
+            others = [column for column in columns if column != first]
+            require_column(extra.column, columns, option=extra.option, where=where, likely=others)
+            continue
+        for number, row in enumerate(rows, 1):
+            name, own = (
+                _inside(folder, row.get(column), f"{where}, row {number}", str(column)) for column in (first, second)
+            )
+            if found.setdefault(name, own) != own:
+                raise DataError(
+                    f"{where}, row {number} gives {name} the {extra.column} {own}, and a row before it "
+                    f"{found[name]}; remove one of the rows"
+                )
+        _require_files(root, where, folder, [name for name in found.values() if name not in known], images)
+    return found
+
+
 def _merged(captions: list[Caption]) -> Caption:
     given = [one if isinstance(one, list) else [one] for one in captions if one is not None]
     distinct = list(dict.fromkeys(text for several in given for text in several))
@@ -77,8 +120,25 @@ def _merged(captions: list[Caption]) -> Caption:
 def _captions(root: Path, file: str, image_column: str, caption_column: str) -> dict[str, list[Caption]]:
     """Return the captions of the rows of a file, by the path of the picture that they name."""
     where = str(root / file)
-    rows = _read_csv(root / file) if file.endswith(".csv") else _read_jsonl(root / file)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    rows, columns = _rows(root / file)
+    file_column = _file_column(columns, image_column, where)
+    others = [column for column in columns if column != file_column]
+    require_column(caption_column, columns, option="caption_column", where=where, likely=others)
+    captions: dict[str, list[Caption]] = {}
+    for number, row in enumerate(rows, 1):
+        name = _inside(os.path.dirname(file), row.get(file_column), f"{where}, row {number}", "file_name")
+        captions.setdefault(name, []).append(_checked_caption(row.get(caption_column), f"{where}, row {number}"))
+    return captions
+
+
+def _rows(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the rows of a metadata file, and its columns."""
+    rows = _read_csv(path) if path.name.endswith(".csv") else _read_jsonl(path)
+    return rows, list(dict.fromkeys(key for row in rows for key in row))
+
+
+def _file_column(columns: list[str], image_column: str, where: str) -> str:
+    """Return the column that names the files of the pictures."""
     spellings = (f"{image_column}_file_name", image_column)
     file_column = next((column for column in spellings if column in columns), None)
     if image_column == DEFAULT_IMAGE_COLUMN:
@@ -87,22 +147,16 @@ def _captions(root: Path, file: str, image_column: str, caption_column: str) -> 
         require_column(image_column, columns, option="image_column", where=where)
     if file_column is None:
         raise DataError(f"{where} has no column file_name; it has {', '.join(columns) or 'no rows'}")
-    others = [column for column in columns if column != file_column]
-    require_column(caption_column, columns, option="caption_column", where=where, likely=others)
-    captions: dict[str, list[Caption]] = {}
-    for number, row in enumerate(rows, 1):
-        name = _inside(os.path.dirname(file), row.get(file_column), f"{where}, row {number}")
-        captions.setdefault(name, []).append(_checked_caption(row.get(caption_column), f"{where}, row {number}"))
-    return captions
+    return file_column
 
 
-def _inside(folder: str, name: Any, where: str) -> str:
+def _inside(folder: str, name: Any, where: str, column: str) -> str:
     if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: file_name is {shown(name)}; it must be a path relative to the metadata file")
+        raise DataError(f"{where}: {column} is {shown(name)}; it must be a path relative to the metadata file")
     try:
         return path_inside(os.path.join(folder, name))
     except ValueError as error:
-        raise DataError(f"{where}: file_name {name}: {error}; use a path below it") from error
+        raise DataError(f"{where}: {column} {name}: {error}; use a path below it") from error
 
 
 def _checked_caption(caption: Any, where: str) -> Caption:

@@ -4,10 +4,18 @@ from pathlib import Path
 
 import numpy as np
 
-from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, ArraySource, Source
+from flax_diffusion.core.data.sources.source import (
+    DEFAULT_IMAGE_COLUMN,
+    ArraySource,
+    ExtraImages,
+    Source,
+    require_column,
+)
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import as_path
 
+SHAPE_COLUMN = "conditioning_image"
+"""The digits' column of their coarse shapes."""
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -21,6 +29,7 @@ def open_source(
     max_train_samples: int | None = None,
     cache_dir: str | Path | None = None,
     split: str = "train",
+    extra: ExtraImages | None = None,
 ) -> Source:
     """Open a set of training images and check everything that can be checked without decoding a picture.
 
@@ -34,6 +43,8 @@ def open_source(
         max_train_samples: Number of examples to take, from the first; None for all.
         cache_dir: Folder for Hub downloads and unpacked Parquet; None for the usual cache folders.
         split: Split to take, of a Hub dataset or of a folder that has several (see `splits.of_split`).
+        extra: Place of the second picture of each example; None for one picture each. The digits' column
+            `conditioning_image` is their coarse shape (see `coarse_shape`).
 
     Returns:
         The source, with at least one record, in an order that is the same in every run.
@@ -67,11 +78,12 @@ def open_source(
             cache_dir=None if cache_dir is None else Path(cache_dir),
             config_name=dataset_config_name,
             split=split,
+            extra=extra,
         )
     if dataset_name is None:
         raise DataError("no training data named; give --dataset_name or --train_data_dir")
     if dataset_name == "digits":
-        return _digits(caption_column is not None, max_train_samples)
+        return _digits(caption_column is not None, max_train_samples, extra)
     from flax_diffusion.core.data.sources.hub import open_hub
 
     return open_hub(
@@ -82,10 +94,24 @@ def open_source(
         max_samples=max_train_samples,
         cache_dir=cache_dir,
         split=split,
+        extra=extra,
     )
 
 
-def _digits(with_captions: bool, max_samples: int | None) -> ArraySource:
+def coarse_shape(digits: np.ndarray) -> np.ndarray:
+    """Return the coarse shape of digits: cells of 2 x 2 pixels, white where at least half of their area is ink.
+
+    Args:
+        digits: The digits, uint8 (N, 8, 8).
+
+    Returns:
+        The shapes, uint8 (N, 8, 8), of 0 and 255.
+    """
+    cells = digits.reshape(-1, 4, 2, 4, 2).mean(axis=(2, 4))
+    return np.where(cells >= 127.5, 255, 0).astype(np.uint8).repeat(2, axis=1).repeat(2, axis=2)
+
+
+def _digits(with_captions: bool, max_samples: int | None, extra: ExtraImages | None) -> ArraySource:
     from sklearn.datasets import load_digits
 
     digits: object = load_digits()
@@ -93,4 +119,8 @@ def _digits(with_captions: bool, max_samples: int | None) -> ArraySource:
     # Ink 0..16 becomes grey 0..255. Only 8 falls half-way (127.5); rint takes the even neighbour, 128.
     images = np.rint(scans.reshape(-1, 8, 8) * 255 / 16).astype(np.uint8)[:max_samples]
     captions = [f"a handwritten {DIGIT_WORDS[label]}" for label in labels[:max_samples]]
-    return ArraySource(images, captions if with_captions else None, "digits")
+    if extra is not None:
+        extra.refuse_folder("digits")
+        require_column(extra.column, [SHAPE_COLUMN], option=extra.option, where="digits")
+    extras = None if extra is None else coarse_shape(images)
+    return ArraySource(images, captions if with_captions else None, "digits", extras)

@@ -13,6 +13,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 
 from flax_diffusion.core.data.sources.source import (
     DEFAULT_IMAGE_COLUMN,
+    ExtraImages,
     Record,
     first_few,
     require_column,
@@ -40,6 +42,7 @@ class ParquetSource:
     files: list[Path] = field(repr=False)  # the Parquet files, for names
     starts: np.ndarray = field(repr=False)  # int64 (files + 1,), first row of each file
     batches: np.ndarray = field(repr=False)  # int64 (record batches + 1,), first row of each batch
+    extra_column: str | None = None  # column of the second picture, for names
 
     def __len__(self) -> int:
         return int(self.batches[-1])
@@ -56,18 +59,27 @@ class ParquetSource:
         try:
             image = batch.column("image")[row].as_py()
             caption = batch.column("caption")[row].as_py() if "caption" in batch.schema.names else None
+            extra = None if self.extra_column is None else batch.column("extra")[row].as_py()
         except UnicodeDecodeError as error:  # Arrow does not check the text that it copies
             raise DataError(f"{name} holds text that is not UTF-8 ({error}); repair or remove the row", name) from error
-        if isinstance(image, dict):
-            image = image.get("bytes") or image.get("path")
-        if isinstance(image, str):
-            try:
-                image = path_below(file.parent, image)
-            except (OSError, ValueError) as error:
-                raise DataError(f"{name}: image path {image}: {error}; use a path below it", name) from error
-        if image is None:
-            raise DataError(f"{name} holds no image; remove the row", name)
-        return Record(image, whole_caption(caption, name), name)
+        second = None
+        if self.extra_column is not None:
+            second = Record(_image(extra, file, name, self.extra_column), None, f"{name} {self.extra_column}")
+        return Record(_image(image, file, name, "image"), whole_caption(caption, name), name, extra=second)
+
+
+def _image(cell: Any, file: Path, name: str, what: str) -> bytes | Path:
+    """Return the picture in a cell: encoded bytes, or the path of a file below the Parquet file's folder."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, str):
+        try:
+            return path_below(file.parent, cell)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{name}: {what} path {cell}: {error}; use a path below it", name) from error
+    if cell is None:
+        raise DataError(f"{name} holds no {what}; remove the row", name)
+    return cell
 
 
 def open_parquet(
@@ -76,6 +88,7 @@ def open_parquet(
     caption_column: str | None = "text",
     max_samples: int | None = None,
     cache_dir: Path | None = None,
+    extra: ExtraImages | None = None,
 ) -> ParquetSource:
     """Open Parquet files whose pictures are encoded bytes, paths, or Hugging Face's struct of the two.
 
@@ -85,6 +98,7 @@ def open_parquet(
         caption_column: Column of the caption, a text or a list of texts; None for no captions.
         max_samples: Number of rows to take, from the first; None for all.
         cache_dir: Folder for the unpacked copy, which is as large as the images; None for the user's cache folder.
+        extra: Column of the second picture of each example; None for one picture each.
 
     Returns:
         The source.
@@ -93,7 +107,11 @@ def open_parquet(
         DataError: If a file is not Parquet, a column is missing or of another type, or a caption is missing.
     """
     columns = {"image": image_column} | ({} if caption_column is None else {"caption": caption_column})
-    counts = [_check(file, columns) for file in files]
+    options = {role: f"{role}_column" for role in columns}
+    if extra is not None:
+        extra.refuse_folder(str(files[0]))
+        columns["extra"], options["extra"] = extra.column, extra.option
+    counts = [_check(file, columns, options) for file in files]
     starts = np.minimum(np.cumsum([0, *counts]), max_samples or sum(counts))
     if starts[-1] == 0:
         raise DataError(f"{first_few([str(file) for file in files])} holds no rows")
@@ -101,7 +119,7 @@ def open_parquet(
     reader, lock = _reader(arrow_file)
     with lock:
         sizes = [reader.get_batch(number).num_rows for number in range(reader.num_record_batches)]
-    return ParquetSource(arrow_file, files, starts, np.cumsum([0, *sizes]))
+    return ParquetSource(arrow_file, files, starts, np.cumsum([0, *sizes]), None if extra is None else extra.column)
 
 
 @lru_cache(maxsize=8)
@@ -109,19 +127,19 @@ def _reader(path: Path) -> tuple[pa.RecordBatchFileReader, Lock]:
     return pa.ipc.open_file(pa.memory_map(str(path))), Lock()
 
 
-def _check(file: Path, columns: dict[str, str]) -> int:
-    """Check the columns of one file and return its number of rows."""
+def _check(file: Path, columns: dict[str, str], options: dict[str, str]) -> int:
+    """Check the columns of one file, by role, and return its number of rows; options name them by role."""
     try:
         with _opened(file) as parquet:
             schema, count = parquet.schema_arrow, parquet.metadata.num_rows
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, error) from error
     for role, column in columns.items():
-        option = f"{role}_column"
+        option = options[role]
         likely = [name for name in schema.names if role == "image" or name != columns["image"]]
         require_column(column, schema.names, option=option, where=str(file), likely=likely)
         kind = schema.field(column).type
-        if role == "image" and not (_is_bytes(kind) or _is_text(kind) or _is_image_struct(kind)):
+        if role != "caption" and not (_is_bytes(kind) or _is_text(kind) or _is_image_struct(kind)):
             raise DataError(f"--{option} {column} in {file} is of type {kind}; it must hold image files or their paths")
         if role == "caption" and not (_is_text(kind) or (_is_list(kind) and _is_text(kind.value_type))):
             raise DataError(f"--{option} {column} in {file} is of type {kind}; it must be text or a list of texts")

@@ -22,6 +22,36 @@ class Record:
     caption: str | list[str] | None
     name: str  # for messages
     weight: float = 1.0  # weight of the loss
+    extra: "Record | None" = None  # a second picture of the example: what a ControlNet follows, or a mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtraImages:
+    """Place of the second picture of each example, in a column or in a folder.
+
+    Attributes:
+        column: Column that holds the pictures. In metadata it names their files, as `<column>_file_name` does.
+        folder: Folder that holds them by the names of the first pictures; None for the column.
+        option: Name of the option that gives the column, for messages.
+        folder_option: Name of the option that gives the folder, for messages.
+    """
+
+    column: str
+    folder: Path | None = None
+    option: str
+    folder_option: str
+
+    def refuse_folder(self, where: str) -> None:
+        """Refuse the folder where examples have no file names, which `where` describes for the message.
+
+        Raises:
+            DataError: If there is a folder.
+        """
+        if self.folder is not None:
+            raise DataError(
+                f"--{self.folder_option} {self.folder}: goes with a folder of pictures, and {where} has rows; give the "
+                f"column by --{self.option}"
+            )
 
 
 class Source(Protocol):
@@ -39,13 +69,16 @@ class ArraySource:
     images: np.ndarray = field(repr=False)  # uint8 (N, H, W[, 3])
     captions: list[str] | None = field(repr=False)
     name: str
+    extras: np.ndarray | None = field(default=None, repr=False)  # uint8 (N, H, W[, 3])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Record:
         caption = None if self.captions is None else self.captions[index]
-        return Record(self.images[index], caption, f"{self.name}[{index}]")
+        name = f"{self.name}[{index}]"
+        extra = None if self.extras is None else Record(self.extras[index], None, name)
+        return Record(self.images[index], caption, name, extra=extra)
 
 
 def require_column(

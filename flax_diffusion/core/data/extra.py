@@ -1,0 +1,155 @@
+"""What becomes of the second picture of an example: what a ControlNet follows, or a mask."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from flax_diffusion.core.data.images.decoding import decode
+from flax_diffusion.core.data.images.transforms import ImageTransform, Placement, scale_to_unit
+from flax_diffusion.core.data.sources.source import Record
+from flax_diffusion.core.errors import DataError, naming
+from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.randomness.streams import Stream
+
+CONDITIONING_IMAGE = "conditioning_pixel_values"
+"""Array of a batch with the pictures that a ControlNet follows, float32 (B, 3, H, W) in [0, 1]."""
+
+
+MASK, MASKED_NOISE = "mask", "masked_latent_noise"
+"""Arrays of a batch for inpainting: see `Mask`."""
+
+
+class MakeExtra(Protocol):
+    """Function that makes the arrays of an example's second picture. Picklable."""
+
+    def __call__(
+        self, record: Record, transform: ImageTransform, place: Placement, rng: Callable[[Stream], np.random.Generator]
+    ) -> dict[str, np.ndarray]:
+        """Make the arrays.
+
+        Args:
+            record: The record, with its second picture.
+            transform: Transform of the first picture.
+            place: Part of the first picture that is used; that of the second is the same.
+            rng: Function that returns the example's generator of a stream.
+
+        Raises:
+            DataError: If there is no second picture, or it cannot be decoded.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class ConditioningImage:
+    """Maker of the picture that a ControlNet follows: RGB, in 0..1."""
+
+    def __call__(
+        self, record: Record, transform: ImageTransform, place: Placement, rng: Callable[[Stream], np.random.Generator]
+    ) -> dict[str, np.ndarray]:
+        """Return `conditioning_pixel_values`, float32 (3, resolution, resolution) in [0, 1]; see `MakeExtra`."""
+        image = decode(second_of(record))
+        pixels = transform.cut(image, place, channels=3, interpolation=transform.interpolation)
+        return {CONDITIONING_IMAGE: scale_to_unit(pixels)}
+
+
+def conditioning_images(option: str, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:
+    """Read pictures for a ControlNet to follow in samples; of each the centre is cut out.
+
+    Args:
+        option: Option that names them, for messages.
+        names: Paths of the files.
+        size: Height and width of the samples, in pixels.
+
+    Returns:
+        The pictures, float32 (N, 3, height, width) in [0, 1].
+
+    Raises:
+        DataError: If one cannot be read.
+    """
+    return np.stack([scale_to_unit(np.asarray(_centre(option, name, size))) for name in names])
+
+
+def _centre(option: str, name: str, size: tuple[int, int]) -> Image.Image:
+    """Return the largest centre of a picture file that has the shape of (height, width), in that size."""
+    path = as_path(name)
+    if not path.is_file():
+        raise DataError(f"{option} {name}: does not exist; give a picture")
+    with naming(option):
+        image = decode(Record(path, None, name))
+    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
+
+
+def no_draw(stream: Stream) -> np.random.Generator:
+    """Raise AssertionError, where nothing may depend on the random numbers of a stream."""
+    raise AssertionError(f"{stream.name} is drawn, so that a picture has more than one form")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mask:
+    """Maker of the mask of what an inpainting model fills in.
+
+    Attributes:
+        from_files: Whether the second picture is the mask, whose light parts are filled in; otherwise it is drawn.
+        latents: Shape (C, h, w) of the latents of the rest; None in pixel space.
+    """
+
+    from_files: bool
+    latents: tuple[int, int, int] | None
+
+    def __call__(
+        self, record: Record, transform: ImageTransform, place: Placement, rng: Callable[[Stream], np.random.Generator]
+    ) -> dict[str, np.ndarray]:
+        """Make the arrays; see `MakeExtra`.
+
+        Returns:
+            `mask`, float32 (1, resolution, resolution), 1 where to fill in and else 0; with latents,
+            `masked_latent_noise`, float32 (C, h, w), which samples the posterior of the rest.
+        """
+        if self.from_files:
+            image = decode(second_of(record))
+            mask = transform.cut(image, place, channels=1, interpolation="nearest") >= 128
+        else:
+            mask = draw_mask(transform.resolution, rng(Stream.MASK))
+        made = {MASK: mask[None].astype(np.float32)}
+        if self.latents is not None:
+            made[MASKED_NOISE] = rng(Stream.MASKED_LATENT).standard_normal(self.latents, dtype=np.float32)
+        return made
+
+
+def draw_mask(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw what to fill in: all of the picture in a quarter of the cases, else a rectangle or an ellipse.
+
+    Args:
+        size: Height and width of the picture, in pixels.
+        rng: Generator.
+
+    Returns:
+        The mask, bool (size, size).
+
+    Reference:
+        `random_mask` of Diffusers' scripts for inpainting, for the shapes and their shares.
+    """
+    everything, ellipse = rng.random() < 0.25, rng.random() < 0.5
+    height, width = (int(side) for side in rng.integers(1, size + 1, 2))
+    top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+    if everything:
+        return np.ones((size, size), bool)
+    rows = (np.arange(size) + 0.5 - top) / height * 2 - 1  # -1..1 inside
+    columns = (np.arange(size) + 0.5 - left) / width * 2 - 1
+    if ellipse:
+        return rows[:, None] ** 2 + columns**2 <= 1
+    return (np.abs(rows) <= 1)[:, None] & (np.abs(columns) <= 1)
+
+
+def second_of(record: Record) -> Record:
+    """Return a record's second picture.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if record.extra is None:
+        raise DataError(f"{record.name} has no second picture; give it one or remove it")
+    return record.extra

@@ -1,0 +1,68 @@
+"""Writing of the files of a pipeline folder that belong to no model, and of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flax_diffusion.core.io.files import write_json, written_folder
+from flax_diffusion.core.spec import adapters
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+
+
+def write_index(spec: PipelineSpec, folder: Path) -> None:
+    """Write the files of a pipeline folder that belong to no model: model_index.json, scheduler and tokenizer.
+
+    Args:
+        spec: The pipeline.
+        folder: Folder of the pipeline.
+    """
+    index: dict[str, Any] = {"_class_name": spec.listed_as or spec.kind}
+    if spec.listed_as not in (None, spec.kind):
+        index["_diffusers_version"] = version("diffusers")  # StableDiffusionInpaintPipeline does not open without it
+    index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
+    index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
+    if spec.tokenizer is not None:
+        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+        save_tokenizer(spec, folder)
+    index = index | {name: value for name, value in spec.family.pipelines[spec.kind].index.items() if name not in index}
+    scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
+    write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    write_json(folder / "model_index.json", index)
+
+
+def save_tokenizer(spec: PipelineSpec, folder: Path) -> None:
+    """Write the tokenizer, if there is one; a resumed run reads it from there.
+
+    Args:
+        spec: The pipeline.
+        folder: Folder of the pipeline.
+    """
+    if spec.tokenizer is not None:
+        with written_folder(folder / "tokenizer") as local:
+            spec.tokenizer.save_pretrained(local)
+
+
+def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str) -> None:
+    """Write trained adapters to pytorch_lora_weights.safetensors or learned_embeds.safetensors.
+
+    Args:
+        spec: The pipeline, which says what was trained.
+        trained: Arrays by component and PyTorch name, such as `unet/….lora_A.weight`.
+        folder: Folder to write to.
+        form: Names in a LoRA file: "peft" or "kohya".
+    """
+    loras = {}
+    for name, component in spec.components.items():
+        own = {key.removeprefix(f"{name}/"): array for key, array in trained.items() if key.startswith(f"{name}/")}
+        own = {key: np.asarray(array, np.float32) for key, array in own.items()}
+        if component.lora is not None:
+            loras[name] = adapters.trained_layers(component.lora, own)
+        if component.new_tokens is not None:
+            adapters.save_embeddings(folder / adapters.EMBEDDINGS_FILE, component.new_tokens, own[adapters.NEW_ROWS])
+    if loras:
+        adapters.save_lora(folder / adapters.LORA_FILE, loras, form, spec.family.lora_prefixes)
