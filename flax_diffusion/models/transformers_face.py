@@ -320,7 +320,7 @@ class FlaxPreTrainedModel(FlaxCasts):
 
     def _read(self, folder: Path, variant: str | None, redraw: bool) -> dict[str, Any]:
         """Return the parameters that a folder holds, those of other shapes drawn anew if allowed."""
-        tensors, source = transformers_files.read(folder, variant)
+        tensors, source = weight_files.read(folder, transformers_files.BASE, variant)
         tensors = transformers_files.own_tensors(
             tensors, self.params_shape_tree, renamed=self.renamed, other_parts=self.other_parts
         )

@@ -12,9 +12,8 @@ import jax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from flax_diffusion.core.errors import ConfigError, shown
-from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import replacing
-from flax_diffusion.core.io.torch_names import LEAVES, to_torch_layout, torch_name, torch_shape
+from flax_diffusion.core.io.torch_names import torch_name, torch_shape
 from flax_diffusion.core.spec import weight_files
 from flax_diffusion.core.spec.weight_files import Tensor
 from flax_diffusion.models import weights
@@ -22,36 +21,6 @@ from flax_diffusion.models import weights
 BASE = "model"
 FLAX_FILE = "flax_model.msgpack"
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def read(folder: Path, variant: str | None) -> tuple[dict[str, Tensor], Path]:
-    """Open a model's weights.
-
-    Args:
-        folder: Folder with the files.
-        variant: Variant of the files, such as "fp16".
-
-    Returns:
-        The tensors in PyTorch's layout by their PyTorch names, and the file or its index.
-
-    Raises:
-        WeightsError: If there is no file that may be read.
-    """
-    tensors, file = weight_files.read(folder, BASE, variant)
-    if file.suffix == ".safetensors" and model_files.safetensors_metadata(file).get("format") == "flax":
-        return _from_flax_names(tensors), file
-    return tensors, file
-
-
-def _from_flax_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file that Transformers' Flax classes wrote, by PyTorch name and layout."""
-    paths = {name: tuple(name.split(".")) for name in tensors}
-    return weight_files.in_memory(
-        {
-            torch_name(path) if path[-1] in LEAVES else name: to_torch_layout(path, tensors[name].array())
-            for name, path in paths.items()
-        }
-    )
 
 
 def own_tensors(
