@@ -31,8 +31,20 @@ from flax_diffusion.models.transformers_outputs import (
 )
 from flax_diffusion.models.unet_2d import FlaxUNet2DModel
 from flax_diffusion.models.unet_2d_condition import FlaxUNet2DConditionModel
+from flax_diffusion.models.vae_flax import (
+    FlaxAttentionBlock,
+    FlaxDecoder,
+    FlaxDownEncoderBlock2D,
+    FlaxDownsample2D,
+    FlaxEncoder,
+    FlaxResnetBlock2D,
+    FlaxUNetMidBlock2D,
+    FlaxUpDecoderBlock2D,
+    FlaxUpsample2D,
+)
 
 __all__ = [
+    "FlaxAttentionBlock",
     "FlaxAutoencoderKL",
     "FlaxAutoencoderKLOutput",
     "FlaxBaseModelOutput",
@@ -52,10 +64,15 @@ __all__ = [
     "FlaxCLIPVisionPreTrainedModel",
     "FlaxControlNetModel",
     "FlaxControlNetOutput",
+    "FlaxDecoder",
     "FlaxDecoderOutput",
     "FlaxDiagonalGaussianDistribution",
+    "FlaxDownEncoderBlock2D",
+    "FlaxDownsample2D",
+    "FlaxEncoder",
     "FlaxModelMixin",
     "FlaxPreTrainedModel",
+    "FlaxResnetBlock2D",
     "FlaxStableDiffusionSafetyChecker",
     "FlaxT5EncoderModel",
     "FlaxT5EncoderModule",
@@ -64,4 +81,7 @@ __all__ = [
     "FlaxUNet2DConditionOutput",
     "FlaxUNet2DModel",
     "FlaxUNet2DOutput",
+    "FlaxUNetMidBlock2D",
+    "FlaxUpDecoderBlock2D",
+    "FlaxUpsample2D",
 ]

@@ -19,6 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_diffusion import FlaxAutoencoderKL, FlaxControlNetModel, FlaxModelMixin, FlaxUNet2DConditionModel
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.io import publishing
+from flax_diffusion.models import vae_flax
 
 
 @pytest.fixture(scope="module")
@@ -235,3 +236,43 @@ def test_random_parameters_have_the_models_tree() -> None:
     zero = {path[0] for path, leaf in flatten_dict(drawn).items() if path[-1] == "kernel" and not leaf.any()}
     assert zero >= {"controlnet_mid_block", "controlnet_down_blocks_0"}
     assert "conv_in" not in zero
+
+
+def test_parts_of_the_autoencoder(folder: Path) -> None:
+    """Code that builds its own autoencoder of Diffusers' blocks gets the whole one's numbers and names."""
+    vae, params = FlaxAutoencoderKL.from_pretrained(folder, subfolder="vae")
+    blocks = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+    encoder = vae_flax.FlaxEncoder(
+        out_channels=4, down_block_types=("DownEncoderBlock2D",) * 2, double_z=True, **blocks
+    )
+    images = jax.random.normal(jax.random.PRNGKey(0), (1, 16, 16, 3))
+    drawn = encoder.init(jax.random.PRNGKey(1), images)["params"]
+    assert jax.tree.structure(drawn) == jax.tree.structure(params["encoder"])
+    made = encoder.apply({"params": params["encoder"]}, images)
+    whole = vae.apply({"params": params}, images, method=lambda module, x: module.encoder(x, True))
+    np.testing.assert_array_equal(made, whole)
+    decoder = vae_flax.FlaxDecoder(in_channels=4, up_block_types=("UpDecoderBlock2D",) * 2, **blocks)
+    assert decoder.apply({"params": params["decoder"]}, images[:, :8, :8, :1].repeat(4, -1)).shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (vae_flax.FlaxUpsample2D(8), (1, 8, 8, 8)),
+        (vae_flax.FlaxDownsample2D(8), (1, 2, 2, 8)),
+        (vae_flax.FlaxResnetBlock2D(8, 12, groups=4), (1, 4, 4, 12)),
+        (vae_flax.FlaxAttentionBlock(8, num_groups=4), (1, 4, 4, 8)),
+        (vae_flax.FlaxDownEncoderBlock2D(8, 16, resnet_groups=4), (1, 2, 2, 16)),
+        (vae_flax.FlaxUpDecoderBlock2D(8, 4, resnet_groups=4), (1, 8, 8, 4)),
+        (vae_flax.FlaxUNetMidBlock2D(8, resnet_groups=None, num_attention_heads=None), (1, 4, 4, 8)),
+    ],
+)
+def test_blocks_of_the_autoencoder(module: Any, shape: tuple[int, ...]) -> None:
+    made = jax.eval_shape(lambda: module.init_with_output(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 8)))[0])
+    assert made.shape == shape
+
+
+def test_a_shortcut_that_the_channels_do_not_ask_for() -> None:
+    block = vae_flax.FlaxResnetBlock2D(8, 8, groups=4, use_nin_shortcut=True)
+    with pytest.raises(ConfigError, match="use_nin_shortcut=True with 8 channels in and 8 out"):
+        jax.eval_shape(lambda: block.init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 8))))
