@@ -234,7 +234,7 @@ def test_options_of_the_hub(tmp_path, monkeypatch) -> None:
     FlaxPNDMScheduler.from_pretrained("owner/name", subfolder="scheduler", cache_dir="here", token="t", revision="bf16")
     assert asked == {
         "name": "owner/name", "revision": "bf16", "allow_patterns": ["scheduler/scheduler_config.json"],
-        "cache_dir": "here", "token": "t", "force_download": False, "local_files_only": False,
+        "cache_dir": "here", "token": "t",
     }  # fmt: skip
     *_, commit = FlaxPNDMScheduler.load_config(
         "owner/name", subfolder="scheduler", force_download=True, return_commit_hash=True

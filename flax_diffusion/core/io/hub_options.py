@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,10 @@ class HubOptions:
     force_download: bool = False
     local_files_only: bool = False
     token: str | bool | None = None
+
+    def given(self) -> dict[str, Any]:
+        """Return the fields that are not left at their defaults."""
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name)) != field.default}
 
 
 DEFAULT_HUB = HubOptions()

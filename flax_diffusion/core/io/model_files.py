@@ -1,7 +1,6 @@
 """Model folders, local or on the Hugging Face Hub, and their safetensors files, read without a framework."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,7 @@ def _download(
         raise WeightsError(f"there is no folder {name}: check the path")
     patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in allow_patterns or ["*"]]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **asdict(hub)))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns, **hub.given()))
     except LocalEntryNotFoundError as error:
         raise WeightsError(
             f"{name} is neither a folder nor in the Hub's cache, and the Hub cannot be reached: "
