@@ -95,7 +95,7 @@ class Recorder(Idle):
         return np.zeros((len(latents), side, side, self.spec.image_channels), np.uint8)
 
     def sample(self, **asked):
-        told = {name: digest(array) for name, array in (asked["extra"] or {}).items()}
+        told = {name: digest(array) for name, array in (asked.get("extra") or {}).items()}
         self.sampled.append(asked | {"extra": told})
         count = asked["num_images"] * max(1, len(asked["prompts"]))
         return np.zeros((count, 16, 16, 3), np.uint8)
