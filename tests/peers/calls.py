@@ -81,7 +81,9 @@ def main(side, folder, out, part=""):
                 found, texts[name] = kept(name, function, package)
                 arrays |= found
                 if "PEERS_VERBOSE" in os.environ:
-                    print(f"{time.perf_counter() - started:5.1f} s  {name}  {texts[name].get('raises', '')}", flush=True)
+                    print(
+                        f"{time.perf_counter() - started:5.1f} s  {name}  {texts[name].get('raises', '')}", flush=True
+                    )
         methods = {name: public(getattr(package, name)) for name in CLASSES}
     np.savez(out, **arrays, texts=json.dumps(texts), methods=json.dumps(methods))
 

@@ -179,9 +179,7 @@ def _(package):
 @call("FlaxAutoencoderKL.encode: latent_dist.kl and nll")
 def _(package):
     vae, variables = autoencoder(package)
-    one, other = (
-        applied(vae, variables, normal(seed, 2, 3, 16, 16), method=vae.encode).latent_dist for seed in (0, 1)
-    )
+    one, other = (applied(vae, variables, normal(seed, 2, 3, 16, 16), method=vae.encode).latent_dist for seed in (0, 1))
     sample = normal(2, *one.mean.shape)
     return one.kl(), one.kl(other), one.nll(sample), one.nll(sample, (1, 2))
 

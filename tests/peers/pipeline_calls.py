@@ -66,9 +66,13 @@ def sizes(name, height=16, width=24):
 def negatives(pipe, name, prompts):
     if name == "FlaxStableDiffusionControlNetPipeline":
         return pipe.prepare_text_inputs(prompts)
-    return pipe.tokenizer(
-        prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="np"
-    ).input_ids if name != "FlaxStableDiffusionXLPipeline" else pipe.prepare_inputs(prompts)
+    return (
+        pipe.tokenizer(
+            prompts, padding="max_length", max_length=pipe.tokenizer.model_max_length, return_tensors="np"
+        ).input_ids
+        if name != "FlaxStableDiffusionXLPipeline"
+        else pipe.prepare_inputs(prompts)
+    )
 
 
 def on_two(pipe, name, params, prompts=("abc", "x yz"), **options):

@@ -146,9 +146,7 @@ def main(folder):
     control = FlaxControlNetModel(**UNET, conditioning_embedding_out_channels=(8, 8, 16, 16))
     control_params = weights(control, 7)
     pipeline = FlaxStableDiffusionControlNetPipeline(vae=deep, unet=denoiser, controlnet=control, **shared, **checked)
-    pipeline.save_pretrained(
-        folder / "control", params | {"vae": weights(deep, 8), "controlnet": control_params}
-    )
+    pipeline.save_pretrained(folder / "control", params | {"vae": weights(deep, 8), "controlnet": control_params})
     second = FlaxCLIPTextModelWithProjection(projected, _do_init=False)
     large = FlaxUNet2DConditionModel(**XL)
     xl_params = {"text_encoder_2": weights(second, 9, (1, TOKENS)), "unet": weights(large, 10)}
