@@ -161,6 +161,7 @@ class FlaxSchedulerMixin:
         if isinstance(config, (str, Path)):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         assert isinstance(config, Mapping)
+        hidden = ["_class_name"] if isinstance(config, SchedulerConfig) else []
         config = with_present_keys(config)
         defaulted = config.get("_use_default_values", ())
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
@@ -182,7 +183,8 @@ class FlaxSchedulerMixin:
         kept |= {key: value for key, value in kwargs.items() if key in own}
         unused = {key: value for key, value in kwargs.items() if key not in own}
         if return_unused_kwargs:
-            return cls(**kept), unused | {key: value for key, value in config.items() if key not in kept}
+            used = {*kept, *defaulted, *hidden, "_use_default_values"}
+            return cls(**kept), unused | {key: value for key, value in config.items() if key not in used}
         for key in unused:
             raise ConfigError(
                 f"{cls.__name__} has no keyword {key!r}: correct or remove it"

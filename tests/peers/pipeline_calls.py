@@ -143,9 +143,14 @@ def of_every_pipeline(name):
         new = package.new_folder()
         pipe.save_pretrained(new, params=params)
         again, read = getattr(package, name).from_pretrained(new)
-        found = sorted(str(path.relative_to(new)) for path in new.rglob("*") if path.suffix != ".txt")
-        weights = {key: value for key, value in read.items() if key != "scheduler"}
-        return found, weights, sorted(again.components)
+        return {key: value for key, value in read.items() if key != "scheduler"}, sorted(again.components)
+
+    @call(f"{name}.save_pretrained: names of files")
+    def _(package):
+        pipe, params = opened(package, name)
+        new = package.new_folder()
+        pipe.save_pretrained(new, params=params)
+        return sorted(str(path.relative_to(new)) for path in new.rglob("*.*") if path.suffix not in (".txt", ".jinja"))
 
     @call(f"{name}.numpy_to_pil")
     def _(package):

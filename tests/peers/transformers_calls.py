@@ -97,14 +97,21 @@ def of_every_model(name):
         new = package.new_folder()
         model.save_pretrained(new, params=params)
         again, read = getattr(package, name).from_pretrained(new, _do_init=False)
-        return files(new), config_of(again), read
+        return config_of(again), read
+
+    @call(f"{name}.save_pretrained: names of files")
+    def _(package):
+        model, params = opened(package, name)
+        new = package.new_folder()
+        model.save_pretrained(new, params=params)
+        return files(new)
 
     @call(f"{name}.save_pretrained: safe_serialization")
     def _(package):
         model, params = opened(package, name)
         new = package.new_folder()
         model.save_pretrained(new, params=params, safe_serialization=True)
-        return files(new), getattr(package, name).from_pretrained(new, _do_init=False)[1]
+        return getattr(package, name).from_pretrained(new, _do_init=False)[1]
 
     for method in ("to_bf16", "to_fp16", "to_fp32"):
 
