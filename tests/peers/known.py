@@ -1,5 +1,132 @@
 """What is not the same as in Diffusers 0.39 and Transformers 4.57, and why."""
 
+from registry import CALLS
+
+SAME = "same"
 KNOWN = {}
+"""A call to its outcome beside 0.39, beside 0.39 with JAX's old names and PyTorch's constants, and the reason."""
+
+
+def known(reason, outcome, mended, *patterns, but=()):
+    """List the calls that begin with one of the patterns; a pattern that ends with `$` is a whole name."""
+    for pattern in patterns:
+        names = [name for name in CALLS if name == pattern[:-1] or ("$" not in pattern and name.startswith(pattern))]
+        assert names, pattern
+        for name in names:
+            if name not in but:
+                assert name not in KNOWN, name
+                KNOWN[name] = (outcome, mended, reason)
+
+
+def of(names, *methods):
+    return [f"{name}.{method}" for name in names for method in methods]
+
+
+MODELS = ("FlaxAutoencoderKL", "FlaxUNet2DConditionModel", "FlaxControlNetModel")
+NOISE = ("FlaxDDIMScheduler", "FlaxDDPMScheduler", "FlaxPNDMScheduler")
+SIGMAS = ("FlaxEulerDiscreteScheduler", "FlaxLMSDiscreteScheduler")
+DPM = "FlaxDPMSolverMultistepScheduler"
+VE = ("FlaxKarrasVeScheduler", "FlaxScoreSdeVeScheduler")
+
+OLD_NAMES = "0.39 calls JAX by names that JAX 0.10 has not"
+known(OLD_NAMES, "0.39 raises AttributeError", SAME, *of(MODELS, "to_bf16$", "to_fp16$", "to_fp32$"))
+known(
+    OLD_NAMES, "0.39 raises AttributeError", SAME,
+    *of(MODELS, "to_bf16: mask", "to_fp16: mask", "to_fp32: mask"),
+)  # fmt: skip
+known(
+    OLD_NAMES, "0.39 raises TypeError", SAME,
+    *of(["FlaxDDPMScheduler"], "step: an output", "step: as many steps as trained$"),
+)  # fmt: skip
+
+known(
+    "files and configs name PyTorch's class, which then reads them",
+    "other values", "other values", *of((*NOISE, *SIGMAS, DPM, *VE), "to_json_string"),
+)  # fmt: skip
+known(
+    "has it, as PyTorch's class does", "0.39 raises AttributeError", "0.39 raises AttributeError",
+    *of(("FlaxPNDMScheduler", *SIGMAS, DPM), "get_velocity"), "FlaxScoreSdeVeScheduler.scale_model_input",
+)  # fmt: skip
+JUMP = "0.39 goes from timestep t to t − 1, whatever the number of steps"
+known(
+    JUMP, "0.39 raises TypeError", "other numbers",
+    *of(["FlaxDDPMScheduler"], "step$", "step: SD", "step: v", "step: sample"),
+)  # fmt: skip
+known(JUMP, "other numbers", "other numbers", "FlaxDDPMScheduler.step: fixed_large$")
+known(
+    "0.39 takes the logarithm of the variance for the variance",
+    "0.39 raises TypeError", "other numbers", "FlaxDDPMScheduler.step: fixed_small_log",
+)  # fmt: skip
+known(
+    "0.39 takes the logarithm of the variance for the variance",
+    "other numbers", "other numbers", "FlaxDDPMScheduler.step: fixed_large_log",
+)  # fmt: skip
+known(
+    "0.39 splits the model's output into as many parts as it has channels",
+    "0.39 raises ValueError", "0.39 raises ValueError", "FlaxDDPMScheduler.step: learned",
+)  # fmt: skip
+known(
+    "needs a key; 0.39 draws the same noise in every step without one",
+    "ours raises ConfigError", "ours raises ConfigError", "FlaxDDPMScheduler.step: no key",
+)  # fmt: skip
+known(
+    "needs a key; 0.39 makes room for noise and adds none",
+    "ours raises ConfigError", "ours raises ConfigError", "FlaxDDIMScheduler.step: eta",
+)  # fmt: skip
+known(
+    "0.39 ends at timestep 0, whatever set_alpha_to_one says",
+    "other numbers", "other numbers", "FlaxPNDMScheduler.step: SD with Runge-Kutta",
+)  # fmt: skip
+known(
+    "timesteps may be fractions, as PyTorch's, before set_timesteps too",
+    "another dtype", "another dtype", *of(SIGMAS, "create_state$", "create_state: SD", "create_state: v"),
+    *of(["FlaxEulerDiscreteScheduler"], "create_state: leading", "create_state: trailing"),
+    *of(["FlaxLMSDiscreteScheduler"], "set_timesteps"),
+)  # fmt: skip
+known(
+    "0.39 looks noise levels up in the wrong direction",
+    "other numbers", "other numbers", "FlaxEulerDiscreteScheduler.add_noise",
+)  # fmt: skip
+known(
+    "starts at steps_offset, as PyTorch's; 0.39 always at 1",
+    "other numbers", "other numbers",
+    *of(["FlaxEulerDiscreteScheduler"], "set_timesteps: leading", "scale_model_input: leading", "step: leading"),
+)  # fmt: skip
+known(
+    "0.39 has no such spacing", "0.39 raises ValueError", "0.39 raises ValueError",
+    *of(["FlaxEulerDiscreteScheduler"], "set_timesteps: trailing", "scale_model_input: trailing", "step: trailing"),
+)  # fmt: skip
+known(
+    "0.39 takes the timestep for its place, and mixes the derivatives' values",
+    "other numbers", "other numbers", *of(["FlaxLMSDiscreteScheduler"], "step$", "step: SD", "step: v"),
+)  # fmt: skip
+known(
+    "0.39's step cannot be compiled", "0.39 raises TracerBoolConversionError",
+    "0.39 raises TracerBoolConversionError", "FlaxLMSDiscreteScheduler.step: an output",
+)  # fmt: skip
+known(
+    "ends at σ = 0, as PyTorch's; 0.39 at timestep 0, as configs that it wrote do here",
+    "other numbers", "other numbers",
+    *of([DPM], *(f"step{variant}$" for variant in (
+        "", ": SD", ": v", ": sample", ": order 1", ": order 3", ": heun", ": no lower order at the end", ": trailing",
+    ))),
+)  # fmt: skip
+known(
+    "0.39 thresholds a batch of one only", "0.39 raises ValueError", "0.39 raises ValueError",
+    f"{DPM}.step: thresholding",
+)  # fmt: skip
+known(
+    "0.39 reads a key that its config has not", "0.39 raises AttributeError", "0.39 raises AttributeError",
+    *of([DPM], "set_timesteps: leading", "scale_model_input: leading", "step: leading"),
+)  # fmt: skip
+known(
+    "0.39 draws by an array of keys, which JAX refuses", "0.39 raises ValueError", "0.39 raises ValueError",
+    "FlaxKarrasVeScheduler.add_noise_to_input", "FlaxScoreSdeVeScheduler.step_correct",
+)  # fmt: skip
+known(
+    "0.39 calls a method of PyTorch's tensors", "0.39 raises AttributeError", "0.39 raises AttributeError",
+    "FlaxScoreSdeVeScheduler.step_pred",
+)  # fmt: skip
+
 ABSENT = {}
 NOT_CALLED = {}

@@ -18,7 +18,6 @@ FOLDERS = {
 }
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = 4
-KEY = jax.random.PRNGKey(0)
 
 
 def picture(seed, width=40, height=36):
@@ -78,13 +77,13 @@ def negatives(pipe, name, prompts):
 def on_two(pipe, name, params, prompts=("abc", "x yz"), **options):
     """`jit=True` with everything replicated or sharded."""
     inputs = [shard(jnp.asarray(one)) for one in prepared(pipe, name, list(prompts))]
-    keys = jax.random.split(KEY, jax.device_count())
+    keys = jax.random.split(jax.random.PRNGKey(0), jax.device_count())
     return pipe(*inputs, replicate(params), keys, num_inference_steps=STEPS, **sizes(name), jit=True, **options)
 
 
 def on_one(pipe, name, params, prompts=("abc",), **options):
     inputs = prepared(pipe, name, list(prompts))
-    return pipe(*inputs, params, KEY, num_inference_steps=STEPS, **sizes(name) | options)
+    return pipe(*inputs, params, jax.random.PRNGKey(0), num_inference_steps=STEPS, **sizes(name) | options)
 
 
 def of_every_pipeline(name):

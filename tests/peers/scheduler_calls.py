@@ -70,6 +70,8 @@ def walk(scheduler, state, *extra):
 def of_a_sampler(name, variant, config):
     """States, trajectories and noise of one configuration."""
 
+    times = np.array([3, 700 * config.get("num_train_timesteps", 1000) // 1000])
+
     def made(package):
         return getattr(package, name)(**config)
 
@@ -101,10 +103,17 @@ def of_a_sampler(name, variant, config):
         extra = (jax.random.PRNGKey(4),) if name == "FlaxDDPMScheduler" else ()
         return walk(*set_up(package), *extra)
 
+    if name == "FlaxDPMSolverMultistepScheduler" and "spacing" not in "".join(config):
+
+        @call(f"{name}.step: {variant or 'plain'}, by a config that 0.39 wrote")
+        def _(package):
+            scheduler = getattr(package, name).from_config({"_class_name": name, **config})
+            return walk(scheduler, scheduler.set_timesteps(scheduler.create_state(), STEPS, SHAPE))
+
     @call(named(name, "add_noise", variant))
     def _(package):
         state = made(package).create_state()
-        return made(package).add_noise(state, normal(1, *SHAPE), normal(2, *SHAPE), jnp.array([3, 700]))
+        return made(package).add_noise(state, normal(1, *SHAPE), normal(2, *SHAPE), times)
 
 
 def of_a_class(name):
