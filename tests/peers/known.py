@@ -25,6 +25,14 @@ def of(names, *methods):
 MODELS = ("FlaxAutoencoderKL", "FlaxUNet2DConditionModel", "FlaxControlNetModel")
 NOISE = ("FlaxDDIMScheduler", "FlaxDDPMScheduler", "FlaxPNDMScheduler")
 SIGMAS = ("FlaxEulerDiscreteScheduler", "FlaxLMSDiscreteScheduler")
+TRANSFORMERS = (
+    "FlaxCLIPTextModel", "FlaxCLIPTextModelWithProjection", "FlaxCLIPModel", "FlaxCLIPVisionModel",
+    "FlaxT5EncoderModel", "FlaxStableDiffusionSafetyChecker",
+)  # fmt: skip
+PIPELINES = (
+    "FlaxStableDiffusionPipeline", "FlaxStableDiffusionImg2ImgPipeline", "FlaxStableDiffusionInpaintPipeline",
+    "FlaxStableDiffusionControlNetPipeline", "FlaxStableDiffusionXLPipeline",
+)  # fmt: skip
 DPM = "FlaxDPMSolverMultistepScheduler"
 VE = ("FlaxKarrasVeScheduler", "FlaxScoreSdeVeScheduler")
 
@@ -36,7 +44,7 @@ known(
 )  # fmt: skip
 known(
     OLD_NAMES, "0.39 raises TypeError", SAME,
-    *of(["FlaxDDPMScheduler"], "step: an output", "step: as many steps as trained$"),
+    "FlaxDDPMScheduler.step: as many steps as trained$",
 )  # fmt: skip
 
 known(
@@ -50,7 +58,7 @@ known(
 JUMP = "0.39 goes from timestep t to t − 1, whatever the number of steps"
 known(
     JUMP, "0.39 raises TypeError", "other numbers",
-    *of(["FlaxDDPMScheduler"], "step$", "step: SD", "step: v", "step: sample"),
+    *of(["FlaxDDPMScheduler"], "step$", "step: SD", "step: v", "step: sample", "step: an output"),
 )  # fmt: skip
 known(JUMP, "other numbers", "other numbers", "FlaxDDPMScheduler.step: fixed_large$")
 known(
@@ -68,6 +76,10 @@ known(
 known(
     "needs a key; 0.39 draws the same noise in every step without one",
     "ours raises ConfigError", "ours raises ConfigError", "FlaxDDPMScheduler.step: no key",
+)  # fmt: skip
+known(
+    "needs a key; 0.39 draws the same noise in every step without one",
+    SAME, "ours raises ConfigError", "FlaxDDPMScheduler.step: no set_timesteps before",
 )  # fmt: skip
 known(
     "needs a key; 0.39 makes room for noise and adds none",
@@ -126,6 +138,20 @@ known(
 known(
     "0.39 calls a method of PyTorch's tensors", "0.39 raises AttributeError", "0.39 raises AttributeError",
     "FlaxScoreSdeVeScheduler.step_pred",
+)  # fmt: skip
+
+known(
+    "files are safetensors, which PyTorch's classes read too; 0.39's and 4.57's are read as well",
+    "other values", "other values",
+    *of((*MODELS, *TRANSFORMERS, *PIPELINES), "save_pretrained: names of files"),
+)  # fmt: skip
+known(
+    "0.39 fails where return_dict is False", "0.39 raises AttributeError", "0.39 raises AttributeError",
+    "FlaxAutoencoderKL.__call__: a tuple",
+)  # fmt: skip
+known(
+    "4.57 has the method without its content", "0.39 raises NotImplementedError", "0.39 raises NotImplementedError",
+    *of(TRANSFORMERS[:4], "enable_gradient_checkpointing"),
 )  # fmt: skip
 
 ABSENT = {}

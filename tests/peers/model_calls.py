@@ -165,14 +165,21 @@ def applied(model, variables, *arrays, **options):
     return jax.jit(lambda variables, *arrays: model.apply(variables, *arrays, **options))(variables, *arrays)
 
 
+def encoded(package, use, *pixels, method=None, **options):
+    """What a function makes of the encodings of pictures, compiled as a whole: an encoding is no tree of arrays."""
+    vae, variables = autoencoder(package)
+    method = vae.encode if method is None else method
+    make = jax.jit(lambda all_pixels: use(*(vae.apply(variables, one, method=method, **options) for one in all_pixels)))
+    return make(pixels)
+
+
 @call("FlaxAutoencoderKL.encode")
 def _(package):
-    vae, variables = autoencoder(package)
-    posterior = applied(vae, variables, normal(0, 2, 3, 16, 16), method=vae.encode).latent_dist
-    return {
-        "mean": posterior.mean, "logvar": posterior.logvar, "std": posterior.std, "var": posterior.var,
-        "deterministic": posterior.deterministic,
-    }  # fmt: skip
+    def use(output):
+        posterior = output.latent_dist
+        return {name: getattr(posterior, name) for name in ("mean", "logvar", "std", "var")}
+
+    return encoded(package, use, normal(0, 2, 3, 16, 16))
 
 
 @call("FlaxAutoencoderKL.encode: latent_dist.sample and mode, as the scripts take them")
@@ -185,24 +192,23 @@ def _(package):
 
 @call("FlaxAutoencoderKL.encode: latent_dist.kl and nll")
 def _(package):
-    vae, variables = autoencoder(package)
-    one, other = (applied(vae, variables, normal(seed, 2, 3, 16, 16), method=vae.encode).latent_dist for seed in (0, 1))
-    sample = normal(2, *one.mean.shape)
-    return one.kl(), one.kl(other), one.nll(sample), one.nll(sample, (1, 2))
+    def use(one, other):
+        one, other = one.latent_dist, other.latent_dist
+        sample = normal(2, *one.mean.shape)
+        return one.kl(), one.kl(other), one.nll(sample), one.nll(sample, (1, 2))
+
+    return encoded(package, use, normal(0, 2, 3, 16, 16), normal(1, 2, 3, 16, 16))
 
 
 @call("FlaxAutoencoderKL.encode: a tuple")
 def _(package):
-    vae, variables = autoencoder(package)
-    (posterior,) = applied(vae, variables, normal(0, 1, 3, 16, 16), return_dict=False, method=vae.encode)
-    return posterior.mean
+    return encoded(package, lambda output: output[0].mean, normal(0, 1, 3, 16, 16), return_dict=False)
 
 
 @call("FlaxAutoencoderKL.encode: the class's method")
 def _(package):
-    vae, variables = autoencoder(package)
     method = package.FlaxAutoencoderKL.encode
-    return applied(vae, variables, normal(0, 1, 3, 16, 16), method=method).latent_dist.mean
+    return encoded(package, lambda output: output.latent_dist.mean, normal(0, 1, 3, 16, 16), method=method)
 
 
 @call("FlaxAutoencoderKL.decode: channels first")
@@ -226,9 +232,13 @@ def _(package):
 @call("FlaxAutoencoderKL.__call__")
 def _(package):
     vae, variables = autoencoder(package)
-    return applied(vae, variables, normal(0, 2, 3, 16, 16)).sample, applied(
-        vae, variables, normal(0, 2, 3, 16, 16), return_dict=False
-    )
+    return applied(vae, variables, normal(0, 2, 3, 16, 16)).sample
+
+
+@call("FlaxAutoencoderKL.__call__: a tuple")
+def _(package):
+    vae, variables = autoencoder(package)
+    return applied(vae, variables, normal(0, 2, 3, 16, 16), return_dict=False)
 
 
 @call("FlaxAutoencoderKL.__call__: sample_posterior")

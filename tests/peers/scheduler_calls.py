@@ -8,6 +8,7 @@ from registry import call, normal
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 V = SD | {"prediction_type": "v_prediction"}
 COSINE = {"beta_schedule": "squaredcos_cap_v2"}
+FEW = {"num_train_timesteps": 8, "beta_start": 0.05, "beta_end": 0.3}
 VARIANTS = {
     "FlaxDDIMScheduler": {
         "": {}, "SD": SD | {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}, "v": V,
@@ -16,8 +17,7 @@ VARIANTS = {
     },
     "FlaxDDPMScheduler": {
         "": {}, "SD": SD | {"clip_sample": False}, "v": V, "sample": {"prediction_type": "sample"},
-        "as many steps as trained": {"num_train_timesteps": 8},
-        "as many steps as trained, fixed_large": {"num_train_timesteps": 8, "variance_type": "fixed_large"},
+        "as many steps as trained": FEW, "as many steps as trained, fixed_large": FEW | {"variance_type": "fixed_large"},
         "fixed_large": {"variance_type": "fixed_large"}, "fixed_small_log": {"variance_type": "fixed_small_log"},
         "fixed_large_log": {"variance_type": "fixed_large_log"}, "learned": {"variance_type": "learned"},
         "learned_range": {"variance_type": "learned_range"},
