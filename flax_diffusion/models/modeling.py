@@ -1,6 +1,7 @@
 """Base of all models: they are built from a config, initialised, loaded and saved, under upstream's names."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -302,7 +303,19 @@ class PretrainedModel(FlaxCasts):
             save_directory: Folder to write to; made if it does not exist.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(save_directory) / "config.json", {"_class_name": self.torch_class, **self.config})
+        self.to_json_file(Path(save_directory) / "config.json")
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write the configuration to a file.
+
+        Args:
+            json_file_path: The file, in a folder that exists.
+        """
+        write_json(Path(json_file_path), {"_class_name": self.torch_class, **self.config})
+
+    def to_json_string(self) -> str:
+        """Return the content of config.json."""
+        return json.dumps({"_class_name": self.torch_class, **self.config}, indent=2, sort_keys=True) + "\n"
 
     def saved_config(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of config.json for these parameters."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,13 @@ def test_first_weights_under_jit() -> None:
     assert several["encoder"]["conv_in"]["kernel"].shape[0] == 2
 
 
-def test_fields_of_the_flax_classes_can_be_read_from_the_config() -> None:
+def test_fields_of_the_flax_classes_can_be_read_from_the_config(tmp_path: Path) -> None:
     controlnet = FlaxControlNetModel(**CASES["control"].config, sample_size=16, dropout=0.1)
     assert (controlnet.config.sample_size, controlnet.config["dropout"]) == (16, 0.1)
     assert not {"sample_size", "dropout"} & {*controlnet.config, *controlnet.saved_config({})}
+    controlnet.to_json_file(tmp_path / "any.json")
+    assert json.loads((tmp_path / "any.json").read_text()) == json.loads(controlnet.to_json_string())
+    assert json.loads(controlnet.to_json_string()) == controlnet.saved_config({})
     with pytest.raises(AttributeError, match="the config has no field 'nothing'"):
         _ = controlnet.config.nothing
 

@@ -1,5 +1,7 @@
 """Calls of Diffusers' models: the autoencoder, the UNet, the ControlNet."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,6 +52,8 @@ def kernels(params):
 
 def of_every_model(name, folder, values):
     """What all three take from `FlaxModelMixin` and `ConfigMixin`."""
+
+    saved = [key for key in values if name != "FlaxControlNetModel" or key not in ("sample_size", "dropout")]
 
     def config_of(config):
         return {key: config[key] for key in values}
@@ -105,6 +109,18 @@ def of_every_model(name, folder, values):
         new = package.new_folder()
         getattr(package, name)(**values).save_config(new)
         return files(new), config_of(getattr(package, name).load_config(str(new)))
+
+    @call(f"{name}.to_json_string")
+    def _(package):
+        read = json.loads(getattr(package, name)(**values).to_json_string())
+        return {key: read[key] for key in saved}
+
+    @call(f"{name}.to_json_file")
+    def _(package):
+        file = package.new_folder() / "any.json"
+        getattr(package, name)(**values).to_json_file(file)
+        read = json.loads(file.read_text())
+        return {key: read[key] for key in saved}
 
     @call(f"{name}.init_weights")
     def _(package):

@@ -324,6 +324,19 @@ def _(package):
     return [np.asarray(one) for one in package.FlaxDiffusionPipeline.numpy_to_pil(pictures)]
 
 
+@call("FlaxDiffusionPipeline.progress_bar")
+def _(package):
+    pipe, _ = opened(package, "FlaxStableDiffusionPipeline")
+    package.FlaxDiffusionPipeline.set_progress_bar_config(pipe, disable=True)
+    return list(package.FlaxDiffusionPipeline.progress_bar(pipe, [1, 2]))
+
+
+@call("FlaxDiffusionPipeline.set_progress_bar_config")
+def _(package):
+    pipe, _ = opened(package, "FlaxStableDiffusionPipeline")
+    return package.FlaxDiffusionPipeline.set_progress_bar_config(pipe, disable=True)
+
+
 @call("FlaxDiffusionPipeline.save_pretrained")
 def _(package):
     pipe, params = package.FlaxDiffusionPipeline.from_pretrained(str(package.folder / "sd"), safety_checker=None)

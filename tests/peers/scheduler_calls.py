@@ -1,5 +1,7 @@
 """Calls of the schedulers: states, whole trajectories, noise, configurations."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,8 @@ VARIANTS = {
     },
     "FlaxDDPMScheduler": {
         "": {}, "SD": SD | {"clip_sample": False}, "v": V, "sample": {"prediction_type": "sample"},
-        "as many steps as trained": FEW, "as many steps as trained, fixed_large": FEW | {"variance_type": "fixed_large"},
+        "as many steps as trained": FEW,
+        "as many steps as trained, fixed_large": FEW | {"variance_type": "fixed_large"},
         "fixed_large": {"variance_type": "fixed_large"}, "fixed_small_log": {"variance_type": "fixed_small_log"},
         "fixed_large_log": {"variance_type": "fixed_large_log"}, "learned": {"variance_type": "learned"},
         "learned_range": {"variance_type": "learned_range"},
@@ -128,7 +131,6 @@ def of_a_class(name):
         state = scheduler.set_timesteps(scheduler.create_state(), STEPS, SHAPE)
         extra = {"key": jax.random.PRNGKey(4)} if name == "FlaxDDPMScheduler" else {}
 
-
         def step(sample):
             return scheduler.step(state, 0.3 * sample, state.timesteps[0], sample, **extra).prev_sample
 
@@ -209,10 +211,21 @@ def of_every_class(name, config):
 
     @call(f"{name}.to_json_string")
     def _(package):
-        import json
-
         read = json.loads(getattr(package, name)(**config).to_json_string())
         return {key: read[key] for key in ("_class_name", *config)}
+
+    @call(f"{name}.to_json_file")
+    def _(package):
+        file = package.new_folder() / "any.json"
+        getattr(package, name)(**config).to_json_file(file)
+        read = json.loads(file.read_text())
+        return {key: read[key] for key in config}
+
+    @call(f"{name}.save_config")
+    def _(package):
+        new = package.new_folder()
+        getattr(package, name)(**config).save_config(new)
+        return sorted(path.name for path in new.iterdir())
 
     @call(f"{name}.compatibles")
     def _(package):

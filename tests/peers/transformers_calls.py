@@ -113,6 +113,12 @@ def of_every_model(name):
         model.save_pretrained(new, params=params, safe_serialization=True)
         return getattr(package, name).from_pretrained(new, _do_init=False)[1]
 
+    @call(f"{name}.enable_gradient_checkpointing")
+    def _(package):
+        model, params = getattr(package, name).from_pretrained(str(package.folder / FOLDERS[name]), _do_init=False)
+        model.enable_gradient_checkpointing()
+        return outputs(model(*INPUTS[name], params=params))
+
     for method in ("to_bf16", "to_fp16", "to_fp32"):
 
         @call(f"{name}.{method}")
@@ -138,7 +144,7 @@ def of_config(name, **options):
         return shapes(model.params), shapes(model.params_shape_tree)
 
 
-def of_a_trained_one(name):
+def of_an_encoder(name):
     """Hidden states, attentions and tuples, and dropout's arguments."""
 
     @call(f"{name}.__call__: hidden states and attentions")
@@ -167,18 +173,12 @@ def of_a_trained_one(name):
 
         return jax.jit(jax.grad(loss))(params)
 
-    @call(f"{name}.enable_gradient_checkpointing")
-    def _(package):
-        model, params = getattr(package, name).from_pretrained(str(package.folder / FOLDERS[name]), _do_init=False)
-        model.enable_gradient_checkpointing()
-        return model(*INPUTS[name], params=params)[0]
-
 
 for _name in FOLDERS:
     of_every_model(_name)
     of_config(_name, **PICTURES if _name == "FlaxStableDiffusionSafetyChecker" else {})
     if _name != "FlaxStableDiffusionSafetyChecker":
-        of_a_trained_one(_name)
+        of_an_encoder(_name)
 
 
 for _name in ("FlaxCLIPTextModel", "FlaxCLIPTextModelWithProjection", "FlaxT5EncoderModel"):
