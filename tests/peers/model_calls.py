@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.core import unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
 from registry import call, normal
 
@@ -37,8 +38,18 @@ CONFIGS = {
 """Of 0.39's constructors."""
 
 
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out_0"}
+"""Of the autoencoder's attention in 0.39, and in PyTorch's class and here."""
+
+
+def today(tree):
+    """Parameters by the names of today."""
+    flat = flatten_dict(unfreeze(tree))
+    return unflatten_dict({tuple(OLD_NAMES.get(part, part) for part in path): leaf for path, leaf in flat.items()})
+
+
 def shapes(tree):
-    return {"/".join(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flatten_dict(tree).items()}
+    return {"/".join(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in flatten_dict(today(tree)).items()}
 
 
 def files(folder):
@@ -61,18 +72,22 @@ def of_every_model(name, folder, values):
     @call(f"{name}.from_pretrained")
     def _(package):
         model, params = package.open(name, folder)
-        return params, config_of(model.config), str(jnp.dtype(model.dtype))
+        return today(params), config_of(model.config), str(jnp.dtype(model.dtype))
+
+    @call(f"{name}.from_pretrained: names of parameters")
+    def _(package):
+        return sorted("/".join(path) for path in flatten_dict(package.open(name, folder)[1]))
 
     @call(f"{name}.from_pretrained: dtype, by position")
     def _(package):
         model, params = getattr(package, name).from_pretrained(str(package.folder / folder), jnp.bfloat16)
-        return params, str(jnp.dtype(model.dtype))
+        return today(params), str(jnp.dtype(model.dtype))
 
     @call(f"{name}.from_pretrained: subfolder, and a changed key")
     def _(package):
         top, below = folder.split("/")
         found = getattr(package, name).from_pretrained(str(package.folder / top), subfolder=below, sample_size=24)
-        return found[0].config["sample_size"], found[1]
+        return found[0].config["sample_size"], today(found[1])
 
     @call(f"{name}.from_pretrained: no such folder")
     def _(package):
@@ -137,7 +152,7 @@ def of_every_model(name, folder, values):
         new = package.new_folder()
         model.save_pretrained(new, params=params)
         again, read = getattr(package, name).from_pretrained(new)
-        return config_of(again.config), read
+        return config_of(again.config), today(read)
 
     @call(f"{name}.save_pretrained: names of files")
     def _(package):
@@ -151,20 +166,20 @@ def of_every_model(name, folder, values):
         model, params = package.open(name, folder)
         new = package.new_folder()
         model.save_pretrained(new, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
-        return getattr(package, name).from_pretrained(new)[1]
+        return today(getattr(package, name).from_pretrained(new)[1])
 
     for method in ("to_bf16", "to_fp16", "to_fp32"):
 
         @call(f"{name}.{method}")
         def _(package, method=method):
             model, params = package.open(name, folder)
-            return getattr(model, method)(params)
+            return today(getattr(model, method)(params))
 
         @call(f"{name}.{method}: mask")
         def _(package, method=method):
             model, params = package.open(name, folder)
             half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-            return getattr(model, method)(half, kernels(params))
+            return today(getattr(model, method)(half, kernels(params)))
 
 
 for _name, _folder in FOLDERS.items():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.jax_utils import replicate
 from flax.training.common_utils import shard
-from model_calls import shapes
+from model_calls import shapes, today
 from PIL import Image
 from registry import call, normal
 
@@ -142,7 +142,7 @@ def of_every_pipeline(name):
         new = package.new_folder()
         pipe.save_pretrained(new, params=params)
         again, read = getattr(package, name).from_pretrained(new)
-        return {key: value for key, value in read.items() if key != "scheduler"}, sorted(again.components)
+        return {key: today(value) for key, value in read.items() if key != "scheduler"}, sorted(again.components)
 
     @call(f"{name}.save_pretrained: names of files")
     def _(package):
