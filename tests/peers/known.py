@@ -157,6 +157,11 @@ known(
     "4.57 has the method without its content", "0.39 raises NotImplementedError", "0.39 raises NotImplementedError",
     *of((*TRANSFORMERS[:4], TRANSFORMERS[5]), "enable_gradient_checkpointing"),
 )  # fmt: skip
+WITH_CHECKER = PIPELINES[:4]
+known(
+    "0.39 guides one prompt at a time without jit", "0.39 raises ValueError", "0.39 raises ValueError",
+    *of(WITH_CHECKER, "__call__: one device, two prompts"),
+)  # fmt: skip
 
 ABSENT = {
     "can_generate": "no encoder generates",

@@ -30,10 +30,13 @@ def mask(width=40, height=36):
     return Image.fromarray(pixels)
 
 
+def without_checker(name):
+    return {} if name == "FlaxStableDiffusionXLPipeline" else {"safety_checker": None}
+
+
 def opened(package, name, **options):
     """A pipeline without its safety checker, and the parameters."""
-    more = {} if name == "FlaxStableDiffusionXLPipeline" else {"safety_checker": None}
-    return package.open(name, FOLDERS[name], **more | options)
+    return package.open(name, FOLDERS[name], **without_checker(name) | options)
 
 
 def control_picture(seed):
@@ -141,7 +144,7 @@ def of_every_pipeline(name):
         pipe, params = opened(package, name)
         new = package.new_folder()
         pipe.save_pretrained(new, params=params)
-        again, read = getattr(package, name).from_pretrained(new)
+        again, read = getattr(package, name).from_pretrained(new, **without_checker(name))
         return {key: today(value) for key, value in read.items() if key != "scheduler"}, sorted(again.components)
 
     @call(f"{name}.save_pretrained: names of files")
@@ -342,4 +345,4 @@ def _(package):
     pipe, params = package.FlaxDiffusionPipeline.from_pretrained(str(package.folder / "sd"), safety_checker=None)
     new = package.new_folder()
     pipe.save_pretrained(new, params)
-    return type(package.FlaxDiffusionPipeline.from_pretrained(new)[0]).__name__
+    return type(package.FlaxDiffusionPipeline.from_pretrained(new, safety_checker=None)[0]).__name__

@@ -20,16 +20,15 @@ FOLDERS = {
     "FlaxT5EncoderModel": "t5",
     "FlaxStableDiffusionSafetyChecker": "sd/safety_checker",
 }
-PICTURES = {"input_shape": (1, 8, 8, 3)}
 SHAPES = {
     "FlaxCLIPTextModel": (1, 8), "FlaxCLIPTextModelWithProjection": (1, 8), "FlaxCLIPModel": ((1, 8), (1, 8, 8, 3)),
     "FlaxCLIPVisionModel": (1, 8, 8, 3), "FlaxT5EncoderModel": (1, 8),
-    "FlaxStableDiffusionSafetyChecker": (1, 8, 8, 3),
+    "FlaxStableDiffusionSafetyChecker": (1, 224, 224, 3),
 }  # fmt: skip
 INPUTS = {
     "FlaxCLIPTextModel": (IDS,), "FlaxCLIPTextModelWithProjection": (IDS,), "FlaxCLIPModel": (IDS, normal(0, *PIXELS)),
     "FlaxCLIPVisionModel": (normal(0, *PIXELS),), "FlaxT5EncoderModel": (FIVE,),
-    "FlaxStableDiffusionSafetyChecker": (normal(0, 24, *PIXELS[1:]),),
+    "FlaxStableDiffusionSafetyChecker": (normal(0, 12, 3, 224, 224),),
 }  # fmt: skip
 CONFIGS = {
     "FlaxCLIPTextModel": ("CLIPTextConfig", ("hidden_size", "vocab_size", "hidden_act", "eos_token_id")),
@@ -133,14 +132,14 @@ def of_every_model(name):
             return getattr(model, method)(half, kernels(params))
 
 
-def of_config(name, **options):
+def of_config(name):
     """A model from its configuration alone."""
 
     @call(f"{name}.from_config, or its constructor")
     def _(package):
         config = getattr(importlib.import_module("transformers"), CONFIGS[name][0])
         read = config.from_pretrained(str(package.folder / FOLDERS[name]))
-        model = getattr(package, name)(read, seed=0, dtype=jnp.float32, **options)
+        model = getattr(package, name)(read, seed=0, dtype=jnp.float32)
         return shapes(model.params), shapes(model.params_shape_tree)
 
 
@@ -176,7 +175,7 @@ def of_an_encoder(name):
 
 for _name in FOLDERS:
     of_every_model(_name)
-    of_config(_name, **PICTURES if _name == "FlaxStableDiffusionSafetyChecker" else {})
+    of_config(_name)
     if _name != "FlaxStableDiffusionSafetyChecker":
         of_an_encoder(_name)
 

@@ -84,10 +84,11 @@ def vae(channels=(8, 16)):
 
 
 def checker():
-    """A safety checker that passes most pictures and refuses some."""
-    config = CLIPConfig(text_config=dict(TEXT), vision_config=dict(EYES), projection_dim=8)
-    model = safety_checker_flax.FlaxStableDiffusionSafetyChecker(config, _do_init=False, input_shape=(1, 8, 8, 3))
-    params = weights(model, 5, (1, 8, 8, 3))
+    """A safety checker with random concepts, of the one size that 0.39 loads."""
+    eyes = EYES | {"image_size": 224, "patch_size": 56}
+    config = CLIPConfig(text_config=dict(TEXT), vision_config=eyes, projection_dim=8)
+    model = safety_checker_flax.FlaxStableDiffusionSafetyChecker(config, _do_init=False)
+    params = weights(model, 5, (1, 224, 224, 3))
     rng = np.random.default_rng(5)
     for name in ("concept_embeds", "special_care_embeds"):
         params[name] = jnp.asarray(rng.standard_normal(params[name].shape).astype("f4"))
@@ -135,7 +136,7 @@ def main(folder):
     shared = {"text_encoder": text, "tokenizer": words, "scheduler": scheduler}
     checked = {
         "safety_checker": safety,
-        "feature_extractor": CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}),
+        "feature_extractor": CLIPImageProcessor(),
     }
     FlaxStableDiffusionPipeline(vae=vae(), unet=denoiser, **shared, **checked).save_pretrained(folder / "sd", params)
     painter = FlaxUNet2DConditionModel(**UNET, **UP, in_channels=9)
