@@ -32,7 +32,7 @@ CONFIGS = {
         "down_block_types": ("CrossAttnDownBlock2D",), "only_cross_attention": False, "attention_head_dim": 2,
         "cross_attention_dim": 16, "dropout": 0.0, "use_linear_projection": False, "flip_sin_to_cos": True,
         "freq_shift": 0, "controlnet_conditioning_channel_order": "rgb",
-        "conditioning_embedding_out_channels": (8, 8),
+        "conditioning_embedding_out_channels": (8, 8, 8, 8),
     },
 }  # fmt: skip
 """Of 0.39's constructors."""
@@ -285,7 +285,7 @@ def denoiser(package, folder="sd/unet", **options):
 
 
 def inputs(tokens=6, features=16):
-    return normal(10, 2, 4, 8, 8), TIMES, normal(11, 2, tokens, features)
+    return normal(10, 2, 4, 8, 8), jnp.asarray(TIMES), normal(11, 2, tokens, features)
 
 
 @call("FlaxUNet2DConditionModel.__call__")
@@ -298,9 +298,7 @@ def _(package):
 def _(package):
     unet, variables = denoiser(package)
     sample, times, hidden = inputs()
-    return unet.apply(
-        variables, sample=sample, timesteps=jnp.asarray(times), encoder_hidden_states=hidden, return_dict=False
-    )
+    return unet.apply(variables, sample=sample, timesteps=times, encoder_hidden_states=hidden, return_dict=False)
 
 
 @call("FlaxUNet2DConditionModel.__call__: one timestep")

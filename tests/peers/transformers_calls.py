@@ -213,9 +213,3 @@ def _(package):
 def _(package):
     model, params = package.open("FlaxT5EncoderModel", "t5_gated", _do_init=False)
     return outputs(model(FIVE, MASK, params=params))
-
-
-@call("FlaxT5EncoderModel.encode")
-def _(package):
-    model, params = opened(package, "FlaxT5EncoderModel")
-    return outputs(model.encode(FIVE, params=params))

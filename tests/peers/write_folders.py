@@ -134,10 +134,7 @@ def main(folder):
         "safety_checker": safety_params,
     }  # fmt: skip
     shared = {"text_encoder": text, "tokenizer": words, "scheduler": scheduler}
-    checked = {
-        "safety_checker": safety,
-        "feature_extractor": CLIPImageProcessor(),
-    }
+    checked = {"safety_checker": safety, "feature_extractor": CLIPImageProcessor()}
     FlaxStableDiffusionPipeline(vae=vae(), unet=denoiser, **shared, **checked).save_pretrained(folder / "sd", params)
     painter = FlaxUNet2DConditionModel(**UNET, **UP, in_channels=9)
     FlaxStableDiffusionInpaintPipeline(vae=vae(), unet=painter, **shared, **checked).save_pretrained(
