@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io import model_files, publishing
@@ -191,7 +192,7 @@ class PretrainedModel(FlaxCasts):
             The parameter tree in `param_dtype`: NumPy arrays, JAX's under jit. A seed gives the same ones on every
             backend.
         """
-        if isinstance(rng, jax.core.Tracer):
+        if isinstance(rng, Tracer):
             seed = jax.random.bits(rng, dtype="uint32")
             return jax.pure_callback(self._draw, self.params_shape(), seed, vmap_method="sequential")
         return self._draw(rng if isinstance(rng, int) else jax.random.bits(rng, dtype="uint32"))

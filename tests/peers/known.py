@@ -167,6 +167,27 @@ known(
     "0.39 guides one prompt at a time without jit", "0.39 raises ValueError", "0.39 raises ValueError",
     *of(WITH_CHECKER, "__call__: one device, two prompts"),
 )  # fmt: skip
+TEXT_TO_IMAGE = ("FlaxStableDiffusionPipeline", "FlaxStableDiffusionXLPipeline")
+known(
+    "0.39 rounds timesteps to integers, and then finds no noise level", "other numbers", "other numbers",
+    *of(TEXT_TO_IMAGE, "__call__: FlaxEulerDiscreteScheduler"),
+)  # fmt: skip
+known(
+    "0.39's step cannot be compiled", "0.39 raises TracerBoolConversionError",
+    "0.39 raises TracerBoolConversionError", *of(TEXT_TO_IMAGE, "__call__: FlaxLMSDiscreteScheduler"),
+)  # fmt: skip
+known(
+    "draws new noise in every step; 0.39 the same in all", "other numbers", "other numbers",
+    *of(TEXT_TO_IMAGE, "__call__: FlaxDDPMScheduler"),
+)  # fmt: skip
+known(
+    OLD_NAMES, "0.39 raises TypeError", SAME,
+    *of(WITH_CHECKER, "from_pretrained: with the safety checker", "__call__: jit, with the safety checker"),
+)  # fmt: skip
+known(
+    "0.39 shapes pictures for several devices, where there is one", "0.39 raises TypeError", "0.39 raises ValueError",
+    *of(WITH_CHECKER, "__call__: one device, with the safety checker"),
+)  # fmt: skip
 
 ABSENT = {
     "can_generate": "no encoder generates",

@@ -262,14 +262,15 @@ for _name in ("FlaxStableDiffusionPipeline", "FlaxStableDiffusionXLPipeline"):
 
         @call(f"{_name}.__call__: {_scheduler}")
         def _(package, name=_name, scheduler=_scheduler, config=_config):
-            made = getattr(package, scheduler)(**SD | config)
+            made = getattr(package, scheduler).from_config({"_class_name": scheduler, **SD, **config})
             pipe, params = opened(package, name, scheduler=made)
             return on_one(pipe, name, params | {"scheduler": made.create_state()}).images
 
 
 @call("FlaxStableDiffusionPipeline.__call__: Euler, leading")
 def _(package):
-    made = package.FlaxEulerDiscreteScheduler(**SD, timestep_spacing="leading")
+    config = SD | {"timestep_spacing": "leading", "steps_offset": 1}
+    made = package.FlaxEulerDiscreteScheduler.from_config(config)
     pipe, params = opened(package, "FlaxStableDiffusionPipeline", scheduler=made)
     return on_one(pipe, "FlaxStableDiffusionPipeline", params | {"scheduler": made.create_state()}).images
 
