@@ -1,6 +1,7 @@
 """Base of all models: they are built from a config, initialised, loaded and saved, under upstream's names."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.core import Tracer
 
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io import model_files, publishing
@@ -26,10 +28,19 @@ RUN_FIELDS = ("parent", "name", "dtype", "param_dtype", "gradient_checkpointing"
 
 
 class Config(dict[str, Any]):
-    """A model's configuration: a dict that JSON can hold, whose keys can also be read as attributes."""
+    """A model's configuration: a dict that JSON can hold, whose keys can also be read as attributes.
+
+    Attributes:
+        unsaved: Fields that can be read by name, and are not among the keys.
+    """
+
+    unsaved: Mapping[str, Any] = {}
+
+    def __missing__(self, name: str) -> Any:
+        return self.unsaved[name]
 
     def __getattr__(self, name: str) -> Any:
-        if name in self:
+        if name in self or name in self.unsaved:
             return self[name]
         raise AttributeError(f"the config has no field {name!r}")
 
@@ -95,8 +106,10 @@ class PretrainedModel(FlaxCasts):
 
     @property
     def config(self) -> Config:
-        """Configuration with every field."""
-        return Config({name: thaw(getattr(self, name)) for name in self.config_fields()})
+        """Configuration with every field; those that are not saved can be read, and are not among its keys."""
+        config = Config({name: thaw(getattr(self, name)) for name in self.config_fields()})
+        config.unsaved = {name: thaw(getattr(self, name)) for name in self.unsaved}
+        return config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
@@ -173,17 +186,24 @@ class PretrainedModel(FlaxCasts):
         """Return newly initialised parameters, distributed as in the PyTorch class except that biases are zero.
 
         Args:
-            rng: JAX random key, or a seed. The weights are drawn on the host, so this does not work under jit.
+            rng: JAX random key, or a seed. The weights are drawn on the host, which jitted code calls back.
 
         Returns:
-            The parameter tree, NumPy arrays in `param_dtype`; a seed gives the same ones on every backend.
+            The parameter tree in `param_dtype`: NumPy arrays, JAX's under jit. A seed gives the same ones on every
+            backend.
         """
-        seed = rng if isinstance(rng, int) else int(jax.random.bits(rng, dtype="uint32"))
+        if isinstance(rng, Tracer):
+            seed = jax.random.bits(rng, dtype="uint32")
+            return jax.pure_callback(self._draw, self.params_shape(), seed, vmap_method="sequential")
+        return self._draw(rng if isinstance(rng, int) else jax.random.bits(rng, dtype="uint32"))
+
+    def _draw(self, seed: Any) -> dict[str, Any]:
+        """Return the parameters of a seed as NumPy arrays."""
         flat: dict[tuple[str, ...], Any] = flatten_dict(self.params_shape())  # pyright: ignore[reportAssignmentType]
         params = {}
         for path, leaf in flat.items():
             shape = torch_shape(path, leaf.shape)
-            values = initial_weights.draw(seed, self.torch_class, self.config, torch_name(path), shape)
+            values = initial_weights.draw(int(seed), self.torch_class, self.config, torch_name(path), shape)
             params[path] = np.array(from_torch_layout(path, values, values.ndim), leaf.dtype, order="C")
         return unflatten_dict(params)
 
@@ -284,7 +304,19 @@ class PretrainedModel(FlaxCasts):
             save_directory: Folder to write to; made if it does not exist.
         """
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(save_directory) / "config.json", {"_class_name": self.torch_class, **self.config})
+        self.to_json_file(Path(save_directory) / "config.json")
+
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write the configuration to a file.
+
+        Args:
+            json_file_path: The file, in a folder that exists.
+        """
+        write_json(Path(json_file_path), {"_class_name": self.torch_class, **self.config})
+
+    def to_json_string(self) -> str:
+        """Return the content of config.json."""
+        return json.dumps({"_class_name": self.torch_class, **self.config}, indent=2, sort_keys=True) + "\n"
 
     def saved_config(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the content of config.json for these parameters."""

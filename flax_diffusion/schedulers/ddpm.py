@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
@@ -127,6 +128,7 @@ class FlaxDDPMScheduler(VariancePreservingScheduler):
         x_t, output = at_least_float32(sample, model_output)
         output, predicted_variance = output[:, : sample.shape[1]], output[:, sample.shape[1] :]
         t = jnp.asarray(timestep)
+        key = None if key is None else jax.random.split(key, 1)[0]  # as Diffusers 0.39 draws it
         noise = step_noise(key, variance_noise, x_t, "DDPM sampling")
 
         alpha_bar = table_at(state.common.alphas_cumprod, t)

@@ -150,6 +150,12 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         without_zero = given.get("algorithm_type") in ("dpmsolver", "sde-dpmsolver")
         return {"final_sigmas_type": "sigma_min"} | given if without_zero else given
 
+    def __post_init__(self) -> None:
+        if "final_sigmas_type" not in getattr(self, "_given"):  # noqa: B009
+            values = self.present_values({"algorithm_type": self.algorithm_type})
+            object.__setattr__(self, "final_sigmas_type", values.get("final_sigmas_type", self.final_sigmas_type))
+        super().__post_init__()
+
     def _check_combination(self) -> None:
         spacings = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas", "flow_sigmas")
         levels.check_one_spacing({f"use_{name}": getattr(self, f"use_{name}") for name in spacings})

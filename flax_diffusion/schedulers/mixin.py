@@ -161,6 +161,7 @@ class FlaxSchedulerMixin:
         if isinstance(config, (str, Path)):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         assert isinstance(config, Mapping)
+        hidden = ["_class_name"] if isinstance(config, SchedulerConfig) else []
         config = with_present_keys(config)
         defaulted = config.get("_use_default_values", ())
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
@@ -182,7 +183,8 @@ class FlaxSchedulerMixin:
         kept |= {key: value for key, value in kwargs.items() if key in own}
         unused = {key: value for key, value in kwargs.items() if key not in own}
         if return_unused_kwargs:
-            return cls(**kept), unused | {key: value for key, value in config.items() if key not in kept}
+            used = {*kept, *defaulted, *hidden, "_use_default_values"}
+            return cls(**kept), unused | {key: value for key, value in config.items() if key not in used}
         for key in unused:
             raise ConfigError(
                 f"{cls.__name__} has no keyword {key!r}: correct or remove it"
@@ -270,6 +272,14 @@ class FlaxSchedulerMixin:
         values = {key: value for key, value in self.config.items() if key != "_use_default_values"}
         return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
+    def to_json_file(self, json_file_path: str | Path) -> None:
+        """Write the content of `scheduler_config.json` to a file.
+
+        Args:
+            json_file_path: The file, in a folder that exists.
+        """
+        Path(json_file_path).write_text(self.to_json_string(), encoding="utf-8")
+
     def save_config(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write `scheduler_config.json`, which Diffusers' PyTorch class reads.
 
@@ -287,7 +297,7 @@ class FlaxSchedulerMixin:
         if kwargs and not push_to_hub:
             raise ConfigError(f"{', '.join(kwargs)} is for the Hub: add push_to_hub=True or leave it out")
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(self.to_json_string(), encoding="utf-8")
+        self.to_json_file(folder / CONFIG_NAME)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", folder.name), **kwargs)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,31 @@ def test_a_control_net_starts_from_the_unet(folder: Path) -> None:
         mid_block_additional_residual=mid,
     ).sample
     np.testing.assert_array_equal(plain, steered)
+
+
+def test_first_weights_under_jit() -> None:
+    """As scripts shard them: shapes by `eval_shape`, then a jitted `init_weights`."""
+    vae, key = FlaxAutoencoderKL(**VAE), jax.random.PRNGKey(4)
+    plain, jitted = vae.init_weights(key), jax.jit(vae.init_weights)(key)
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(jitted))
+    jax.tree.map(np.testing.assert_array_equal, plain, jitted)
+    shapes = jax.eval_shape(vae.init_weights, key)
+    jax.tree.map(
+        lambda shape, leaf: np.testing.assert_equal((shape.shape, shape.dtype), (leaf.shape, leaf.dtype)), shapes, plain
+    )
+    several = jax.vmap(vae.init_weights)(jax.random.split(key, 2))
+    assert several["encoder"]["conv_in"]["kernel"].shape[0] == 2
+
+
+def test_fields_of_the_flax_classes_can_be_read_from_the_config(tmp_path: Path) -> None:
+    controlnet = FlaxControlNetModel(**CASES["control"].config, sample_size=16, dropout=0.1)
+    assert (controlnet.config.sample_size, controlnet.config["dropout"]) == (16, 0.1)
+    assert not {"sample_size", "dropout"} & {*controlnet.config, *controlnet.saved_config({})}
+    controlnet.to_json_file(tmp_path / "any.json")
+    assert json.loads((tmp_path / "any.json").read_text()) == json.loads(controlnet.to_json_string())
+    assert json.loads(controlnet.to_json_string()) == controlnet.saved_config({})
+    with pytest.raises(AttributeError, match="the config has no field 'nothing'"):
+        _ = controlnet.config.nothing
 
 
 def test_a_control_net_of_another_size() -> None:

@@ -197,6 +197,16 @@ def test_overrides_and_unused_keywords(tmp_path) -> None:
     made, unused = FlaxDDIMScheduler.from_config({"beta_end": 0.03}, return_unused_kwargs=True, dtype=jnp.float32, x=1)
     assert made.beta_end == 0.03
     assert unused == {"x": 1}
+    first = FlaxDDPMScheduler(beta_end=0.03, clip_sample=False)
+    made, unused = FlaxPNDMScheduler.from_config(first.config, return_unused_kwargs=True, x=1)
+    assert made.beta_end == 0.03
+    assert unused == {"x": 1, "clip_sample": False}
+
+
+def test_dpm_solver_without_its_last_noise_level() -> None:
+    """0.39's constructor has no `final_sigmas_type`, and "dpmsolver" cannot end at σ = 0."""
+    assert FlaxDPMSolverMultistepScheduler(algorithm_type="dpmsolver").final_sigmas_type == "sigma_min"
+    assert FlaxDPMSolverMultistepScheduler(1000, algorithm_type="dpmsolver++").final_sigmas_type == "zero"
 
 
 def test_push_to_hub(tmp_path, monkeypatch) -> None:

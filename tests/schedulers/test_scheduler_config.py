@@ -129,7 +129,10 @@ def test_config_access() -> None:
         (lambda: FlaxEulerDiscreteScheduler(use_karras_sigmas=True, use_beta_sigmas=True), "one way only"),
         (lambda: FlaxDPMSolverMultistepScheduler(use_lu_lambdas=True, use_flow_sigmas=True), "one way only"),
         (lambda: FlaxDPMSolverMultistepScheduler(solver_order=4), "solver_order is 4"),
-        (lambda: FlaxDPMSolverMultistepScheduler(algorithm_type="dpmsolver"), "use 'sigma_min'"),
+        (
+            lambda: FlaxDPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="zero"),
+            "use 'sigma_min'",
+        ),
         (lambda: FlaxDPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver", solver_order=3), "no solver_order 3"),
         (lambda: FlaxDPMSolverMultistepScheduler(prediction_type="flow_prediction"), "needs use_flow_sigmas"),
         (lambda: FlaxDPMSolverMultistepScheduler(lambda_min_clipped=5.0), r"is 5\.0, the largest λ .* is 4\.61: lower"),
