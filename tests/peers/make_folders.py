@@ -1,13 +1,9 @@
-"""Tiny folders for the programs, made with PyTorch's classes, by this environment or by the one of Diffusers 0.39.
-
-As a command, `python make_folders.py FOLDER` in the latter, it adds the Flax files that Diffusers 0.39 itself writes.
-"""
+"""Tiny folders for the programs, made with PyTorch's classes, by this environment or by the one of Diffusers 0.39."""
 
 from __future__ import annotations
 
 import json
 import string
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +34,12 @@ VAE: dict[str, Any] = {
     "up_block_types": ("UpDecoderBlock2D",) * 2,
     "norm_num_groups": 8,
     "sample_size": 16,
+}
+VAE_OF_EIGHT: dict[str, Any] = VAE | {  # the ControlNet of 0.39 draws first parameters for pictures of 8 × 8 a latent
+    "block_out_channels": (16, 16, 16, 32),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "sample_size": 64,
 }
 TEXT: dict[str, Any] = {
     "hidden_size": 32,
@@ -116,7 +118,7 @@ def write(folder: Path, formats: tuple[bool, ...] = (True,)) -> None:
         size={"shortest_edge": 224}, crop_size=size
     )
     controlnet = noisy(
-        diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(16, 32))
+        diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(16, 16, 16, 32))
     )
     second = noisy(
         transformers.CLIPTextModelWithProjection(text_config(tokenizer, hidden_act="gelu"))
@@ -126,7 +128,9 @@ def write(folder: Path, formats: tuple[bool, ...] = (True,)) -> None:
         "safe": diffusers.StableDiffusionPipeline(
             **parts, safety_checker=checker, feature_extractor=extractor, requires_safety_checker=True
         ),
-        "control": diffusers.StableDiffusionControlNetPipeline(**parts, controlnet=controlnet, **NONE),
+        "control": diffusers.StableDiffusionControlNetPipeline(
+            **parts | {"vae": noisy(diffusers.AutoencoderKL(**VAE_OF_EIGHT))}, controlnet=controlnet, **NONE
+        ),
         "inpaint": diffusers.StableDiffusionInpaintPipeline(
             **parts | {"unet": noisy(diffusers.UNet2DConditionModel(**UNET, in_channels=9))}, **NONE
         ),
@@ -150,19 +154,3 @@ def write(folder: Path, formats: tuple[bool, ...] = (True,)) -> None:
     extractor.save_pretrained(clip)
     for file in (folder / "tokenizer").iterdir():
         (clip / file.name).write_bytes(file.read_bytes())
-
-
-def add_flax(folder: Path) -> None:
-    """Adds Flax files, by the classes of Diffusers 0.39 and Transformers 4.57."""
-    kinds = {"sd": "", "safe": "", "control": "ControlNet", "inpaint": "Inpaint", "sdxl": "XL"}
-    for name, kind in kinds.items():
-        cls = getattr(diffusers, f"FlaxStableDiffusion{kind}Pipeline")
-        given = {} if name in ("safe", "sdxl") else {"safety_checker": None, "feature_extractor": None}
-        pipeline, params = cls.from_pretrained(folder / name, from_pt=True, **given)
-        pipeline.save_pretrained(folder / name, params=params)
-    transformers.FlaxCLIPModel.from_pretrained(folder / "clip", from_pt=True).save_pretrained(folder / "clip")
-
-
-if __name__ == "__main__":
-    write(Path(sys.argv[1]), formats=(True, False))  # `from_pt=True` of 0.39 reads pickles alone
-    add_flax(Path(sys.argv[1]))

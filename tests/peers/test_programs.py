@@ -21,6 +21,9 @@ from flax_diffusion.migrate import examine
 HERE = Path(__file__).parent
 PROGRAMS = sorted((HERE / "programs").glob("*.py"))
 NAMES = [program.stem for program in PROGRAMS]
+WITHOUT_UNET = ("cache_imagenet_latents", "clip_scores", "scheduler_loop")
+PICTURES = ("images", "output", "pictures", "one", "ddim", "pndm", "dpm", "v", "unchecked", "sd ", "sdxl ")
+"""What the names of pictures in [0, 1] start with."""
 
 
 @pytest.fixture(scope="module")
@@ -73,3 +76,46 @@ def test_it_runs(name: str, folders: Path, tmp_path: Path) -> None:
     for what, array in found.items():
         assert np.isfinite(array).all(), what
         assert array.size == 1 or len(np.unique(array)) > 1 or array.dtype == bool, f"{what} is one value"
+
+
+def tolerance(program: str, what: str, theirs: np.ndarray) -> float:
+    """How far two float32 computations may be apart; the UNet of 0.39 computes its GELU by tanh."""
+    if theirs.dtype.kind != "f":
+        return 0.0
+    if what.startswith("bf16"):
+        return 0.05 * np.abs(theirs).max()
+    if program in WITHOUT_UNET:
+        return 2e-5 * np.abs(theirs).max()
+    return 2 / 255 if what.startswith(PICTURES) else 1e-3 * np.abs(theirs).max()
+
+
+def in_the_reference(python: Path, *words: str | Path) -> None:
+    """Runs a command of run_reference.py with as many devices as there are here."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(
+        [python, HERE / "run_reference.py", *words], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    assert ran.returncode == 0, ran.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def reference_folders(reference_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pipelines that Diffusers 0.39 wrote."""
+    folder = tmp_path_factory.mktemp("reference") / "made"
+    in_the_reference(reference_python, "folders", folder)
+    return folder
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("name", NAMES)
+def test_it_computes_the_same(name: str, reference_python: Path, reference_folders: Path, tmp_path: Path) -> None:
+    program, out = HERE / "programs" / f"{name}.py", tmp_path / "theirs.npz"
+    in_the_reference(reference_python, "program", program, reference_folders, out)
+    ours = run(migrated(program, tmp_path), reference_folders)
+    with np.load(out) as kept:
+        theirs: dict[str, Any] = dict(kept)
+    assert ours.keys() == theirs.keys()
+    for what, array in theirs.items():
+        assert ours[what].dtype == array.dtype, what
+        assert ours[what].shape == array.shape, what
+        np.testing.assert_allclose(ours[what], array, rtol=0, atol=tolerance(name, what, array), err_msg=what)

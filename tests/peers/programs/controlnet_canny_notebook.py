@@ -16,7 +16,7 @@ def main(folder):
         f"{folder}/control/controlnet", from_pt=True, dtype=jnp.float32
     )
     pipe, params = FlaxStableDiffusionControlNetPipeline.from_pretrained(
-        f"{folder}/sd", controlnet=controlnet, dtype=jnp.float32, safety_checker=None, feature_extractor=None
+        f"{folder}/control", controlnet=controlnet, dtype=jnp.float32, safety_checker=None, feature_extractor=None
     )
     params["controlnet"] = controlnet_params
     num_samples = jax.device_count()

@@ -15,7 +15,7 @@ from transformers import CLIPTokenizer, FlaxCLIPTextModel
 
 
 def main(folder):
-    base, rng = f"{folder}/sd", jax.random.PRNGKey(0)
+    base, rng = f"{folder}/control", jax.random.PRNGKey(0)
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
     text_encoder = FlaxCLIPTextModel.from_pretrained(base, subfolder="text_encoder", from_pt=True)
     vae, vae_params = FlaxAutoencoderKL.from_pretrained(base, subfolder="vae", from_pt=True)
@@ -32,7 +32,7 @@ def main(folder):
         use_linear_projection=unet.config.use_linear_projection,
         flip_sin_to_cos=unet.config.flip_sin_to_cos,
         freq_shift=unet.config.freq_shift,
-        conditioning_embedding_out_channels=(16, 32),
+        conditioning_embedding_out_channels=(16, 16, 16, 32),
     )
     controlnet_params = unfreeze(controlnet.init_weights(rng=rng_params))
     for key in ["conv_in", "time_embedding", "down_blocks_0", "down_blocks_1", "mid_block"]:
@@ -78,7 +78,7 @@ def main(folder):
     count = jax.local_device_count()
     ids = tokenizer(["a red dog"] * count, padding="max_length", max_length=12, return_tensors="np").input_ids
     draw = np.random.default_rng(4)
-    pixels, cond = (draw.uniform(low, 1, (count, 3, 16, 16)).astype(np.float32) for low in (-1, 0))
+    pixels, cond = (draw.uniform(low, 1, (count, 3, 64, 64)).astype(np.float32) for low in (-1, 0))
     batch = shard({"pixel_values": pixels, "cond": cond, "input_ids": ids})
     state, unet_params, vae_params = map(jax_utils.replicate, (state, unet_params, vae_params))
     text_encoder_params = jax_utils.replicate(text_encoder.params)
