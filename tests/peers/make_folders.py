@@ -91,7 +91,7 @@ def noisy(model: Any) -> Any:
 
 
 def write(folder: Path, formats: tuple[bool, ...] = (True,)) -> None:
-    """Writes `sd`, `inpaint`, `control`, `sdxl`, `safe` and `clip`, with PyTorch's weights, safe or pickled or both."""
+    """Writes `sd`, `inpaint`, `control`, `sdxl`, `safe`, `torch` and `clip`, with PyTorch's weights, safe or pickled."""
     torch.manual_seed(0)
     tokenizer = write_tokenizer(folder / "tokenizer")
     scheduler = diffusers.PNDMScheduler(
@@ -126,6 +126,9 @@ def write(folder: Path, formats: tuple[bool, ...] = (True,)) -> None:
     pipelines = {
         "sd": diffusers.StableDiffusionPipeline(**parts, **NONE),
         "safe": diffusers.StableDiffusionPipeline(
+            **parts, safety_checker=checker, feature_extractor=extractor, requires_safety_checker=True
+        ),
+        "torch": diffusers.StableDiffusionPipeline(
             **parts, safety_checker=checker, feature_extractor=extractor, requires_safety_checker=True
         ),
         "control": diffusers.StableDiffusionControlNetPipeline(

@@ -32,7 +32,7 @@ def main(folder):
 
     text = FlaxCLIPTextModelWithProjection.from_pretrained(path)
     outputs = text(**tokens, output_hidden_states=True)
-    vision = FlaxCLIPVisionModel.from_pretrained(path, from_pt=True)
+    vision = FlaxCLIPVisionModel.from_pretrained(path)
     patches = vision.module.apply({"params": vision.params}, jnp.transpose(pixels, (0, 2, 3, 1)))
     return {
         "logits": logits,

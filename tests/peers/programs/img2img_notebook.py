@@ -15,7 +15,7 @@ def create_key(seed=0):
 
 def main(folder):
     init_img = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8))
-    init_img = init_img.resize((16, 16))
+    init_img = init_img.resize((32, 32))
     pipeline, params = FlaxStableDiffusionImg2ImgPipeline.from_pretrained(
         f"{folder}/sd", dtype=jnp.float32, safety_checker=None, feature_extractor=None
     )
@@ -33,12 +33,12 @@ def main(folder):
         strength=0.75,
         num_inference_steps=6,
         jit=True,
-        height=16,
-        width=16,
+        height=32,
+        width=32,
     ).images
     pictures = pipeline.numpy_to_pil(np.asarray(output.reshape((num_samples,) + output.shape[-3:])))
-    noise = jax.random.normal(create_key(1), (1, 4, 8, 8))
+    noise = jax.random.normal(create_key(1), (1, 4, 16, 16))
     one = pipeline(
-        prompt_ids[:1], processed_image[:1], params, create_key(2), 0.5, 6, 16, 16, noise=noise, return_dict=False
+        prompt_ids[:1], processed_image[:1], params, create_key(2), 0.5, 6, 32, 32, noise=noise, return_dict=False
     )[0]
     return {"output": output, "pictures": np.stack([np.asarray(picture) for picture in pictures]) / 255, "one": one}

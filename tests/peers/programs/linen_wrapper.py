@@ -9,11 +9,11 @@ from flax import linen as nn
 
 
 class LatentDiffusion(nn.Module):
-    path: str
+    model_path: str
 
     def setup(self):
-        self.vae, vae_params = diffusers.FlaxAutoencoderKL.from_pretrained(self.path, subfolder="vae")
-        self.unet, unet_params = diffusers.FlaxUNet2DConditionModel.from_pretrained(self.path, subfolder="unet")
+        self.vae, vae_params = diffusers.FlaxAutoencoderKL.from_pretrained(self.model_path, subfolder="vae")
+        self.unet, unet_params = diffusers.FlaxUNet2DConditionModel.from_pretrained(self.model_path, subfolder="unet")
         self.vae_params = self.param("vae_params", lambda _: vae_params)
         self.unet_params = self.param("unet_params", lambda _: unet_params)
         self.noise_scheduler = diffusers.FlaxDDPMScheduler(
@@ -34,7 +34,7 @@ class LatentDiffusion(nn.Module):
 
 
 def main(folder):
-    model, key = LatentDiffusion(path=f"{folder}/sd"), jax.random.PRNGKey(0)
+    model, key = LatentDiffusion(model_path=f"{folder}/sd"), jax.random.PRNGKey(0)
     images = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
     context = jax.random.normal(key, (2, 12, 32))
     variables = model.init({"params": key, "noise": key}, images, context)

@@ -12,7 +12,7 @@ def main(folder):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     no_sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(
-        f"{folder}/sd", from_pt=True, safety_checker=None, feature_extractor=None
+        f"{folder}/torch", from_pt=True, safety_checker=None, feature_extractor=None
     )
     params = jax.tree.map(lambda x: jax.device_put(x, no_sharding), params)
     made = []

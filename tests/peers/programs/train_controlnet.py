@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer, FlaxCLIPTextModel
 def main(folder):
     base, rng = f"{folder}/control", jax.random.PRNGKey(0)
     tokenizer = CLIPTokenizer.from_pretrained(base, subfolder="tokenizer")
-    text_encoder = FlaxCLIPTextModel.from_pretrained(base, subfolder="text_encoder", from_pt=True)
+    text_encoder = FlaxCLIPTextModel.from_pretrained(base, subfolder="text_encoder")
     vae, vae_params = FlaxAutoencoderKL.from_pretrained(base, subfolder="vae", from_pt=True)
     unet, unet_params = FlaxUNet2DConditionModel.from_pretrained(base, subfolder="unet", from_pt=True)
     rng, rng_params = jax.random.split(rng)

@@ -82,7 +82,7 @@ def main(folder):
         scheduler=FlaxPNDMScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True
         ),
-        safety_checker=FlaxStableDiffusionSafetyChecker.from_pretrained(base + "/safety_checker", from_pt=True),
+        safety_checker=FlaxStableDiffusionSafetyChecker.from_pretrained(folder + "/torch/safety_checker", from_pt=True),
         feature_extractor=CLIPImageProcessor.from_pretrained(base + "/feature_extractor"),
     )
     get_params = jax_utils.unreplicate
