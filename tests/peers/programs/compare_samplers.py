@@ -16,8 +16,8 @@ def main(folder):
         base, scheduler=scheduler, dtype=jnp.float32, safety_checker=None, feature_extractor=None
     )
     params["scheduler"] = scheduler_state
-    prompt_ids = pipeline.prepare_inputs(["a red cat", "a blue dog"])
-    latents = jax.random.normal(jax.random.PRNGKey(0), (2, 4, 8, 8))
+    prompt_ids = pipeline.prepare_inputs(["a red cat"])
+    latents = jax.random.normal(jax.random.PRNGKey(0), (1, 4, 8, 8))
     images = {}
     for name, cls in SAMPLERS.items():
         scheduler = cls(

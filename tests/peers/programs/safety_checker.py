@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessor
 def main(folder):
     base = f"{folder}/safe"
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(base)
-    prompt_ids = pipeline.prepare_inputs(["a red cat", "a blue dog"])
+    prompt_ids = pipeline.prepare_inputs(["a red cat"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output = pipeline(prompt_ids, params, jax.random.PRNGKey(0), num_inference_steps=2)
