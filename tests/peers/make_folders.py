@@ -91,7 +91,7 @@ def noisy(model: Any) -> Any:
 
 
 def write(folder: Path, formats: tuple[bool, ...] = (True,)) -> None:
-    """Writes `sd`, `inpaint`, `control`, `sdxl`, `safe`, `torch` and `clip`, with PyTorch's weights, safe or pickled."""
+    """Writes `sd`, `inpaint`, `control`, `sdxl`, `safe`, `torch` and `clip`, of PyTorch's."""
     torch.manual_seed(0)
     tokenizer = write_tokenizer(folder / "tokenizer")
     scheduler = diffusers.PNDMScheduler(
@@ -120,9 +120,7 @@ def write(folder: Path, formats: tuple[bool, ...] = (True,)) -> None:
     controlnet = noisy(
         diffusers.ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(16, 16, 16, 32))
     )
-    second = noisy(
-        transformers.CLIPTextModelWithProjection(text_config(tokenizer, hidden_act="gelu"))
-    )
+    second = noisy(transformers.CLIPTextModelWithProjection(text_config(tokenizer, hidden_act="gelu")))
     pipelines = {
         "sd": diffusers.StableDiffusionPipeline(**parts, **NONE),
         "safe": diffusers.StableDiffusionPipeline(

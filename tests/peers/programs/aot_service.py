@@ -1,4 +1,4 @@
-"""A server compiles its program before the first request: lowered from the pipeline's own function, for every device."""
+"""A server compiles its program before the first request: lowered from the pipeline's own function."""
 
 import jax
 import numpy as np

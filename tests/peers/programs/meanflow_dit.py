@@ -18,8 +18,9 @@ class LatentManager:
         self.replicated, self.divided = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
         self.params = jax.device_put(params, self.replicated)
         self.encode = jax.jit(
-            lambda params, x, key: vae.apply({"params": params}, x, method=vae.encode).latent_dist.sample(key)
-            * 0.18215,
+            lambda params, x, key: (
+                vae.apply({"params": params}, x, method=vae.encode).latent_dist.sample(key) * 0.18215
+            ),
             in_shardings=(self.replicated, self.divided, self.replicated),
             out_shardings=self.divided,
         )
