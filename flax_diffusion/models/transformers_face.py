@@ -201,7 +201,7 @@ class FlaxPreTrainedModel(FlaxCasts):
     def params(self, params: Params) -> None:
         self._must_hold()
         params = unfreeze(params)
-        self.check_params(params)
+        self.check_params(params, replicated=_devices_of(params, self.params_shape_tree))
         self._params = params  # pyright: ignore[reportAttributeAccessIssue]
 
     def _must_hold(self) -> None:
@@ -211,16 +211,21 @@ class FlaxPreTrainedModel(FlaxCasts):
                 "init_weights or from_pretrained, and pass them to every call as params"
             )
 
-    def check_params(self, params: Params) -> None:
-        """Raise WeightsError unless a tree has the names and shapes of this model's parameters."""
+    def check_params(self, params: Params, replicated: tuple[int, ...] = ()) -> None:
+        """Raise WeightsError unless a tree has the names and shapes of this model's parameters.
+
+        Args:
+            params: The tree.
+            replicated: Axes that all parameters have before their own.
+        """
         ours: dict[tuple[str, ...], Any] = flatten_dict(self.params_shape_tree)  # pyright: ignore
         given: dict[tuple[str, ...], Any] = flatten_dict(params)  # pyright: ignore
         problems = [f"{'/'.join(path)} is missing" for path in ours if path not in given]
         problems += [f"{'/'.join(map(str, path))} is unknown" for path in given if path not in ours]
         problems += [
-            f"{'/'.join(path)} has shape {np.shape(given[path])} instead of {leaf.shape}"
+            f"{'/'.join(path)} has shape {np.shape(given[path])} instead of {(*replicated, *leaf.shape)}"
             for path, leaf in ours.items()
-            if path in given and np.shape(given[path]) != leaf.shape
+            if path in given and np.shape(given[path]) != (*replicated, *leaf.shape)
         ]
         if problems:
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -377,6 +382,15 @@ def _refuse(where: str, unknown: Mapping[str, Any], known: Iterable[str]) -> Non
         raise ConfigError(
             f"{where} knows no keyword {name!r} (value {shown(value)}): correct or remove it{nearest(name, known)}"
         )
+
+
+def _devices_of(params: Params, shapes: Any) -> tuple[int, ...]:
+    """Return the axis of devices that `flax.jax_utils.replicate` gives to every parameter, (D,), or ()."""
+    ranks = {path: len(leaf.shape) for path, leaf in flatten_dict(shapes).items()}  # pyright: ignore
+    for path, leaf in flatten_dict(params).items():  # pyright: ignore
+        if path in ranks:
+            return tuple(np.shape(leaf)[:1]) if np.ndim(leaf) == ranks[path] + 1 else ()
+    return ()
 
 
 def _config_file(path: Path) -> Path:

@@ -266,3 +266,13 @@ def draw_normal(keys: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -
     groups = keys.shape[0]
     part = (shape[0] // groups, *shape[1:])
     return jax.vmap(lambda key: jax.random.normal(key, part, dtype))(keys).reshape(shape)
+
+
+def of_each(value: Any, count: int) -> Array:
+    """Return a number of each picture, float32 (N,), from one for all or one for each; it may be traced.
+
+    Args:
+        value: The number or numbers.
+        count: Number of pictures N.
+    """
+    return jnp.broadcast_to(jnp.ravel(jnp.asarray(value, jnp.float32)), (count,))

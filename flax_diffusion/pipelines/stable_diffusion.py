@@ -15,7 +15,7 @@ from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.pipelines.denoising import decode, denoise, start_latents
 from flax_diffusion.pipelines.outputs import FlaxStableDiffusionPipelineOutput
 from flax_diffusion.pipelines.pipeline import FlaxDiffusionPipeline
-from flax_diffusion.pipelines.running import BATCH, Layout, layout_of, run
+from flax_diffusion.pipelines.running import BATCH, Layout, layout_of, of_each, run
 
 Prompts = str | list[str]
 
@@ -58,9 +58,11 @@ class FlaxStableDiffusionPipelineBase(FlaxDiffusionPipeline):
         """Return the token ids to guide away from, (N, L): those given, or those of an empty prompt."""
         if neg_prompt_ids is not None:
             return layout.flat(neg_prompt_ids, "neg_prompt_ids")
-        length = prompt_ids.shape[-1]
-        ids = self.tokenizer([""], padding="max_length", max_length=length, return_tensors="np").input_ids
-        return layout.put(np.repeat(ids, layout.count, axis=0), BATCH)
+        return layout.put(self.no_prompt(*prompt_ids.shape), BATCH)
+
+    def no_prompt(self, count: int, length: int) -> np.ndarray:
+        """Return the token ids of empty prompts, integers (count, length)."""
+        return np.repeat(token_ids(self.tokenizer, [""], length), count, axis=0)
 
     def finish(
         self, layout: Layout, images: Array, params: Mapping[str, Any], return_dict: bool
@@ -271,3 +273,39 @@ class FlaxStableDiffusionPipeline(FlaxStableDiffusionPipelineBase):
         settings = {"height": height, "width": width, "steps": num_inference_steps, "factor": self.vae_scale_factor}
         images = run(parts, _draw, layout, params, prng_seed, arrays, **settings)
         return self.finish(layout, images, params, return_dict)
+
+    def _generate(
+        self,
+        prompt_ids: Any,
+        params: Mapping[str, Any],
+        prng_seed: Array,
+        num_inference_steps: int,
+        height: int,
+        width: int,
+        guidance_scale: Any,
+        latents: Any = None,
+        neg_prompt_ids: Any = None,
+    ) -> Array:
+        """Return the pictures of one device, in [0, 1], float32 (N, H, W, 3).
+
+        A call runs the same function. Servers that compile before their first request give this one to `jax.pmap` or
+        `jax.jit`, with the steps, height and width static.
+
+        Args:
+            prompt_ids: Token ids, integers (N, L).
+            params: Parameters by part, and the scheduler's state.
+            prng_seed: Random key.
+            num_inference_steps: Denoising steps.
+            height: Height of the pictures in pixels.
+            width: Width.
+            guidance_scale: Scale of classifier-free guidance: a number, or one for each picture.
+            latents: Noise to start from, (N, C, h, w); None draws it.
+            neg_prompt_ids: Token ids of prompts to guide away from, integers (N, L); None for empty ones.
+        """
+        height, width = self.size(height, width)
+        negative_ids = self.no_prompt(*prompt_ids.shape) if neg_prompt_ids is None else neg_prompt_ids
+        arrays = {"prompt_ids": prompt_ids, "negative_ids": negative_ids}
+        arrays |= {"guidance_scale": of_each(guidance_scale, len(prompt_ids))}
+        arrays |= {} if latents is None else {"latents": latents}
+        settings = {"height": height, "width": width, "steps": num_inference_steps, "factor": self.vae_scale_factor}
+        return _draw(self.components, params, prng_seed[None], arrays, **settings)

@@ -13,7 +13,7 @@ from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.pipelines.denoising import decode, denoise, start_latents
 from flax_diffusion.pipelines.outputs import FlaxStableDiffusionXLPipelineOutput
 from flax_diffusion.pipelines.pipeline import FlaxDiffusionPipeline
-from flax_diffusion.pipelines.running import layout_of, run
+from flax_diffusion.pipelines.running import layout_of, of_each, run
 from flax_diffusion.pipelines.stable_diffusion import Prompts, picture_size, token_ids
 
 
@@ -193,3 +193,37 @@ class FlaxStableDiffusionXLPipeline(FlaxDiffusionPipeline):
         images = run(parts, _draw, layout, params, prng_seed, arrays, decoded=output_type != "latent", **settings)
         made = layout.outputs(images)
         return FlaxStableDiffusionXLPipelineOutput(made) if return_dict else (made,)
+
+    def _generate(
+        self,
+        prompt_ids: Any,
+        params: Mapping[str, Any],
+        prng_seed: Array,
+        num_inference_steps: int,
+        height: int,
+        width: int,
+        guidance_scale: Any,
+        latents: Any = None,
+        neg_prompt_ids: Any = None,
+        return_latents: bool = False,
+    ) -> Array:
+        """Return the pictures of one device; see `FlaxStableDiffusionPipeline._generate`.
+
+        Args:
+            prompt_ids: Token ids, integers (N, 2, L).
+            params: Parameters by part, and the scheduler's state.
+            prng_seed: Random key.
+            num_inference_steps: Denoising steps.
+            height: Height of the pictures in pixels.
+            width: Width.
+            guidance_scale: Scale of classifier-free guidance: a number, or one for each picture.
+            latents: Noise to start from, (N, C, h, w); None draws it.
+            neg_prompt_ids: Token ids of prompts to guide away from; None for zeros.
+            return_latents: Return latents (N, C, h, w).
+        """
+        height, width = picture_size(self.unet, self.vae_scale_factor, height, width)
+        arrays = {"prompt_ids": prompt_ids, "guidance_scale": of_each(guidance_scale, len(prompt_ids))}
+        arrays |= {} if neg_prompt_ids is None else {"negative_ids": neg_prompt_ids}
+        arrays |= {} if latents is None else {"latents": latents}
+        settings = {"height": height, "width": width, "steps": num_inference_steps, "factor": self.vae_scale_factor}
+        return _draw(self.components, params, prng_seed[None], arrays, decoded=not return_latents, **settings)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.jax_utils
 import flax.serialization
 import flax.traverse_util
 import jax
@@ -50,6 +51,19 @@ def test_a_training_script(pipeline: Path, tmp_path: Path) -> None:
     text_encoder.params = params
     text_encoder.save_pretrained(tmp_path / "new", params=params)
     assert transformers.CLIPTextModel.from_pretrained(tmp_path / "new").config.vocab_size == 41
+
+
+def test_parameters_of_all_devices() -> None:
+    """Parameters that `replicate` gave an axis of devices may be set, and are used inside pmap."""
+    model = FlaxCLIPTextModel(CLIP)
+    expected, whole = model(IDS)[0], model.params
+    model.params = flax.jax_utils.replicate(whole)
+    encode = jax.pmap(lambda params, ids: model(ids, params=params)[0])
+    count = jax.local_device_count()
+    states = encode(model.params, np.stack([IDS] * count))
+    np.testing.assert_allclose(states, np.stack([expected] * count), atol=1e-5)
+    with pytest.raises(WeightsError, match="instead of"):
+        model.params = jax.tree.map(lambda leaf: leaf[None] if leaf.ndim == 1 else leaf, whole)
 
 
 def test_constructor() -> None:
