@@ -387,7 +387,8 @@ def _refuse(where: str, unknown: Mapping[str, Any], known: Iterable[str]) -> Non
 def _devices_of(params: Params, shapes: Any) -> tuple[int, ...]:
     """Return the axis of devices that `flax.jax_utils.replicate` gives to every parameter, (D,), or ()."""
     ranks = {path: len(leaf.shape) for path, leaf in flatten_dict(shapes).items()}  # pyright: ignore
-    for path, leaf in flatten_dict(params).items():  # pyright: ignore
+    given: dict[Any, Any] = flatten_dict(params)  # pyright: ignore
+    for path, leaf in given.items():
         if path in ranks:
             return tuple(np.shape(leaf)[:1]) if np.ndim(leaf) == ranks[path] + 1 else ()
     return ()

@@ -21,6 +21,8 @@ from flax_diffusion.migrate import examine
 HERE = Path(__file__).parent
 PROGRAMS = sorted((HERE / "programs").glob("*.py"))
 NAMES = [program.stem for program in PROGRAMS]
+QUICK = ("cache_imagenet_latents", "clip_scores", "img2img_notebook", "scheduler_loop", "train_controlnet")
+"""Programs that run in the gate."""
 WITHOUT_UNET = ("cache_imagenet_latents", "clip_scores", "scheduler_loop")
 PICTURES = ("images", "output", "pictures", "one", "ddim", "pndm", "dpm", "v", "unchecked", "sd ", "sdxl ")
 """What the names of pictures in [0, 1] start with."""
@@ -69,7 +71,9 @@ def test_only_imports_change(name: str, tmp_path: Path) -> None:
     assert not [line for line in after.splitlines() if "import" in line and "Flax" in line and "diffusers" in line]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.acceptance) for name in NAMES]
+)
 def test_it_runs(name: str, folders: Path, tmp_path: Path) -> None:
     found = run(migrated(HERE / "programs" / f"{name}.py", tmp_path), folders)
     assert found
