@@ -66,10 +66,12 @@ def computed(request, model, reference):
         given = {name: tuple(torch.from_numpy(reference[key]) for key in keys) for name, keys in arguments.items()}
     with torch.no_grad():
         return {
-            "hidden": np.asarray(built.condition(*given["text"][:-1], {"input_ids": given["text"][-1]})),
+            "hidden": np.asarray(
+                built.condition(*given["text"][:-1], {"input_ids": given["text"][-1]})["text_embeddings"]
+            ),
             "mean": np.asarray(built.posterior(*given["mean"]).mean),
             "decoded": np.asarray(built.decode(*given["decoded"])),
-            "unet": np.asarray(built.predict(*given["unet"])),
+            "unet": np.asarray(built.predict(*given["unet"][:-1], {"text_embeddings": given["unet"][-1]})),
         }
 
 

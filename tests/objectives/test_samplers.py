@@ -129,7 +129,6 @@ def test_training_on_another_scheduler(tmp_path, backend, scheduler, caplog):
         ({"_class_name": "EDMEulerScheduler", "prediction_type": "v_prediction"}, "of an EDMEulerScheduler 'v_pred"),
         ({"_class_name": "EulerDiscretScheduler"}, r"did you mean 'EulerDiscreteScheduler'\?"),
         ({"_class_name": None}, "has no _class_name"),
-        ({"predict_epsilon": False}, "put prediction_type sample in its place"),
         ({"timestep_spacing": "trailin"}, "timestep_spacing is 'trailin'; it must be .*; did you mean 'trailing'"),
         ({"_class_name": "DDPMScheduler", "variance_type": "fixed"}, "variance_type is 'fixed'; it must be"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine' is unknown; use one of linear"),

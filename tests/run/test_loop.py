@@ -59,7 +59,7 @@ class Recorder(Idle):
         self.taken = metadata.pop("taken")
         return metadata
 
-    def sample(self, *, prompts, num_images, num_inference_steps, guidance_scale, seed):
+    def sample(self, *, prompts, num_images, num_inference_steps, guidance_scale, seed, extra):
         self.sampled.append(self.taken)
         return np.zeros((num_images, 8, 8, 1), np.uint8)
 

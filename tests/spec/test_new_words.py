@@ -48,7 +48,7 @@ def ours(folder, prompt, backend):
     ids = spec.tokenize(prompt)[None]
     if backend == "jax":
         params = {"text_encoder": load_pretrained(spec.text_encoder)}
-        return np.asarray(jax.jit(build_modules(spec).condition)(params, {"input_ids": ids}))
+        return np.asarray(jax.jit(build_modules(spec).condition)(params, {"input_ids": ids})["text_embeddings"])
     with torch.no_grad():
         return torch_modules.load(spec.text_encoder)(torch.from_numpy(ids).long())[0].numpy()
 

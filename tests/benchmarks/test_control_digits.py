@@ -1,6 +1,6 @@
 """Digits follow a coarse shape and the prompt.
 
-Run: python -m pytest -m acceptance -s tests/benchmarks/test_controlnet.py. The base is trained once, with PyTorch, the
+Run: python -m pytest -m acceptance -s tests/benchmarks/test_control_digits.py. The base is trained once, with PyTorch, the
 quicker one here.
 """
 
