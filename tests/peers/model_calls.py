@@ -376,30 +376,45 @@ def control(package):
     return model, {"params": params}
 
 
+def steered(package, **options):
+    """The residuals of a ControlNet for one picture."""
+    model, variables = control(package)
+    return applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64), **options)
+
+
+def channels_first(package, *parts):
+    """Residuals by PyTorch's layout, which the package here gives; 0.39 gives channels last."""
+    return [part if package.ours else part.transpose(0, 3, 1, 2) for part in parts]
+
+
 @call("FlaxControlNetModel.__call__")
 def _(package):
-    model, variables = control(package)
-    found = applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64))
-    return found.down_block_res_samples, found.mid_block_res_sample
+    found = steered(package)
+    return channels_first(package, *found.down_block_res_samples, found.mid_block_res_sample)
+
+
+@call("FlaxControlNetModel.__call__: layout")
+def _(package):
+    return steered(package).mid_block_res_sample
 
 
 @call("FlaxControlNetModel.__call__: conditioning_scale, a tuple")
 def _(package):
-    model, variables = control(package)
-    return applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64), conditioning_scale=0.5, return_dict=False)
+    down, mid = steered(package, conditioning_scale=0.5, return_dict=False)
+    return channels_first(package, *down, mid)
 
 
 @call("FlaxControlNetModel.__call__: bgr")
 def _(package):
     _, variables = control(package)
     model, _ = package.open("FlaxControlNetModel", "control/controlnet", controlnet_conditioning_channel_order="bgr")
-    return applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64)).mid_block_res_sample
+    found = applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64))
+    return channels_first(package, found.mid_block_res_sample)
 
 
 @call("FlaxUNet2DConditionModel.__call__: a ControlNet's residuals")
 def _(package):
-    model, variables = control(package)
-    down, mid = applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64), return_dict=False)
+    down, mid = steered(package, return_dict=False)
     unet, variables = denoiser(package)
     return applied(
         unet, variables, *inputs(), down_block_additional_residuals=down, mid_block_additional_residual=mid
