@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import transformers
@@ -43,4 +44,5 @@ def program(path: Path, folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     jnp.clip = clip
+    jax.tree_flatten = jax.tree_util.tree_flatten  # which JAX dropped too, and masks of 0.39 use
     {"folders": folders, "program": program}[sys.argv[1]](*map(Path, sys.argv[2:]))
