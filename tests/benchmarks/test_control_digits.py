@@ -1,7 +1,7 @@
 """Digits follow a coarse shape and the prompt.
 
-Run: python -m pytest -m acceptance -s tests/benchmarks/test_control_digits.py. The base is trained once, with PyTorch, the
-quicker one here.
+Run: python -m pytest -m acceptance -s tests/benchmarks/test_control_digits.py. The base is trained once, with PyTorch,
+the quicker one here.
 """
 
 import os
