@@ -161,7 +161,7 @@ class FlaxSchedulerMixin:
         if isinstance(config, (str, Path)):
             config, kwargs = cls.load_config(config, return_unused_kwargs=True, **kwargs)
         assert isinstance(config, Mapping)
-        hidden = ["_class_name"] if isinstance(config, SchedulerConfig) else []
+        hidden = ["_class_name"] if type(config) is SchedulerConfig else []
         config = with_present_keys(config)
         defaulted = config.get("_use_default_values", ())
         given = {key: value for key, value in config.items() if not key.startswith("_") and key not in defaulted}
