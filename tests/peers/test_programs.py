@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 PROGRAMS = sorted((HERE / "programs").glob("*.py"))
 NAMES = [program.stem for program in PROGRAMS]
 WITHOUT_UNET = ("cache_imagenet_latents", "clip_scores", "scheduler_loop")
-PICTURES = ("images", "output", "pictures", "one", "ddim", "pndm", "dpm", "v", "unchecked", "sd ", "sdxl ")
+PICTURES = ("images", "output", "pictures", "one", "unchecked")
 """What the names of pictures in [0, 1] start with."""
 
 
