@@ -44,5 +44,5 @@ def program(path: Path, folder: Path, out: Path) -> None:
 
 if __name__ == "__main__":
     jnp.clip = clip
-    jax.tree_flatten = jax.tree_util.tree_flatten  # which JAX dropped too, and masks of 0.39 use
+    jax.tree_map, jax.tree_flatten = jax.tree_util.tree_map, jax.tree_util.tree_flatten  # casts of 0.39 use both
     {"folders": folders, "program": program}[sys.argv[1]](*map(Path, sys.argv[2:]))

@@ -35,6 +35,6 @@ def main(folder):
         for request, prompt in enumerate(["a red cat", "a blue dog"]):
             ids, neg_ids, rng = prepare(pipeline, prompt, "bad", request)
             guidance = replicate(np.full((1,), 5.0, np.float32))
-            images[f"{name} {prompt}"] = p_generate(ids, p_params, rng, guidance, None, neg_ids)
-        assert len(images[f"{name} {prompt}"].addressable_shards) == jax.device_count()
+            images[f"images {name} {prompt}"] = p_generate(ids, p_params, rng, guidance, None, neg_ids)
+        assert len(images[f"images {name} {prompt}"].addressable_shards) == jax.device_count()
     return images

@@ -36,7 +36,7 @@ def main(folder):
     scheduler_state = params.pop("scheduler")
     params = jax.tree_util.tree_map(lambda x: x.astype(jnp.bfloat16), params)
     params["scheduler"] = scheduler_state
-    images = pipeline(ids, params, key, 2).images
+    images = pipeline(ids, params, key, 2, guidance_scale=2.0).images
     assert hidden.dtype == jnp.bfloat16
     return {
         "masked": dtypes(masked),

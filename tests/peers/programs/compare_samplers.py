@@ -28,7 +28,7 @@ def main(folder):
             **({"skip_prk_steps": True} if name == "pndm" else {}),
         )
         pipeline.scheduler, params["scheduler"] = scheduler, scheduler.create_state()
-        images[name] = pipeline(
+        images[f"images {name}"] = pipeline(
             prompt_ids, params, jax.random.PRNGKey(1), num_inference_steps=5, latents=latents
         ).images
     scheduler, params["scheduler"] = diffusers.FlaxDDIMScheduler.from_pretrained(
@@ -42,5 +42,5 @@ def main(folder):
         unet=pipeline.unet,
         scheduler=scheduler,
     )
-    images["v"] = pipeline(prompt_ids, params, jax.random.PRNGKey(1), 5, latents=latents)[0]
+    images["images v"] = pipeline(prompt_ids, params, jax.random.PRNGKey(1), 5, latents=latents)[0]
     return images

@@ -6,16 +6,20 @@ import jax
 import numpy as np
 from diffusers import FlaxStableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker_flax import FlaxStableDiffusionSafetyChecker
+from flax.jax_utils import replicate
+from flax.training.common_utils import shard
 from transformers import CLIPImageProcessor
 
 
 def main(folder):
     base = f"{folder}/safe"
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(base)
-    prompt_ids = pipeline.prepare_inputs(["a red cat"])
+    num_samples = jax.device_count()
+    prompt_ids = shard(pipeline.prepare_inputs(["a red cat"] * num_samples))
+    params, keys = replicate(params), jax.random.split(jax.random.PRNGKey(0), num_samples)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        output = pipeline(prompt_ids, params, jax.random.PRNGKey(0), num_inference_steps=2)
+        output = pipeline(prompt_ids, params, keys, num_inference_steps=2, jit=True)
     checker, checker_params = FlaxStableDiffusionSafetyChecker.from_pretrained(
         base, subfolder="safety_checker", _do_init=False
     )
@@ -29,5 +33,5 @@ def main(folder):
         "brightest": np.max(output.images),
     }
     pipeline.safety_checker = None
-    found["unchecked"] = pipeline(prompt_ids, params, jax.random.PRNGKey(0), num_inference_steps=2)[0]
+    found["unchecked"] = pipeline(prompt_ids, params, keys, num_inference_steps=2, jit=True)[0]
     return found

@@ -37,7 +37,7 @@ def main(folder):
     controlnet_params = unfreeze(controlnet.init_weights(rng=rng_params))
     for key in ["conv_in", "time_embedding", "down_blocks_0", "down_blocks_1", "mid_block"]:
         controlnet_params[key] = unet_params[key]
-    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, eps=1e-4))
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-2))
     state = train_state.TrainState.create(apply_fn=controlnet.__call__, params=controlnet_params, tx=tx)
     noise_scheduler, noise_scheduler_state = FlaxDDPMScheduler.from_pretrained(base, subfolder="scheduler")
 
