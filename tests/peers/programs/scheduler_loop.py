@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from diffusers import FlaxDDIMScheduler, FlaxDDPMScheduler, FlaxPNDMScheduler
 from diffusers.schedulers.scheduling_utils_flax import FlaxKarrasDiffusionSchedulers, FlaxSchedulerMixin
 
-SHAPE = (2, 3, 4, 4)
+SHAPE, STEPS = (2, 3, 4, 4), 10  # DDPM takes every step that it was trained for
 
 
 def predict(alphas_cumprod, sample, t):
@@ -39,16 +39,16 @@ def main(folder):
     assert "FlaxPNDMScheduler" in [kind.name for kind in FlaxKarrasDiffusionSchedulers]
     schedulers = {
         "ddim": FlaxDDIMScheduler(beta_schedule="scaled_linear", set_alpha_to_one=False, steps_offset=1),
-        "ddpm": FlaxDDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_large"),
+        "ddpm": FlaxDDPMScheduler(STEPS, beta_schedule="squaredcos_cap_v2", variance_type="fixed_large"),
         "pndm": FlaxPNDMScheduler.from_config({"skip_prk_steps": True, "num_train_timesteps": 500}),
     }
     for name, scheduler in schedulers.items():
         if isinstance(scheduler, tuple):
             scheduler, _ = scheduler
         state = scheduler.create_state()
-        found[name] = draw(scheduler, state, key, 10)
+        found[name] = draw(scheduler, state, key, STEPS)
         clean = jnp.ones(SHAPE)
-        noisy = scheduler.add_noise(state, clean, jax.random.normal(key, SHAPE), jnp.array([3, 400]))
+        noisy = scheduler.add_noise(state, clean, jax.random.normal(key, SHAPE), jnp.array([3, 9]))
         found[f"{name} noisy"] = noisy
         found[f"{name} betas"] = state.common.betas
     return found
