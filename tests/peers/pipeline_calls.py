@@ -96,7 +96,16 @@ def of_every_pipeline(name):
     def _(package):
         pipe, params = opened(package, name)
         trees = {key: shapes(value) for key, value in params.items() if key != "scheduler"}
-        return trees, type(params["scheduler"]).__name__, {k: type(v).__name__ for k, v in pipe.components.items()}
+        return (
+            trees,
+            type(params["scheduler"]).__name__,
+            {
+                part: type(value).__name__.removesuffix(
+                    "Pil"
+                )  # of Transformers 5, whose image processors say how they work
+                for part, value in pipe.components.items()
+            },
+        )
 
     @call(f"{name}.from_pretrained: dtype")
     def _(package):

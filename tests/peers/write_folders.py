@@ -84,7 +84,7 @@ def vae(channels=(8, 16)):
 
 
 def checker():
-    """A safety checker with random concepts, of the one size that 0.39 loads."""
+    """A safety checker of the one size that 0.39 loads; it refuses some of the pictures of the calls."""
     eyes = EYES | {"image_size": 224, "patch_size": 56}
     config = CLIPConfig(text_config=dict(TEXT), vision_config=eyes, projection_dim=8)
     model = safety_checker_flax.FlaxStableDiffusionSafetyChecker(config, _do_init=False)
@@ -92,6 +92,8 @@ def checker():
     rng = np.random.default_rng(5)
     for name in ("concept_embeds", "special_care_embeds"):
         params[name] = jnp.asarray(rng.standard_normal(params[name].shape).astype("f4"))
+    params["concept_embeds_weights"] = jnp.full(17, 0.682)  # between the likenesses of the pictures of the calls
+    params["special_care_embeds_weights"] = jnp.full(3, 2.0)
     return model, params
 
 
