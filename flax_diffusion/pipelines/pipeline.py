@@ -17,6 +17,7 @@ from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.families.folders import has_part
 from flax_diffusion.core.io import model_files, publishing
 from flax_diffusion.core.io.files import write_json
+from flax_diffusion.core.io.hub_options import REPLACED
 from flax_diffusion.models.modeling import Config
 from flax_diffusion.models.pretrained import KEYWORDS, take_loading_keywords
 from flax_diffusion.pipelines import images as pictures
@@ -39,14 +40,11 @@ class FlaxDiffusionPipeline:
 
     torch_class: ClassVar[str]
     optional: ClassVar[frozenset[str]] = frozenset({"safety_checker", "feature_extractor"})
-    dtype: Any
+    vae: Any
 
-    def _register(self, dtype: Any, **parts: Any) -> None:
-        """Set the parts as attributes."""
+    def __init__(self, dtype: Any = jnp.float32):
         self.dtype = dtype
         self._progress: dict[str, Any] = {}
-        for name, part in parts.items():
-            setattr(self, name, part)
 
     @classmethod
     def part_names(cls) -> list[str]:
@@ -67,7 +65,7 @@ class FlaxDiffusionPipeline:
     @property
     def vae_scale_factor(self) -> int:
         """Pixels of a latent's side."""
-        return 2 ** (len(self.components["vae"].config.block_out_channels) - 1)
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     @classmethod
     def from_pretrained(
@@ -88,7 +86,8 @@ class FlaxDiffusionPipeline:
             revision: Branch, tag or commit on the Hub.
             variant: Variant of the files, such as "fp16".
             options: Parts in place of the folder's, such as `scheduler=…` or `safety_checker=None`, and where files
-                come from, as in the models' `from_pretrained`.
+                come from, as in the models' `from_pretrained`. `split_head_dim` and `use_memory_efficient_attention`
+                are taken and change nothing, as in the UNet.
 
         Returns:
             The pipeline, and its parameters and the scheduler's state by part.
@@ -110,7 +109,7 @@ class FlaxDiffusionPipeline:
             raise ConfigError(
                 f"{cls.__name__}.from_pretrained knows no {name!r}: correct or remove it{nearest(name, known)}"
             )
-        where = {name: keywords[name] for name in KEYWORDS if name in keywords}
+        where = {name: keywords[name] for name in KEYWORDS if name in keywords and name not in REPLACED}
         parts: dict[str, Any] = {"dtype": dtype or jnp.float32}
         params: dict[str, Any] = {}
         for name in kind.part_names():

@@ -21,15 +21,58 @@ Prompts = str | list[str]
 
 
 class FlaxStableDiffusionPipelineBase(FlaxDiffusionPipeline):
-    """What the pipelines of Stable Diffusion 1.x and 2.x share: prompts, guidance and the safety checker."""
+    """What the pipelines of Stable Diffusion 1.x and 2.x share: parts, prompts, guidance and the safety checker.
 
-    vae: Any
-    text_encoder: Any
-    tokenizer: Any
-    unet: Any
-    scheduler: Any
-    safety_checker: Any
-    feature_extractor: Any
+    Args:
+        vae: Autoencoder.
+        text_encoder: CLIP's text encoder.
+        tokenizer: CLIP's tokenizer.
+        unet: UNet.
+        scheduler: Any scheduler of `flax_diffusion.schedulers` for noise on latents.
+        safety_checker: Network that flags pictures; None for none.
+        feature_extractor: What prepares pictures for the safety checker; None without one.
+        dtype: Dtype of the computation.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Any,
+        safety_checker: Any = None,
+        feature_extractor: Any = None,
+        dtype: Any = jnp.float32,
+    ):
+        super().__init__(dtype)
+        self.vae, self.text_encoder, self.tokenizer, self.unet = vae, text_encoder, tokenizer, unet
+        self.scheduler, self.safety_checker, self.feature_extractor = scheduler, safety_checker, feature_extractor
+
+    def parts(self, *more: str) -> dict[str, Any]:
+        """Return what a program needs, by name: the models of all these pipelines, the scheduler, and others."""
+        return {name: getattr(self, name) for name in ("text_encoder", "unet", "vae", "scheduler", *more)}
+
+    def inputs(
+        self, layout: Layout, prompt_ids: Any, neg_prompt_ids: Any, guidance_scale: Any, **others: Any
+    ) -> dict[str, Array]:
+        """Return the inputs of a program, each with one batch axis.
+
+        Args:
+            layout: How the inputs of the call lie.
+            prompt_ids: Token ids, integers (N, L), or with an axis of devices.
+            neg_prompt_ids: Token ids to guide away from, likewise; None for those of an empty prompt.
+            guidance_scale: A number, or one for each device or picture.
+            others: Further inputs by name; None for one that is not given.
+        """
+        ids = layout.flat(prompt_ids, "prompt_ids")
+        if neg_prompt_ids is None:
+            negative_ids = layout.put(self.no_prompt(*ids.shape), BATCH)
+        else:
+            negative_ids = layout.flat(neg_prompt_ids, "neg_prompt_ids")
+        scale = layout.number(guidance_scale, "guidance_scale")
+        given = {name: layout.flat(array, name) for name, array in others.items() if array is not None}
+        return {"prompt_ids": ids, "negative_ids": negative_ids, "guidance_scale": scale} | given
 
     def tokenize(self, prompt: Prompts) -> np.ndarray:
         """Return the token ids of prompts, padded and cut off to the tokenizer's length, integers (N, L).
@@ -53,12 +96,6 @@ class FlaxStableDiffusionPipelineBase(FlaxDiffusionPipeline):
             ConfigError: If one is not a multiple of the autoencoder's factor.
         """
         return picture_size(self.unet, self.vae_scale_factor, height, width)
-
-    def empty_ids(self, layout: Layout, prompt_ids: Array, neg_prompt_ids: Any) -> Array:
-        """Return the token ids to guide away from, (N, L): those given, or those of an empty prompt."""
-        if neg_prompt_ids is not None:
-            return layout.flat(neg_prompt_ids, "neg_prompt_ids")
-        return layout.put(self.no_prompt(*prompt_ids.shape), BATCH)
 
     def no_prompt(self, count: int, length: int) -> np.ndarray:
         """Return the token ids of empty prompts, integers (count, length)."""
@@ -178,45 +215,13 @@ def _draw(
 
 
 class FlaxStableDiffusionPipeline(FlaxStableDiffusionPipelineBase):
-    """Pictures from prompts.
-
-    Args:
-        vae: Autoencoder.
-        text_encoder: CLIP's text encoder.
-        tokenizer: CLIP's tokenizer.
-        unet: UNet.
-        scheduler: Any scheduler of `flax_diffusion.schedulers` for noise on latents.
-        safety_checker: Network that flags pictures; None for none.
-        feature_extractor: What prepares pictures for the safety checker; None without one.
-        dtype: Dtype of the computation.
+    """Pictures from prompts; for the arguments see `FlaxStableDiffusionPipelineBase`.
 
     Reference:
         StableDiffusionPipeline of Diffusers (PyTorch); Rombach et al. 2022.
     """
 
     torch_class: ClassVar[str] = "StableDiffusionPipeline"
-
-    def __init__(
-        self,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        unet: Any,
-        scheduler: Any,
-        safety_checker: Any = None,
-        feature_extractor: Any = None,
-        dtype: Any = jnp.float32,
-    ):
-        self._register(
-            dtype,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-        )
 
     def prepare_inputs(self, prompt: Prompts) -> np.ndarray:
         """Return the token ids of prompts, integers (N, L)."""
@@ -261,17 +266,9 @@ class FlaxStableDiffusionPipeline(FlaxStableDiffusionPipelineBase):
         """
         layout = layout_of(prompt_ids, 2, jit)
         height, width = self.size(height, width)
-        ids = layout.flat(prompt_ids, "prompt_ids")
-        arrays = {
-            "prompt_ids": ids,
-            "negative_ids": self.empty_ids(layout, ids, neg_prompt_ids),
-            "guidance_scale": layout.number(guidance_scale, "guidance_scale"),
-        }
-        if latents is not None:
-            arrays["latents"] = layout.flat(latents, "latents")
-        parts = {name: self.components[name] for name in ("text_encoder", "unet", "vae", "scheduler")}
+        arrays = self.inputs(layout, prompt_ids, neg_prompt_ids, guidance_scale, latents=latents)
         settings = {"height": height, "width": width, "steps": num_inference_steps, "factor": self.vae_scale_factor}
-        images = run(parts, _draw, layout, params, prng_seed, arrays, **settings)
+        images = run(self.parts(), _draw, layout, params, prng_seed, arrays, **settings)
         return self.finish(layout, images, params, return_dict)
 
     def _generate(

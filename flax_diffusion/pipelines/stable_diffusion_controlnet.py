@@ -43,22 +43,13 @@ class FlaxStableDiffusionControlNetPipeline(FlaxStableDiffusionPipelineBase):
     """Pictures from prompts and a picture that steers.
 
     Args:
-        vae: Autoencoder.
-        text_encoder: CLIP's text encoder.
-        tokenizer: CLIP's tokenizer.
-        unet: UNet.
-        controlnet: ControlNet.
-        scheduler: Any scheduler of `flax_diffusion.schedulers` for noise on latents.
-        safety_checker: Network that flags pictures; None for none.
-        feature_extractor: What prepares pictures for the safety checker; None without one.
-        dtype: Dtype of the computation.
+        controlnet: ControlNet, after the UNet; for the others see `FlaxStableDiffusionPipelineBase`.
 
     Reference:
         StableDiffusionControlNetPipeline of Diffusers (PyTorch); Zhang et al. 2023.
     """
 
     torch_class: ClassVar[str] = "StableDiffusionControlNetPipeline"
-    controlnet: Any
 
     def __init__(
         self,
@@ -72,17 +63,8 @@ class FlaxStableDiffusionControlNetPipeline(FlaxStableDiffusionPipelineBase):
         feature_extractor: Any = None,
         dtype: Any = jnp.float32,
     ):
-        self._register(
-            dtype,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            controlnet=controlnet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-        )
+        super().__init__(vae, text_encoder, tokenizer, unet, scheduler, safety_checker, feature_extractor, dtype)
+        self.controlnet = controlnet
 
     def prepare_text_inputs(self, prompt: Prompts) -> np.ndarray:
         """Return the token ids of prompts, integers (N, L)."""
@@ -142,17 +124,9 @@ class FlaxStableDiffusionControlNetPipeline(FlaxStableDiffusionPipelineBase):
         layout = layout_of(prompt_ids, 2, jit)
         control = layout.flat(image, "image")
         self.size(*control.shape[-2:])
-        ids = layout.flat(prompt_ids, "prompt_ids")
-        arrays = {
-            "prompt_ids": ids,
-            "negative_ids": self.empty_ids(layout, ids, neg_prompt_ids),
-            "image": control,
-            "guidance_scale": layout.number(guidance_scale, "guidance_scale"),
-            "controlnet_scale": layout.number(controlnet_conditioning_scale, "controlnet_conditioning_scale"),
-        }
-        if latents is not None:
-            arrays["latents"] = layout.flat(latents, "latents")
-        parts = {name: self.components[name] for name in ("text_encoder", "unet", "controlnet", "vae", "scheduler")}
+        scale = layout.number(controlnet_conditioning_scale, "controlnet_conditioning_scale")
+        arrays = self.inputs(layout, prompt_ids, neg_prompt_ids, guidance_scale, latents=latents)
+        arrays |= {"image": control, "controlnet_scale": scale}
         settings = {"steps": num_inference_steps, "factor": self.vae_scale_factor}
-        images = run(parts, _draw, layout, params, prng_seed, arrays, **settings)
+        images = run(self.parts("controlnet"), _draw, layout, params, prng_seed, arrays, **settings)
         return self.finish(layout, images, params, return_dict)

@@ -40,45 +40,13 @@ def _draw(
 
 
 class FlaxStableDiffusionImg2ImgPipeline(FlaxStableDiffusionPipelineBase):
-    """Pictures from a picture and a prompt.
-
-    Args:
-        vae: Autoencoder.
-        text_encoder: CLIP's text encoder.
-        tokenizer: CLIP's tokenizer.
-        unet: UNet.
-        scheduler: Any scheduler of `flax_diffusion.schedulers` for noise on latents.
-        safety_checker: Network that flags pictures; None for none.
-        feature_extractor: What prepares pictures for the safety checker; None without one.
-        dtype: Dtype of the computation.
+    """Pictures from a picture and a prompt; for the arguments see `FlaxStableDiffusionPipelineBase`.
 
     Reference:
         StableDiffusionImg2ImgPipeline of Diffusers (PyTorch); Meng et al. 2021 (SDEdit).
     """
 
     torch_class: ClassVar[str] = "StableDiffusionImg2ImgPipeline"
-
-    def __init__(
-        self,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        unet: Any,
-        scheduler: Any,
-        safety_checker: Any = None,
-        feature_extractor: Any = None,
-        dtype: Any = jnp.float32,
-    ):
-        self._register(
-            dtype,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-        )
 
     def prepare_inputs(self, prompt: Prompts, image: Pictures) -> tuple[np.ndarray, Array]:
         """Return token ids and pictures as the pipeline takes them.
@@ -160,16 +128,7 @@ class FlaxStableDiffusionImg2ImgPipeline(FlaxStableDiffusionPipelineBase):
                 f"height {height} and width {width} are not those of image, {pixels.shape[-2]} and "
                 f"{pixels.shape[-1]}: leave them out, or resize the picture"
             )
-        ids = layout.flat(prompt_ids, "prompt_ids")
-        arrays = {
-            "prompt_ids": ids,
-            "negative_ids": self.empty_ids(layout, ids, neg_prompt_ids),
-            "image": pixels,
-            "guidance_scale": layout.number(guidance_scale, "guidance_scale"),
-        }
-        if noise is not None:
-            arrays["noise"] = layout.flat(noise, "noise")
+        arrays = self.inputs(layout, prompt_ids, neg_prompt_ids, guidance_scale, noise=noise) | {"image": pixels}
         start = self.get_timestep_start(num_inference_steps, strength)
-        parts = {name: self.components[name] for name in ("text_encoder", "unet", "vae", "scheduler")}
-        images = run(parts, _draw, layout, params, prng_seed, arrays, start=start, steps=num_inference_steps)
+        images = run(self.parts(), _draw, layout, params, prng_seed, arrays, start=start, steps=num_inference_steps)
         return self.finish(layout, images, params, return_dict)

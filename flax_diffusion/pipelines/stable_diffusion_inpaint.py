@@ -52,45 +52,15 @@ def _draw(
 
 
 class FlaxStableDiffusionInpaintPipeline(FlaxStableDiffusionPipelineBase):
-    """Masked parts of pictures drawn anew.
+    """Masked parts of pictures drawn anew; for the arguments see `FlaxStableDiffusionPipelineBase`.
 
-    Args:
-        vae: Autoencoder.
-        text_encoder: CLIP's text encoder.
-        tokenizer: CLIP's tokenizer.
-        unet: UNet whose input is latents, a mask and latents of the masked picture.
-        scheduler: Any scheduler of `flax_diffusion.schedulers` for noise on latents.
-        safety_checker: Network that flags pictures; None for none.
-        feature_extractor: What prepares pictures for the safety checker; None without one.
-        dtype: Dtype of the computation.
+    The input of the UNet is latents, a mask and latents of the masked picture.
 
     Reference:
         StableDiffusionInpaintPipeline of Diffusers (PyTorch); Rombach et al. 2022, section 4.5.
     """
 
     torch_class: ClassVar[str] = "StableDiffusionInpaintPipeline"
-
-    def __init__(
-        self,
-        vae: Any,
-        text_encoder: Any,
-        tokenizer: Any,
-        unet: Any,
-        scheduler: Any,
-        safety_checker: Any = None,
-        feature_extractor: Any = None,
-        dtype: Any = jnp.float32,
-    ):
-        self._register(
-            dtype,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            unet=unet,
-            scheduler=scheduler,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-        )
 
     def prepare_inputs(self, prompt: Prompts, image: Pictures, mask: Pictures) -> tuple[np.ndarray, Array, Array]:
         """Return token ids, masked pictures and masks.
@@ -165,20 +135,11 @@ class FlaxStableDiffusionInpaintPipeline(FlaxStableDiffusionPipelineBase):
                 f"the UNet has {self.unet.in_channels} input channels, and one that inpaints has {channels} (latents, "
                 "mask, latents of the masked picture): use the UNet of an inpainting model"
             )
-        ids = layout.flat(prompt_ids, "prompt_ids")
-        arrays = {
-            "prompt_ids": ids,
-            "negative_ids": self.empty_ids(layout, ids, neg_prompt_ids),
-            "mask": layout.flat(mask, "mask"),
-            "masked_image": layout.flat(masked_image, "masked_image"),
-            "guidance_scale": layout.number(guidance_scale, "guidance_scale"),
-        }
-        sizes = {name: arrays[name].shape[-2:] for name in ("mask", "masked_image")}
+        pictures = {"mask": mask, "masked_image": masked_image}
+        arrays = self.inputs(layout, prompt_ids, neg_prompt_ids, guidance_scale, latents=latents, **pictures)
+        sizes = {name: arrays[name].shape[-2:] for name in pictures}
         if len(set(sizes.values())) > 1:
             raise ConfigError(f"mask and masked_image differ in height and width ({sizes}): resize one to the other")
-        if latents is not None:
-            arrays["latents"] = layout.flat(latents, "latents")
-        parts = {name: self.components[name] for name in ("text_encoder", "unet", "vae", "scheduler")}
         settings = {"height": height, "width": width, "steps": num_inference_steps, "dtype": jnp.dtype(self.dtype)}
-        images = run(parts, _draw, layout, params, prng_seed, arrays, **settings)
+        images = run(self.parts(), _draw, layout, params, prng_seed, arrays, **settings)
         return self.finish(layout, images, params, return_dict)

@@ -88,11 +88,6 @@ class FlaxStableDiffusionXLPipeline(FlaxDiffusionPipeline):
     """
 
     torch_class: ClassVar[str] = "StableDiffusionXLPipeline"
-    text_encoder: Any
-    text_encoder_2: Any
-    tokenizer: Any
-    tokenizer_2: Any
-    unet: Any
 
     def __init__(
         self,
@@ -105,16 +100,9 @@ class FlaxStableDiffusionXLPipeline(FlaxDiffusionPipeline):
         scheduler: Any,
         dtype: Any = jnp.float32,
     ):
-        self._register(
-            dtype,
-            text_encoder=text_encoder,
-            text_encoder_2=text_encoder_2,
-            vae=vae,
-            tokenizer=tokenizer,
-            tokenizer_2=tokenizer_2,
-            unet=unet,
-            scheduler=scheduler,
-        )
+        super().__init__(dtype)
+        self.text_encoder, self.text_encoder_2, self.vae = text_encoder, text_encoder_2, vae
+        self.tokenizer, self.tokenizer_2, self.unet, self.scheduler = tokenizer, tokenizer_2, unet, scheduler
 
     def prepare_inputs(self, prompt: Prompts) -> Array:
         """Return the token ids of prompts by both tokenizers, integers (N, 2, L).
@@ -189,7 +177,7 @@ class FlaxStableDiffusionXLPipeline(FlaxDiffusionPipeline):
                 arrays[name] = layout.flat(given, name.replace("negative_ids", "neg_prompt_ids"))
         names = ("text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
         settings = {"height": height, "width": width, "steps": num_inference_steps, "factor": self.vae_scale_factor}
-        parts = {name: self.components[name] for name in names}
+        parts = {name: getattr(self, name) for name in names}
         images = run(parts, _draw, layout, params, prng_seed, arrays, decoded=output_type != "latent", **settings)
         made = layout.outputs(images)
         return FlaxStableDiffusionXLPipelineOutput(made) if return_dict else (made,)
