@@ -30,7 +30,7 @@ from flax_diffusion.schedulers.config import (
     read_config,
 )
 
-_WITHOUT_EFFECT = ("mirror", "output_loading_info", "user_agent")
+_WITHOUT_EFFECT = ("output_loading_info", "user_agent")
 """Keywords that loading a configuration takes in Diffusers too, where they change nothing that it returns."""
 
 

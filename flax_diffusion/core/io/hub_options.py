@@ -38,7 +38,7 @@ REPLACED = {
 }
 """Keywords that nothing reads any more, and what takes their place."""
 
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token", "use_auth_token", *REPLACED)
+HUB_KEYWORDS = (*(field.name for field in fields(HubOptions)), "use_auth_token", *REPLACED)
 """All keywords that `take_hub_options` takes out."""
 
 
@@ -56,7 +56,7 @@ def take_hub_options(owner: str, keywords: dict[str, Any]) -> HubOptions:
         if keywords.pop(name, None):
             warnings.warn(f"{owner} does not read {name}: {instead}", stacklevel=4)
     old_token = keywords.pop("use_auth_token", None)  # the name of token before 2023
-    given = {name: keywords.pop(name) for name in HubOptions.__dataclass_fields__ if keywords.get(name) is not None}
-    for name in HubOptions.__dataclass_fields__:
-        keywords.pop(name, None)
-    return HubOptions(**({"token": old_token} | given))
+    given = {field.name: keywords.pop(field.name, None) for field in fields(HubOptions)}
+    if given["token"] is None:
+        given["token"] = old_token
+    return HubOptions(**{name: value for name, value in given.items() if value is not None})

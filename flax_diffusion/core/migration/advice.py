@@ -10,7 +10,6 @@ REPLACED_KEYWORDS = {
     "proxies": "set HTTPS_PROXY",
     "mirror": "set HF_ENDPOINT",
     "resume_download": "downloads always go on where they stopped",
-    "use_auth_token": "its name is token",
 }
 """Keywords of `from_pretrained` that the Hub's client does not take any more, and what to do."""
 
@@ -30,8 +29,6 @@ def lacking(module: str, name: str) -> str:
         return f"{module} has no {name} any more: drop the test, Flax comes with flax_diffusion"
     if _OF_WEIGHTS.search(f"{module}.{name}"):
         return start + "`python -m flax_diffusion.convert` writes Flax weights as safetensors and back"
-    if name == "FlaxStableDiffusionSafetyChecker":
-        return start + "give the pipeline safety_checker=None, or check pictures with the PyTorch class"
     if name in _BASES:
         return start + "it was a base class; derive from a class that is here, or test for the methods that you call"
     package = module.split(".")[0]
