@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,14 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
         spec: The pipeline.
         folder: Folder of the pipeline.
     """
-    index: dict[str, Any] = {"_class_name": spec.listed_as or spec.kind}
-    if spec.listed_as not in (None, spec.kind):
-        index["_diffusers_version"] = version("diffusers")  # StableDiffusionInpaintPipeline does not open without it
+    listed, pipelines = spec.listed_as or spec.kind, spec.family.pipelines
+    index: dict[str, Any] = {"_class_name": listed}
     index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
     if spec.tokenizer is not None:
         index["tokenizer"] = ["transformers", "CLIPTokenizer"]
         save_tokenizer(spec, folder)
-    index = index | {name: value for name, value in spec.family.pipelines[spec.kind].index.items() if name not in index}
+    index = pipelines.get(listed, pipelines[spec.kind]).index | index
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)
