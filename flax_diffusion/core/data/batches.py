@@ -9,7 +9,7 @@ import numpy as np
 from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.extra import MakeExtra
 from flax_diffusion.core.data.images.decoding import decode, size_of
-from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.images.transforms import ImageTransform, Placement
 from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
@@ -88,16 +88,16 @@ class ExampleFn:
 
         record = source[index]
         embeddings, posteriors = self.made.embeddings, self.made.posteriors
-        size: tuple[int, int] | None = None
+        place: Placement | None = None
         if posteriors is None:
-            image = decode(record)
-            example, size = {"pixel_values": self.transform(image, rng).pixel_values}, image.size
+            transformed = self.transform(decode(record), rng)
+            example, place = {"pixel_values": transformed.pixel_values}, transformed.place
         elif record.name in posteriors:
             example = {"posterior": posteriors[record.name][int(self.transform.flips(rng))]}
         else:
             raise DataError(f"{record.name} could not be read when its latents were made")
         if self.extra is not None:
-            place = self.transform.place(size or size_of(record), rng)  # which draws the same numbers again
+            place = place or self.transform.place(size_of(record), rng)
             example |= self.extra(record, self.transform, place, rng)
         example |= self.noise.draw(rng)
         if embeddings is not None:

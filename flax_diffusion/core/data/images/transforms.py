@@ -23,20 +23,21 @@ _UNIT = np.arange(256, dtype=np.float32) / np.float32(255)
 _SCALED = (_UNIT - np.float32(0.5)) / np.float32(0.5)
 
 
-class Transformed(NamedTuple):
-    """A picture ready for the model, and its place in the original (SDXL's size conditioning)."""
-
-    pixel_values: np.ndarray  # float32 (C, resolution, resolution) in [-1, 1]
-    original_size: tuple[int, int]  # (height, width) before resizing, pixels
-    crop_top_left: tuple[int, int]  # (top, left) after resizing and flipping, pixels
-
-
 class Placement(NamedTuple):
     """Where a picture is resized to, cut and mirrored, all in pixels."""
 
     size: tuple[int, int]  # (width, height) after resizing
     corner: tuple[int, int]  # (top, left) of the square, before the flip
     flipped: bool
+
+
+class Transformed(NamedTuple):
+    """A picture ready for the model, and its place in the original (SDXL's size conditioning)."""
+
+    pixel_values: np.ndarray  # float32 (C, resolution, resolution) in [-1, 1]
+    original_size: tuple[int, int]  # (height, width) before resizing, pixels
+    crop_top_left: tuple[int, int]  # (top, left) after resizing and flipping, pixels
+    place: Placement  # the part that was used
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class ImageTransform:
         top, left = place.corner
         if place.flipped:
             left = place.size[0] - left - self.resolution
-        return Transformed(scale(pixels), (image.height, image.width), (top, left))
+        return Transformed(scale(pixels), (image.height, image.width), (top, left), place)
 
     def place(self, size: tuple[int, int], rng: Callable[[Stream], np.random.Generator]) -> Placement:
         """Choose the part of a picture that is used.
