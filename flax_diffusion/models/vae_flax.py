@@ -1,8 +1,10 @@
 """Parts of the autoencoder under the names and fields that Diffusers' `vae_flax` had, for code that builds on them.
 
-All take and return feature maps with channels last, (B, H, W, C). Parameters have PyTorch's names.
+All take and return feature maps with channels last, (B, H, W, C). Parameters have PyTorch's names. As in Diffusers'
+Flax, `in_channels` need not be right where the input tells it.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +21,13 @@ from flax_diffusion.models.layers import Downsample2D, LayerConfig, ResnetBlock2
 def _layers(groups: int | None, dtype: Any, dropout: float = 0.0, act: str = "silu", channels: int = 0) -> LayerConfig:
     groups = min(channels // 4, 32) if groups is None else groups
     return LayerConfig(groups=groups, eps=1e-6, act=act, dropout=dropout, dtype=dtype)
+
+
+def _check_types(field: str, types: Sequence[str], allowed: str, channels: Sequence[int]) -> None:
+    if any(name != allowed for name in types) or len(types) != len(channels):
+        raise ConfigError(
+            f"{field}={tuple(types)} with block_out_channels={tuple(channels)}: give '{allowed}' once for each"
+        )
 
 
 class _Wrapper(nn.Module):
@@ -258,7 +267,12 @@ class FlaxEncoder(_Wrapper):
     dtype: Any = jnp.float32
 
     def make(self) -> nn.Module:
-        """Return the module that computes."""
+        """Return the module that computes.
+
+        Raises:
+            ConfigError: If the block types are others, or not as many as the blocks.
+        """
+        _check_types("down_block_types", self.down_block_types, "DownEncoderBlock2D", self.block_out_channels)
         layers = _layers(self.norm_num_groups, self.dtype, act=self.act_fn)
         width = self.out_channels * (2 if self.double_z else 1)
         return Encoder(tuple(self.block_out_channels), self.layers_per_block, width, True, layers)
@@ -292,7 +306,12 @@ class FlaxDecoder(_Wrapper):
     dtype: Any = jnp.float32
 
     def make(self) -> nn.Module:
-        """Return the module that computes."""
+        """Return the module that computes.
+
+        Raises:
+            ConfigError: If the block types are others, or not as many as the blocks.
+        """
+        _check_types("up_block_types", self.up_block_types, "UpDecoderBlock2D", self.block_out_channels)
         layers = _layers(self.norm_num_groups, self.dtype, act=self.act_fn)
         return Decoder(tuple(self.block_out_channels), self.layers_per_block, self.out_channels, True, layers)
 

@@ -303,3 +303,10 @@ def test_a_shortcut_that_the_channels_do_not_ask_for() -> None:
     block = vae_flax.FlaxResnetBlock2D(8, 8, groups=4, use_nin_shortcut=True)
     with pytest.raises(ConfigError, match="use_nin_shortcut=True with 8 channels in and 8 out"):
         jax.eval_shape(lambda: block.init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 8))))
+
+
+@pytest.mark.parametrize("types", [("AttnDownEncoderBlock2D",), ("DownEncoderBlock2D",) * 2])
+def test_block_types_that_the_autoencoder_has_not(types: tuple[str, ...]) -> None:
+    encoder = vae_flax.FlaxEncoder(down_block_types=types, norm_num_groups=4)
+    with pytest.raises(ConfigError, match=r"down_block_types=.* give 'DownEncoderBlock2D' once for each"):
+        jax.eval_shape(lambda: encoder.init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 3))))
