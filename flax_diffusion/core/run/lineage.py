@@ -63,7 +63,7 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
 
 
 def data_digest(source: Source) -> str:
-    """Return a fingerprint of a dataset: a checksum of names and captions of up to 64 examples.
+    """Return a fingerprint of a dataset: a checksum of the names and captions of up to 64 examples.
 
     Two datasets of the same size are told apart by it.
     """
