@@ -1,28 +1,18 @@
 """Shared by all tests: a CPU with eight virtual devices, and tiny pipelines."""
 
 import os
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
+from xla_flags import QUICK
 
-# Before jax is imported anywhere: the mesh tests need several devices, the others do not mind. Tiny programs run for
-# milliseconds and compile for seconds, so they are compiled without optimizers, by the emitters that are quickest to
-# write, and in one part.
+# Before jax is imported anywhere: the mesh tests need several devices, the others do not mind.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-QUICK = " ".join([
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_use_fusion_emitters=false",
-    "--xla_cpu_parallel_codegen_split_count=1",
-])  # fmt: skip
 FLAGS = f" --xla_force_host_platform_device_count=8 {QUICK}"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + FLAGS
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: PyTorch's threads would only wait for each other
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import flax_folders
 import pytest
 import torch
-from conftest import QUICK
 from tiny import pictures, stable_diffusion
+from xla_flags import QUICK
 
 from flax_diffusion.core.cli.command_line import parse_train
 from flax_diffusion.core.data.sources.folders import image_files

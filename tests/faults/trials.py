@@ -8,8 +8,8 @@ import sys
 import time
 
 import numpy as np
-from conftest import QUICK
 from tiny import ONE_BLOCK, RUN, UNET, losses
+from xla_flags import QUICK
 
 from flax_diffusion.core.checkpoints import portable
 

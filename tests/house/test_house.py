@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,13 @@ def test_no_room_and_no_file_is_too_large(root):
         for path in (root / package).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 400, path
             assert len(list(path.parent.glob("*.py"))) <= 12 or "core" not in path.parts, path.parent
+
+
+def test_modules_of_tests_have_names_of_their_own(root):
+    """Their folders all lie in sys.path: of two modules of one name, the order of the tests would choose one."""
+    paths = [path for path in (root / "tests").rglob("*.py") if path.name != "conftest.py"]
+    assert len({path.name for path in paths}) == len(paths)
+    assert not [path for path in paths if re.search(r"^\s*(from|import) conftest\b", path.read_text(), re.MULTILINE)]
 
 
 def run_python(root: Path, code):
