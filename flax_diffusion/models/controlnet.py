@@ -207,8 +207,8 @@ class FlaxControlNetModel(UNetEncoder, PretrainedModel, nn.Module):
             class_labels: See `FlaxUNet2DConditionModel`.
 
         Returns:
-            One array for each skip connection, and one for the mid block, each (B, C, H', W'); where
-            `global_pool_conditions` is set, means over the pixels, (B, C, 1, 1).
+            One array for each skip connection, and one for the mid block, each (B, H', W', C); where
+            `global_pool_conditions` is set, means over the pixels, (B, 1, 1, C).
 
         Raises:
             ConfigError: If the picture does not fit the latents, or conditions are missing or not expected.
@@ -248,8 +248,7 @@ class FlaxControlNetModel(UNetEncoder, PretrainedModel, nn.Module):
 
     def _output(self, x: jax.Array, layers: LayerConfig, name: str, scale: jax.Array | float) -> jax.Array:
         x = conv(x.shape[-1], layers, name, kernel=1)(x) * jnp.asarray(scale, self.dtype)
-        x = jnp.transpose(x, (0, 3, 1, 2))
-        return jnp.mean(x, axis=(2, 3), keepdims=True) if self.global_pool_conditions else x
+        return jnp.mean(x, axis=(1, 2), keepdims=True) if self.global_pool_conditions else x
 
     def _check_picture(self, sample: jax.Array, picture: jax.Array) -> None:
         """Raise ConfigError unless the pictures have the right channels and are f times as large as the latents."""

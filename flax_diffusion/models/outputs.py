@@ -49,8 +49,8 @@ class FlaxControlNetOutput(ModelOutput):
     """Output of FlaxControlNetModel: what the UNet adds to its own.
 
     Attributes:
-        down_block_res_samples: One for each skip connection of the UNet, each (B, C, H', W').
-        mid_block_res_sample: For the mid block's output, (B, C, H', W').
+        down_block_res_samples: One for each skip connection of the UNet, each (B, H', W', C).
+        mid_block_res_sample: For the mid block's output, (B, H', W', C).
     """
 
     down_block_res_samples: tuple[jax.Array, ...]

@@ -161,8 +161,8 @@ class FlaxUNet2DConditionModel(UNetEncoder, PretrainedModel, nn.Module):
             timesteps: Timesteps, (B,), or one number for all.
             encoder_hidden_states: Text embeddings, (B, S, cross_attention_dim).
             added_cond_kwargs: "text_embeds" (B, E) and "time_ids" (B, 6), where addition_embed_type is "text_time".
-            down_block_additional_residuals: A ControlNet's outputs for the skip connections, each (B, C, H', W').
-            mid_block_additional_residual: A ControlNet's output for the mid block, (B, C, H', W').
+            down_block_additional_residuals: A ControlNet's outputs for the skip connections, each (B, H', W', C).
+            mid_block_additional_residual: A ControlNet's output for the mid block, (B, H', W', C).
             return_dict: Return a dataclass; False returns a tuple.
             train: Apply dropout, with the random key "dropout".
             class_labels: What class_embed_type asks for: classes or noise levels, (B,), or embeddings, (B, E).
@@ -234,7 +234,7 @@ class FlaxUNet2DConditionModel(UNetEncoder, PretrainedModel, nn.Module):
 def _add_residuals(
     x: jax.Array, skips: tuple[jax.Array, ...], mid: jax.Array | None, down: Sequence[jax.Array] | None
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """Add a ControlNet's outputs, (B, C, H, W), to the mid block's output and to the skip connections."""
+    """Add a ControlNet's outputs, (B, H, W, C), to the mid block's output and to the skip connections."""
     if mid is None and down is None:
         return x, skips
     if mid is None or down is None or len(down) != len(skips):
@@ -243,8 +243,13 @@ def _add_residuals(
             f"got {'no' if mid is None else 'a'} mid residual and {len(down or ())} down residuals; pass all of them"
         )
 
-    def channels_last(residual: jax.Array) -> jax.Array:
-        return jnp.transpose(residual, (0, 2, 3, 1)).astype(x.dtype)
+    def add(features: jax.Array, residual: jax.Array) -> jax.Array:
+        allowed = features.shape, (features.shape[0], 1, 1, features.shape[-1])  # means over the pixels
+        if residual.shape not in allowed:
+            raise ConfigError(
+                f"a ControlNet's residual has shape {residual.shape} where the UNet's features have {features.shape}: "
+                "channels come last, and the latents are those that the ControlNet was given"
+            )
+        return features + residual.astype(features.dtype)
 
-    summed = (skip + channels_last(residual) for skip, residual in zip(skips, down, strict=True))
-    return x + channels_last(mid), tuple(summed)
+    return add(x, mid), tuple(map(add, skips, down))

@@ -334,11 +334,15 @@ def test_controlnet_residuals() -> None:
             down_block_additional_residuals=[torch.from_numpy(d) for d in down],
             mid_block_additional_residual=torch.from_numpy(mid),
         ).sample.numpy()
+    down, mid = [residual.transpose(0, 2, 3, 1) for residual in down], mid.transpose(0, 2, 3, 1)
     residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
     ours = apply(model, params, inputs | residuals).sample
     assert np.linalg.norm(ours - theirs) <= 1e-5 * np.linalg.norm(theirs)
     with pytest.raises(ConfigError, match="no mid residual and 4 down"):
         model.apply({"params": params}, **inputs, down_block_additional_residuals=down)
+    residuals["mid_block_additional_residual"] = mid.transpose(0, 3, 1, 2)
+    with pytest.raises(ConfigError, match=r"shape \(2, 16, 4, 4\) where .* \(2, 4, 4, 16\): channels come last"):
+        model.apply({"params": params}, **inputs, **residuals)
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,8 @@ def flax_outputs(model: Any, params: Any, inputs: dict[str, Any]) -> list[jax.Ar
         return [output.last_hidden_state, pooled, *output.hidden_states]
     if "controlnet_cond" in inputs:
         output = model.apply({"params": params}, **inputs, conditioning_scale=0.7)
-        return [*output.down_block_res_samples, output.mid_block_res_sample]
+        residuals = (*output.down_block_res_samples, output.mid_block_res_sample)
+        return [residual.transpose(0, 3, 1, 2) for residual in residuals]
     return [model.apply({"params": params}, **inputs).sample]
 
 

@@ -171,10 +171,6 @@ known(
     "FlaxStableDiffusionSafetyChecker.enable_gradient_checkpointing",
 )  # fmt: skip
 known(
-    "residuals have PyTorch's layout, channels first; the UNet takes them so",
-    "another shape", "another shape", "FlaxControlNetModel.__call__: layout",
-)  # fmt: skip
-known(
     "a key of dropout makes another mask in modules of other names",
     "other numbers", "other numbers", "FlaxUNet2DConditionModel.__call__: train, the same dropout",
 )  # fmt: skip

@@ -382,34 +382,23 @@ def steered(package, **options):
     return applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64), **options)
 
 
-def channels_first(package, *parts):
-    """Residuals by PyTorch's layout, which the package here gives; 0.39 gives channels last."""
-    return [part if package.ours else part.transpose(0, 3, 1, 2) for part in parts]
-
-
 @call("FlaxControlNetModel.__call__")
 def _(package):
     found = steered(package)
-    return channels_first(package, *found.down_block_res_samples, found.mid_block_res_sample)
-
-
-@call("FlaxControlNetModel.__call__: layout")
-def _(package):
-    return steered(package).mid_block_res_sample
+    return [*found.down_block_res_samples, found.mid_block_res_sample]
 
 
 @call("FlaxControlNetModel.__call__: conditioning_scale, a tuple")
 def _(package):
     down, mid = steered(package, conditioning_scale=0.5, return_dict=False)
-    return channels_first(package, *down, mid)
+    return [*down, mid]
 
 
 @call("FlaxControlNetModel.__call__: bgr")
 def _(package):
     _, variables = control(package)
     model, _ = package.open("FlaxControlNetModel", "control/controlnet", controlnet_conditioning_channel_order="bgr")
-    found = applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64))
-    return channels_first(package, found.mid_block_res_sample)
+    return applied(model, variables, *inputs(), normal(13, 2, 3, 64, 64)).mid_block_res_sample
 
 
 @call("FlaxUNet2DConditionModel.__call__: a ControlNet's residuals")

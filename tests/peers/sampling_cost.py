@@ -83,9 +83,8 @@ def lowered(which, folder):
     if which == "ours":
         from flax_diffusion.pipelines import running, stable_diffusion
 
-        parts = {name: pipe.components[name] for name in ("text_encoder", "unet", "vae", "scheduler")}
         settings = {"height": SIZE, "width": SIZE, "steps": STEPS, "factor": pipe.vae_scale_factor}
-        static = (running.Parts(parts), stable_diffusion._draw, mesh, False, tuple(sorted(settings.items())))
+        static = (running.Parts(pipe.parts()), stable_diffusion._draw, mesh, False, tuple(sorted(settings.items())))
         keys = jax.ShapeDtypeStruct((1, 2), jnp.uint32, sharding=place)
         arrays = {"prompt_ids": ids, "negative_ids": ids, "guidance_scale": scale}
         return running._program.lower(*static, params, keys, arrays)
