@@ -297,13 +297,14 @@ class TorchBackend:
             )
 
     @torch.no_grad()
-    def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encode prompts to float32 (N, L, D)."""
+    def embed_prompts(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Encode prompts to float32 arrays (N, …)."""
         tokenize = self.spec.tokenize
         assert tokenize is not None
-        ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in prompts])).long().to(self.device)
-        made = self.modules.condition({"input_ids": ids})["text_embeddings"]
-        return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
+        ids = tokenize.stacked(prompts)
+        made = self.modules.condition({name: torch.from_numpy(rows).to(self.device) for name, rows in ids.items()})
+        wide = torch.promote_types(self.dtype, torch.float32)
+        return {name: made[name].to(wide).cpu().numpy() for name in self.spec.family.prompt_arrays}
 
     @torch.no_grad()
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:

@@ -116,8 +116,8 @@ class Sampler:
         told = {name: torch.from_numpy(array) for name, array in (extra or {}).items()}
         away: dict[str, Tensor] = {}  # what to guide away from, where that is something else
         if tokenize is not None:
-            ids = torch.from_numpy(np.stack([tokenize(prompt) for prompt in [*prompts, negative_prompt]])).long()
-            told["input_ids"], away["input_ids"] = ids[:-1], ids[-1]
+            told |= {name: torch.from_numpy(ids) for name, ids in tokenize.stacked(prompts).items()}
+            away = {name: torch.from_numpy(ids) for name, ids in tokenize(negative_prompt).items()}
         for first in range(0, count, batch_size):
             indices = np.arange(first, min(first + batch_size, count))
             condition = None

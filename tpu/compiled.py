@@ -124,11 +124,11 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
     frozen, made = program.frozen, Precomputed()
     if task.embeds_prompts:
         assert spec.tokenize is not None
-        assert spec.text_encoder is not None
-        shape = (len(spec.tokenize("")), spec.text_encoder["hidden_size"])
-        made = replace(made, embeddings=dict.fromkeys(("", str(source[0].caption)), np.zeros(shape, np.float32)))
-        for name in spec.names_of(Role.TEXT_ENCODER):
-            del frozen[name]
+        encoders = {name: frozen.pop(name) for name in spec.names_of(Role.TEXT_ENCODER)}
+        told = jax.eval_shape(program.modules.condition, encoders, spec.tokenize.stacked([""]))
+        zeros = {name: np.zeros(told[name].shape[1:], np.float32) for name in spec.family.prompt_arrays}
+        prompts = ("", str(source[0].caption))
+        made = replace(made, embeddings={name: dict.fromkeys(prompts, array) for name, array in zeros.items()})
     if task.caches_latents:
         made = replace(made, posteriors={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
         del frozen[spec.vae_name]

@@ -159,8 +159,8 @@ class Backend(Protocol):
         """Return the whole state as plain arrays on the host, by the names of `core.checkpoints.portable`."""
         ...
 
-    def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encode prompts, and return their embeddings, float32 (N, L, D)."""
+    def embed_prompts(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Encode N prompts, and return what the text encoders make of them by array of a batch, float32 (N, …)."""
         ...
 
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:

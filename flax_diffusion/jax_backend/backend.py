@@ -125,14 +125,14 @@ class JaxBackend:
                 frozen[name] = self._place_frozen(name, load_pretrained(component))
         return adapters.merge(frozen, self._exported())
 
-    def embed_prompts(self, prompts: list[str]) -> np.ndarray:
-        """Encode prompts to float32 (N, L, D)."""
+    def embed_prompts(self, prompts: list[str]) -> dict[str, np.ndarray]:
+        """Encode prompts to float32 arrays (N, …)."""
         tokenize = self.spec.tokenize
         assert tokenize is not None
-        ids = put_replicated(np.stack([tokenize(prompt) for prompt in prompts]), self.mesh)
         encoders = {name: self.frozen[name] for name in self.spec.names_of(Role.TEXT_ENCODER)}
-        made = to_host(self._condition(encoders, {"input_ids": ids})["text_embeddings"])
-        return made.astype(np.promote_types(self.dtype, np.float32))
+        made = self._condition(encoders, put_replicated(tokenize.stacked(prompts), self.mesh))
+        wide = np.promote_types(self.dtype, np.float32)
+        return {name: to_host(made[name]).astype(wide) for name in self.spec.family.prompt_arrays}
 
     def posteriors(self, pixels: np.ndarray) -> np.ndarray:
         """Encode images to means and log variances of their latents."""

@@ -104,8 +104,8 @@ class Sampler:
         told = dict(extra or {})
         away: dict[str, np.ndarray] = {}  # what to guide away from, where that is something else
         if tokenize is not None:
-            told["input_ids"] = np.stack([tokenize(prompt) for prompt in prompts])
-            away["input_ids"] = tokenize(negative_prompt)
+            told |= tokenize.stacked(prompts)
+            away = tokenize(negative_prompt)
         for first in range(0, count, batch_size):
             # The last batch is filled up, so that every batch has the same compiled shape.
             indices = np.arange(first, first + batch_size)

@@ -74,7 +74,7 @@ class Recorder(Idle):
         return metadata
 
     def embed_prompts(self, prompts):
-        return np.stack([np.full((8, 16), len(prompt), np.float32) for prompt in prompts])
+        return {"text_embeddings": np.stack([np.full((8, 16), len(prompt), np.float32) for prompt in prompts])}
 
     def posteriors(self, pixels):
         _, height, width = self.spec.sample_shape

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny import RUN, losses, pictures, stable_diffusion
 
-from flax_diffusion.core.data.table import write_table
+from flax_diffusion.core.data.table import write_tables
 from flax_diffusion.core.errors import ConfigError, DataError, NonFiniteError
 from flax_diffusion.train import train
 
@@ -16,7 +16,10 @@ from flax_diffusion.train import train
 def test_a_table(tmp_path):
     """Also in a process that opens it anew."""
     rows = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
-    table = write_table(tmp_path / "deep/table.npy", 5, [(["a", "b", "c"], rows[:3]), (["d"], rows[3:])])
+    batches = [(["a", "b", "c"], {"rows": rows[:3], "more": -rows[:3]}), (["d"], {"rows": rows[3:], "more": -rows[3:]})]
+    tables = write_tables(tmp_path / "deep", "0", 5, batches)
+    table = tables["rows"]
+    np.testing.assert_array_equal(tables["more"]["d"], -rows[3])
     assert list(table) == ["a", "b", "c", "d"]
     assert len(pickle.dumps(table)) < 1000
     for place, name in enumerate(table):

@@ -80,7 +80,7 @@ def ours(folder, prompt):
     spec = open_pipeline(str(folder))
     modules = build_modules(spec)
     params = {name: load_pretrained(part) for name, part in spec.components.items()}
-    context = jax.jit(modules.condition)(params, {"input_ids": spec.tokenize(prompt)[None]})
+    context = jax.jit(modules.condition)(params, spec.tokenize.stacked([prompt]))
     return np.asarray(jax.jit(modules.predict)(params, np.ones((1, 4, 8, 8), np.float32), np.array([10]), context))
 
 

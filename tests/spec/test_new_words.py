@@ -45,7 +45,7 @@ def theirs(model, file, prompt, **options):
 def ours(folder, prompt, backend):
     """The same with a pipeline that was converted."""
     spec = open_pipeline(str(folder))
-    ids = spec.tokenize(prompt)[None]
+    ids = spec.tokenize(prompt)["input_ids"][None]
     if backend == "jax":
         params = {"text_encoder": load_pretrained(spec.text_encoder)}
         return np.asarray(jax.jit(build_modules(spec).condition)(params, {"input_ids": ids})["text_embeddings"])
@@ -72,11 +72,15 @@ def test_further_training_reads_all_vectors(model, tmp_path):
     config = TASKS["text_to_image"].config_class(pretrained_model_name_or_path=str(made), **values)
     spec = task_of(config).make_spec(task_of(config).open_source())
     first = len(load_tokenizer(model / "tokenizer"))
-    assert [token for token in spec.tokenize("a <dog>").tolist() if token >= first] == [first, first + 1, first + 2]
+    assert [token for token in spec.tokenize("a <dog>")["input_ids"].tolist() if token >= first] == [
+        first,
+        first + 1,
+        first + 2,
+    ]
     again = {"placeholder_token": "<cat>", "initializer_token": "dog", "num_vectors": 2}
     config = TASKS["textual_inversion"].config_class(pretrained_model_name_or_path=str(made), **values, **again)
     spec = task_of(config).make_spec(task_of(config).open_source())
-    new = [token - first for token in spec.tokenize("a <dog> and a <Cat>").tolist() if token >= first]
+    new = [token - first for token in spec.tokenize("a <dog> and a <Cat>")["input_ids"].tolist() if token >= first]
     assert new == [0, 1, 2, 3, 4]
 
 

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from flax_diffusion.core.data.captions import Tokenize
+from flax_diffusion.core.data.captions import TokenizePrompt
 from flax_diffusion.core.data.extra import MakeExtra
 from flax_diffusion.core.data.images.decoding import decode, size_of
 from flax_diffusion.core.data.images.transforms import ImageTransform, Placement
@@ -29,13 +29,14 @@ class Precomputed:
     """Values that were computed once before training, so that examples need not compute them.
 
     Attributes:
-        embeddings: embedding of every caption, (L, D); None where each step encodes its captions.
+        embeddings: What the text encoders make of every caption, by array of an example and by caption; None where
+            each step encodes its captions.
         posteriors: Mean and log variance of each picture's latents by the name of its record,
             (1 or 2, 2, c, h, w): those of the picture and, where it is flipped at random, of its mirror image; None
             where each step encodes its pictures.
     """
 
-    embeddings: Mapping[str, np.ndarray] | None = None
+    embeddings: Mapping[str, Mapping[str, np.ndarray]] | None = None
     posteriors: Mapping[str, np.ndarray] | None = None
 
 
@@ -46,7 +47,7 @@ class ExampleFn:
     Attributes:
         transform: What happens to the pictures.
         noise: What is drawn for each example.
-        tokenize: The captions' tokenizer; None for unconditional training.
+        tokenize: The captions' tokenizers; None for unconditional training.
         made: What was computed before training.
         proportion_empty_prompts: Probability with which a caption is replaced by the empty one.
         extra: Maker of the arrays of the example's second picture; None for no such arrays.
@@ -54,7 +55,7 @@ class ExampleFn:
 
     transform: ImageTransform
     noise: NoiseSpec
-    tokenize: Tokenize | None = None
+    tokenize: TokenizePrompt | None = None
     made: Precomputed = field(default=Precomputed(), repr=False)
     proportion_empty_prompts: float = 0.0
     extra: MakeExtra | None = None
@@ -75,9 +76,9 @@ class ExampleFn:
         Returns:
             `pixel_values` float32 (channels, resolution, resolution) in [-1, 1] or, where they were made before,
             `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
-            `loss_weights` times the record's own weight; `input_ids` int32 (model_max_length,) or, where they were
-            made before, `text_embeddings` (L, D), unless unconditional; the arrays of `extra`; `example_index`
-            int64 ().
+            `loss_weights` times the record's own weight; the token ids, such as `input_ids` int32 (L,), or
+            what was made of them before, such as `text_embeddings` (L, D), unless unconditional; the arrays of
+            `extra`; `example_index` int64 ().
 
         Raises:
             DataError: If the picture cannot be decoded, or has no caption.
@@ -101,9 +102,10 @@ class ExampleFn:
             example |= self.extra(record, self.transform, place, rng)
         example |= self.noise.draw(rng)
         if embeddings is not None:
-            example["text_embeddings"] = embeddings[self._caption(record, rng)]
+            caption = self._caption(record, rng)
+            example |= {name: table[caption] for name, table in embeddings.items()}
         elif self.tokenize is not None:
-            example["input_ids"] = self.tokenize(self._caption(record, rng))
+            example |= self.tokenize(self._caption(record, rng))
         example["loss_weights"] = np.asarray(example["loss_weights"] * record.weight, np.float32)
         example["example_index"] = np.asarray(index, np.int64)
         return example

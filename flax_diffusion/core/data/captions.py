@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,6 +119,34 @@ class Tokenize:
             tokens += [token, *rest]
             places += [place] * (1 + len(rest))
         return tokens, places
+
+
+@dataclass(frozen=True)
+class TokenizePrompt:
+    """Callable that tokenizes a prompt by every tokenizer of a pipeline.
+
+    Attributes:
+        by_array: The tokenizers, by the array of a batch that holds their ids.
+    """
+
+    by_array: Mapping[str, Tokenize]
+
+    def __call__(self, prompt: str) -> dict[str, np.ndarray]:
+        """Return the ids by array, int32 (L,) each, of one prompt."""
+        return {name: tokenize(prompt) for name, tokenize in self.by_array.items()}
+
+    def stacked(self, prompts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Return the ids by array, int32 (N, L) each, of N prompts."""
+        return {name: np.stack([*map(tokenize, prompts)]) for name, tokenize in self.by_array.items()}
+
+    @property
+    def length(self) -> int:
+        """Number of ids, of the tokenizer that returns the fewest."""
+        return min(tokenize.length for tokenize in self.by_array.values())
+
+    def cut_off(self, prompt: str) -> str:
+        """Return the longest part of a prompt that does not fit a tokenizer; "" if all of it fits all of them."""
+        return max((tokenize.cut_off(prompt) for tokenize in self.by_array.values()), key=len)
 
 
 def _words(added: Mapping[str, int]) -> dict[int, tuple[int, ...]]:

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flax_diffusion.core.data.bad import MAX_BAD_SHARE, example_name, max_bad_examples
-from flax_diffusion.core.data.captions import Tokenize
+from flax_diffusion.core.data.captions import TokenizePrompt
 from flax_diffusion.core.data.images.decoding import check_header
 from flax_diffusion.core.data.sources.source import Source, first_few
 from flax_diffusion.core.errors import DataError
@@ -39,7 +39,7 @@ def check_source(
     skip_bad_images: bool,
     all_processes: Callable[[bool], bool] = bool,
     main: bool = True,
-    tokenize: Tokenize | None = None,
+    tokenize: TokenizePrompt | None = None,
 ) -> None:
     """Check captions and picture headers of the examples.
 
@@ -49,7 +49,7 @@ def check_source(
         all_processes: Function that returns whether its argument is true in every process of the run; all of them
             must call this function.
         main: Whether this is the first process, which logs what was found and shows a progress bar after two seconds.
-        tokenize: The captions' tokenizer, to log how many captions are cut off; None for no such check.
+        tokenize: The captions' tokenizers, to log how many captions are cut off; None for no such check.
 
     Raises:
         DataError: If examples cannot be used, here or in another process. The message says how many, names the first
@@ -93,7 +93,7 @@ def _failure(checked: int, examples: int, reasons: dict[str, str], skip_bad_imag
     )
 
 
-def _check(source: Source, main: bool, tokenize: Tokenize | None) -> tuple[int, "_Findings"]:
+def _check(source: Source, main: bool, tokenize: TokenizePrompt | None) -> tuple[int, "_Findings"]:
     """Check the examples and return how many were checked, and what was found."""
     local = _is_local(source)
     count = min(len(source), MAX_CHECKED if local else MAX_CHECKED_IN_STORE)
@@ -128,7 +128,7 @@ class _Findings:
         cut_off: By index, the name of an example whose caption is too long, and the part that is cut off.
     """
 
-    def __init__(self, source: Source, tokenize: Tokenize | None):
+    def __init__(self, source: Source, tokenize: TokenizePrompt | None):
         self._source = source
         self._tokenize = tokenize
         self._lock = threading.Lock()

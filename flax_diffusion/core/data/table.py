@@ -35,22 +35,35 @@ class Table(Mapping[str, np.ndarray]):
         return {"path": self.path, "places": self.places}
 
 
-def write_table(path: Path, count: int, batches: Iterable[tuple[list[str], np.ndarray]]) -> Table:
-    """Write a table, batch by batch.
+def write_tables(
+    folder: Path, end: str, count: int, batches: Iterable[tuple[list[str], Mapping[str, np.ndarray]]]
+) -> dict[str, Table]:
+    """Write tables whose rows have the same names, batch by batch.
 
     Args:
-        path: Path of the .npy file; its folder is made.
+        folder: Folder of the files `<table>-<end>.npy`, which is made.
+        end: End of the files' names.
         count: Largest number of rows.
-        batches: Names and their rows (N, …); all rows have one shape and dtype.
+        batches: Names of rows, and by table the rows (N, …); all rows of a table have one shape and dtype.
+
+    Returns:
+        The tables; none where there are no batches.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     places: dict[str, int] = {}
-    file: np.ndarray | None = None
-    for names, rows in batches:
-        if file is None:
-            file = np.lib.format.open_memmap(path, mode="w+", dtype=rows.dtype, shape=(count, *rows.shape[1:]))
-        file[len(places) : len(places) + len(names)] = rows
+    files: dict[str, np.memmap] = {}
+    for names, tables in batches:
+        for table, rows in tables.items():
+            if table not in files:
+                files[table] = np.lib.format.open_memmap(
+                    _file(folder, table, end), mode="w+", dtype=rows.dtype, shape=(count, *rows.shape[1:])
+                )
+            files[table][len(places) : len(places) + len(names)] = rows
         places |= {name: len(places) + place for place, name in enumerate(names)}
-    if isinstance(file, np.memmap):
+    for file in files.values():
         file.flush()
-    return Table(path, places)
+    return {table: Table(_file(folder, table, end), places) for table in files}
+
+
+def _file(folder: Path, table: str, end: str) -> Path:
+    return folder / f"{table}-{end}.npy"

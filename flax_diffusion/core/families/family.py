@@ -48,11 +48,13 @@ class PipelineClass:
 
     Attributes:
         parts: Model classes by component, which is also the name of its subfolder.
+        tokenizers: Text encoders by the name of their tokenizer's subfolder.
         scheduler: Keys of the scheduler's config where it is ours to choose.
         index: Entries of model_index.json beside the parts that are there.
     """
 
     parts: Mapping[str, ModelClass]
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     index: Mapping[str, Any] = field(default_factory=dict)
 
@@ -88,6 +90,7 @@ class Family:
         title: What a user may give, for messages; None for the names of the pipelines.
         pipelines: By class name.
         same_parts: Other classes of pipelines, by the one of `pipelines` whose parts they have.
+        prompt_arrays: Names of what the denoiser is told of a prompt, which the text encoders make of nothing else.
         lora_prefixes: Of the names of each component's layers in LoRA files of kohya's form.
         single_file: How a pipeline lies in one file; None where there are no such files.
         check: Raises ConfigError for parts that do not go together in training.
@@ -98,6 +101,7 @@ class Family:
     title: str | None = None
     pipelines: Mapping[str, PipelineClass]
     same_parts: Mapping[str, str] = field(default_factory=dict)
+    prompt_arrays: tuple[str, ...] = ()
     lora_prefixes: Mapping[str, str] = field(default_factory=dict)
     single_file: SingleFileLayout | None = None
     check: Callable[[PipelineSpec], None] = _nothing_to_check
@@ -130,4 +134,4 @@ def model_class(name: str) -> ModelClass:
 def subfolders() -> set[str]:
     """Return the names of all folders that a pipeline may hold."""
     pipelines = [pipeline for family in FAMILIES.values() for pipeline in family.pipelines.values()]
-    return {name for pipeline in pipelines for name in pipeline.parts} | {"tokenizer", "scheduler"}
+    return {name for pipeline in pipelines for name in (*pipeline.parts, *pipeline.tokenizers)} | {"scheduler"}

@@ -72,7 +72,7 @@ def _models_left_out(index: dict[str, Any]) -> list[str]:
     """Return the names of models, such as a ControlNet, that a pipeline of a known kind has beside its parts."""
     kind = index["_class_name"]
     pipeline = family_of(kind).pipelines[kind]
-    known = {*pipeline.parts, *pipeline.index, "scheduler", "tokenizer"}
+    known = {*pipeline.parts, *pipeline.tokenizers, *pipeline.index, "scheduler"}
     return [name for name, value in index.items() if isinstance(value, list) and any(value) and name not in known]
 
 

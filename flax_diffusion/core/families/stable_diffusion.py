@@ -133,6 +133,7 @@ def _check_drawing(spec: PipelineSpec) -> None:
 _NOTHING = [None, None]
 """How model_index.json says that a part is not there."""
 _PARTS = {"text_encoder": CLIP_TEXT, "unet": UNET_2D_CONDITION, "vae": AUTOENCODER_KL}
+_TOKENIZERS = {"tokenizer": "text_encoder"}
 _SCHEDULER = {"steps_offset": 1}
 _INDEX = {
     "safety_checker": _NOTHING,
@@ -148,21 +149,25 @@ STABLE_DIFFUSION = FAMILIES.register(
         name="stable_diffusion",
         title="a Stable Diffusion 1.x or 2.x pipeline (SDXL is not trained or drawn yet)",
         pipelines={
-            "StableDiffusionPipeline": PipelineClass(parts=_PARTS, scheduler=_SCHEDULER, index=_INDEX),
+            "StableDiffusionPipeline": PipelineClass(
+                parts=_PARTS, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX
+            ),
             "StableDiffusionInpaintPipeline": PipelineClass(
                 # Diffusers' class does not open a folder that names no version.
                 parts=_PARTS,
+                tokenizers=_TOKENIZERS,
                 scheduler=_SCHEDULER,
                 index=_INDEX | {"_diffusers_version": "0.39.0"},
             ),
             "StableDiffusionControlNetPipeline": PipelineClass(
-                parts=_PARTS | {"controlnet": CONTROLNET}, scheduler=_SCHEDULER, index=_INDEX
+                parts=_PARTS | {"controlnet": CONTROLNET}, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX
             ),
         },
         same_parts={
             "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
             "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
         },
+        prompt_arrays=("text_embeddings",),
         lora_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
         single_file=SingleFileLayout(
             prefixes={

@@ -23,7 +23,7 @@ from flax_diffusion.core.data.extra import no_draw
 from flax_diffusion.core.data.images.decoding import decode
 from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.sources.source import Record, Source
-from flax_diffusion.core.data.table import write_table
+from flax_diffusion.core.data.table import write_tables
 from flax_diffusion.core.errors import DataError, NonFiniteError
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec.pipeline import PipelineSpec
@@ -32,6 +32,7 @@ from flax_diffusion.core.tasks.task import Task
 log = logging.getLogger(__name__)
 
 PROMPTS_AT_A_TIME = 64
+POSTERIORS = "posteriors"
 _NOT_FINITE = "the latents of {} are not finite: check the picture, or the autoencoder's precision"
 
 
@@ -54,19 +55,19 @@ def precompute(
         DataError: For a picture that cannot be read; where such pictures are skipped, for too many of them.
         NonFiniteError: For a picture whose latents are not finite.
     """
-    config, made = task.config, Precomputed()
+    config, made, end = task.config, Precomputed(), str(backend.process_index)
     bad = BadExamples(len(source)) if config.skip_bad_images else None
     if task.embeds_prompts:
         prompts = _prompts(task, source, bad)
-        path = folder / f"embeddings-{backend.process_index}.npy"
-        made = replace(made, embeddings=write_table(path, len(prompts), _embedded(prompts, backend)))
+        tables = write_tables(folder, end, len(prompts), _embedded(prompts, backend))
+        made = replace(made, embeddings=tables)
         for name in spec.names_of(Role.TEXT_ENCODER):
             backend.release(name)
     if task.caches_latents:
         named = {record.name: index for index, record in _records(source, bad)}
         batches = _encoded(config, source, named, task.make_transform(spec), backend, bad)
-        path = folder / f"posteriors-{backend.process_index}.npy"
-        made = replace(made, posteriors=write_table(path, len(named), batches))
+        tables = write_tables(folder, end, len(named), batches)
+        made = replace(made, posteriors=tables.get(POSTERIORS, {}))
         backend.release(spec.vae_name)
     return made
 
@@ -91,11 +92,12 @@ def _prompts(task: Task[TrainConfig], source: Source, bad: BadExamples | None) -
     return list(prompts)
 
 
-def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str], np.ndarray]]:
+def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
     for first in range(0, len(prompts), PROMPTS_AT_A_TIME):
         several = prompts[first : first + PROMPTS_AT_A_TIME]
         size = min(PROMPTS_AT_A_TIME, len(prompts))  # one shape for all, so that one program is compiled
-        yield several, backend.embed_prompts((several * size)[:size])[: len(several)]
+        made = backend.embed_prompts((several * size)[:size])
+        yield several, {name: rows[: len(several)] for name, rows in made.items()}
 
 
 def _encoded(
@@ -105,7 +107,7 @@ def _encoded(
     transform: ImageTransform,
     backend: Backend,
     bad: BadExamples | None,
-) -> Iterator[tuple[list[str], np.ndarray]]:
+) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
     upright = replace(transform, random_flip=False)
 
     shape = (transform.channels, transform.resolution, transform.resolution)
@@ -139,4 +141,4 @@ def _encoded(
                     raise NonFiniteError(_NOT_FINITE.format(name))
                 else:
                     bad.add(name, reasons.get(name, _NOT_FINITE.format(name)))
-            yield [several[place] for place in good], posteriors[good]
+            yield [several[place] for place in good], {POSTERIORS: posteriors[good]}

@@ -105,7 +105,7 @@ def _with_lora(spec: PipelineSpec, found: Mapping[str, Mapping[str, LoraLayer]],
 
 
 def _with_words(spec: PipelineSpec, path: Path, word: str | None) -> PipelineSpec:
-    encoder, tokenizer = spec.text_encoder, spec.tokenizer
+    encoder, tokenizer = spec.text_encoder, spec.tokenizers.get("tokenizer")
     if encoder is None or tokenizer is None:
         raise WeightsError(f"{path}: a {spec.kind} takes no prompts, so no new words")
     for name, rows in read_words(path, word).items():

@@ -6,8 +6,8 @@ Both backends build their modules from the same `PipelineSpec`. It is read and c
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +24,7 @@ from flax_diffusion.core.typed import check_values
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
-    from flax_diffusion.core.data.captions import Tokenize
+    from flax_diffusion.core.data.captions import TokenizePrompt
 
 
 log = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ class PipelineSpec:
         scheduler: Config of its noise scheduler; empty for none.
         resolution: Height and width of the training images, in pixels.
         size: Height and width of the images to draw, in pixels; None where both are the resolution.
-        tokenizer: Its tokenizer; None for none.
+        tokenizers: Its tokenizers, named as the subfolders of a Diffusers pipeline.
         autoencoder_loss: Loss of an autoencoder; None where a denoiser is trained.
         objective_name: Objective of a run that does not train by that of its scheduler; None where it does.
         listed_as: Class that its model_index.json names where that is another one of the same parts; None for `kind`.
@@ -132,7 +132,7 @@ class PipelineSpec:
     scheduler: dict[str, Any]
     resolution: int
     size: tuple[int, int] | None = None
-    tokenizer: CLIPTokenizer | None = None
+    tokenizers: Mapping[str, CLIPTokenizer] = field(default_factory=dict)
     autoencoder_loss: AutoencoderLoss | None = None
     objective_name: str | None = None
     listed_as: str | None = None
@@ -142,13 +142,17 @@ class PipelineSpec:
             self.objective.prediction(self.scheduler)
 
     @property
-    def tokenize(self) -> Tokenize | None:
-        """The map from prompts to token ids, or None where the pipeline takes no prompts."""
-        from flax_diffusion.core.data.captions import Tokenize
+    def tokenize(self) -> TokenizePrompt | None:
+        """The map from prompts to token ids, or None where the pipeline takes no prompts.
 
-        if self.tokenizer is None or self.text_encoder is None:
+        The ids of `tokenizer` are `input_ids` in a batch, those of `tokenizer_2` are `input_ids_2`.
+        """
+        from flax_diffusion.core.data.captions import Tokenize, TokenizePrompt
+
+        if not self.tokenizers or self.text_encoder is None:
             return None
-        return Tokenize.from_clip(self.tokenizer)
+        made = {name: Tokenize.from_clip(tokenizer) for name, tokenizer in self.tokenizers.items()}
+        return TokenizePrompt({f"input_ids{name.removeprefix('tokenizer')}": own for name, own in made.items()})
 
     @property
     def trains_adapters(self) -> bool:
@@ -247,13 +251,16 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
     drawing = [family for family in FAMILIES.values() if family.has(Role.DENOISER)]
     if not (index := folders.check_kind(source, revision, drawing)):
         raise WeightsError(f"{source} has no model_index.json: name a folder that holds a pipeline")
-    kind, components = index["_class_name"], {}
-    for name, model in family_of(kind).pipelines[kind].parts.items():
+    kind, components, tokenizers = index["_class_name"], {}, {}
+    pipeline = family_of(kind).pipelines[kind]
+    for name, model in pipeline.parts.items():
         if folders.has_part(index, name):
             folder = model_files.resolve(source, name, revision, allow_patterns=["*.json"])
             components[name] = read_component(folder, model.name, source, name, revision, variant)
     scheduler = folders.read_scheduler(model_files.resolve(source, "scheduler", revision))
-    words = model_files.resolve(source, "tokenizer", revision) if "tokenizer" in index else None
+    for name in pipeline.tokenizers:
+        if folders.has_part(index, name):
+            tokenizers[name] = text.load_tokenizer(model_files.resolve(source, name, revision))
     denoiser = next((part for part in components.values() if part.role is Role.DENOISER), None)
     if denoiser is None or not isinstance(size := denoiser["sample_size"], int):
         raise WeightsError(f"{source}: has no UNet whose config says its sample_size as one number")
@@ -263,7 +270,7 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
         components=components,
         scheduler=scheduler,
         resolution=1,
-        tokenizer=None if words is None else text.load_tokenizer(words),
+        tokenizers=tokenizers,
         listed_as=folders.listed_as(index),
     )
     return replace(spec, resolution=size * spec.vae_factor)
@@ -344,6 +351,6 @@ def check_prompts(spec: PipelineSpec, prompts: list[str]) -> None:
     Raises:
         ConfigError: If prompts are missing, or given to a pipeline that takes none.
     """
-    if (spec.tokenizer is not None) != bool(prompts):
+    if bool(spec.tokenizers) != bool(prompts):
         fix = "drop --prompt" if prompts else "give at least one --prompt"
         raise ConfigError(f"a {spec.kind} with {len(prompts)} prompts: {fix}")

@@ -14,7 +14,7 @@ from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 
 def write_index(spec: PipelineSpec, folder: Path) -> None:
-    """Write the files of a pipeline folder that belong to no model: model_index.json, scheduler and tokenizer.
+    """Write the files of a pipeline folder that belong to no model: model_index.json, scheduler and tokenizers.
 
     Args:
         spec: The pipeline.
@@ -24,25 +24,24 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
     index: dict[str, Any] = {"_class_name": listed}
     index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
-    if spec.tokenizer is not None:
-        index["tokenizer"] = ["transformers", "CLIPTokenizer"]
-        save_tokenizer(spec, folder)
-    index = pipelines.get(listed, pipelines[spec.kind]).index | index
+    index |= {name: ["transformers", "CLIPTokenizer"] for name in spec.tokenizers}
+    save_tokenizers(spec, folder)
+    index = {**pipelines.get(listed, pipelines[spec.kind]).index, **index}
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)
 
 
-def save_tokenizer(spec: PipelineSpec, folder: Path) -> None:
-    """Write the tokenizer, if there is one; a resumed run reads it from there.
+def save_tokenizers(spec: PipelineSpec, folder: Path) -> None:
+    """Write the tokenizers, if there are any; a resumed run reads them from there.
 
     Args:
         spec: The pipeline.
         folder: Folder of the pipeline.
     """
-    if spec.tokenizer is not None:
-        with written_folder(folder / "tokenizer") as local:
-            spec.tokenizer.save_pretrained(local)
+    for name, tokenizer in spec.tokenizers.items():
+        with written_folder(folder / name) as local:
+            tokenizer.save_pretrained(local)
 
 
 def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str) -> None:

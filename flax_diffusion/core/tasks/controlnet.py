@@ -123,11 +123,11 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
         return {name: replace(part, training=Training.NOTHING) for name, part in super().read_models(frozen).items()}
 
     def pipeline(
-        self, kind: str, components: dict[str, Component], tokenizer: CLIPTokenizer | None = None
+        self, kind: str, components: dict[str, Component], tokenizers: Mapping[str, CLIPTokenizer] | None = None
     ) -> PipelineSpec:
         """Put a pipeline together, with its ControlNet, and check that its parts go with one another."""
         name = next(name for name, model in family_of(kind).pipelines[kind].parts.items() if model is CONTROLNET)
-        return super().pipeline(kind, components | {name: self._control(name, components)}, tokenizer)
+        return super().pipeline(kind, components | {name: self._control(name, components)}, tokenizers)
 
     def _control(self, name: str, components: dict[str, Component]) -> Component:
         config, given = self.config, self.config.controlnet_model_name_or_path

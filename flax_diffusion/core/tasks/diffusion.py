@@ -142,14 +142,14 @@ class DiffusionTask(Task[D]):
         return Preview(draw, columns)
 
     def pipeline(
-        self, kind: str, components: dict[str, Component], tokenizer: CLIPTokenizer | None = None
+        self, kind: str, components: dict[str, Component], tokenizers: Mapping[str, CLIPTokenizer] | None = None
     ) -> PipelineSpec:
         """Put a pipeline together and check that its parts can be trained with one another.
 
         Args:
             kind: Class of the pipeline.
             components: Its models.
-            tokenizer: Tokenizer of the prompts; None where there are none.
+            tokenizers: Tokenizers of the prompts by name; None where there are none.
 
         Raises:
             ConfigError: If they cannot.
@@ -162,7 +162,7 @@ class DiffusionTask(Task[D]):
             components=components,
             scheduler=scheduler,
             resolution=config.resolution,
-            tokenizer=tokenizer,
+            tokenizers=tokenizers or {},
             objective_name=None if objective is objective_of(scheduler) else objective.name,
         )
         if not spec.trains_adapters:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
@@ -14,7 +14,7 @@ from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import CONFIG_FILE, Reads, also
 from flax_diffusion.core.data import captions
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.errors import DataError, WeightsError, naming
+from flax_diffusion.core.errors import ConfigError, DataError, WeightsError, naming
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ModelClass, Role, family_of
 from flax_diffusion.core.io import model_files
@@ -124,33 +124,34 @@ class TextTask(DiffusionTask[T]):
     lora_format: Literal["peft", "kohya"] = "peft"
 
     def make_spec(self, source: Source) -> PipelineSpec:
-        """Read the configs of the pipeline to train; the captions make a tokenizer where there is none."""
+        """Read the configs of the pipeline to train; the captions make tokenizers where there are none."""
         config = self.config
-        made_before = as_path(config.output_dir) / "tokenizer" if config.resume_from_checkpoint else None
-        return self.checked(self.read_pipeline(captions_of(source), made_before))
+        made_before = as_path(config.output_dir) if config.resume_from_checkpoint else None
+        return self.checked(self.read_pipeline(lambda: captions_of(source), made_before))
 
     def reopen_spec(self, run: Path) -> PipelineSpec:
-        """Return the pipeline that a run trains, with the tokenizer that it made, if it did."""
-        config, made = self.config, run / "tokenizer"
-        if not (config.pretrained_model_name_or_path or config.tokenizer_name) and not made.is_dir():
+        """Return the pipeline that a run trains, with the tokenizers that it made, if it did."""
+        config = self.config
+        if not (config.pretrained_model_name_or_path or config.tokenizer_name) and not (run / "tokenizer").is_dir():
             raise WeightsError(f"{run}: has no folder tokenizer, without which nobody knows its words: bring it back")
         try:
-            return self.read_pipeline((), made)
+            return self.read_pipeline(list, run)
         except WeightsError as error:
             raise WeightsError(f"{run / CONFIG_FILE} names what is not there any more: {error}") from error
 
-    def read_pipeline(self, texts: Iterable[str], made_before: Path | None) -> PipelineSpec:
-        """Read the configs of the pipeline, and its tokenizer.
+    def read_pipeline(self, texts: Callable[[], Iterable[str]], made_before: Path | None) -> PipelineSpec:
+        """Read the configs of the pipeline, and its tokenizers.
 
         Args:
-            texts: Every caption; read only when a tokenizer must be made.
-            made_before: Where a run that is resumed keeps the tokenizer that it made, if it did.
+            texts: Returns every caption; called only when a tokenizer must be made.
+            made_before: Folder of a run that is resumed, which has the tokenizers that it made, if it did.
         """
         config = self.config
         families = [family for family in FAMILIES.values() if family.has(Role.TEXT_ENCODER)]
         index = check_pipeline(config, families) if config.pretrained_model_name_or_path else {}
         kind = self.kind_of(index.get("_class_name", NEW_PIPELINE))
-        models = family_of(kind).pipelines[kind].parts
+        pipeline = family_of(kind).pipelines[kind]
+        models = pipeline.parts
         vain = [name for name, model in models.items() if model.role not in self.roles]
         if vain:
             raise WeightsError(
@@ -158,21 +159,28 @@ class TextTask(DiffusionTask[T]):
                 f"this task has no use for: name the pipeline that it was made from, or use the task {vain[0]}"
             )
         components = self.read_models(models)
-        first, *_ = (part for part in components.values() if part.role is Role.TEXT_ENCODER)
-        tokenizer = self._tokenizer(first, texts, made_before)
+        if config.tokenizer_name and len(pipeline.tokenizers) > 1:
+            raise ConfigError(
+                f"--tokenizer_name names one tokenizer, and a {kind} has {len(pipeline.tokenizers)}: drop it"
+            )
+        tokenizers = {
+            name: self._tokenizer(name, components[encoder], texts, made_before)
+            for name, encoder in pipeline.tokenizers.items()
+        }
+        by_encoder = {encoder: tokenizers[name] for name, encoder in pipeline.tokenizers.items()}
         if not config.pretrained_model_name_or_path:
-            ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
-            for name, part in components.items():
-                if part.role is Role.TEXT_ENCODER:
-                    components[name] = replace(part, config=part.config | ids | {"vocab_size": len(tokenizer)})
-        components = {name: self.adapted(part, tokenizer) for name, part in components.items()}
+            for encoder, tokenizer in by_encoder.items():
+                ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+                known = components[encoder].config | ids | {"vocab_size": len(tokenizer)}
+                components[encoder] = replace(components[encoder], config=known)
+        components = {name: self.adapted(part, by_encoder.get(name)) for name, part in components.items()}
         vae = next(name for name, model in models.items() if model.role is Role.AUTOENCODER)
         # A pipeline that was trained on pixels has no VAE.
         if config.vae == "pretrained" and (not index or folders.has_part(index, vae)):
             components[vae] = pretrained(config, vae, models[vae], train=False)
         elif config.vae and config.vae != "pretrained":
             components[vae] = frozen_vae(config.vae)
-        return self.pipeline(kind, components, tokenizer)
+        return self.pipeline(kind, components, tokenizers)
 
     def kind_of(self, found: str) -> str:
         """Return the class of the pipeline to train, for that of the pretrained one or of a new one."""
@@ -190,11 +198,18 @@ class TextTask(DiffusionTask[T]):
             if model.role is not Role.AUTOENCODER
         }
 
-    def adapted(self, part: Component, tokenizer: CLIPTokenizer) -> Component:
-        """Return a text encoder or the denoiser with what trains beside its weights, if anything does."""
+    def adapted(self, part: Component, tokenizer: CLIPTokenizer | None) -> Component:
+        """Return a text encoder or the denoiser with what trains beside its weights, if anything does.
+
+        Args:
+            part: The model.
+            tokenizer: A text encoder's tokenizer; None for the denoiser.
+        """
         return part
 
-    def _tokenizer(self, encoder: Component, texts: Iterable[str], made_before: Path | None) -> CLIPTokenizer:
+    def _tokenizer(
+        self, name: str, encoder: Component, texts: Callable[[], Iterable[str]], made_before: Path | None
+    ) -> CLIPTokenizer:
         config, source = self.config, self.config.pretrained_model_name_or_path
         if config.tokenizer_name:
             check_part(config.tokenizer_name, "--tokenizer_name", "tokenizer")
@@ -202,11 +217,11 @@ class TextTask(DiffusionTask[T]):
                 folder = model_files.resolve(config.tokenizer_name, allow_patterns=["*.json", "*.txt"])
                 return captions.load_tokenizer(folder)
         if source:
-            return captions.load_tokenizer(model_files.resolve(source, "tokenizer", config.revision))
-        if made_before is not None and made_before.is_dir():
-            return captions.load_tokenizer(local_copy(made_before))
+            return captions.load_tokenizer(model_files.resolve(source, name, config.revision))
+        if made_before is not None and (made_before / name).is_dir():
+            return captions.load_tokenizer(local_copy(made_before / name))
         size = encoder.config.get("vocab_size", 4096)
-        return captions.train_tokenizer(texts, size, encoder["max_position_embeddings"])
+        return captions.train_tokenizer(texts(), size, encoder["max_position_embeddings"])
 
     @property
     def prompts(self) -> dict[str, list[str]]:
@@ -266,7 +281,7 @@ class LoraTask(TextTask[L]):
             for name, part in parts.items()
         }
 
-    def adapted(self, part: Component, tokenizer: CLIPTokenizer) -> Component:
+    def adapted(self, part: Component, tokenizer: CLIPTokenizer | None) -> Component:
         """Return a model with its own learning rate, and with LoRA beside its weights, if there is any."""
         config, targets = self.config, self.config.lora_target_modules
         if part.role is Role.TEXT_ENCODER:

@@ -120,7 +120,7 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
         return INPAINT_PIPELINE if self.config.inpainting else super().kind_of(found)
 
     def pipeline(
-        self, kind: str, components: dict[str, Component], tokenizer: CLIPTokenizer | None = None
+        self, kind: str, components: dict[str, Component], tokenizers: Mapping[str, CLIPTokenizer] | None = None
     ) -> PipelineSpec:
         """Put a pipeline together; for inpainting with a UNet that takes a mask.
 
@@ -135,7 +135,7 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
                     "be new; give --pretrained_model_name_or_path of an inpainting model, or drop --lora_rank"
                 )
             components = components | widened
-        return super().pipeline(kind, components, tokenizer)
+        return super().pipeline(kind, components, tokenizers)
 
     def check_channels(self, denoiser: Component) -> None:
         """Raise ConfigError for a UNet that does not take what it is to be given."""

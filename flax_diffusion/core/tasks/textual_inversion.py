@@ -115,9 +115,9 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
         _check_new_word(spec, [*self.templated_prompts, *self.config.validation_prompts])
         return spec
 
-    def adapted(self, part: Component, tokenizer: CLIPTokenizer) -> Component:
+    def adapted(self, part: Component, tokenizer: CLIPTokenizer | None) -> Component:
         """Return a model of which only the new word's rows train."""
-        if part.role is Role.TEXT_ENCODER:
+        if tokenizer is not None:
             return replace(part, training=Training.ADAPTERS, new_tokens=self._add_tokens(tokenizer))
         return replace(part, training=Training.NOTHING)
 
@@ -142,15 +142,16 @@ TASKS.register(TextualInversionTask.name, TextualInversionTask)
 
 
 def _check_new_word(spec: PipelineSpec, prompts: Iterable[str]) -> None:
-    """Raise ConfigError unless all tokens of the word fit into every prompt."""
-    assert spec.text_encoder is not None
-    assert spec.text_encoder.new_tokens is not None
-    assert spec.tokenize is not None
-    new, tokenize = spec.text_encoder.new_tokens, spec.tokenize
-    ids = range(new.first, new.first + len(new.tokens))
-    for prompt in prompts:
-        if not np.isin(ids, tokenize(prompt)).all():
-            raise ConfigError(
-                f"prompt '{prompt}': is cut off before the end of {new.placeholder}, at the {len(tokenize(prompt))} "
-                "tokens that the text encoder takes: shorten it (--prompt_templates), or lower --num_vectors"
-            )
+    """Raise ConfigError unless all tokens of the word fit into every prompt, for every text encoder."""
+    tokenize = spec.tokenize
+    assert tokenize is not None
+    for encoder, tokenized in zip(spec.names_of(Role.TEXT_ENCODER), tokenize.by_array.values(), strict=True):
+        new = spec.components[encoder].new_tokens
+        assert new is not None
+        ids = range(new.first, new.first + len(new.tokens))
+        for prompt in prompts:
+            if not np.isin(ids, tokenized(prompt)).all():
+                raise ConfigError(
+                    f"prompt '{prompt}': is cut off before the end of {new.placeholder}, at the {tokenized.length} "
+                    "tokens that the text encoder takes: shorten it (--prompt_templates), or lower --num_vectors"
+                )
