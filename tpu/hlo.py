@@ -20,6 +20,8 @@ _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)$")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|true_computation|false_computation)=%([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+_CONDITION = re.compile(r"\bcondition=%([\w.\-]+)")
+_BELOW = re.compile(r"[^)]*%([\w.\-]+)\), direction=LT")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _ESTIMATE = re.compile(r'"cost_estimate":\{"flops":"(\d+)","transcendentals":"\d+","bytes_accessed":"(\d+)"')
@@ -148,8 +150,7 @@ def _walk(
                 bytes_exchanged=count * exchanged,
                 kernel=kernel,
             )
-        trips = _TRIPS.search(instruction.rest)
-        times = count * (int(trips[1]) if trips else 1)
+        times = count * _trips(computations, instruction)
         called = _CALLED.findall(instruction.rest)
         branches = _BRANCHES.search(instruction.rest)
         called += re.findall(r"%([\w.\-]+)", branches[1]) if branches else []
@@ -158,6 +159,26 @@ def _walk(
                 yield from _walk(
                     computations, inner, times, channels, scheduled=scheduled and instruction.opcode != "fusion"
                 )
+
+
+def _trips(computations: dict[str, list[_Instruction]], instruction: _Instruction) -> int:
+    """Return how often a loop runs: as the compiler notes, or else by its condition, where JAX counts up from 0.
+
+    Raises:
+        ValueError: For a loop of which neither says that.
+    """
+    if instruction.opcode != "while":
+        return 1
+    noted = _TRIPS.search(instruction.rest)
+    if noted:
+        return int(noted[1])
+    condition = _CONDITION.search(instruction.rest)
+    steps = computations.get(condition[1], []) if condition else []
+    constants = {step.name: step.rest.partition(")")[0] for step in steps if step.opcode == "constant"}
+    bound = _BELOW.match(steps[-1].rest) if steps and steps[-1].opcode == "compare" else None
+    if bound is None or not constants.get(bound[1], "").isdigit():
+        raise ValueError(f"nothing says how often the loop {instruction.name} runs")
+    return int(constants[bound[1]])
 
 
 def _kernel(instruction: _Instruction) -> Kernel | None:

@@ -69,6 +69,26 @@ def test_what_a_program_does():
         hlo.operations("HloModule nothing\n")
 
 
+CONDITION = """%cond (t: (s32[], f32[16])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(50), backend_config={"flag_configs":[]}
+  %t = (s32[], f32[16]{0:T(8)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%t), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i, %bound), direction=LT, metadata={op_name="jit(step)/while/cond/lt"}
+}
+
+"""
+
+
+def test_a_loop_whose_trips_only_its_condition_says():
+    unnoted = TEXT.replace(', backend_config={"known_trip_count":{"n":"3"}}', "")
+    with pytest.raises(ValueError, match="nothing says how often the loop loop runs"):
+        hlo.operations(unnoted)
+    found = {one.name: one for one in hlo.operations(unnoted.replace("%body (t", f"{CONDITION}%body (t"))}
+    assert (found["work"].count, found["work"].cycles) == (50, 5000)
+    with pytest.raises(ValueError, match="nothing says how often"):
+        hlo.operations(unnoted.replace("%body (t", f"{CONDITION}%body (t").replace("direction=LT", "direction=NE"))
+
+
 @pytest.mark.parametrize(
     ("kind", "size"),
     [("f32[2,3]{1,0:T(8,128)}", 24), ("(bf16[4]{0}, pred[2]{0}, s32[])", 14), ("f8e4m3fn[5]", 5), ("s4[8]", 8)],
