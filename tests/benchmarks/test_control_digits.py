@@ -1,9 +1,10 @@
 """Digits follow a coarse shape and the prompt.
 
-Run: python -m pytest -m acceptance -s tests/benchmarks/test_control_digits.py. The base is trained once, with PyTorch,
-the quicker one here.
+Run: python -m pytest -m acceptance -s tests/benchmarks/test_control_digits.py. The bases are trained from scratch, with
+PyTorch, the quicker one here.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -29,9 +30,15 @@ def train(request, backend, recipe, *flags):
 
 @pytest.fixture(scope="module")
 def base(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base") / "run"
-    train(request, "torch_backend", "digits_text_to_image", "--output_dir", folder)
-    return folder
+    """Trains the base of a seed, once."""
+
+    @functools.cache
+    def made(seed):
+        folder = tmp_path_factory.mktemp(f"base-{seed}") / "run"
+        train(request, "torch_backend", "digits_text_to_image", "--output_dir", folder, "--seed", seed)
+        return folder
+
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -47,25 +54,24 @@ def shapes(tmp_path_factory):
     return names, wanted, labels[chosen]
 
 
-@pytest.mark.parametrize("backend", ["torch_backend", "flax_diffusion"])
-def test_samples_follow_shape_and_prompt(request, tmp_path, backend, base, shapes):
+@pytest.mark.parametrize(
+    ("backend", "seed"), [("torch_backend", 0), ("torch_backend", 1), ("torch_backend", 2), ("flax_diffusion", 0)]
+)
+def test_samples_follow_shape_and_prompt(request, tmp_path, backend, seed, base, shapes):
+    """Of the cells that are wrong without it (few, for digits of one kind look alike), at most half stay so."""
     names, wanted, labels = shapes
-    train(
-        request, backend, "digits_controlnet", "--pretrained_model_name_or_path", base, "--output_dir", tmp_path / "run"
-    )
+    flags = ("--pretrained_model_name_or_path", base(seed), "--output_dir", tmp_path / "run", "--seed", seed)
+    train(request, backend, "digits_controlnet", *flags)
     prompts = [f"a handwritten {WORDS[label]}" for label in labels]
-    images = generate(
-        tmp_path / "run", prompt=prompts, conditioning_image=names, num_inference_steps=50, guidance_scale=2.0,
-        batch_size=200,
-    )  # fmt: skip
+    options = {"prompt": prompts, "num_inference_steps": 50, "guidance_scale": 2.0, "batch_size": 200, "seed": seed}
+    images = generate(tmp_path / "run", conditioning_image=names, **options)
+    without = generate(base(seed), **options)
     # Cells of 2 x 2 pixels, of which real pairs agree in all.
-    agree = float((coarse_shape(images[..., 0]) == wanted).mean())
-    without = generate(base, prompt=prompts, num_inference_steps=50, guidance_scale=2.0, batch_size=200)
-    by_chance = float((coarse_shape(without[..., 0]) == wanted).mean())
+    agree, by_chance = (float((coarse_shape(drawn[..., 0]) == wanted).mean()) for drawn in (images, without))
     judge, _ = svm()
     right = float((judge.predict(to_vectors(images) * 2 - 1) == labels).mean())
-    print(f"\n{backend}: {agree:.1%} of the cells are as asked (bound 90%), {by_chance:.1%} without the ControlNet")
-    print(f"{right:.1%} of {len(images)} are the prompted digit (bound 95%)")
-    assert by_chance < 0.88
+    print(f"\n{backend}, seed {seed}: {agree:.1%} of the cells are as asked, {by_chance:.1%} without the ControlNet")
+    print(f"{right:.1%} of {len(images)} are the prompted digit")
     assert agree >= 0.9
+    assert 1 - agree <= 0.5 * (1 - by_chance)
     assert right >= 0.95
