@@ -96,13 +96,13 @@ def _convert(options: ConvertOptions) -> Path:
     checkpoint = _checkpoint(options.checkpoint)
     base = open_model(options.model, shapes, options.revision, options.variant)
     if options.format in ("peft", "kohya"):
-        found, strength = read_lora(options.lora[0], shapes(base), base.family.lora_prefixes)
+        found, strength = read_lora(options.lora[0], shapes(base), base.kohya_names)
         scale = strength * options.lora_scale
         scaled = {
             name: {layer: replace(own, alpha=own.alpha * scale) for layer, own in layers.items()}
             for name, layers in found.items()
         }
-        adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format, base.family.lora_prefixes)
+        adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format, base.kohya_names)
         return out
     spec = with_adapters(base, shapes, options.lora, options.lora_scale, options.embeddings)
     if checkpoint is not None and not checkpoint.is_dir():

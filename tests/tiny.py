@@ -114,6 +114,59 @@ def stable_diffusion(
     return folder
 
 
+def stable_diffusion_xl(folder: Path, length: int = 40, unet: dict[str, object] | None = None, **index: object) -> Path:
+    """A Stable Diffusion XL pipeline with random weights, written by Diffusers and Transformers."""
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from flax_diffusion.core.data.captions import train_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer, tokenizer_2 = (
+        train_tokenizer(["a handwritten seven", "a photo of a dog"], size, length) for size in (700, 690)
+    )
+    tokenizer_2.pad_token = "!"
+
+    def encoder(kind, words, **sizes):
+        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        sizes = TEXT_ENCODER | {"num_hidden_layers": 2, "max_position_embeddings": length} | sizes
+        return kind(CLIPTextConfig(vocab_size=len(words), **ids, **sizes)).eval()
+
+    sizes = {
+        "in_channels": 4, "out_channels": 4, "sample_size": 8, "cross_attention_dim": 16 + 24,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "use_linear_projection": True,
+        "projection_class_embeddings_input_dim": 6 * 4 + 12,
+    }  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**VAE),
+        text_encoder=encoder(CLIPTextModel, tokenizer),
+        text_encoder_2=encoder(
+            CLIPTextModelWithProjection, tokenizer_2, hidden_size=24, hidden_act="gelu", projection_dim=12
+        ),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=UNet2DConditionModel(**CONDITION_UNET | sizes | (unet or {})),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        **{"add_watermarker": False} | index,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+def rewrite(file: Path, **changes: object) -> None:
+    """Changes keys of a JSON file."""
+    import json
+
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 def pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
     """A folder of drawn RGB pictures with metadata.jsonl captions."""
     import json

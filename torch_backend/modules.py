@@ -130,8 +130,9 @@ def build_modules(
         wide = component.training is Training.ALL or component.config.get("force_upcast")
         # PyTorch's own `to`, because Diffusers' warns about modules to keep in float32 even where there are none.
         nn.Module.to(module, device=device, dtype=trained_dtype if wide else frozen_dtype)
-        if trained_dtype == torch.float64 and hasattr(module, "time_proj"):
-            module.time_proj = Float64Timesteps(module.time_proj)
+        for embedding in ("time_proj", "add_time_proj") if trained_dtype == torch.float64 else ():
+            if hasattr(module, embedding):
+                setattr(module, embedding, Float64Timesteps(getattr(module, embedding)))
         by_name[name] = module.train(component.is_trained).requires_grad_(component.training is Training.ALL)
         if component.training is Training.ADAPTERS:
             adapters.add(component, module, seed, trained_dtype)

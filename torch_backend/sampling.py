@@ -19,7 +19,7 @@ from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.objectives.noise_schedule import timesteps_with_signal
 from flax_diffusion.core.objectives.samplers import SAMPLERS, class_name, with_signal
 from flax_diffusion.core.randomness.streams import sampling_noise
-from flax_diffusion.core.spec.pipeline import check_prompts
+from flax_diffusion.core.spec.prompts import told
 from torch_backend.modules import Modules
 
 if TYPE_CHECKING:
@@ -108,25 +108,22 @@ class Sampler:
         Yields:
             Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
         """
-        spec = self.modules.spec
-        check_prompts(spec, prompts)
-        tokenize = spec.tokenize
-        guided = tokenize is not None and guidance_scale > 1
+        what = told(self.modules.spec, prompts, negative_prompt, extra)
+        guided = bool(prompts) and guidance_scale > 1
         count = num_images * max(1, len(prompts))
-        told = {name: torch.from_numpy(array) for name, array in (extra or {}).items()}
-        away: dict[str, Tensor] = {}  # what to guide away from, where that is something else
-        if tokenize is not None:
-            told |= {name: torch.from_numpy(ids) for name, ids in tokenize.stacked(prompts).items()}
-            away = {name: torch.from_numpy(ids) for name, ids in tokenize(negative_prompt).items()}
+        rows_of = {name: torch.from_numpy(array) for name, array in what.prompts.items()}
+        away = {name: torch.from_numpy(array) for name, array in what.away.items()}
         for first in range(0, count, batch_size):
             indices = np.arange(first, min(first + batch_size, count))
             condition = None
-            if told:
-                batch = {name: array[indices // num_images] for name, array in told.items()}
+            if rows_of:
+                batch = {name: array[indices // num_images] for name, array in rows_of.items()}
                 if guided:
                     before = batch | {name: rows.expand_as(batch[name]) for name, rows in away.items()}
                     batch = {name: torch.cat([before[name], rows]) for name, rows in batch.items()}
                 condition = self.modules.condition({name: rows.to(self.device) for name, rows in batch.items()})
+                for name in what.zeroed if guided else ():
+                    condition[name][: len(indices)] = 0
             yield self._draw(condition, indices, num_inference_steps, guidance_scale if guided else None, seed)
 
     def _draw(

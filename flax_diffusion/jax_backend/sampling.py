@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_diffusion.core.randomness.streams import sampling_noise
-from flax_diffusion.core.spec.pipeline import check_prompts
+from flax_diffusion.core.spec.prompts import told
 from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.jax_backend.processes import to_host
@@ -41,7 +41,7 @@ class Sampler:
         algorithm = str(scheduler.config.get("algorithm_type", ""))
         self.stochastic = isinstance(scheduler, FlaxDDPMScheduler) or algorithm.startswith("sde")
         self._denoise = jax.jit(self._denoise_step, static_argnames="guided", donate_argnames=("state", "sample"))
-        self._condition = jax.jit(modules.condition)
+        self._condition = jax.jit(self._told, static_argnames="zeroed")
         self._finish = jax.jit(functools.partial(to_uint8, modules))
 
     def __call__(self, params: Params, **options: Any) -> np.ndarray:
@@ -95,29 +95,31 @@ class Sampler:
         Reference:
             Ho and Salimans, https://arxiv.org/abs/2207.12598, with Diffusers' w: ε_∅ + w·(ε_c − ε_∅).
         """
-        check_prompts(self.modules.spec, prompts)
-        tokenize = self.modules.spec.tokenize
-        guided = tokenize is not None and guidance_scale > 1
+        what = told(self.modules.spec, prompts, negative_prompt, extra)
+        guided = bool(prompts) and guidance_scale > 1
         count = num_images * max(1, len(prompts))
         devices = self.mesh.size
         batch_size = -(-min(batch_size, count) // devices) * devices
-        told = dict(extra or {})
-        away: dict[str, np.ndarray] = {}  # what to guide away from, where that is something else
-        if tokenize is not None:
-            told |= tokenize.stacked(prompts)
-            away = tokenize(negative_prompt)
         for first in range(0, count, batch_size):
             # The last batch is filled up, so that every batch has the same compiled shape.
             indices = np.arange(first, first + batch_size)
             condition = None
-            if told:
+            if what.prompts:
                 places = np.minimum(indices // num_images, len(prompts) - 1)
-                batch = {name: array[places] for name, array in told.items()}
+                batch = {name: array[places] for name, array in what.prompts.items()}
                 if guided:
-                    batch = {name: _doubled(rows, away.get(name)) for name, rows in batch.items()}
-                condition = self._condition(params, {name: self._put(rows) for name, rows in batch.items()})
+                    batch = {name: _doubled(rows, what.away.get(name)) for name, rows in batch.items()}
+                placed = {name: self._put(rows) for name, rows in batch.items()}
+                condition = self._condition(params, placed, zeroed=what.zeroed if guided else ())
             images = self._draw(params, condition, indices, num_inference_steps, guidance_scale, seed, guided)
             yield to_host(images)[: count - first]
+
+    def _told(self, params: Params, batch: Mapping[str, jax.Array], *, zeroed: tuple[str, ...]) -> Any:
+        """Return what the denoiser is told; in the first half of the rows, some arrays are zero."""
+        condition = self.modules.condition(params, batch)
+        for name in zeroed:
+            condition[name] = condition[name].at[: len(condition[name]) // 2].set(0)
+        return condition
 
     def _put(self, array: np.ndarray) -> jax.Array:
         return put(array, batch_sharding(self.mesh, leading=0))

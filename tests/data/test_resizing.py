@@ -67,4 +67,4 @@ def test_a_strip_at_the_size_of_stable_diffusion(size):
     expected = rows[:, None] if size[0] == 1 else rows[None]
     shown = np.round((done.pixel_values.transpose(1, 2, 0) + 1) * 127.5)
     np.testing.assert_array_equal(shown, np.broadcast_to(expected, (512, 512, 3)))
-    assert done.crop_top_left == ((top, 0) if size[0] == 1 else (0, top))
+    assert done.place.crop_top_left == ((top, 0) if size[0] == 1 else (0, top))

@@ -44,8 +44,8 @@ def test_center_crop(size, interpolation):
     done = ImageTransform(resolution=16, interpolation=interpolation, center_crop=True)(image, no_rng)
     assert done.pixel_values.dtype == np.float32
     np.testing.assert_array_equal(done.pixel_values, expected)
-    assert done.original_size == (height, width)
-    assert done.crop_top_left == (top, left)
+    assert done.place.original == (width, height)
+    assert done.place.crop_top_left == (top, left)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -54,7 +54,7 @@ def test_stretch(size):
     expected = to_tensor_and_normalize(image.resize((16, 16), Image.Resampling.BILINEAR))
     done = ImageTransform(resolution=16, resize_mode="stretch")(image, no_rng)
     np.testing.assert_array_equal(done.pixel_values, expected)
-    assert done.crop_top_left == (0, 0)
+    assert done.place.crop_top_left == (0, 0)
 
 
 def test_random_crop_reaches_every_offset():
@@ -63,7 +63,7 @@ def test_random_crop_reaches_every_offset():
     seen = set()
     for index in range(60):
         done = transform(image, rng(index))
-        top, left = done.crop_top_left
+        top, left = done.place.crop_top_left
         seen.add(top)
         assert left == 0
         np.testing.assert_array_equal(done.pixel_values, to_tensor_and_normalize(image.crop((0, top, 16, top + 16))))
@@ -90,7 +90,7 @@ def test_place_of_the_crop_in_the_flipped_picture():
     for index in range(20):
         done = transform(image, rng(index))
         seen = whole[:, :, ::-1] if rng(index)(Stream.FLIP).random() < 0.5 else whole
-        left = done.crop_top_left[1]
+        left = done.place.crop_top_left[1]
         np.testing.assert_array_equal(done.pixel_values, seen[:, :, left : left + 16])
 
 

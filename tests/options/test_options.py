@@ -81,6 +81,9 @@ def concept(w: Any, folder: Any, prompt: str) -> dict[str, Any]:
     return {"instance_data_dir": str(folder), "instance_prompt": prompt}
 
 
+BIAS = {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 99.0}
+
+
 TABLE: dict[str, list[Row]] = {
     # Model
     "pretrained_model_name_or_path": [
@@ -113,6 +116,9 @@ TABLE: dict[str, list[Row]] = {
         Row(VAE | {"layers_per_block": 2}, "spec", tasks=("autoencoder",)),
     ],
     "text_encoder": [Row(TEXT_ENCODER | {"num_hidden_layers": 2}, "spec", scratch)],
+    # What they change is in tests/families/test_stable_diffusion_xl.py.
+    "text_encoder_2": [Row(TEXT_ENCODER, "refused")],
+    "pipeline": [Row("StableDiffusionXLPipeline", "refused")],
     "tokenizer_name": [Row(lambda w, _: str(w.tokenizer), "batch", tasks=("text_to_image", "dreambooth", "controlnet")),
                        Row(lambda w, _: str(w.tokenizer), "batch", {"initializer_token": "a"},
                            tasks=("textual_inversion",))],
@@ -196,6 +202,11 @@ TABLE: dict[str, list[Row]] = {
     "ema_inv_gamma": [Row(2.0, "rates", {"use_ema": True, "ema_warmup": True})],
     "ema_power": [Row(0.5, "rates", {"use_ema": True, "ema_warmup": True})],
     "snr_gamma": [Row(5.0, "batch")],
+    "timestep_bias_strategy": [Row("earlier", "batch", BIAS)],
+    "timestep_bias_multiplier": [Row(9.0, "batch", {"timestep_bias_strategy": "later"})],
+    "timestep_bias_portion": [Row(0.9, "batch", BIAS)],
+    "timestep_bias_begin": [Row(800, "batch", BIAS | {"timestep_bias_strategy": "range"})],
+    "timestep_bias_end": [Row(100, "batch", BIAS | {"timestep_bias_strategy": "range"})],
     "noise_offset": [Row(0.1, "batch")],
     "input_perturbation": [Row(0.1, "batch")],
     "rec_loss": [Row("l1", BOTH)],

@@ -12,12 +12,12 @@ from flax_diffusion.core.checkpoints import folders, portable
 from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
 from flax_diffusion.core.families.stable_diffusion import STABLE_DIFFUSION
 from flax_diffusion.core.io import model_files
-from flax_diffusion.core.spec.adapters import LORA_FILE
+from flax_diffusion.core.spec.adapters import LORA_FILE, KohyaNames
 from flax_diffusion.core.spec.lora_files import read_lora_layers
 from flax_diffusion.models import FlaxUNet2DConditionModel
 from torch_backend.train import train
 
-PREFIXES = STABLE_DIFFUSION.lora_prefixes
+NAMES = KohyaNames(STABLE_DIFFUSION.lora_prefixes)
 TWO_LEVELS = {
     "block_out_channels": [8, 16],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
@@ -85,15 +85,15 @@ def test_ranks_that_differ_and_broken_headers(tmp_path):
         arrays[f"unet.{name}.lora_A.weight"] = np.ones((rank, 16), np.float32)
         arrays[f"unet.{name}.lora_B.weight"] = np.ones((16, rank), np.float32)
     save_file(arrays, tmp_path / "ranks.safetensors")
-    found = read_lora_layers(tmp_path / "ranks.safetensors", shapes, PREFIXES)["unet"]
+    found = read_lora_layers(tmp_path / "ranks.safetensors", shapes, NAMES)["unet"]
     assert {name: (layer.rank, layer.alpha) for name, layer in found.items()} == {"a": (2, 2.0), "b": (3, 3.0)}
     for header, says in (("{", "is not JSON"), ("[1]", "must be a JSON object")):
         save_file(arrays, tmp_path / "header.safetensors", metadata={"lora_adapter_metadata": header})
         with pytest.raises(WeightsError, match=says):
-            read_lora_layers(tmp_path / "header.safetensors", shapes, PREFIXES)
+            read_lora_layers(tmp_path / "header.safetensors", shapes, NAMES)
     save_file({"x.alpha": np.ones(1, np.float32)}, tmp_path / "none.safetensors")
     with pytest.raises(WeightsError, match="holds no LoRA weights"):
-        read_lora_layers(tmp_path / "none.safetensors", shapes, PREFIXES)
+        read_lora_layers(tmp_path / "none.safetensors", shapes, NAMES)
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])  # of Stable Diffusion 1 (OpenAI's CLIP) and 2 (OpenCLIP)
@@ -221,5 +221,5 @@ def test_a_single_file_of_sdxl(model, tmp_path):
     names = ("model.diffusion_model.a", "conditioner.embedders.0")
     tensors = {f"{name}.weight": np.ones(1, np.float32) for name in names}
     save_file(tensors, tmp_path / "xl.safetensors")
-    with pytest.raises(WeightsError, match=r"is a checkpoint of SDXL: only those of Stable Diffusion 1\.x and 2\.x"):
+    with pytest.raises(WeightsError, match="is a checkpoint of Stable Diffusion XL: give a StableDiffusionXLPi"):
         convert(model, tmp_path / "a", checkpoint=str(tmp_path / "xl.safetensors"))

@@ -15,6 +15,7 @@ from tiny import stable_diffusion
 from flax_diffusion.convert import convert
 from flax_diffusion.core.errors import WeightsError
 from flax_diffusion.core.families.stable_diffusion import STABLE_DIFFUSION
+from flax_diffusion.core.spec.adapters import KohyaNames
 from flax_diffusion.core.spec.lora_files import read_lora_layers
 from flax_diffusion.core.spec.merging import with_adapters
 from flax_diffusion.core.spec.pipeline import open_pipeline
@@ -46,7 +47,7 @@ def text(*names):
     return [("text_encoder", name) for name in names]
 
 
-PREFIXES = STABLE_DIFFUSION.lora_prefixes
+NAMES = KohyaNames(STABLE_DIFFUSION.lora_prefixes)
 BOTH = unet(*LINEAR) + text(*TEXT)
 RANKS = {LINEAR[0]: 1, LINEAR[1]: 3, TEXT[0]: 1, CONVOLUTIONS[0]: 4}
 
@@ -218,7 +219,7 @@ def test_files_of_all_programs(model, known, pipe, tmp_path, figure):
     files = readable(known)
     for file in files.values():
         path = write(file, tmp_path)
-        found = read_lora_layers(path.parent, known, PREFIXES)
+        found = read_lora_layers(path.parent, known, NAMES)
         assert {(model, name) for model, own in found.items() for name in own} == file.adds.keys(), file.name
         for (component, layer), (down, up, scale) in file.adds.items():
             shape = known[component][f"{layer}.weight"]
@@ -296,7 +297,7 @@ def test_files_of_another_kind(file, known, tmp_path):
     path = write(file, tmp_path)
     words = ".*".join(map(re.escape, file.refused.split(".*")))
     with pytest.raises(WeightsError, match=words) as caught:
-        read_lora_layers(path, known, PREFIXES)
+        read_lora_layers(path, known, NAMES)
     assert str(path.parent) in str(caught.value)
 
 
@@ -322,12 +323,12 @@ def test_values_that_no_layer_can_have(known, tmp_path):
         ("empty", r"has matrices of shapes \(0, 8, 3, 3\), \(8, 2, 1, 1\), which do not fit together"),
     ):
         with pytest.raises(WeightsError, match=says):
-            read_lora_layers(write(spoilt[name], tmp_path), known, PREFIXES)
+            read_lora_layers(write(spoilt[name], tmp_path), known, NAMES)
 
 
 def test_settings_of_one_model_only(known, tmp_path, caplog):
     file = Maker(known).file("one", BOTH, lora_files.peft, header=settings(lora_alpha=4))
-    found = read_lora_layers(write(file, tmp_path), known, PREFIXES)
+    found = read_lora_layers(write(file, tmp_path), known, NAMES)
     assert {layer.alpha for layer in found["unet"].values()} == {4}
     assert {layer.alpha for layer in found["text_encoder"].values()} == {2}
     assert "its header has no settings for text_encoder; each alpha is taken to be the rank" in caplog.text
@@ -346,7 +347,7 @@ def test_files_that_are_not_there(known, tmp_path):
         ("named/dog.safetensors", "is not a whole safetensors file"),
     ):
         with pytest.raises(WeightsError, match=says):
-            read_lora_layers(tmp_path / name, known, PREFIXES)
+            read_lora_layers(tmp_path / name, known, NAMES)
 
 
 @pytest.mark.parametrize("form", ["peft", "kohya"])
@@ -356,7 +357,7 @@ def test_ranks_and_alphas_of_layers_survive_a_change_of_format(model, known, pip
     file = Maker(known).file("mixed", [*BOTH, *unet(*CONVOLUTIONS)], lora_files.kohya, rank=of_layer, alpha=alpha)
     path = write(file, tmp_path)
     out = convert(model, tmp_path / form, lora=[str(path)], format=form) / path.name
-    before, after = read_lora_layers(path, known, PREFIXES), read_lora_layers(out, known, PREFIXES)
+    before, after = read_lora_layers(path, known, NAMES), read_lora_layers(out, known, NAMES)
     for component, own in before.items():
         for name, layer in own.items():
             shape = known[component][f"{name}.weight"]
@@ -367,7 +368,7 @@ def test_ranks_and_alphas_of_layers_survive_a_change_of_format(model, known, pip
 def test_strength_in_another_format(model, known, tmp_path):
     path = write(Maker(known).file("one", unet(*LINEAR), lora_files.peft), tmp_path)
     out = convert(model, tmp_path / "out", lora=[f"{path}:0.5"], lora_scale=3, format="kohya") / path.name
-    before, after = (read_lora_layers(file, known, PREFIXES)["unet"] for file in (path, out))
+    before, after = (read_lora_layers(file, known, NAMES)["unet"] for file in (path, out))
     shape = known["unet"][f"{LINEAR[0]}.weight"]
     np.testing.assert_allclose(after[LINEAR[0]].added(shape), 1.5 * before[LINEAR[0]].added(shape), atol=1e-6)
 
@@ -377,7 +378,7 @@ def test_strengths(model, known, tmp_path):
     paths = [write(Maker(known).file(name, unet(*LINEAR), lora_files.peft), tmp_path) for name in ("one", "two")]
     made = convert(model, tmp_path / "made", lora=[f"{paths[0]}:0.5", str(paths[1])], lora_scale=-2)
     files = [load_file(root / "unet/diffusion_pytorch_model.safetensors") for root in (model, made)]
-    one, two = (read_lora_layers(path, known, PREFIXES)["unet"] for path in paths)
+    one, two = (read_lora_layers(path, known, NAMES)["unet"] for path in paths)
     for name in LINEAR:
         shape = known["unet"][f"{name}.weight"]
         change = files[1][f"{name}.weight"] - files[0][f"{name}.weight"]

@@ -108,7 +108,7 @@ def test_a_placeholder_with_capitals_is_learnt_in_small_letters(model, tmp_path)
 def test_a_word_that_a_file_does_not_name(model, tmp_path, caplog):
     """kohya's files call the rows emb_params; the word is the file's name, or what is asked for."""
     file = saved(tmp_path / "MyDog.safetensors", emb_params=rows(2))
-    assert list(read_words(file)) == ["mydog"]
+    assert list(read_words(file, ["text_encoder"], {})) == ["mydog"]
     assert "holds emb_params; its word in prompts is mydog (for another word, give PATH:WORD)" in caplog.text
     made = convert(model, tmp_path / "made", embeddings=[f"{file}:<toy>"])
     prompt = "a <toy> and emb_params"
@@ -117,7 +117,8 @@ def test_a_word_that_a_file_does_not_name(model, tmp_path, caplog):
 
 
 def test_one_vector_without_an_axis(tmp_path):
-    assert read_words(saved(tmp_path / "a.safetensors", QaP=rows(1)[0]))["<a>"].shape == (1, 16)
+    words = read_words(saved(tmp_path / "a.safetensors", QaP=rows(1)[0]), ["text_encoder"], {})
+    assert words["<a>"]["text_encoder"].shape == (1, 16)
 
 
 @pytest.mark.parametrize(

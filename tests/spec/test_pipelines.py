@@ -1,7 +1,6 @@
 """Pipeline folders: what they say they are, variants, the size that is exported, and defaults that are known early."""
 
 import inspect
-import json
 import logging
 import shutil
 from fnmatch import fnmatch
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import CONDITION_UNET, ONE_BLOCK, RUN, UNET, VAE, pictures, stable_diffusion
+from tiny import CONDITION_UNET, ONE_BLOCK, RUN, UNET, VAE, pictures, rewrite, stable_diffusion
 
 import flax_diffusion.generate
 import flax_diffusion.train
@@ -56,10 +55,6 @@ def text_run(model, folder, out, **options):
     } | options  # fmt: skip
 
 
-def rewrite(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-
-
 def lists(value):
     return list(value) if isinstance(value, (list, tuple)) else value
 
@@ -69,9 +64,10 @@ def test_defaults_that_are_known_early_are_those_of_the_models(kind):
     """Of the Flax class, and of Diffusers' and Transformers'."""
     known = model_class(kind).schema
     # The class of Transformers' face takes a config; its Linen module has the defaults.
-    ours = getattr(models, "FlaxCLIPTextModule" if kind == "CLIPTextModel" else f"Flax{kind}")().config
+    modules = {"CLIPTextModel": "FlaxCLIPTextModule", "CLIPTextModelWithProjection": f"Flax{kind}Module"}
+    ours = getattr(models, modules.get(kind, f"Flax{kind}"))().config
     theirs = class_of(kind)
-    if kind == "CLIPTextModel":
+    if kind in modules:
         defaults = theirs.config_class().to_dict()
     else:
         defaults = {name: one.default for name, one in inspect.signature(theirs.__init__).parameters.items()}
@@ -83,9 +79,9 @@ def test_defaults_that_are_known_early_are_those_of_the_models(kind):
 
 LONE = {"_class_name": "UNet2DConditionModel"}
 KINDS = {
-    "StableDiffusionXLPipeline": "is a StableDiffusionXLPipeline: use a Stable Diffusion 1.x or 2.x pipeline",
-    "FlaxStableDiffusionXLPipeline": "is a StableDiffusionXLPipeline: use",
-    "FluxPipeline": "is a FluxPipeline: use a Stable Diffusion 1.x or 2.x pipeline",
+    "StableDiffusionXLPipeline": "has no text_encoder_2, and Stable Diffusion XL needs both: use a whole pipeline",
+    "FlaxStableDiffusionXLPipeline": "has no text_encoder_2, and Stable Diffusion XL needs both",
+    "FluxPipeline": "is a FluxPipeline: use a Stable Diffusion 1.x or 2.x pipeline or one of Stable Diffusion XL",
     "DDPMPipeline": "is a DDPMPipeline: use a Stable Diffusion 1.x or 2.x pipeline",
 }
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny import RUN, TEXT_RUN, VAE, paired_pictures, pictures, stable_diffusion
+from tiny import RUN, TEXT_RUN, VAE, paired_pictures, pictures, stable_diffusion, stable_diffusion_xl
 
 from flax_diffusion import generate as jax_generate
 from flax_diffusion.core.cli.command_line import merge
@@ -125,6 +125,20 @@ METHODS = {
         "cache_latents": True, "pre_compute_text_embeddings": True, "random_flip": True, "snr_gamma": 5.0,
         "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
     },
+    "text_to_image_xl": {"random_flip": True, "proportion_empty_prompts": 0.3, "noise_offset": 0.1},
+    "text_to_image_xl_cached": {
+        "cache_latents": True, "center_crop": True, "pre_compute_text_embeddings": True, "random_flip": True,
+        "snr_gamma": 5.0, "gradient_accumulation_steps": 2, "gradient_checkpointing": True,
+    },
+    "text_to_image_xl_flow": {"objective": "flow_matching"},
+    "text_to_image_xl_inpainting": {"inpainting": True},
+    "dreambooth_xl_lora": {
+        "with_prior_preservation": True, "lora_rank": 2, "lora_alpha": 3, "train_text_encoder": True,
+        "text_encoder_learning_rate": 1e-3, "adam_weight_decay": 1e-2,
+    },
+    "dreambooth_xl_whole": {"train_text_encoder": True},
+    "textual_inversion_xl": {"placeholder_token": "<dog-toy>", "initializer_token": "dog", "num_vectors": 2},
+    "controlnet_xl": {"proportion_empty_prompts": 0.3, "random_flip": True, "center_crop": False},
     "autoencoder": {"kl_scale": 1e-3},
     "autoencoder_l1": {"kl_scale": 1e-3, "rec_loss": "l1"},
 }  # fmt: skip
@@ -138,7 +152,8 @@ def method_config(method, tmp_path, **options):
     } | options  # fmt: skip
     if task == "autoencoder":
         return merge(task, {}, values | {"train_data_dir": str(data), "vae": VAE}, "test")
-    values["pretrained_model_name_or_path"] = str(stable_diffusion(tmp_path / "base", length=40))
+    make = stable_diffusion_xl if "_xl" in method else stable_diffusion
+    values["pretrained_model_name_or_path"] = str(make(tmp_path / "base", length=40))
     if task == "dreambooth":
         values |= {"instance_data_dir": str(data), "instance_prompt": "a photo of sks dog"}
     else:
@@ -164,8 +179,11 @@ def test_lora_of_both_models_float64(tmp_path):
     assert equal, line
 
 
-@pytest.mark.parametrize("method", ["controlnet", "controlnet_cached", "text_to_image_inpainting"])
-def test_a_second_picture_float64(tmp_path, method):
+XL = ["text_to_image_xl", "dreambooth_xl_lora", "textual_inversion_xl", "controlnet_xl"]
+
+
+@pytest.mark.parametrize("method", ["controlnet", "controlnet_cached", "text_to_image_inpainting", *XL])
+def test_three_steps_float64(tmp_path, method):
     rows = list(compare(method_config(method, tmp_path), 3))
     equal, line = verdict(rows, "float64")
     assert equal, line

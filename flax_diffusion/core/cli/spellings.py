@@ -73,6 +73,8 @@ _ANY_FORMAT = "drop it, weights are read whether PyTorch or Flax wrote them"
 _PROFILE = "drop it; `python -m tpu.plan` shows time and memory of a step, and jax.profiler traces a run"
 _UPLOAD = "drop it, and upload the result by `hf upload OWNER/NAME FOLDER`"
 _WANDB = "drop it; the run is in TensorBoard's files, which wandb reads by `wandb sync FOLDER/logs`"
+_PRODIGY = "drop it; the optimizers are those of --optimizer, and Prodigy is not one of them"
+_CORNER = "drop it; the model is told the corner where each picture is really cut"
 REPLACED = {
     "from_pt": _ANY_FORMAT,
     "controlnet_from_pt": _ANY_FORMAT,
@@ -88,6 +90,21 @@ REPLACED = {
     "tracker_project_name": _WANDB,
     "streaming": "drop it; data are downloaded once, so that each epoch has an order, which a resumed run keeps",
     "load_from_disk": "drop it, and write the dataset to a folder by its `to_parquet`, which --train_data_dir opens",
+    "debug_loss": "drop it; the loss of each step is in TensorBoard's files",
+    "enable_npu_flash_attention": "drop it; attention runs in the best kernel that the device has",
+    "adam_weight_decay_text_encoder": "drop it; --adam_weight_decay is that of all models",
+    "do_edm_style_training": "give --objective edm",
+    "output_kohya_format": "give --lora_format kohya",
+    "prior_generation_precision": "drop it; the class's pictures are drawn in --mixed_precision",
+    "prodigy_beta3": _PRODIGY,
+    "prodigy_decouple": _PRODIGY,
+    "prodigy_use_bias_correction": _PRODIGY,
+    "prodigy_safeguard_warmup": _PRODIGY,
+    "use_dora": "drop it; only plain LoRA trains here, by --lora_rank",
+    "save_as_full_pipeline": "drop it; `python -m flax_diffusion.convert --model MODEL --embeddings RUN` writes it",
+    "save_steps": "give --checkpointing_steps; the word is written to each checkpoint",
+    "crops_coords_top_left_h": _CORNER,
+    "crops_coords_top_left_w": _CORNER,
     "local_rank": "drop it; the launcher tells each process its place",
 }
 """Options of Diffusers' scripts that there are not here, and what to do instead."""

@@ -15,6 +15,26 @@ from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.randomness.streams import Stream, example_rng
 
+SIZE_NUMBERS = "time_ids"
+"""Array of a batch with what SDXL's UNet is told of each picture's size; see `size_numbers`."""
+
+
+def size_numbers(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Return what SDXL's UNet is told of a picture's size, in pixels.
+
+    Args:
+        original: Height and width of the picture before it was resized.
+        corner: Top and left of the part that was cut out, of the resized and mirrored picture.
+        target: Height and width of that part.
+
+    Returns:
+        `time_ids`, float32 (6,), these numbers in this order.
+
+    Reference:
+        Podell et al., https://arxiv.org/abs/2307.01952, section 2.2; `add_time_ids` of Diffusers.
+    """
+    return {SIZE_NUMBERS: np.array([*original, *corner, *target], np.float32)}
+
 
 class MakeExample(Protocol):
     """Function that makes one example's arrays. Its arguments alone decide the result, with all random numbers."""
@@ -51,6 +71,7 @@ class ExampleFn:
         made: What was computed before training.
         proportion_empty_prompts: Probability with which a caption is replaced by the empty one.
         extra: Maker of the arrays of the example's second picture; None for no such arrays.
+        told_sizes: Whether the denoiser is told the picture's size and the corner where it was cut.
     """
 
     transform: ImageTransform
@@ -59,6 +80,7 @@ class ExampleFn:
     made: Precomputed = field(default=Precomputed(), repr=False)
     proportion_empty_prompts: float = 0.0
     extra: MakeExtra | None = None
+    told_sizes: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.proportion_empty_prompts <= 1:
@@ -78,7 +100,7 @@ class ExampleFn:
             `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
             `loss_weights` times the record's own weight; the token ids, such as `input_ids` int32 (L,), or
             what was made of them before, such as `text_embeddings` (L, D), unless unconditional; the arrays of
-            `extra`; `example_index` int64 ().
+            `extra`; where sizes are told, those of `size_numbers`; `example_index` int64 ().
 
         Raises:
             DataError: If the picture cannot be decoded, or has no caption.
@@ -91,15 +113,19 @@ class ExampleFn:
         embeddings, posteriors = self.made.embeddings, self.made.posteriors
         place: Placement | None = None
         if posteriors is None:
-            transformed = self.transform(decode(record), rng)
-            example, place = {"pixel_values": transformed.pixel_values}, transformed.place
+            pixels, place = self.transform(decode(record), rng)
+            example = {"pixel_values": pixels}
         elif record.name in posteriors:
             example = {"posterior": posteriors[record.name][int(self.transform.flips(rng))]}
         else:
             raise DataError(f"{record.name} could not be read when its latents were made")
-        if self.extra is not None:
+        if self.told_sizes or self.extra is not None:
             place = place or self.transform.place(size_of(record), rng)
-            example |= self.extra(record, self.transform, place, rng)
+            if self.told_sizes:
+                width, height = place.original
+                example |= size_numbers((height, width), place.crop_top_left, (place.side, place.side))
+            if self.extra is not None:
+                example |= self.extra(record, self.transform, place, rng)
         example |= self.noise.draw(rng)
         if embeddings is not None:
             caption = self._caption(record, rng)

@@ -20,7 +20,8 @@ from flax_diffusion.core.errors import ConfigError, nearest_multiples
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import as_path, replacing
 from flax_diffusion.core.spec.merging import Shapes, with_adapters
-from flax_diffusion.core.spec.pipeline import PipelineSpec, check_prompts
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.spec.prompts import check_prompts
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -65,19 +65,19 @@ class SingleFileLayout:
 
     Attributes:
         prefixes: Of the names of each component's tensors.
-        open_clip: Start of the names by which a text encoder is OpenCLIP's.
-        renamers: Makes, of a pipeline and whether its text encoder is OpenCLIP's, a function for each component: from
+        open_clip: Start of the names by which a text encoder is OpenCLIP's, by those that may be.
+        renamers: Makes, of a pipeline and the text encoders that are OpenCLIP's, a function for each component: from
             PyTorch's name of a tensor to the original one, less the prefix.
-        refused: Starts of names of other families' files, and the error's text for each.
+        refused: Starts of names in files of other models, and the error's text for each.
     """
 
     prefixes: Mapping[str, str]
-    open_clip: str
-    renamers: Callable[[PipelineSpec, bool], dict[str, Callable[[str], str]]]
+    open_clip: Mapping[str, str]
+    renamers: Callable[[PipelineSpec, Collection[str]], dict[str, Callable[[str], str]]]
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-def _nothing_to_check(_: PipelineSpec) -> None:
+def _nothing_to_check(_: Any) -> None:
     pass
 
 
@@ -90,9 +90,19 @@ class Family:
         title: What a user may give, for messages; None for the names of the pipelines.
         pipelines: By class name.
         same_parts: Other classes of pipelines, by the one of `pipelines` whose parts they have.
+        inpainting: Class of its pipelines that fill in pictures; None for none.
+        control: Class of its pipelines with a ControlNet; None for none.
+        resolution: Height and width of the pictures that its published models were trained on, in pixels; None where
+            they differ.
+        told_sizes: Whether the denoiser is told each picture's size and the corner where it was cut.
         prompt_arrays: Names of what the denoiser is told of a prompt, which the text encoders make of nothing else.
+        word_keys: Names of a new word's rows in the files of textual inversion, by text encoder; empty where the rows
+            have the word for a name.
         lora_prefixes: Of the names of each component's layers in LoRA files of kohya's form.
+        lora_renamers: Makes, of a pipeline, functions from PyTorch's name of a parameter to the original one, by
+            component whose layers have the latter in such files.
         single_file: How a pipeline lies in one file; None where there are no such files.
+        check_index: Raises WeightsError for a model_index.json of a pipeline that has not all parts.
         check: Raises ConfigError for parts that do not go together in training.
         check_drawing: Raises ConfigError for a pipeline that cannot be drawn from.
     """
@@ -101,9 +111,16 @@ class Family:
     title: str | None = None
     pipelines: Mapping[str, PipelineClass]
     same_parts: Mapping[str, str] = field(default_factory=dict)
+    inpainting: str | None = None
+    control: str | None = None
+    resolution: int | None = None
+    told_sizes: bool = False
     prompt_arrays: tuple[str, ...] = ()
+    word_keys: Mapping[str, str] = field(default_factory=dict)
     lora_prefixes: Mapping[str, str] = field(default_factory=dict)
+    lora_renamers: Callable[[PipelineSpec], dict[str, Callable[[str], str]]] = lambda _: {}
     single_file: SingleFileLayout | None = None
+    check_index: Callable[[Mapping[str, Any]], None] = _nothing_to_check
     check: Callable[[PipelineSpec], None] = _nothing_to_check
     check_drawing: Callable[[PipelineSpec], None] = _nothing_to_check
 
@@ -111,6 +128,11 @@ class Family:
     def models(self) -> dict[str, ModelClass]:
         """Its model classes by name."""
         return {model.name: model for pipeline in self.pipelines.values() for model in pipeline.parts.values()}
+
+    @property
+    def new_pipelines(self) -> dict[str, PipelineClass]:
+        """Its pipelines that can be made from scratch, by class name."""
+        return {name: own for name, own in self.pipelines.items() if name not in (self.inpainting, self.control)}
 
     def has(self, role: Role) -> bool:
         """Return whether its pipelines have a model of a role."""

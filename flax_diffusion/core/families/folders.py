@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.errors import WeightsError, naming
 from flax_diffusion.core.families.family import FAMILIES, Family, family_of
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.objectives.old_schedulers import with_present_keys
@@ -76,6 +76,12 @@ def _models_left_out(index: dict[str, Any]) -> list[str]:
     return [name for name, value in index.items() if isinstance(value, list) and any(value) and name not in known]
 
 
+def settings(index: dict[str, Any]) -> dict[str, Any]:
+    """Return the values of a pipeline's index that are no parts, of those that the family knows."""
+    known = family_of(index["_class_name"]).pipelines[index["_class_name"]].index
+    return {name: index[name] for name in known if name in index and not isinstance(index[name], list)}
+
+
 def has_part(index: dict[str, Any], name: str) -> bool:
     """Whether an index names a class for a part, which an empty pair does not."""
     return index.get(name) not in (None, [None, None])
@@ -100,6 +106,9 @@ def check_kind(source: str, revision: str | None, families: Collection[Family]) 
     index = read_index(source, revision)
     if index and not any(index["_class_name"] in family.pipelines for family in families):
         raise WeightsError(f"{source} is a {index['_class_name']}: {_fix(families)}")
+    if index:
+        with naming(source):
+            family_of(index["_class_name"]).check_index(index)
     for name in _models_left_out(index) if index else ():
         log.warning("%s: its %r is left out, the rest is used as a %s", source, name, index["_class_name"])
     if not index:

@@ -25,9 +25,13 @@ class _UNet2DCondition:
     layers_per_block: Count | list[Count] = 2
     cross_attention_dim: Size | list[Size] = 1280
     addition_embed_type: str | None = None
+    addition_time_embed_dim: Size | None = None
+    projection_class_embeddings_input_dim: Size | None = None
 
 
-class _CLIPText:
+class CLIPTextSchema:
+    """Config keys of CLIP's text encoders."""
+
     hidden_size: Size = 512
     num_hidden_layers: Count = 12
     max_position_embeddings: Size = 77
@@ -41,12 +45,14 @@ class _ControlNet:
     layers_per_block: Count = 2
     cross_attention_dim: Size | list[Size] = 1280
     addition_embed_type: str | None = None
+    addition_time_embed_dim: Size | None = None
+    projection_class_embeddings_input_dim: Size | None = None
     conditioning_embedding_out_channels: Sequence[Size] = (16, 32, 96, 256)
 
 
 UNET_2D_CONDITION = ModelClass(name="UNet2DConditionModel", role=Role.DENOISER, schema=_UNet2DCondition)
 CONTROLNET = ModelClass(name="ControlNetModel", role=Role.CONTROL, schema=_ControlNet)
-CLIP_TEXT = ModelClass(name="CLIPTextModel", role=Role.TEXT_ENCODER, library="transformers", schema=_CLIPText)
+CLIP_TEXT = ModelClass(name="CLIPTextModel", role=Role.TEXT_ENCODER, library="transformers", schema=CLIPTextSchema)
 
 
 _SHARED = (
@@ -84,9 +90,16 @@ def control_config(unet: Component, factor: int) -> dict[str, Any]:
     return shared | {"conditioning_embedding_out_channels": widths[:halvings]}
 
 
-def _check_control(spec: PipelineSpec, control: Component) -> None:
+_SAME = (
+    "in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim", "addition_embed_type",
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim",
+)  # fmt: skip
+
+
+def check_control(spec: PipelineSpec, control: Component) -> None:
+    """Raise ConfigError for a ControlNet that does not go with the UNet or with the autoencoder."""
     unet = spec.denoiser
-    for key in ("in_channels", "block_out_channels", "layers_per_block", "cross_attention_dim"):
+    for key in _SAME:
         own, theirs = (list(v) if isinstance(v := part[key], Sequence) else v for part in (control, unet))
         if own != theirs:
             raise ConfigError(
@@ -109,8 +122,8 @@ def _check(spec: PipelineSpec) -> None:
     unet, encoder = spec.denoiser, spec.text_encoder
     if unet["addition_embed_type"] is not None:
         raise ConfigError(
-            f"UNet with addition_embed_type {unet['addition_embed_type']!r} (SDXL): the models are here, training "
-            "them is not yet; use a Stable Diffusion 1.x or 2.x pipeline"
+            f"UNet with addition_embed_type {unet['addition_embed_type']!r} in a {spec.kind}: it belongs to a "
+            "StableDiffusionXLPipeline; use a whole pipeline of one kind"
         )
     if encoder and encoder["hidden_size"] != unet["cross_attention_dim"]:
         raise ConfigError(
@@ -118,10 +131,11 @@ def _check(spec: PipelineSpec) -> None:
             f"{unet['cross_attention_dim']}: they must be equal"
         )
     for name in spec.names_of(Role.CONTROL):
-        _check_control(spec, spec.components[name])
+        check_control(spec, spec.components[name])
 
 
-def _check_drawing(spec: PipelineSpec) -> None:
+def check_drawing(spec: PipelineSpec) -> None:
+    """Raise WeightsError for a pipeline that fills in pictures."""
     unet = spec.denoiser
     if unet["in_channels"] != unet["out_channels"]:
         raise WeightsError(
@@ -130,16 +144,16 @@ def _check_drawing(spec: PipelineSpec) -> None:
         )
 
 
-_NOTHING = [None, None]
+NOTHING = [None, None]
 """How model_index.json says that a part is not there."""
 _PARTS = {"text_encoder": CLIP_TEXT, "unet": UNET_2D_CONDITION, "vae": AUTOENCODER_KL}
 _TOKENIZERS = {"tokenizer": "text_encoder"}
 _SCHEDULER = {"steps_offset": 1}
 _INDEX = {
-    "safety_checker": _NOTHING,
-    "feature_extractor": _NOTHING,
-    "image_encoder": _NOTHING,
-    "vae": _NOTHING,
+    "safety_checker": NOTHING,
+    "feature_extractor": NOTHING,
+    "image_encoder": NOTHING,
+    "vae": NOTHING,
     "requires_safety_checker": False,
 }
 
@@ -147,7 +161,7 @@ STABLE_DIFFUSION = FAMILIES.register(
     "stable_diffusion",
     Family(
         name="stable_diffusion",
-        title="a Stable Diffusion 1.x or 2.x pipeline (SDXL is not trained or drawn yet)",
+        title="a Stable Diffusion 1.x or 2.x pipeline",
         pipelines={
             "StableDiffusionPipeline": PipelineClass(
                 parts=_PARTS, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX
@@ -167,6 +181,8 @@ STABLE_DIFFUSION = FAMILIES.register(
             "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
             "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
         },
+        inpainting="StableDiffusionInpaintPipeline",
+        control="StableDiffusionControlNetPipeline",
         prompt_arrays=("text_embeddings",),
         lora_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
         single_file=SingleFileLayout(
@@ -175,14 +191,14 @@ STABLE_DIFFUSION = FAMILIES.register(
                 "vae": "first_stage_model.",
                 "text_encoder": "cond_stage_model.",
             },
-            open_clip="cond_stage_model.model.",
+            open_clip={"text_encoder": "cond_stage_model.model."},
             renamers=stable_diffusion_names.renamers,
             refused={
-                "conditioner.embedders.": "a checkpoint of SDXL: only those of Stable Diffusion 1.x and 2.x are read "
-                "yet"
+                "conditioner.embedders.": "a checkpoint of Stable Diffusion XL: give a StableDiffusionXLPipeline, "
+                "whose configs it has, by --model"
             },
         ),
         check=_check,
-        check_drawing=_check_drawing,
+        check_drawing=check_drawing,
     ),
 )

@@ -1,15 +1,17 @@
 """Names of tensors in single-file checkpoints: those of the original Stable Diffusion code.
 
-Reference: the modules of https://github.com/CompVis/stable-diffusion and https://github.com/Stability-AI/stablediffusion.
+Reference: the modules of https://github.com/CompVis/stable-diffusion, https://github.com/Stability-AI/stablediffusion
+and, for XL, https://github.com/Stability-AI/generative-models.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.families.family import Role
 
 if TYPE_CHECKING:
     from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
@@ -28,21 +30,21 @@ _OPEN_CLIP_LAYER: Substitutions = (
 )  # fmt: skip
 
 
-def renamers(spec: PipelineSpec, open_clip: bool) -> dict[str, Callable[[str], str]]:
+def renamers(spec: PipelineSpec, open_clip: Collection[str]) -> dict[str, Callable[[str], str]]:
     """Return, for each component, a function from PyTorch's names to the original ones, less the prefix.
 
     Args:
         spec: The pipeline, with an autoencoder.
-        open_clip: Whether its text encoder is OpenCLIP's, and not OpenAI's.
+        open_clip: Names of its text encoders that are OpenCLIP's, and not OpenAI's.
 
     Raises:
         ConfigError: If the original code has no UNet of its kind.
     """
-    return {
-        "unet": _unet_names(spec.denoiser),
-        "vae": _vae_names(spec.components["vae"]),
-        "text_encoder": _open_clip_name if open_clip else "transformer.{}".format,
+    encoders = {
+        name: _open_clip_name if name in open_clip else "transformer.{}".format
+        for name in spec.names_of(Role.TEXT_ENCODER)
     }
+    return {"unet": unet_names(spec.denoiser), "vae": _vae_names(spec.components["vae"]), **encoders}
 
 
 def _substitute(name: str, pairs: Substitutions) -> str:
@@ -67,7 +69,7 @@ def _by_module(modules: Mapping[str, tuple[str, Substitutions]]) -> Callable[[st
     return renamed
 
 
-def _unet_names(unet: Component) -> Callable[[str], str]:
+def unet_names(unet: Component) -> Callable[[str], str]:
     """Return the names of the original UNet, which counts through: first convolution, then resnets and resamplers."""
     layers, levels = unet["layers_per_block"], len(unet["down_block_types"])
     if not isinstance(layers, int):
@@ -76,6 +78,8 @@ def _unet_names(unet: Component) -> Callable[[str], str]:
         "conv_in": ("input_blocks.0.0", ()),
         "time_embedding.linear_1": ("time_embed.0", ()),
         "time_embedding.linear_2": ("time_embed.2", ()),
+        "add_embedding.linear_1": ("label_emb.0.0", ()),
+        "add_embedding.linear_2": ("label_emb.0.2", ()),
         "conv_norm_out": ("out.0", ()),
         "conv_out": ("out.2", ()),
         "mid_block.resnets.0": ("middle_block.0", _RESNET),
@@ -122,6 +126,7 @@ def _open_clip_name(name: str) -> str:
     fixed = {
         "embeddings.token_embedding.weight": "token_embedding.weight",
         "embeddings.position_embedding.weight": "positional_embedding",
+        "text_projection.weight": "text_projection",
     }
     if name in fixed:
         return f"model.{fixed[name]}"

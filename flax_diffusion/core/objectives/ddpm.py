@@ -7,12 +7,12 @@ velocity.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, model_validator
 
 from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.objectives import noise_schedule, samplers
@@ -38,17 +38,50 @@ class DdpmOptions(BaseModel):
         None, description="DDPM: what the denoiser predicts. None: that of the scheduler's config."
     )
     snr_gamma: float | None = Field(None, gt=0, description="DDPM: gamma of Min-SNR loss weights. The paper uses 5.")
+    timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = Field(
+        "none", description="DDPM: timesteps that are drawn more often: the earliest, the latest, or a range of them."
+    )
+    timestep_bias_multiplier: float = Field(
+        1.0, gt=0, description="DDPM: how many times as often they are drawn as the others."
+    )
+    timestep_bias_portion: float = Field(
+        0.25, gt=0, le=1, description="DDPM: their share of all timesteps, of the strategies earlier and later."
+    )
+    timestep_bias_begin: int = Field(0, ge=0, description="DDPM: first of them, of the strategy range.")
+    timestep_bias_end: int = Field(1000, ge=1, description="DDPM: the one after the last, of the strategy range.")
+
+    @model_validator(mode="after")
+    def _check_bias(self) -> Self:
+        used = {
+            "none": (), "range": ("multiplier", "begin", "end"),
+            "earlier": ("multiplier", "portion"), "later": ("multiplier", "portion"),
+        }[self.timestep_bias_strategy]  # fmt: skip
+        for name in ("multiplier", "portion", "begin", "end"):
+            option = f"timestep_bias_{name}"
+            if name not in used and getattr(self, option) != DdpmOptions.model_fields[option].default:
+                raise ValueError(
+                    f"--{option} changes nothing with --timestep_bias_strategy {self.timestep_bias_strategy}: drop it, "
+                    "or choose another strategy"
+                )
+        if self.timestep_bias_begin >= self.timestep_bias_end:
+            raise ValueError(
+                f"--timestep_bias_begin {self.timestep_bias_begin} is not below --timestep_bias_end "
+                f"{self.timestep_bias_end}: no timestep is between them"
+            )
+        return self
 
 
 @dataclass(frozen=True)
 class Ddpm(Objective):
-    """An objective whose time is one of T timesteps, each as likely as the others.
+    """An objective whose time is one of T timesteps.
 
     Attributes:
         tables: The mixtures of all timesteps, as arrays (T,).
+        shares: Probability with which a timestep or an earlier one is drawn, float64 (T,); None where all are alike.
     """
 
     tables: Mixture = field(repr=False)
+    shares: Table | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "ddpm"
     options: ClassVar[type[BaseModel]] = DdpmOptions
@@ -98,15 +131,45 @@ class Ddpm(Objective):
             weights = noise_schedule.min_snr_weights(bar, options.snr_gamma, predicted)
         elif predicted == "sample" and not conditional:
             weights = noise_schedule.sample_weights(bar)
-        return ddpm(bar, predicted, weights, dtype)
+        return replace(ddpm(bar, predicted, weights, dtype), shares=_shares(len(bar), options))
 
     def draw(self, rng: np.random.Generator) -> Mixture:
         """Draw one example's mixture."""
-        return self.at(int(rng.integers(len(self.tables.timesteps))))
+        if self.shares is None:
+            return self.at(int(rng.integers(len(self.tables.timesteps))))
+        return self.at(int(np.searchsorted(self.shares, rng.random(), side="right")))
 
     def at(self, timestep: int) -> Mixture:
         """Return the mixture of a timestep in 0..T-1."""
         return Mixture(*(table[timestep, ...] for table in self.tables))
+
+
+def _shares(count: int, options: DdpmOptions) -> Table | None:
+    """Return `Ddpm.shares` for a number of timesteps.
+
+    Raises:
+        ConfigError: For a range that has none of them.
+
+    Reference:
+        `generate_timestep_weights` of Diffusers' train_text_to_image_sdxl.py.
+    """
+    strategy = options.timestep_bias_strategy
+    if strategy == "none" or options.timestep_bias_multiplier == 1:
+        return None
+    number = int(options.timestep_bias_portion * count)
+    first, end = {
+        "earlier": (0, number),
+        "later": (count - number, count),
+        "range": (options.timestep_bias_begin, min(options.timestep_bias_end, count)),
+    }[strategy]
+    if first >= end:
+        raise ConfigError(
+            f"--timestep_bias_strategy {strategy}: none of the {count} timesteps is drawn more often; give a larger "
+            "portion, or a range that has some"
+        )
+    weights = np.ones(count)
+    weights[first:end] *= options.timestep_bias_multiplier
+    return np.cumsum(weights) / np.sum(weights)
 
 
 OBJECTIVES.register(Ddpm.name, Ddpm)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ from flax_diffusion.core.randomness.initial_weights import name_number
 from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 TOKEN_EMBEDDING = "text_model.embeddings.token_embedding"
+WORD = "placeholder_token"
+"""Key in the header of a file whose rows are not named by their word."""
 NEW_ROWS = f"{TOKEN_EMBEDDING}.new_rows"
 LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
 
@@ -189,23 +191,49 @@ def trained_layers(lora: Lora, arrays: Mapping[str, np.ndarray]) -> dict[str, Lo
     }
 
 
-def save_lora(
-    path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: str, prefixes: Mapping[str, str]
-) -> None:
+@dataclass(frozen=True)
+class KohyaNames:
+    """Names of a pipeline's layers in LoRA files of kohya's form.
+
+    Attributes:
+        prefixes: Start of the names, by component.
+        renamed: From PyTorch's name of a parameter to that of the original code, by component whose layers have the
+            latter.
+    """
+
+    prefixes: Mapping[str, str]
+    renamed: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+
+    def __call__(self, component: str, layer: str) -> str:
+        """Return the name of a layer, as kohya's program writes it."""
+        if component in self.renamed:
+            layer = self.renamed[component](f"{layer}.weight").removesuffix(".weight")
+        return self._flat(component, layer)
+
+    def spellings(self, component: str, layer: str) -> set[str]:
+        """Return the names that programs with files of this form give to a layer."""
+        names = {layer, layer.removeprefix("text_model.")}
+        return {self(component, layer), *(self._flat(component, name) for name in names)}
+
+    def _flat(self, component: str, layer: str) -> str:
+        return f"{self.prefixes[component]}_{layer.replace('.', '_')}"
+
+
+def save_lora(path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: str, kohya: KohyaNames) -> None:
     """Write LoRA weights that Diffusers' `load_lora_weights` reads.
 
     Args:
         path: The safetensors file.
         models: The matrices by component and layer name.
         form: "peft" (`unet.….lora_A.weight`) or "kohya" (`lora_unet_….lora_down.weight`, with alpha).
-        prefixes: Prefixes of kohya's names, by component.
+        kohya: Kohya's names.
     """
     arrays: Arrays = {}
     metadata: dict[str, Any] = {}
     for model, layers in models.items():
         for name, layer in layers.items():
             if form == "kohya":
-                flat = f"{prefixes[model]}_{name.replace('.', '_')}"
+                flat = kohya(model, name)
                 arrays[f"{flat}.lora_down.weight"], arrays[f"{flat}.lora_up.weight"] = layer.down, layer.up
                 arrays[f"{flat}.alpha"] = np.asarray(layer.alpha, np.float32)
             else:
@@ -294,12 +322,14 @@ def tokens_of(word: str, count: int) -> tuple[str, ...]:
     return (word, *(f"{word}_{number}" for number in range(1, count)))
 
 
-def save_embeddings(path: Path, tokens: NewTokens, rows: np.ndarray) -> None:
-    """Write the rows of new tokens as Diffusers' `load_textual_inversion` reads them.
+def save_embeddings(path: Path, word: str, rows: Mapping[str, np.ndarray], keys: Mapping[str, str]) -> None:
+    """Write the rows of a new word as Diffusers' `load_textual_inversion` reads them.
 
     Args:
         path: The safetensors file.
-        tokens: The new tokens.
-        rows: Their rows, (new tokens, features).
+        word: The word.
+        rows: Its rows by text encoder, (new tokens, features) each.
+        keys: Names of the rows in the file by text encoder; empty for the word itself, where there is one encoder.
     """
-    model_files.write_safetensors(path, {tokens.placeholder: rows})
+    arrays = {keys.get(encoder, word): array for encoder, array in rows.items()}
+    model_files.write_safetensors(path, arrays, {WORD: word} if keys else {})

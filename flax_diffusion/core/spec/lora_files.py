@@ -18,7 +18,7 @@ import numpy as np
 from flax_diffusion.core.errors import WeightsError, shown
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.untrusted import parse_json
-from flax_diffusion.core.spec.adapters import LORA_FILE, LoraLayer
+from flax_diffusion.core.spec.adapters import LORA_FILE, KohyaNames, LoraLayer
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,8 @@ _KINDS = (
     (r"\.lora_embedding_[AB]\b", "LoRA of an embedding table"),
     (r"^bundle_emb\.|string_to_param|^emb_params$", "new words of textual inversion"),
     (r"^lora_controlnet$", "a Control-LoRA"),
-    (r"^lora_te2_|^text_encoder_2\.", "LoRA of Stable Diffusion XL"),
 )
+_SECOND_ENCODER = re.compile(r"lora_te2_|text_encoder_2\.")
 _OTHER_KINDS = tuple((re.compile(pattern), name) for pattern, name in _KINDS)
 
 # Keys of PEFT's LoraConfig that say where adapters are or how they were trained, but do not change what they add.
@@ -69,13 +69,13 @@ _DEFAULTS: dict[str, Any] = {"bias": "none", "peft_type": "LORA"}
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that keep the base weights
 
 
-def read_lora_layers(path: Path, layers: Layers, prefixes: Mapping[str, str]) -> dict[str, dict[str, LoraLayer]]:
+def read_lora_layers(path: Path, layers: Layers, kohya: KohyaNames) -> dict[str, dict[str, LoraLayer]]:
     """Read what a LoRA file adds to a model.
 
     Args:
         path: The safetensors file, or the folder that holds it.
         layers: Shapes of the model's parameters.
-        prefixes: Start of kohya's names of the layers, by component.
+        kohya: Kohya's names of the layers.
 
     Returns:
         The two matrices and the alpha of each adapted layer, by component and layer name.
@@ -86,11 +86,11 @@ def read_lora_layers(path: Path, layers: Layers, prefixes: Mapping[str, str]) ->
     """
     path = model_files.weights_file(path, "--lora", (LORA_FILE, PEFT_FILE))
     stored = model_files.read_safetensors(path)
-    _refuse_other_kinds(path, stored)
+    _refuse_other_kinds(path, stored, layers)
     if not any(key.endswith(tuple(_DOWN)) for key in stored):
         raise WeightsError(f"{path} holds no LoRA weights: name the file that does")
     settings = _settings(path)
-    names = _Names(layers, prefixes)
+    names = _Names(layers, kohya)
     found: dict[str, dict[str, LoraLayer]] = {}
     unknown_layers, problems = [], []
     used = set()
@@ -136,7 +136,12 @@ def _and_more(count: int, what: str) -> str:
     return f", and {count} more {what}{'s' if count > 1 else ''}" if count > 0 else ""
 
 
-def _refuse_other_kinds(path: Path, stored: Mapping[str, Any]) -> None:
+def _refuse_other_kinds(path: Path, stored: Mapping[str, Any], layers: Layers) -> None:
+    if "text_encoder_2" not in layers and any(_SECOND_ENCODER.match(key) for key in stored):
+        raise WeightsError(
+            f"{path} holds LoRA of Stable Diffusion XL, and the model has one text encoder: give the model that it was "
+            "trained on by --model"
+        )
     for pattern, kind in _OTHER_KINDS:
         count = sum(1 for key in stored if pattern.search(key))
         if count:
@@ -182,24 +187,23 @@ class _Names:
 
     Args:
         layers: Shapes of the model's parameters.
-        prefixes: Start of kohya's names of the layers, by component.
+        kohya: Kohya's names of the layers.
     """
 
-    def __init__(self, layers: Layers, prefixes: Mapping[str, str]):
+    def __init__(self, layers: Layers, kohya: KohyaNames):
         self.known = {
             model: {name.removesuffix(".weight") for name in own if name.endswith(".weight")}
             for model, own in layers.items()
         }
         self.flat: dict[str, tuple[str, str]] = {}
-        for model in prefixes.keys() & self.known.keys():
+        for model in kohya.prefixes.keys() & self.known.keys():
             for name in self.known[model]:
-                for spelling in {name, name.removeprefix("text_model.")}:
-                    self.flat[f"{prefixes[model]}_{spelling.replace('.', '_')}"] = (model, name)
+                self.flat |= dict.fromkeys(kohya.spellings(model, name), (model, name))
 
     def find(self, raw: str) -> tuple[str, str | None]:
         """Return the component and the name of a layer; the name is None if the model has no such layer."""
         raw = raw.removeprefix("base_model.model.").replace(".processor.", ".")
-        flat = self.flat.get(re.sub("^lora_te1_", "lora_te_", raw))
+        flat = self.flat.get(raw) or self.flat.get(re.sub("^lora_te1_", "lora_te_", raw))
         if flat is not None:
             return flat
         model, _, inside = raw.partition(".")

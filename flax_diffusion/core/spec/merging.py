@@ -13,9 +13,8 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import require_whole
 from flax_diffusion.core.checkpoints.portable import Arrays
 from flax_diffusion.core.errors import ConfigError, WeightsError
-from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import as_path
-from flax_diffusion.core.spec.adapters import NEW_ROWS, LoraLayer, Overlay, trained_layers
+from flax_diffusion.core.spec.adapters import NEW_ROWS, KohyaNames, LoraLayer, Overlay, trained_layers
 from flax_diffusion.core.spec.lora_files import Layers, read_lora_layers
 from flax_diffusion.core.spec.new_words import add_word, read_words
 from flax_diffusion.core.spec.pipeline import PipelineSpec
@@ -44,7 +43,7 @@ def with_adapters(
     """
     known = shapes(spec) if lora else {}
     for item in lora:
-        layers, strength = read_lora(item, known, spec.family.lora_prefixes)
+        layers, strength = read_lora(item, known, spec.kohya_names)
         spec = _with_lora(spec, layers, strength * lora_scale)
     for item in embeddings:
         path, word = _path_and_rest(item)
@@ -52,13 +51,13 @@ def with_adapters(
     return spec
 
 
-def read_lora(item: str, known: Layers, prefixes: Mapping[str, str]) -> tuple[dict[str, dict[str, LoraLayer]], float]:
+def read_lora(item: str, known: Layers, kohya: KohyaNames) -> tuple[dict[str, dict[str, LoraLayer]], float]:
     """Read a LoRA.
 
     Args:
         item: The LoRA's file or folder, as PATH or PATH:STRENGTH.
         known: Shapes of the pipeline's parameters, by component and PyTorch name.
-        prefixes: Prefixes of kohya's names, by component.
+        kohya: Kohya's names of the layers.
 
     Returns:
         Its matrices by component and layer name, and its strength.
@@ -67,7 +66,7 @@ def read_lora(item: str, known: Layers, prefixes: Mapping[str, str]) -> tuple[di
         UserError: If it does not exist, or does not fit.
     """
     path, strength = _path_and_strength(item)
-    return read_lora_layers(path, known, prefixes), strength
+    return read_lora_layers(path, known, kohya), strength
 
 
 def _path_and_rest(item: str) -> tuple[Path, str | None]:
@@ -105,26 +104,26 @@ def _with_lora(spec: PipelineSpec, found: Mapping[str, Mapping[str, LoraLayer]],
 
 
 def _with_words(spec: PipelineSpec, path: Path, word: str | None) -> PipelineSpec:
-    encoder, tokenizer = spec.text_encoder, spec.tokenizers.get("tokenizer")
-    if encoder is None or tokenizer is None:
+    if not spec.encoder_tokenizers:
         raise WeightsError(f"{path}: a {spec.kind} takes no prompts, so no new words")
-    for name, rows in read_words(path, word).items():
-        if rows.shape[1] != encoder["hidden_size"]:
-            raise WeightsError(
-                f"{path}: '{name}' has {rows.shape[1]} features, this text encoder {encoder['hidden_size']}: it was "
-                "learnt for another model"
-            )
-        first, _ = add_word(tokenizer, name, len(rows), f"--embeddings {path}:", "name another, PATH:WORD")
-        spec = _with_rows(spec, Overlay(rows=rows, first=first))
+    for name, own in read_words(path, [*spec.encoder_tokenizers], spec.family.word_keys, word).items():
+        for encoder, rows in own.items():
+            features = spec.components[encoder]["hidden_size"]
+            if rows.shape[1] != features:
+                raise WeightsError(
+                    f"{path}: '{name}' has {rows.shape[1]} features, this text encoder {features}: it was learnt for "
+                    "another model"
+                )
+        for encoder, rows in own.items():
+            tokenizer = spec.encoder_tokenizers[encoder]
+            first, _ = add_word(tokenizer, name, len(rows), f"--embeddings {path}:", "name another, PATH:WORD")
+            spec = _with_rows(spec, encoder, rows, first)
     return spec
 
 
-def _with_rows(spec: PipelineSpec, words: Overlay) -> PipelineSpec:
-    """Append the rows of new words to those of the table, or of earlier new words."""
-    assert words.rows is not None
-    (name,) = spec.names_of(Role.TEXT_ENCODER)
+def _with_rows(spec: PipelineSpec, name: str, rows: np.ndarray, first: int) -> PipelineSpec:
+    """Append the rows of new words to those of a text encoder's table, or of earlier new words."""
     overlay = spec.components[name].overlay or Overlay()
-    rows, first = words.rows, words.first
     if overlay.rows is not None:
         rows, first = np.concatenate([overlay.rows, rows]), overlay.first
     return _overlaid(spec, name, replace(overlay, rows=rows, first=first), vocab_size=first + len(rows))
@@ -143,18 +142,19 @@ def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
     Raises:
         WeightsError: If they are of another word, or of another number of tokens.
     """
-    assert spec.text_encoder is not None
-    new = spec.text_encoder.new_tokens
-    assert new is not None
-    words = read_words(run)
-    counts = {word: len(rows) for word, rows in words.items()}
-    if counts != {new.placeholder: len(new.tokens)}:
-        held = ", ".join(f"{word} of {count}" for word, count in counts.items())
+    learnt = {name: part.new_tokens for name, part in spec.components.items() if part.new_tokens is not None}
+    new = next(iter(learnt.values()))
+    words = read_words(run, [*learnt], spec.family.word_keys)
+    counts = {word: {len(rows) for rows in own.values()} for word, own in words.items()}
+    if counts != {new.placeholder: {len(new.tokens)}}:
+        held = ", ".join(f"{word} of {' and '.join(map(str, sorted(count)))}" for word, count in counts.items())
         raise WeightsError(
             f"{run}: its config.yaml says the word {new.placeholder} of {len(new.tokens)} vectors, and its file has "
             f"{held}: give the model by --model and the file by --embeddings"
         )
-    return _with_rows(spec, Overlay(rows=words[new.placeholder], first=new.first))
+    for name, rows in words[new.placeholder].items():
+        spec = _with_rows(spec, name, rows, learnt[name].first)
+    return spec
 
 
 def checkpoint_arrays(folder: Path) -> dict[str, Arrays]:
@@ -201,7 +201,7 @@ def with_checkpoint(spec: PipelineSpec, folder: Path) -> PipelineSpec:
         if component.lora is not None:
             spec = _with_lora(spec, {name: trained_layers(component.lora, arrays)}, 1.0)
         elif component.new_tokens is not None:
-            spec = _with_rows(spec, Overlay(rows=arrays[NEW_ROWS], first=component.new_tokens.first))
+            spec = _with_rows(spec, name, arrays[NEW_ROWS], component.new_tokens.first)
         else:
             spec = _overlaid(spec, name, replace(component.overlay or Overlay(), replaced=arrays))
     return spec

@@ -12,13 +12,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.errors import WeightsError
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, Role, family_of, model_class
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, objective_of
 from flax_diffusion.core.spec import weight_files
-from flax_diffusion.core.spec.adapters import Lora, NewTokens, Overlay
+from flax_diffusion.core.spec.adapters import KohyaNames, Lora, NewTokens, Overlay
 from flax_diffusion.core.typed import check_values
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ class PipelineSpec:
         tokenizers: Its tokenizers, named as the subfolders of a Diffusers pipeline.
         autoencoder_loss: Loss of an autoencoder; None where a denoiser is trained.
         objective_name: Objective of a run that does not train by that of its scheduler; None where it does.
+        settings: Values of model_index.json that are no parts, where they are others than the family's.
         listed_as: Class that its model_index.json names where that is another one of the same parts; None for `kind`.
     """
 
@@ -135,6 +136,7 @@ class PipelineSpec:
     tokenizers: Mapping[str, CLIPTokenizer] = field(default_factory=dict)
     autoencoder_loss: AutoencoderLoss | None = None
     objective_name: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
     listed_as: str | None = None
 
     def __post_init__(self) -> None:
@@ -155,6 +157,17 @@ class PipelineSpec:
         return TokenizePrompt({f"input_ids{name.removeprefix('tokenizer')}": own for name, own in made.items()})
 
     @property
+    def encoder_tokenizers(self) -> dict[str, CLIPTokenizer]:
+        """The tokenizers by the name of their text encoder."""
+        encoders = self.family.pipelines[self.kind].tokenizers
+        return {encoders[name]: tokenizer for name, tokenizer in self.tokenizers.items()}
+
+    @property
+    def kohya_names(self) -> KohyaNames:
+        """Names of the layers in LoRA files of kohya's form."""
+        return KohyaNames(self.family.lora_prefixes, self.family.lora_renamers(self))
+
+    @property
     def trains_adapters(self) -> bool:
         """Whether adapters train, and no whole model."""
         return any(component.training is Training.ADAPTERS for component in self.components.values())
@@ -163,6 +176,10 @@ class PipelineSpec:
     def family(self) -> Family:
         """Family of the pipeline."""
         return family_of(self.kind)
+
+    def setting(self, name: str) -> Any:
+        """Return a value of model_index.json that is no part; None where there is none."""
+        return self.settings.get(name, self.family.pipelines[self.kind].index.get(name))
 
     def names_of(self, role: Role) -> list[str]:
         """Return the names of the components that have a role."""
@@ -271,6 +288,7 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
         scheduler=scheduler,
         resolution=1,
         tokenizers=tokenizers,
+        settings=folders.settings(index),
         listed_as=folders.listed_as(index),
     )
     return replace(spec, resolution=size * spec.vae_factor)
@@ -339,18 +357,3 @@ def read_component(
         variant=variant,
         training=training,
     )
-
-
-def check_prompts(spec: PipelineSpec, prompts: list[str]) -> None:
-    """Make sure that there are prompts exactly where the pipeline takes them.
-
-    Args:
-        spec: The pipeline.
-        prompts: The prompts.
-
-    Raises:
-        ConfigError: If prompts are missing, or given to a pipeline that takes none.
-    """
-    if bool(spec.tokenizers) != bool(prompts):
-        fix = "drop --prompt" if prompts else "give at least one --prompt"
-        raise ConfigError(f"a {spec.kind} with {len(prompts)} prompts: {fix}")

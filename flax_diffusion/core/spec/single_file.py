@@ -18,6 +18,8 @@ from flax_diffusion.core.io import model_files
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 SINGLE_FILE = "model.safetensors"
+_PROJECTION = "text_projection.weight"
+"""A matrix that OpenCLIP has the other way round, and not as a layer."""
 _QKV = re.compile(r"(.*\.self_attn)\.([qkv])_proj\.(weight|bias)")
 
 
@@ -45,11 +47,11 @@ def read_single_file(path: Path, spec: PipelineSpec, names: Mapping[str, list[st
     starts = tuple(prefix for layout in layouts for prefix in layout.prefixes.values())
     if not any(key.startswith(starts) for key in stored):
         raise WeightsError(f"{path} is no single-file checkpoint of Stable Diffusion: no name starts as one of its")
-    for start, what in ((start, what) for layout in layouts for start, what in layout.refused.items()):
+    layout = _layout(spec)
+    for start, what in layout.refused.items():
         if any(key.startswith(start) for key in stored):
             raise WeightsError(f"{path} is {what}")
-    layout = _layout(spec)
-    open_clip = any(key.startswith(layout.open_clip) for key in stored)
+    open_clip = {name for name, start in layout.open_clip.items() if any(key.startswith(start) for key in stored)}
     found: dict[str, Arrays] = {}
     for component, renamed in layout.renamers(spec, open_clip).items():
         prefix, role = layout.prefixes[component], spec.components[component].role
@@ -57,12 +59,13 @@ def read_single_file(path: Path, spec: PipelineSpec, names: Mapping[str, list[st
             continue
         found[component] = {}
         for name in names[component]:
-            qkv = _QKV.fullmatch(name) if role is Role.TEXT_ENCODER and open_clip else None
+            qkv = _QKV.fullmatch(name) if component in open_clip else None
             key = prefix + renamed(f"{qkv[1]}.in_proj_{qkv[3]}" if qkv else name)
             if key not in stored:  # Transformers 5 leaves a level out
                 key = key.replace("transformer.text_model.", "transformer.", 1)
             if key in stored:
                 array = stored[key].array()
+                array = array.T if component in open_clip and name == _PROJECTION else array
                 found[component][name] = np.split(array, 3)["qkv".index(qkv[2])] if qkv else array
     return found
 
@@ -72,19 +75,22 @@ def write_single_file(path: Path, spec: PipelineSpec, weights: Mapping[str, Arra
 
     Args:
         path: The safetensors file.
-        spec: The pipeline. A text encoder with `gelu` is written as OpenCLIP's, any other as OpenAI's.
+        spec: The pipeline. A text encoder with `gelu`, where that may be, is written as OpenCLIP's, any other as
+            OpenAI's.
         weights: Weights by component and PyTorch name.
 
     Raises:
         ConfigError: If there are no such files for this kind of pipeline.
     """
-    open_clip = spec.text_encoder is not None and spec.text_encoder["hidden_act"] == "gelu"
     out: Arrays = {}
     layout = _layout(spec)
+    open_clip = {name for name in layout.open_clip if spec.components[name]["hidden_act"] == "gelu"}
     for component, renamed in layout.renamers(spec, open_clip).items():
         role = spec.components[component].role
-        joined = role is Role.TEXT_ENCODER and open_clip
-        for name, array in _join_qkv(weights[component]) if joined else weights[component].items():
+        theirs = component in open_clip
+        for name, array in _join_qkv(weights[component]) if theirs else weights[component].items():
+            if theirs and name == _PROJECTION:
+                array = np.ascontiguousarray(array.T)
             if role is Role.AUTOENCODER and ".attentions." in name and array.ndim == 2:
                 array = array[:, :, None, None]
             out[layout.prefixes[component] + renamed(name)] = array

@@ -26,7 +26,7 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
     index |= {name: ["transformers", "CLIPTokenizer"] for name in spec.tokenizers}
     save_tokenizers(spec, folder)
-    index = {**pipelines.get(listed, pipelines[spec.kind]).index, **index}
+    index = {**pipelines.get(listed, pipelines[spec.kind]).index, **spec.settings, **index}
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)
@@ -53,13 +53,15 @@ def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder
         folder: Folder to write to.
         form: Names in a LoRA file: "peft" or "kohya".
     """
-    loras = {}
+    loras, words = {}, {}
     for name, component in spec.components.items():
         own = {key.removeprefix(f"{name}/"): array for key, array in trained.items() if key.startswith(f"{name}/")}
         own = {key: np.asarray(array, np.float32) for key, array in own.items()}
         if component.lora is not None:
             loras[name] = adapters.trained_layers(component.lora, own)
         if component.new_tokens is not None:
-            adapters.save_embeddings(folder / adapters.EMBEDDINGS_FILE, component.new_tokens, own[adapters.NEW_ROWS])
+            words.setdefault(component.new_tokens.placeholder, {})[name] = own[adapters.NEW_ROWS]
+    for word, rows in words.items():
+        adapters.save_embeddings(folder / adapters.EMBEDDINGS_FILE, word, rows, spec.family.word_keys)
     if loras:
-        adapters.save_lora(folder / adapters.LORA_FILE, loras, form, spec.family.lora_prefixes)
+        adapters.save_lora(folder / adapters.LORA_FILE, loras, form, spec.kohya_names)

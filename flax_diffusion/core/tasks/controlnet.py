@@ -28,11 +28,10 @@ from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training,
 from flax_diffusion.core.tasks.dataset import CaptionsConfig, CaptionsTask, stand_in
 from flax_diffusion.core.tasks.parts import check_part, pretrained, vae_factor
 from flax_diffusion.core.tasks.task import TASKS, Preview
+from flax_diffusion.core.tasks.text import variant_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
-
-CONTROL_PIPELINE = "StableDiffusionControlNetPipeline"
 
 
 @with_defaults(
@@ -115,7 +114,7 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
 
     def kind_of(self, found: str) -> str:
         """Return the class of pipelines with a ControlNet, whatever the pretrained one is."""
-        return CONTROL_PIPELINE
+        return variant_of(found, "control", "a ControlNet")
 
     def read_models(self, models: Mapping[str, ModelClass]) -> dict[str, Component]:
         """Read the configs of the text encoder and the UNet, which do not train."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 
+log = logging.getLogger(__name__)
+
+
 class DiffusionConfig(EdmOptions, FlowMatchingOptions, DdpmOptions, TrainConfig):
     """Options of tasks that train a denoiser."""
 
@@ -39,7 +43,9 @@ class DiffusionConfig(EdmOptions, FlowMatchingOptions, DdpmOptions, TrainConfig)
         description="From scratch: Diffusers config of the UNet, as a mapping, or the folder or .json file with it.",
     )
     vae: Annotated[str | None, Reads.MODEL] = Field(
-        None, description="Folder or Hub id of an AutoencoderKL. None: train on pixels."
+        None,
+        validation_alias=also("vae", "pretrained_vae_model_name_or_path"),
+        description="Folder or Hub id of an AutoencoderKL. None: train on pixels.",
     )
     noise_scheduler: dict[str, Any] | None = Field(
         None,
@@ -165,6 +171,12 @@ class DiffusionTask(Task[D]):
             tokenizers=tokenizers or {},
             objective_name=None if objective is objective_of(scheduler) else objective.name,
         )
+        own = spec.denoiser["sample_size"] if config.pretrained_model_name_or_path else None
+        if isinstance(own, int) and 4 * config.resolution < own * spec.vae_factor:
+            log.warning(
+                "--resolution %d: the model was trained at %d pixels, and at fewer than a quarter of them it draws "
+                "little that can be recognised", config.resolution, own * spec.vae_factor,
+            )  # fmt: skip
         if not spec.trains_adapters:
             denoiser = sized(spec.denoiser, config.resolution // spec.vae_factor)
             spec = replace(spec, components=components | {spec.denoiser_name: denoiser})

@@ -60,6 +60,7 @@ class DreamBoothConfig(LoraConfig):
     sample_batch_size: int = Field(4, ge=1, description="Class pictures that each device draws at a time.")
     class_num_inference_steps: int = Field(50, ge=1, description="Denoising steps of the class pictures.")
     class_guidance_scale: float = Field(7.5, ge=0, description="Guidance scale of the class pictures.")
+    repeats: int = Field(1, ge=1, description="Times that each picture of the new thing occurs in an epoch.")
     concepts: list[Concept] = Field(
         [], description="Several concepts at once: a list of mappings with the options of one concept, and repeats."
     )
@@ -88,6 +89,7 @@ class DreamBoothConfig(LoraConfig):
                 instance_prompt=str(self.instance_prompt),
                 class_data_dir=self.class_data_dir,
                 class_prompt=self.class_prompt,
+                repeats=self.repeats,
             )
         ]
 
@@ -104,6 +106,8 @@ class DreamBoothConfig(LoraConfig):
         given = [name for name, value in single.items() if value is not None]
         if self.concepts and given:
             raise ValueError(f"--{given[0]} and concepts exclude each other: put it into the list, or drop the list")
+        if self.concepts and self.repeats != 1:
+            raise ValueError("--repeats and concepts exclude each other: give each concept its own, in the list")
         if not self.concepts:
             for name in ("instance_data_dir", "instance_prompt"):
                 if not single[name]:

@@ -149,6 +149,7 @@ class Task(ABC, Generic[C]):
             noise=self.noise(spec, dtype),
             tokenize=spec.tokenize,
             made=made or Precomputed(),
+            told_sizes=spec.family.told_sizes,
         )
 
     @property

@@ -14,7 +14,7 @@ from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import CONFIG_FILE, Reads, also
 from flax_diffusion.core.data import captions
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.errors import ConfigError, DataError, WeightsError, naming
+from flax_diffusion.core.errors import ConfigError, DataError, UserError, WeightsError, naming
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ModelClass, Role, family_of
 from flax_diffusion.core.io import model_files
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 NEW_PIPELINE = "StableDiffusionPipeline"
-"""Pipeline of a model from scratch, and of a folder that does not say what it is."""
+"""Pipeline of a model from scratch where no option says so, and of a folder that does not say what it is."""
 
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -43,6 +43,7 @@ class TextConfig(DiffusionConfig):
 
     vae: Annotated[str | None, Reads.MODEL] = Field(
         "pretrained",
+        validation_alias=also("vae", "pretrained_vae_model_name_or_path"),
         description="Folder or Hub id of an AutoencoderKL. `pretrained`: that of the pipeline. None: train on pixels.",
     )
     tokenizer_name: Annotated[str | None, Reads.MODEL] = Field(
@@ -123,6 +124,9 @@ class TextTask(DiffusionTask[T]):
     """Roles of the models that the task has a use for."""
     lora_format: Literal["peft", "kohya"] = "peft"
 
+    def __init__(self, config: T):
+        super().__init__(with_resolution(config))
+
     def make_spec(self, source: Source) -> PipelineSpec:
         """Read the configs of the pipeline to train; the captions make tokenizers where there are none."""
         config = self.config
@@ -149,7 +153,7 @@ class TextTask(DiffusionTask[T]):
         config = self.config
         families = [family for family in FAMILIES.values() if family.has(Role.TEXT_ENCODER)]
         index = check_pipeline(config, families) if config.pretrained_model_name_or_path else {}
-        kind = self.kind_of(index.get("_class_name", NEW_PIPELINE))
+        kind = self.kind_of(index.get("_class_name", self.new_pipeline))
         pipeline = family_of(kind).pipelines[kind]
         models = pipeline.parts
         vain = [name for name, model in models.items() if model.role not in self.roles]
@@ -180,7 +184,15 @@ class TextTask(DiffusionTask[T]):
             components[vae] = pretrained(config, vae, models[vae], train=False)
         elif config.vae and config.vae != "pretrained":
             components[vae] = frozen_vae(config.vae)
-        return self.pipeline(kind, components, tokenizers)
+        spec = self.pipeline(kind, components, tokenizers)
+        # A new model is trained on empty prompts, and guided away from them as they are.
+        new = {name: False for name in pipeline.index if name == "force_zeros_for_empty_prompt"}
+        return replace(spec, settings=folders.settings(index) if index else new)
+
+    @property
+    def new_pipeline(self) -> str:
+        """Class of a pipeline from scratch, and of a folder that does not say what it is."""
+        return NEW_PIPELINE
 
     def kind_of(self, found: str) -> str:
         """Return the class of the pipeline to train, for that of the pretrained one or of a new one."""
@@ -252,6 +264,36 @@ class TextTask(DiffusionTask[T]):
             self.export_trained(backend, spec, source, folder)
         else:
             super().export(backend, spec, source, folder)
+
+
+def variant_of(kind: str, what: Literal["inpainting", "control"], option: str) -> str:
+    """Return the class of pipelines of the same family that fill in pictures, or that have a ControlNet.
+
+    Args:
+        kind: Class of a pipeline.
+        what: Name of the variant, of the family's attribute.
+        option: What asks for it, for messages.
+
+    Raises:
+        ConfigError: If the family has none.
+    """
+    found = getattr(family_of(kind), what)
+    if found is None:
+        raise ConfigError(f"{option}: there is none of a {kind}; use another pipeline")
+    return found
+
+
+def with_resolution(config: T) -> T:
+    """Return a run's options with the resolution of the pipeline's family, where it has one and none is given."""
+    source = config.pretrained_model_name_or_path
+    if source is None or "resolution" in config.model_fields_set:
+        return config
+    try:
+        kind = folders.read_index(source, config.revision).get("_class_name")
+    except UserError:  # make_spec reads it again, and says what is wrong
+        return config
+    resolution = next((family.resolution for family in FAMILIES.values() if kind in family.pipelines), None)
+    return config if resolution is None else config.model_copy(update={"resolution": resolution})
 
 
 def captions_of(source: Source) -> Iterator[str]:

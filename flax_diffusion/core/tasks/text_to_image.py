@@ -15,19 +15,17 @@ from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.extra import MASK, MASKED_NOISE, Mask
 from flax_diffusion.core.data.sources.source import ExtraImages, Source
-from flax_diffusion.core.errors import ConfigError, DataError
-from flax_diffusion.core.families.family import ModelClass, Role
+from flax_diffusion.core.errors import ConfigError, DataError, nearest
+from flax_diffusion.core.families.family import FAMILIES, ModelClass, Role
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from flax_diffusion.core.tasks.dataset import CaptionsConfig, CaptionsTask, stand_in
 from flax_diffusion.core.tasks.parts import from_scratch, inpainting
 from flax_diffusion.core.tasks.task import TASKS, Preview
-from flax_diffusion.core.tasks.text import LoraConfig, LoraTask
+from flax_diffusion.core.tasks.text import NEW_PIPELINE, LoraConfig, LoraTask, variant_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
-
-INPAINT_PIPELINE = "StableDiffusionInpaintPipeline"
 
 
 @with_defaults(image_interpolation_mode="lanczos", output_dir="sd-model-finetuned")
@@ -37,6 +35,14 @@ class TextToImageConfig(LoraConfig, CaptionsConfig):
     text_encoder: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
         None,
         description="From scratch: config of the CLIP text encoder, as a mapping, or the folder or .json file with it.",
+    )
+    text_encoder_2: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
+        None, description="From scratch: config of the second text encoder, of a pipeline that has one; likewise."
+    )
+    pipeline: str = Field(
+        NEW_PIPELINE,
+        description="From scratch: Diffusers class of the pipeline, StableDiffusionPipeline or "
+        "StableDiffusionXLPipeline.",
     )
 
     inpainting: bool = Field(
@@ -68,17 +74,29 @@ class TextToImageConfig(LoraConfig, CaptionsConfig):
     @model_validator(mode="after")
     def _check_text(self) -> TextToImageConfig:
         scratch = self.pretrained_model_name_or_path is None
-        if scratch and (self.unet is None or self.text_encoder is None):
+        families = [family for family in FAMILIES.values() if family.has(Role.TEXT_ENCODER)]
+        kinds = {kind: own for family in families for kind, own in family.new_pipelines.items()}
+        if self.pipeline not in kinds:
+            known = ", ".join(kinds)
+            raise ValueError(f"--pipeline {self.pipeline}: must be one of {known}{nearest(self.pipeline, kinds)}")
+        encoders = [*kinds[self.pipeline].tokenizers.values()]
+        lacking = [name for name in ("unet", *encoders) if getattr(self, name, None) is None]
+        if scratch and lacking:
             raise ValueError(
-                "nothing to train: give --pretrained_model_name_or_path, or --unet and --text_encoder to start from "
+                f"nothing to train: give --pretrained_model_name_or_path, or --{' and --'.join(lacking)} to start from "
                 "scratch"
             )
+        if self.text_encoder_2 is not None and "text_encoder_2" not in encoders:
+            raise ValueError(f"--text_encoder_2: a {self.pipeline} has one text encoder; drop it, or add --pipeline")
         if scratch and self.vae == "pretrained":
             raise ValueError("--vae pretrained needs --pretrained_model_name_or_path: give a VAE's folder, or null")
         if scratch and not self.train_text_encoder:
             raise ValueError("a text encoder made from scratch must train: add --train_text_encoder")
-        if not scratch and self.text_encoder is not None:
-            raise ValueError("--text_encoder is for training from scratch: drop it or --pretrained_model_name_or_path")
+        for name in ("text_encoder", "text_encoder_2"):
+            if not scratch and getattr(self, name) is not None:
+                raise ValueError(f"--{name} is for training from scratch: drop it or --pretrained_model_name_or_path")
+        if not scratch and self.pipeline != NEW_PIPELINE:
+            raise ValueError("--pipeline is for training from scratch: drop it or --pretrained_model_name_or_path")
         return self
 
 
@@ -117,7 +135,9 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
 
     def kind_of(self, found: str) -> str:
         """Return the class of the pipeline to train."""
-        return INPAINT_PIPELINE if self.config.inpainting else super().kind_of(found)
+        if not self.config.inpainting:
+            return super().kind_of(found)
+        return variant_of(found, "inpainting", "--inpainting")
 
     def pipeline(
         self, kind: str, components: dict[str, Component], tokenizers: Mapping[str, CLIPTokenizer] | None = None
@@ -182,8 +202,16 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
         """Read the configs of the text encoders and the denoiser, of a pipeline or of the options."""
         if self.config.pretrained_model_name_or_path:
             return super().read_models(models)
-        given = {name: getattr(self.config, name) for name in ("text_encoder", "unet")}
-        return {name: from_scratch(value, f"--{name}", models[name]) for name, value in given.items()}
+        return {
+            name: from_scratch(getattr(self.config, name), f"--{name}", model)
+            for name, model in models.items()
+            if model.role is not Role.AUTOENCODER
+        }
+
+    @property
+    def new_pipeline(self) -> str:
+        """Class of a pipeline from scratch, which options give."""
+        return self.config.pipeline
 
 
 TASKS.register(TextToImageTask.name, TextToImageTask)

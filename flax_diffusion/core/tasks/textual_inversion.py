@@ -111,6 +111,9 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
 
     def make_spec(self, source: Source) -> PipelineSpec:
         """Read the configs of the pipeline to train, and check that the new word fits into every prompt."""
+        given = str(self.config.placeholder_token)
+        if given != given.lower():
+            log.info("--placeholder_token %s: the tokenizer reads small letters; the word is %s", given, given.lower())
         spec = super().make_spec(source)
         _check_new_word(spec, [*self.templated_prompts, *self.config.validation_prompts])
         return spec
@@ -125,9 +128,6 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
         """Add the tokens to the tokenizer: the new word, then the word with a number."""
         # In lower case, as the tokenizer reads prompts: of a word with capitals Diffusers finds only one vector.
         word, start = str(self.config.placeholder_token).lower(), str(self.config.initializer_token)
-        if word != self.config.placeholder_token:
-            given = self.config.placeholder_token
-            log.info("--placeholder_token %s: the tokenizer reads small letters; the word is %s", given, word)
         initializer = tokenizer.encode(start, add_special_tokens=False)
         if len(initializer) != 1:
             raise ConfigError(

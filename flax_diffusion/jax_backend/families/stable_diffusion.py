@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
+from flax_diffusion.core.data.batches import SIZE_NUMBERS
 from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, MASK, MASKED_NOISE
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxCLIPTextModule, FlaxControlNetModel, FlaxUNet2DConditionModel
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 Condition = dict[str, Any]
 """What the UNet is told, by the names of a batch: text_embeddings (B, L, D), and where there is a ControlNet
-conditioning_pixel_values (B, 3, H, W), for inpainting masked (B, 1 + C, h, w)."""
+conditioning_pixel_values (B, 3, H, W), for inpainting masked (B, 1 + C, h, w), in SDXL pooled_embeddings (B, D') and
+time_ids (B, 6)."""
 
 MASKED = "masked"
 """What an inpainting UNet is told: the mask at the size of the latents, and the latents of the rest of the picture."""
@@ -32,12 +34,24 @@ def condition(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""
             with an autoencoder masked_latent_noise (B, C, h, w).
         dropout: Key of the dropout masks; None in evaluation.
     """
-    told: Condition = {name: batch[name] for name in (CONDITIONING_IMAGE,) if name in batch}
-    if MASK in batch:
-        told[MASKED] = _masked(modules, params, batch)
+    told = beside_text(modules, params, batch)
     if "input_ids" not in batch:
         return told | {"text_embeddings": batch["text_embeddings"]}
     return told | {"text_embeddings": modules.call("text_encoder", params, dropout, batch["input_ids"])[0]}
+
+
+def beside_text(modules: Any, params: Params, batch: Batch) -> Condition:
+    """Return what the UNet is told beside the text: pictures that a ControlNet follows, what to fill in, sizes.
+
+    Args:
+        modules: The pipeline's modules.
+        params: Weights of all components.
+        batch: As of `condition`.
+    """
+    told: Condition = {name: batch[name] for name in (CONDITIONING_IMAGE, SIZE_NUMBERS) if name in batch}
+    if MASK in batch:
+        told[MASKED] = _masked(modules, params, batch)
+    return told
 
 
 def _masked(modules: Any, params: Params, batch: Batch) -> Float[Array, "B c h w"]:
@@ -65,14 +79,17 @@ def predict(
     Reference:
         Zhang et al., https://arxiv.org/abs/2302.05543, for the ControlNet, whose outputs are added to the UNet's.
     """
-    text, residuals = condition["text_embeddings"], {}
+    text, options = condition["text_embeddings"], {}
+    if SIZE_NUMBERS in condition:
+        sizes = {"text_embeds": condition["pooled_embeddings"], "time_ids": condition[SIZE_NUMBERS]}
+        options["added_cond_kwargs"] = sizes
     if MASKED in condition:
         sample = jnp.concatenate([sample, condition[MASKED]], axis=1)
     if "controlnet" in modules.by_name:
-        followed = condition[CONDITIONING_IMAGE]
-        down, mid = modules.call("controlnet", params, dropout, sample, timesteps, text, followed, return_dict=False)
-        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
-    return modules.call("unet", params, dropout, sample, timesteps, text, **residuals)[0]
+        inputs = (sample, timesteps, text, condition[CONDITIONING_IMAGE])
+        down, mid = modules.call("controlnet", params, dropout, *inputs, return_dict=False, **options)
+        options |= {"down_block_additional_residuals": down, "mid_block_additional_residual": mid}
+    return modules.call("unet", params, dropout, sample, timesteps, text, **options)[0]
 
 
 FAMILIES.register(

@@ -24,20 +24,26 @@ _SCALED = (_UNIT - np.float32(0.5)) / np.float32(0.5)
 
 
 class Placement(NamedTuple):
-    """Where a picture is resized to, cut and mirrored, all in pixels."""
+    """The part of a picture that is used, all in pixels."""
 
+    original: tuple[int, int]  # (width, height) before resizing
     size: tuple[int, int]  # (width, height) after resizing
     corner: tuple[int, int]  # (top, left) of the square, before the flip
     flipped: bool
+    side: int  # of the square
+
+    @property
+    def crop_top_left(self) -> tuple[int, int]:
+        """Top and left of the square in the resized picture, which is mirrored first where it is mirrored at all."""
+        top, left = self.corner
+        return top, self.size[0] - left - self.side if self.flipped else left
 
 
 class Transformed(NamedTuple):
-    """A picture ready for the model, and its place in the original (SDXL's size conditioning)."""
+    """A picture ready for the model, and the part of the original that it is."""
 
     pixel_values: np.ndarray  # float32 (C, resolution, resolution) in [-1, 1]
-    original_size: tuple[int, int]  # (height, width) before resizing, pixels
-    crop_top_left: tuple[int, int]  # (top, left) after resizing and flipping, pixels
-    place: Placement  # the part that was used
+    place: Placement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +68,7 @@ class ImageTransform:
             rng: Function that returns the example's generator of a stream; `CROP` and `FLIP` are used where needed.
 
         Returns:
-            The array and the sizes.
+            The array, and the part of the picture that it shows.
 
         Reference:
             torchvision's Resize, CenterCrop or RandomCrop, RandomHorizontalFlip, ToTensor, Normalize, in
@@ -70,10 +76,7 @@ class ImageTransform:
         """
         place = self.place(image.size, rng)
         pixels = self.cut(image, place, channels=self.channels, interpolation=self.interpolation)
-        top, left = place.corner
-        if place.flipped:
-            left = place.size[0] - left - self.resolution
-        return Transformed(scale(pixels), (image.height, image.width), (top, left), place)
+        return Transformed(scale(pixels), place)
 
     def place(self, size: tuple[int, int], rng: Callable[[Stream], np.random.Generator]) -> Placement:
         """Choose the part of a picture that is used.
@@ -83,7 +86,7 @@ class ImageTransform:
             rng: As for a call.
         """
         width, height = self._resized(*size)
-        return Placement((width, height), self._corner(width, height, rng), self.flips(rng))
+        return Placement(size, (width, height), self._corner(width, height, rng), self.flips(rng), self.resolution)
 
     def cut(self, image: Image.Image, place: Placement, *, channels: int, interpolation: str) -> np.ndarray:
         """Resize, crop and mirror a picture, or a second one of the same example, which may have another size.
