@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import pictures, rewrite, stable_diffusion, stable_diffusion_xl
+from tiny import paired_pictures, pictures, rewrite, stable_diffusion, stable_diffusion_xl
 
 import flax_diffusion.generate
 import flax_diffusion.train
@@ -220,6 +220,37 @@ def test_a_single_file(model, tmp_path):
         assert all(torch.equal(given[key], ours[key]) for key in given)
     pipe = StableDiffusionXLPipeline.from_single_file(file, config=str(model), local_files_only=True)
     np.testing.assert_allclose(predicted(pipe), predicted(base), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_control_net(shared, tmp_path, backend):
+    from diffusers import StableDiffusionXLControlNetPipeline
+
+    data = paired_pictures(tmp_path / "data")
+    followed = str(data / "conditioning" / "0.png")
+    options = {"validation_prompts": ["a dog"], "validation_images": [followed], "validation_num_inference_steps": 1}
+    out = BACKENDS[backend].train.train("controlnet", **shared, train_data_dir=str(data), **options)
+    pipe = StableDiffusionXLControlNetPipeline.from_pretrained(out, add_watermarker=False)
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.from_numpy(sampling_noise(3, np.arange(1), 0, (4, 8, 8)))
+    draw = {"num_inference_steps": 2, "guidance_scale": 3.0}
+    image = Image.open(followed).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    expected = pipe(PROMPT, image=image, latents=latents, height=SIZE, width=SIZE, output_type="np", **draw).images
+    drawn = BACKENDS[backend].generate.generate(out, prompt=PROMPT, conditioning_image=followed, seed=3, **draw)
+    assert np.abs(drawn - np.round(expected * 255)).max() <= 1
+
+
+def test_an_inpainting_model(shared, model, tmp_path):
+    from diffusers import StableDiffusionXLInpaintPipeline
+
+    options = shared | {"train_data_dir": str(pictures(tmp_path / "data")), "inpainting": True}
+    out = flax_diffusion.train.train("text_to_image", **options)
+    pipe = StableDiffusionXLInpaintPipeline.from_pretrained(out, add_watermarker=False)
+    assert pipe.unet.config.in_channels == 9
+    again = options | {"pretrained_model_name_or_path": str(out), "output_dir": str(tmp_path / "again")}
+    torch_backend.train.train("text_to_image", **again)
+    with pytest.raises(UserError, match="it fills in pictures; add --inpainting"):
+        flax_diffusion.train.train("text_to_image", **again | {"inpainting": False, "output_dir": str(tmp_path / "no")})
 
 
 def test_from_scratch(tmp_path):
