@@ -1,9 +1,9 @@
 """A tenth digit from five pictures. Run: python -m pytest -m acceptance -s tests/benchmarks/test_personalisation.py
 
-Latent pipelines are made from scratch on digits 0 to 8, one a base. Then every method teaches each of them the nine,
-with several seeds, and 100 samples a prompt are judged: of the new thing, and of the nine old ones. The bounds hold for
-every base and seed. All of it is measured with PyTorch, the quicker one on models of this size; JAX is held to its
-figures, and both to plain Diffusers', on one base and seed.
+Latent pipelines are made from scratch on digits 0 to 8, one a base, of Stable Diffusion's make and of XL's. Then every
+method teaches each of them the nine, with several seeds, and 100 samples a prompt are judged: of the new thing, and of
+the nine old ones. The bounds hold for every base and seed. All of it is measured with PyTorch, the quicker one on
+models of this size; JAX is held to its figures, and both to plain Diffusers', on one base and seed.
 
 Guidance hides faults and makes some. It hides that a model forgets, since it pushes every sample towards its prompt.
 And a model that learns from guided class pictures, and is drawn from with guidance, has it twice: its digits get
@@ -52,11 +52,17 @@ LINEAR = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "time
 NEW, WORD, START = "a handwritten sks", "<nine>", "ba"
 
 
+@pytest.fixture(scope="module", params=["digits_latent", "digits_latent_xl"])
+def recipe(request):
+    """The recipe of the bases: of Stable Diffusion's make, and of XL's."""
+    return request.config.rootpath / f"configs/{request.param}.yaml"
+
+
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
+def root(tmp_path_factory, recipe):
     """The folder of bases, runs and verdicts."""
     kept = os.environ.get("PERSONALISATION_DIR")
-    folder = Path(kept) if kept else tmp_path_factory.mktemp("personalisation")
+    folder = (Path(kept) if kept else tmp_path_factory.mktemp("personalisation")) / recipe.stem
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -91,16 +97,16 @@ def train(values, out):
     return torch_backend.train.train(values["task"], **options | {"output_dir": str(out), "report_to": "none"})
 
 
-def make_base(root, recipes, number):
+def make_base(root, recipe, number):
     """A pipeline that has never seen a nine, by the recipes of `configs/`; its own sampler is DDIM."""
     base, unfinished = root / f"base-{number}", root / "unfinished"
     if base.exists():
         return base
     known = write(root / "known", np.flatnonzero(real_digits()[1] != 9), captions=True)
     changes = {"dataset_name": None, "train_data_dir": str(known), "checkpointing_steps": 100_000, "seed": number}
-    values = yaml.safe_load((recipes / "digits_autoencoder.yaml").read_text())
+    values = yaml.safe_load(recipe.with_name("digits_autoencoder.yaml").read_text())
     vae = train(values | changes, root / f"autoencoder-{number}") / "vae"
-    values = yaml.safe_load((recipes / "digits_latent.yaml").read_text())
+    values = yaml.safe_load(recipe.read_text())
     train(values | changes | {"vae": str(vae)}, unfinished)
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         text = (unfinished / name).read_text()
@@ -230,14 +236,20 @@ def draw(request, backend, task, pipeline, prompts, folder):
 def by_diffusers(base, made, task, prompts):
     """Draws by Diffusers alone, from the same noise."""
     import torch
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
+    from safetensors.torch import load_file
 
     whole = (made / "model_index.json").is_file()
-    pipeline = StableDiffusionPipeline.from_pretrained(made if whole else base)
+    pipeline = DiffusionPipeline.from_pretrained(made if whole else base)
     if (made / "pytorch_lora_weights.safetensors").is_file():
         pipeline.load_lora_weights(made)
-    if (made / "learned_embeds.safetensors").is_file():
+    if (made / "learned_embeds.safetensors").is_file() and "text_encoder_2" not in pipeline.components:
         pipeline.load_textual_inversion(made)
+    elif (made / "learned_embeds.safetensors").is_file():
+        rows = load_file(made / "learned_embeds.safetensors")
+        second = {"text_encoder": pipeline.text_encoder_2, "tokenizer": pipeline.tokenizer_2}
+        for key, options in (("clip_l", {}), ("clip_g", second)):
+            pipeline.load_textual_inversion({WORD: rows[key]}, WORD, **options)
     pipeline.set_progress_bar_config(disable=True)
     drawn = []
     for number, prompt in enumerate(prompts):
@@ -299,7 +311,7 @@ def show(name, verdict):
     print(f"{name:44} {shares}  Fréchet {verdict.distance:5.2f}", flush=True)
 
 
-def test_every_base_and_seed(request, root):
+def test_every_base_and_seed(recipe, root):
     print()
     rows, missed, spent = {}, [], 0.0
 
@@ -314,7 +326,7 @@ def test_every_base_and_seed(request, root):
         return verdict
 
     for number in BASES:
-        base = make_base(root, request.config.rootpath / "configs", number)
+        base = make_base(root, recipe, number)
         of_base = add("base", number, None, judge_base(root, base, "dreambooth"))
         add("base, guided", number, None, judge_base(root, base, "textual_inversion"))
         for seed in SEEDS:
@@ -326,9 +338,9 @@ def test_every_base_and_seed(request, root):
 
 
 @pytest.mark.parametrize("name", methods(Path(), Path(), Path()))
-def test_jax_and_diffusers_agree(request, root, tmp_path, name):
+def test_jax_and_diffusers_agree(request, recipe, root, tmp_path, name):
     """One base and seed, by JAX's own commands, and what comes of it in plain Diffusers."""
-    base = make_base(root, request.config.rootpath / "configs", 0)
+    base = make_base(root, recipe, 0)
     pytorch, _ = judge_method(root, base, 0, name)
     values = methods(base, root / "new", tmp_path / "classes")[name] | {"seed": 0}
     task = values["task"]

@@ -23,6 +23,7 @@ DREAMBOOTH = ["dreambooth", "--instance_data_dir", ".", "--instance_prompt", "a 
 DREAMBOOTH += ["--with_prior_preservation", "--class_data_dir", ".", "--class_prompt", "a dog"]
 DREAMBOOTH += ["--train_batch_size", "1", "--gradient_checkpointing", "--use_8bit_adam"]
 AGAIN = [*TUNE, "--train_batch_size", "8", "--gradient_checkpointing"]
+XL_LORA = [*TUNE, "--resolution", "1024", "--lora_rank", "16", "--train_batch_size", "1"]
 EIGHT, SIXTEEN = ([*TUNE, "--train_batch_size", batch, "--fsdp_parallelism", "4"] for batch in ("8", "16"))
 
 ROWS = {
@@ -35,6 +36,7 @@ ROWS = {
     "dreambooth": ("sd15", "v5e:1x1", DREAMBOOTH, {"GiB": 12}),
     "offload": ("sd15", "v5e:1x1", [*DREAMBOOTH, "--offload_optimizer"], {"GiB": 8}),
     "lora": ("sd15", "v5e:1x1", LORA, {"GiB": 6}),
+    "sdxl-lora": ("sdxl", "v5e:1x1", XL_LORA, {"GiB": 16}),
     "v5p": ("sd15", "v5p:2x2x1", EIGHT, {"GiB": 95}),
     "pod": ("sd15", "v5e:16x16", EIGHT, {"GiB": 16, "ms": 32, "GB": 25}),
 }
@@ -54,20 +56,24 @@ SAID = {
 def described(request, version, folder):
     """A pipeline folder with the configs of a published one, and no weights."""
     configs = request.config.rootpath / "tests/models/configs"
-    for part in ("unet", "vae", "text_encoder"):
+    names = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+    names |= {"text_encoder_2": "CLIPTextModelWithProjection"} if version == "sdxl" else {}
+    for part in names:
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text((configs / f"{version}_{part}.json").read_text())
     scheduler = {
         "_class_name": "PNDMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
         "skip_prk_steps": True, "steps_offset": 1,
-        "prediction_type": "epsilon" if version == "sd15" else "v_prediction",
+        "prediction_type": "v_prediction" if version == "sd21" else "epsilon",
     }  # fmt: skip
     (folder / "scheduler").mkdir()
     (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
-    train_tokenizer(["a photo of a dog"], 700, 77).save_pretrained(folder / "tokenizer")
-    names = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
-    index = {name: ["diffusers", kind] for name, kind in names.items()} | {"_class_name": "StableDiffusionPipeline"}
-    index |= {"scheduler": ["diffusers", "PNDMScheduler"], "tokenizer": ["transformers", "CLIPTokenizer"]}
+    index = {name: ["diffusers", kind] for name, kind in names.items()}
+    index |= {"_class_name": f"StableDiffusion{'XL' if version == 'sdxl' else ''}Pipeline"}
+    index |= {"scheduler": ["diffusers", "PNDMScheduler"]}
+    for name in ("tokenizer", "tokenizer_2") if version == "sdxl" else ("tokenizer",):
+        train_tokenizer(["a photo of a dog"], 700, 77).save_pretrained(folder / name)
+        index[name] = ["transformers", "CLIPTokenizer"]
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 
@@ -81,7 +87,8 @@ def figures(request, tmp_path_factory):
         version, topology, flags, _ = ROWS[row]
         environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
         model = described(request, version, tmp_path_factory.mktemp("figures") / "model")
-        command = [sys.executable, "-m", "tpu.plan", *flags, "--topology", topology, "--resolution", "512"]
+        size = [] if "--resolution" in flags else ["--resolution", "512"]
+        command = [sys.executable, "-m", "tpu.plan", *flags, "--topology", topology, *size]
         command += ["--mixed_precision", "bf16", "--pretrained_model_name_or_path", str(model)]
         ran = subprocess.run(command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-2000:]

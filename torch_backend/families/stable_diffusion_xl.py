@@ -34,10 +34,11 @@ def condition(modules: Any, batch: Batch) -> Condition:
         return told | {name: batch[name] for name in STABLE_DIFFUSION_XL.prompt_arrays}
     first = modules.by_name["text_encoder"](batch["input_ids"], output_hidden_states=True)
     second = modules.by_name["text_encoder_2"](batch["input_ids_2"], output_hidden_states=True)
+    pooled = second.text_embeds
     if first.last_hidden_state.requires_grad:
-        second.text_embeds = second.text_embeds + _zero_of(first.last_hidden_state)
+        pooled = pooled + _zero_of(first.last_hidden_state)
     states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-    return told | {"text_embeddings": states, "pooled_embeddings": second.text_embeds}
+    return told | {"text_embeddings": states, "pooled_embeddings": pooled}
 
 
 def _zero_of(unused: Tensor) -> Tensor:
