@@ -211,3 +211,49 @@ def test_ddpm_refuses_noise_that_says_nothing():
     scheduler = Ddpm.scheduler(UnconditionalConfig(dataset_name="digits")) | {"rescale_betas_zero_snr": True}
     with pytest.raises(ConfigError, match="rescale_betas_zero_snr with prediction_type epsilon"):
         made(scheduler)
+
+
+@pytest.mark.parametrize(
+    ("options", "more"),
+    [
+        ({"timestep_bias_strategy": "earlier", "timestep_bias_portion": 0.2}, slice(0, 2)),
+        ({"timestep_bias_strategy": "later"}, slice(8, 10)),
+        ({"timestep_bias_strategy": "range", "timestep_bias_begin": 3, "timestep_bias_end": 7}, slice(3, 7)),
+        ({"timestep_bias_strategy": "range", "timestep_bias_begin": 3}, slice(3, 10)),
+    ],
+)
+def test_timesteps_that_are_drawn_more_often(options, more):
+    objective = made(
+        Ddpm.scheduler(UnconditionalConfig(dataset_name="digits", ddpm_num_steps=10)),
+        **options, timestep_bias_multiplier=3.0,
+    )  # fmt: skip
+    weights = np.ones(10)
+    weights[more] = 3
+    rng = np.random.default_rng(0)
+    counts = np.bincount([int(objective.draw(rng).timesteps) for _ in range(4000)], minlength=10)
+    expected = 4000 * weights / weights.sum()
+    assert (np.abs(counts - expected) < 4 * np.sqrt(expected)).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"timestep_bias_multiplier": 2.0},
+            "--timestep_bias_multiplier changes nothing with --timestep_bias_strategy no",
+        ),
+        ({"timestep_bias_strategy": "later", "timestep_bias_end": 5}, "--timestep_bias_end changes nothing with"),
+        (
+            {"timestep_bias_strategy": "range", "timestep_bias_begin": 1000},
+            "1000 is not below --timestep_bias_end 1000",
+        ),
+        ({"timestep_bias_strategy": "range", "timestep_bias_multiplier": 0.0}, "timestep_bias_multiplier"),
+        (
+            {"timestep_bias_strategy": "earlier", "timestep_bias_portion": 1e-4, "timestep_bias_multiplier": 2.0},
+            "none of the 1000 timesteps is drawn more often",
+        ),
+    ],
+)
+def test_timesteps_that_cannot_be_drawn_more_often(options, says):
+    with pytest.raises((ConfigError, ValueError), match=says):
+        made(Ddpm.scheduler(UnconditionalConfig(dataset_name="digits")), **options)
