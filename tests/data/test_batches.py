@@ -9,7 +9,7 @@ from PIL import Image
 from tiny import OBJECTIVE
 
 from flax_diffusion.core.data.batches import ExampleFn
-from flax_diffusion.core.data.captions import Tokenize, train_tokenizer
+from flax_diffusion.core.data.captions import Tokenize, TokenizePrompt, train_tokenizer
 from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.sources.folders import FolderSource
 from flax_diffusion.core.data.sources.opening import open_source
@@ -29,7 +29,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def tokenize():
-    return Tokenize.from_clip(train_tokenizer(["a handwritten zero"], 520, 16))
+    return TokenizePrompt({"input_ids": Tokenize.from_clip(train_tokenizer(["a handwritten zero"], 520, 16))})
 
 
 def one_file(tmp_path, captions):
@@ -55,7 +55,7 @@ def test_with_captions_and_latents(digits, tokenize):
     make = pickle.loads(pickle.dumps(ExampleFn(transform=TRANSFORM, noise=noise, tokenize=tokenize)))  # noqa: S301
     example = make(digits, 0, 0, 0)
     assert example["latent_noise"].shape == example["perturbation"].shape == (4, 2, 2)
-    np.testing.assert_array_equal(example["input_ids"], tokenize("a handwritten zero"))
+    np.testing.assert_array_equal(example["input_ids"], tokenize("a handwritten zero")["input_ids"])
 
 
 def test_everything_depends_on_seed_epoch_and_index(digits):
@@ -77,7 +77,7 @@ def test_weight_of_the_timestep(digits):
 
 def test_empty_prompts(digits, tokenize):
     make = ExampleFn(transform=TRANSFORM, noise=NOISE, tokenize=tokenize, proportion_empty_prompts=0.25)
-    empty = tokenize("")
+    empty = tokenize("")["input_ids"]
     count = sum(np.array_equal(make(digits, 0, 0, index)["input_ids"], empty) for index in range(1000))
     assert 195 < count < 305  # 4 standard errors
     always = ExampleFn(transform=TRANSFORM, noise=NOISE, tokenize=tokenize, proportion_empty_prompts=1.0)
@@ -88,7 +88,7 @@ def test_several_captions_take_turns(tmp_path, tokenize):
     source = one_file(tmp_path, [["one", "two", "three"]])
     make = ExampleFn(transform=TRANSFORM, noise=NOISE, tokenize=tokenize)
     ids = [tuple(make(source, 0, epoch, 0)["input_ids"].tolist()) for epoch in range(300)]
-    counts = [ids.count(tuple(tokenize(text).tolist())) for text in ("one", "two", "three")]
+    counts = [ids.count(tuple(tokenize(text)["input_ids"].tolist())) for text in ("one", "two", "three")]
     assert sum(counts) == 300
     assert min(counts) > 67  # 4 standard errors below 100
 

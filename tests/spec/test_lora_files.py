@@ -47,7 +47,7 @@ def text(*names):
     return [("text_encoder", name) for name in names]
 
 
-NAMES = KohyaNames(STABLE_DIFFUSION.lora_prefixes)
+NAMES = KohyaNames(STABLE_DIFFUSION.lora_prefixes, refused=STABLE_DIFFUSION.lora_refused)
 BOTH = unet(*LINEAR) + text(*TEXT)
 RANKS = {LINEAR[0]: 1, LINEAR[1]: 3, TEXT[0]: 1, CONVOLUTIONS[0]: 4}
 

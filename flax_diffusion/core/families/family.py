@@ -51,12 +51,14 @@ class PipelineClass:
         tokenizers: Text encoders by the name of their tokenizer's subfolder.
         scheduler: Keys of the scheduler's config where it is ours to choose.
         index: Entries of model_index.json beside the parts that are there.
+        settings: Further entries, which are no parts and which a pipeline may have otherwise.
     """
 
     parts: Mapping[str, ModelClass]
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     index: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,7 @@ class Family:
         lora_prefixes: Of the names of each component's layers in LoRA files of kohya's form.
         lora_renamers: Makes, of a pipeline, functions from PyTorch's name of a parameter to the original one, by
             component whose layers have the latter in such files.
+        lora_refused: Starts of names in LoRA files of other families, and the error's text for each.
         single_file: How a pipeline lies in one file; None where there are no such files.
         check_index: Raises WeightsError for a model_index.json of a pipeline that has not all parts.
         check: Raises ConfigError for parts that do not go together in training.
@@ -119,6 +122,7 @@ class Family:
     word_keys: Mapping[str, str] = field(default_factory=dict)
     lora_prefixes: Mapping[str, str] = field(default_factory=dict)
     lora_renamers: Callable[[PipelineSpec], dict[str, Callable[[str], str]]] = lambda _: {}
+    lora_refused: Mapping[str, str] = field(default_factory=dict)
     single_file: SingleFileLayout | None = None
     check_index: Callable[[Mapping[str, Any]], None] = _nothing_to_check
     check: Callable[[PipelineSpec], None] = _nothing_to_check

@@ -72,14 +72,14 @@ def _models_left_out(index: dict[str, Any]) -> list[str]:
     """Return the names of models, such as a ControlNet, that a pipeline of a known kind has beside its parts."""
     kind = index["_class_name"]
     pipeline = family_of(kind).pipelines[kind]
-    known = {*pipeline.parts, *pipeline.tokenizers, *pipeline.index, "scheduler"}
+    known = {*pipeline.parts, *pipeline.tokenizers, *pipeline.index, *pipeline.settings, "scheduler"}
     return [name for name, value in index.items() if isinstance(value, list) and any(value) and name not in known]
 
 
 def settings(index: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a pipeline's index that are no parts, of those that the family knows."""
-    known = family_of(index["_class_name"]).pipelines[index["_class_name"]].index
-    return {name: index[name] for name in known if name in index and not isinstance(index[name], list)}
+    """Return the settings of a pipeline that its index has."""
+    known = family_of(index["_class_name"]).pipelines[index["_class_name"]].settings
+    return {name: index[name] for name in known if name in index}
 
 
 def has_part(index: dict[str, Any], name: str) -> bool:

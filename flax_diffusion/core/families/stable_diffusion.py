@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flax_diffusion.core.errors import ConfigError, WeightsError
@@ -157,25 +158,21 @@ _INDEX = {
     "requires_safety_checker": False,
 }
 
+_OF_XL = (
+    "LoRA of Stable Diffusion XL, and the model has one text encoder: give the model that it was trained on by --model"
+)
+_PIPELINE = PipelineClass(parts=_PARTS, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX)
+
 STABLE_DIFFUSION = FAMILIES.register(
     "stable_diffusion",
     Family(
         name="stable_diffusion",
         title="a Stable Diffusion 1.x or 2.x pipeline",
         pipelines={
-            "StableDiffusionPipeline": PipelineClass(
-                parts=_PARTS, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX
-            ),
-            "StableDiffusionInpaintPipeline": PipelineClass(
-                # Diffusers' class does not open a folder that names no version.
-                parts=_PARTS,
-                tokenizers=_TOKENIZERS,
-                scheduler=_SCHEDULER,
-                index=_INDEX | {"_diffusers_version": "0.39.0"},
-            ),
-            "StableDiffusionControlNetPipeline": PipelineClass(
-                parts=_PARTS | {"controlnet": CONTROLNET}, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX
-            ),
+            "StableDiffusionPipeline": _PIPELINE,
+            # Diffusers' class does not open a folder that names no version.
+            "StableDiffusionInpaintPipeline": replace(_PIPELINE, index=_INDEX | {"_diffusers_version": "0.39.0"}),
+            "StableDiffusionControlNetPipeline": replace(_PIPELINE, parts=_PARTS | {"controlnet": CONTROLNET}),
         },
         same_parts={
             "StableDiffusionImg2ImgPipeline": "StableDiffusionPipeline",
@@ -185,6 +182,7 @@ STABLE_DIFFUSION = FAMILIES.register(
         control="StableDiffusionControlNetPipeline",
         prompt_arrays=("text_embeddings",),
         lora_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
+        lora_refused=dict.fromkeys(("lora_te2_", "text_encoder_2."), _OF_XL),
         single_file=SingleFileLayout(
             prefixes={
                 "unet": "model.diffusion_model.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from flax_diffusion.core.errors import ConfigError, WeightsError
@@ -23,8 +24,8 @@ from flax_diffusion.core.typed import Size
 if TYPE_CHECKING:
     from flax_diffusion.core.spec.pipeline import PipelineSpec
 
-SIZE_NUMBERS = 6
-"""Numbers that the UNet is told of a picture's size: two each of the original size, the corner and the target size."""
+_SIZES = 6
+"""Numbers that the UNet is told of a picture, each by an embedding of its own; see `size_numbers`."""
 
 
 class _CLIPTextWithProjection(CLIPTextSchema):
@@ -62,11 +63,11 @@ def _check(spec: PipelineSpec) -> None:
             f"text encoders of hidden_size {first['hidden_size']} and {second['hidden_size']}, and UNet of "
             f"cross_attention_dim {unet['cross_attention_dim']}: it must be {width}, their sum"
         )
-    wanted = SIZE_NUMBERS * unet["addition_time_embed_dim"] + second["projection_dim"]
+    wanted = _SIZES * unet["addition_time_embed_dim"] + second["projection_dim"]
     if wanted != unet["projection_class_embeddings_input_dim"]:
         raise ConfigError(
             f"UNet of projection_class_embeddings_input_dim {unet['projection_class_embeddings_input_dim']}: it must "
-            f"be {wanted}, {SIZE_NUMBERS} times its addition_time_embed_dim and the projection_dim of text_encoder_2"
+            f"be {wanted}, {_SIZES} times its addition_time_embed_dim and the projection_dim of text_encoder_2"
         )
     for name in spec.names_of(Role.CONTROL):
         check_control(spec, spec.components[name])
@@ -80,7 +81,9 @@ _PARTS = {
 }
 _TOKENIZERS = {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"}
 _SCHEDULER = {"steps_offset": 1}
-_INDEX = {"feature_extractor": NOTHING, "image_encoder": NOTHING, "vae": NOTHING, "force_zeros_for_empty_prompt": True}
+_INDEX = {"feature_extractor": NOTHING, "image_encoder": NOTHING, "vae": NOTHING}
+_SETTINGS = {"force_zeros_for_empty_prompt": True}
+_PIPELINE = PipelineClass(parts=_PARTS, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX, settings=_SETTINGS)
 
 STABLE_DIFFUSION_XL = FAMILIES.register(
     "stable_diffusion_xl",
@@ -88,15 +91,9 @@ STABLE_DIFFUSION_XL = FAMILIES.register(
         name="stable_diffusion_xl",
         title="one of Stable Diffusion XL",
         pipelines={
-            "StableDiffusionXLPipeline": PipelineClass(
-                parts=_PARTS, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX
-            ),
-            "StableDiffusionXLInpaintPipeline": PipelineClass(
-                parts=_PARTS, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX
-            ),
-            "StableDiffusionXLControlNetPipeline": PipelineClass(
-                parts=_PARTS | {"controlnet": CONTROLNET}, tokenizers=_TOKENIZERS, scheduler=_SCHEDULER, index=_INDEX
-            ),
+            "StableDiffusionXLPipeline": _PIPELINE,
+            "StableDiffusionXLInpaintPipeline": _PIPELINE,
+            "StableDiffusionXLControlNetPipeline": replace(_PIPELINE, parts=_PARTS | {"controlnet": CONTROLNET}),
         },
         same_parts={
             "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",

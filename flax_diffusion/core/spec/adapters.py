@@ -199,10 +199,12 @@ class KohyaNames:
         prefixes: Start of the names, by component.
         renamed: From PyTorch's name of a parameter to that of the original code, by component whose layers have the
             latter.
+        refused: Starts of names in files for other models, of any form, and the error's text for each.
     """
 
     prefixes: Mapping[str, str]
     renamed: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def __call__(self, component: str, layer: str) -> str:
         """Return the name of a layer, as kohya's program writes it."""

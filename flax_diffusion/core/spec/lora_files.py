@@ -55,7 +55,6 @@ _KINDS = (
     (r"^bundle_emb\.|string_to_param|^emb_params$", "new words of textual inversion"),
     (r"^lora_controlnet$", "a Control-LoRA"),
 )
-_SECOND_ENCODER = re.compile(r"lora_te2_|text_encoder_2\.")
 _OTHER_KINDS = tuple((re.compile(pattern), name) for pattern, name in _KINDS)
 
 # Keys of PEFT's LoraConfig that say where adapters are or how they were trained, but do not change what they add.
@@ -86,7 +85,7 @@ def read_lora_layers(path: Path, layers: Layers, kohya: KohyaNames) -> dict[str,
     """
     path = model_files.weights_file(path, "--lora", (LORA_FILE, PEFT_FILE))
     stored = model_files.read_safetensors(path)
-    _refuse_other_kinds(path, stored, layers)
+    _refuse_other_kinds(path, stored, kohya)
     if not any(key.endswith(tuple(_DOWN)) for key in stored):
         raise WeightsError(f"{path} holds no LoRA weights: name the file that does")
     settings = _settings(path)
@@ -136,12 +135,10 @@ def _and_more(count: int, what: str) -> str:
     return f", and {count} more {what}{'s' if count > 1 else ''}" if count > 0 else ""
 
 
-def _refuse_other_kinds(path: Path, stored: Mapping[str, Any], layers: Layers) -> None:
-    if "text_encoder_2" not in layers and any(_SECOND_ENCODER.match(key) for key in stored):
-        raise WeightsError(
-            f"{path} holds LoRA of Stable Diffusion XL, and the model has one text encoder: give the model that it was "
-            "trained on by --model"
-        )
+def _refuse_other_kinds(path: Path, stored: Mapping[str, Any], kohya: KohyaNames) -> None:
+    for start, what in kohya.refused.items():
+        if any(key.startswith(start) for key in stored):
+            raise WeightsError(f"{path} holds {what}")
     for pattern, kind in _OTHER_KINDS:
         count = sum(1 for key in stored if pattern.search(key))
         if count:

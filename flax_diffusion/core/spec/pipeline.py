@@ -124,7 +124,7 @@ class PipelineSpec:
         tokenizers: Its tokenizers, named as the subfolders of a Diffusers pipeline.
         autoencoder_loss: Loss of an autoencoder; None where a denoiser is trained.
         objective_name: Objective of a run that does not train by that of its scheduler; None where it does.
-        settings: Values of model_index.json that are no parts, where they are others than the family's.
+        settings: Entries of model_index.json that are no parts, where they are others than the family's.
         listed_as: Class that its model_index.json names where that is another one of the same parts; None for `kind`.
     """
 
@@ -165,7 +165,7 @@ class PipelineSpec:
     @property
     def kohya_names(self) -> KohyaNames:
         """Names of the layers in LoRA files of kohya's form."""
-        return KohyaNames(self.family.lora_prefixes, self.family.lora_renamers(self))
+        return KohyaNames(self.family.lora_prefixes, self.family.lora_renamers(self), self.family.lora_refused)
 
     @property
     def trains_adapters(self) -> bool:
@@ -178,8 +178,8 @@ class PipelineSpec:
         return family_of(self.kind)
 
     def setting(self, name: str) -> Any:
-        """Return a value of model_index.json that is no part; None where there is none."""
-        return self.settings.get(name, self.family.pipelines[self.kind].index.get(name))
+        """Return an entry of model_index.json that is no part; None where such pipelines have none of that name."""
+        return {**self.family.pipelines[self.kind].settings, **self.settings}.get(name)
 
     def names_of(self, role: Role) -> list[str]:
         """Return the names of the components that have a role."""

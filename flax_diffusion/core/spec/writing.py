@@ -26,7 +26,8 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
     index |= {name: ["transformers", "CLIPTokenizer"] for name in spec.tokenizers}
     save_tokenizers(spec, folder)
-    index = {**pipelines.get(listed, pipelines[spec.kind]).index, **spec.settings, **index}
+    known = pipelines.get(listed, pipelines[spec.kind])
+    index = {**known.index, **known.settings, **spec.settings, **index}
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)

@@ -186,7 +186,7 @@ class TextTask(DiffusionTask[T]):
             components[vae] = frozen_vae(config.vae)
         spec = self.pipeline(kind, components, tokenizers)
         # A new model is trained on empty prompts, and guided away from them as they are.
-        new = {name: False for name in pipeline.index if name == "force_zeros_for_empty_prompt"}
+        new = dict.fromkeys(pipeline.settings.keys() & {"force_zeros_for_empty_prompt"}, False)
         return replace(spec, settings=folders.settings(index) if index else new)
 
     @property
