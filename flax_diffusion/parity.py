@@ -153,7 +153,8 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         rate = make_rate(config, schedule)
         with tempfile.TemporaryDirectory() as folder:
             made = precompute(task, spec, source, ours, Path(folder))
-            options: dict[str, Any] = {"num_steps": steps, "made": made, "dtype": dtype}
+            buckets = assembly.make_buckets(task, spec, source, schedule)
+            options: dict[str, Any] = {"num_steps": steps, "made": made, "dtype": dtype, "buckets": buckets}
             with assembly.make_loader(task, spec, source, schedule, **options) as loader:
                 for done, batch in enumerate(loader):
                     leave_out = NO_GRADIENT if dtype == "float32" else None

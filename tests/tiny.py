@@ -1,5 +1,6 @@
 """Tiny models, pipelines and runs that many tests share."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from flax_diffusion.core.objectives import noise_schedule
@@ -180,6 +181,23 @@ def pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
         pixels = np.random.default_rng(number).integers(0, 256, (size, size + number, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
         rows.append(json.dumps({"file_name": f"{number}.png", "text": f"a photo of a dog number {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def shaped_pictures(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
+    """A folder of such pictures of given widths and heights."""
+    import json
+
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, (width, height) in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:04d}.png")
+        rows.append(json.dumps({"file_name": f"{number:04d}.png", "text": f"a photo of a dog number {number}"}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder
 

@@ -15,7 +15,8 @@ from flax_diffusion.core.data import bad
 from flax_diffusion.core.data import loader as loader_module
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.data.images.transforms import ImageTransform
-from flax_diffusion.core.data.loader import Loader, example_at
+from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.data.order import example_at
 from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec

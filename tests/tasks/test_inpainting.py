@@ -50,7 +50,7 @@ def run(options, backend, folder, until=None, **more):
 
 
 def test_masks_are_of_all_kinds():
-    masks = np.stack([draw_mask(16, np.random.default_rng(seed)) for seed in range(4000)])
+    masks = np.stack([draw_mask((16, 16), np.random.default_rng(seed)) for seed in range(4000)])
     whole = masks.all(axis=(1, 2)).mean()
     assert 0.23 < whole < 0.28
     boxes = [mask[np.ix_(mask.any(axis=1), mask.any(axis=0))] for mask in masks if mask.any() and not mask.all()]

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 import torch
-from tiny import RUN, TEXT_RUN, VAE, paired_pictures, pictures, stable_diffusion, stable_diffusion_xl
+from tiny import RUN, TEXT_RUN, VAE, paired_pictures, pictures, shaped_pictures, stable_diffusion, stable_diffusion_xl
 
 from flax_diffusion import generate as jax_generate
 from flax_diffusion.core.cli.command_line import merge
@@ -117,6 +117,7 @@ METHODS = {
     },
     "text_to_image_lora": {"lora_rank": 4, "gradient_accumulation_steps": 2},
     "text_to_image_inpainting": {"inpainting": True, "random_flip": True},
+    "text_to_image_buckets": {"bucket_resolutions": ["auto"], "random_flip": True, "center_crop": True},
     "textual_inversion": {
         "placeholder_token": "<dog-toy>", "initializer_token": "dog", "num_vectors": 2, "gradient_checkpointing": True,
     },
@@ -147,6 +148,8 @@ METHODS = {
 def method_config(method, tmp_path, **options):
     task = next(name for name in TASKS if method.startswith(name))
     data = (paired_pictures if task == "controlnet" else pictures)(tmp_path / "data", 4)
+    if "buckets" in method:
+        data = shaped_pictures(tmp_path / "data", [(24, 24), (25, 24), (40, 20), (41, 20)])
     values = QUIET | METHODS[method] | {
         "resolution": 16, "train_batch_size": 2, "learning_rate": 1e-2, "use_ema": True, "lr_warmup_steps": 0,
     } | options  # fmt: skip
@@ -179,7 +182,10 @@ def test_lora_of_both_models_float64(tmp_path):
     assert equal, line
 
 
-SHORT = ["controlnet", "controlnet_cached", "text_to_image_inpainting", "text_to_image_xl", "dreambooth_xl_lora"]
+SHORT = [
+    "controlnet", "controlnet_cached", "text_to_image_inpainting", "text_to_image_buckets", "text_to_image_xl",
+    "dreambooth_xl_lora",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", SHORT)

@@ -67,6 +67,11 @@ class TrainConfig(BaseModel):
 
     # Data
     resolution: int = Field(64, ge=1, description="Height and width of the training images, in pixels.")
+    bucket_resolutions: list[str] = Field(
+        [],
+        description="Sizes to train at, each picture at the one of the nearest shape: auto, or width x height such as "
+        "1152x896. None: squares of the resolution.",
+    )
     resize_mode: Literal["crop", "stretch"] = Field(
         "crop", description="crop: scale the short side, then crop. stretch: scale both sides to the resolution."
     )
@@ -199,6 +204,14 @@ class TrainConfig(BaseModel):
     @classmethod
     def _no_as_yaml_reads_it(cls, value: Any) -> Any:
         return "no" if value is False or value in ("false", "off") else value
+
+    @model_validator(mode="after")
+    def _check_buckets(self) -> TrainConfig:
+        if self.bucket_resolutions and self.resize_mode == "stretch":
+            raise ValueError(
+                "--bucket_resolutions keeps the shape of pictures, and --resize_mode stretch does not: drop one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -1,13 +1,13 @@
 """Making of one training example from a record: pixels, timestep, noise, token ids, loss weight."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 
 from flax_diffusion.core.data.captions import TokenizePrompt
-from flax_diffusion.core.data.extra import MakeExtra
+from flax_diffusion.core.data.extra import MakeExtra, latent_shape
 from flax_diffusion.core.data.images.decoding import decode, size_of
 from flax_diffusion.core.data.images.transforms import ImageTransform, Placement
 from flax_diffusion.core.data.sources.source import Record, Source
@@ -39,7 +39,9 @@ def size_numbers(original: tuple[int, int], corner: tuple[int, int], target: tup
 class MakeExample(Protocol):
     """Function that makes one example's arrays. Its arguments alone decide the result, with all random numbers."""
 
-    def __call__(self, source: Source, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def __call__(
+        self, source: Source, seed: int, epoch: int, index: int, size: tuple[int, int] | None = None
+    ) -> dict[str, np.ndarray]:
         """Return the arrays of one example, among them `example_index`; see `ExampleFn.__call__`."""
         ...
 
@@ -86,7 +88,9 @@ class ExampleFn:
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must be in [0, 1]")
 
-    def __call__(self, source: Source, seed: int, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def __call__(
+        self, source: Source, seed: int, epoch: int, index: int, size: tuple[int, int] | None = None
+    ) -> dict[str, np.ndarray]:
         """Make one example.
 
         Args:
@@ -94,9 +98,10 @@ class ExampleFn:
             seed: Seed of the run.
             epoch: Number of the pass over the data, from 0.
             index: Index of the example in the source, from 0.
+            size: Height and width of the pictures of its batch, in pixels; None for a square of the resolution.
 
         Returns:
-            `pixel_values` float32 (channels, resolution, resolution) in [-1, 1] or, where they were made before,
+            `pixel_values` float32 (channels, H, W) in [-1, 1] or, where they were made before,
             `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
             `loss_weights` times the record's own weight; the token ids, such as `input_ids` int32 (L,), or
             what was made of them before, such as `text_embeddings` (L, D), unless unconditional; the arrays of
@@ -109,24 +114,28 @@ class ExampleFn:
         def rng(stream: Stream) -> np.random.Generator:
             return example_rng(seed, stream, epoch, index)
 
+        transform, noise = self.transform, self.noise
+        if size is not None:
+            transform = replace(transform, size=size)
+            noise = replace(noise, shape=latent_shape(noise.shape, transform))
         record = source[index]
         embeddings, posteriors = self.made.embeddings, self.made.posteriors
         place: Placement | None = None
         if posteriors is None:
-            pixels, place = self.transform(decode(record), rng)
+            pixels, place = transform(decode(record), rng)
             example = {"pixel_values": pixels}
         elif record.name in posteriors:
-            example = {"posterior": posteriors[record.name][int(self.transform.flips(rng))]}
+            example = {"posterior": posteriors[record.name][int(transform.flips(rng))]}
         else:
             raise DataError(f"{record.name} could not be read when its latents were made")
         if self.told_sizes or self.extra is not None:
-            place = place or self.transform.place(size_of(record), rng)
+            place = place or transform.place(size_of(record), rng)
             if self.told_sizes:
                 width, height = place.original
-                example |= size_numbers((height, width), place.crop_top_left, (place.side, place.side))
+                example |= size_numbers((height, width), place.crop_top_left, place.target)
             if self.extra is not None:
-                example |= self.extra(record, self.transform, place, rng)
-        example |= self.noise.draw(rng)
+                example |= self.extra(record, transform, place, rng)
+        example |= noise.draw(rng)
         if embeddings is not None:
             caption = self._caption(record, rng)
             example |= {name: table[caption] for name, table in embeddings.items()}

@@ -49,7 +49,7 @@ class ConditioningImage:
     def __call__(
         self, record: Record, transform: ImageTransform, place: Placement, rng: Callable[[Stream], np.random.Generator]
     ) -> dict[str, np.ndarray]:
-        """Return `conditioning_pixel_values`, float32 (3, resolution, resolution) in [0, 1]; see `MakeExtra`."""
+        """Return `conditioning_pixel_values`, float32 (3, H, W) in [0, 1]; see `MakeExtra`."""
         image = decode(second_of(record))
         pixels = transform.cut(image, place, channels=3, interpolation=transform.interpolation)
         return {CONDITIONING_IMAGE: scale_to_unit(pixels)}
@@ -93,7 +93,7 @@ class Mask:
 
     Attributes:
         from_files: Whether the second picture is the mask, whose light parts are filled in; otherwise it is drawn.
-        latents: Shape (C, h, w) of the latents of the rest; None in pixel space.
+        latents: Shape (C, h, w) of the latents of the rest of a square picture; None in pixel space.
     """
 
     from_files: bool
@@ -105,21 +105,34 @@ class Mask:
         """Make the arrays; see `MakeExtra`.
 
         Returns:
-            `mask`, float32 (1, resolution, resolution), 1 where to fill in and else 0; with latents,
+            `mask`, float32 (1, H, W), 1 where to fill in and else 0; with latents,
             `masked_latent_noise`, float32 (C, h, w), which samples the posterior of the rest.
         """
         if self.from_files:
             image = decode(second_of(record))
             mask = transform.cut(image, place, channels=1, interpolation="nearest") >= 128
         else:
-            mask = draw_mask(transform.resolution, rng(Stream.MASK))
+            mask = draw_mask(transform.target, rng(Stream.MASK))
         made = {MASK: mask[None].astype(np.float32)}
         if self.latents is not None:
-            made[MASKED_NOISE] = rng(Stream.MASKED_LATENT).standard_normal(self.latents, dtype=np.float32)
+            shape = latent_shape(self.latents, transform)
+            made[MASKED_NOISE] = rng(Stream.MASKED_LATENT).standard_normal(shape, dtype=np.float32)
         return made
 
 
-def draw_mask(size: int, rng: np.random.Generator) -> np.ndarray:
+def latent_shape(of_square: tuple[int, int, int], transform: ImageTransform) -> tuple[int, int, int]:
+    """Return the shape (C, h, w) of what is noised of a picture of the transform's target.
+
+    Args:
+        of_square: That of a square picture of the transform's resolution.
+        transform: The transform.
+    """
+    channels, side, _ = of_square
+    height, width = (side * pixels // transform.resolution for pixels in transform.target)
+    return channels, height, width
+
+
+def draw_mask(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
     """Draw what to fill in: all of the picture in a quarter of the cases, else a rectangle or an ellipse.
 
     Args:
@@ -127,18 +140,18 @@ def draw_mask(size: int, rng: np.random.Generator) -> np.ndarray:
         rng: Generator.
 
     Returns:
-        The mask, bool (size, size).
+        The mask, bool (height, width).
 
     Reference:
         `random_mask` of Diffusers' scripts for inpainting, for the shapes and their shares.
     """
     everything, ellipse = rng.random() < 0.25, rng.random() < 0.5
-    height, width = (int(side) for side in rng.integers(1, size + 1, 2))
-    top, left = int(rng.integers(size - height + 1)), int(rng.integers(size - width + 1))
+    height, width = (int(side) for side in rng.integers(1, np.add(size, 1), 2))
+    top, left = int(rng.integers(size[0] - height + 1)), int(rng.integers(size[1] - width + 1))
     if everything:
-        return np.ones((size, size), bool)
-    rows = (np.arange(size) + 0.5 - top) / height * 2 - 1  # -1..1 inside
-    columns = (np.arange(size) + 0.5 - left) / width * 2 - 1
+        return np.ones(size, bool)
+    rows = (np.arange(size[0]) + 0.5 - top) / height * 2 - 1  # -1..1 inside
+    columns = (np.arange(size[1]) + 0.5 - left) / width * 2 - 1
     if ellipse:
         return rows[:, None] ** 2 + columns**2 <= 1
     return (np.abs(rows) <= 1)[:, None] & (np.abs(columns) <= 1)

@@ -1,66 +1,29 @@
 """Loader of batches: the run's whole stream of examples is a pure function of the seed and can start at any position.
 
-Position p holds example `order(epoch)[p % N]` of epoch `p // N`. Step k takes positions [start + k*G, start +
-(k+1)*G), where G is the global batch size. So a batch may contain the end of an epoch and the start of the next, no
-example is left out, and shapes stay the same, even if the dataset has fewer examples than a batch. To resume, give the
-position to start at.
+Step k takes the positions [start + k*G, start + (k+1)*G) of an `Order`, where G is the global batch size. To resume,
+give the position to start at.
 """
 
 import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing.util import Finalize
 from types import TracebackType
 from typing import Self
 
 import grain
 import numpy as np
-from grain.experimental import index_shuffle
 
 from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import MakeExample
+from flax_diffusion.core.data.order import Mixed, Order
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.data.workers import Workers
 from flax_diffusion.core.errors import DataError
-from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 MAX_CONSECUTIVE_BAD = 100  # examples in a row; more mean that the whole dataset is broken
-# Up to this many examples, an epoch's order is a true permutation, held in memory. For more, it is Grain's block cipher
-# over the indices, which needs no memory but takes milliseconds per index on small datasets.
-_MAX_PERMUTED = 2**20
-_CIPHER_ROUNDS = 4
-
-
-@lru_cache(maxsize=4)
-def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    return example_rng(seed, Stream.SHUFFLE, epoch, 0).permutation(count)
-
-
-@lru_cache(maxsize=4)
-def _cipher_seed(seed: int, epoch: int) -> int:
-    return int(example_rng(seed, Stream.SHUFFLE, epoch, 0).integers(2**32))
-
-
-def example_at(position: int, *, count: int, seed: int, shuffle: bool) -> tuple[int, int]:
-    """Return which example is at a position of the stream.
-
-    Args:
-        position: Position in the stream, from 0.
-        count: Number of examples in the source.
-        seed: Seed of the run.
-        shuffle: Whether each epoch has a new order; otherwise every epoch has the source's order.
-
-    Returns:
-        The epoch and the example's index in the source.
-    """
-    epoch, place = divmod(position, count)
-    if not shuffle:
-        return epoch, place
-    if count <= _MAX_PERMUTED:
-        return epoch, int(_permutation(count, seed, epoch)[place])
-    return epoch, index_shuffle(place, max_index=count - 1, seed=_cipher_seed(seed, epoch), rounds=_CIPHER_ROUNDS)
 
 
 @dataclass(frozen=True)
@@ -69,12 +32,12 @@ class _MicroBatches:
 
     source: Source
     example_fn: MakeExample
+    order: Order
     seed: int
     batch_size: int
     process_index: int
     process_count: int
     start_example: int
-    shuffle: bool
     skip_bad_images: bool
     rows: int
     length: int
@@ -91,13 +54,12 @@ class _MicroBatches:
         return {key: np.stack([example[key] for example in examples]) for key in examples[0]}, skipped
 
     def _example(self, position: int, row: int, skipped: list[tuple[str, str]]) -> dict[str, np.ndarray]:
-        count = len(self.source) // self.rows
-        epoch, index = example_at(position, count=count, seed=self.seed, shuffle=self.shuffle)
-        limit = min(count, MAX_CONSECUTIVE_BAD + 1) if self.skip_bad_images else 1
+        place = self.order.at(position)
+        limit = min(len(self.source) // self.rows, MAX_CONSECUTIVE_BAD + 1) if self.skip_bad_images else 1
         for attempt in range(limit):
-            record = (index + attempt) % count * self.rows + row
+            record = self.order.following(place, attempt) * self.rows + row
             try:
-                return self.example_fn(self.source, self.seed, epoch, record)
+                return self.example_fn(self.source, self.seed, place.epoch, record, place.size)
             except DataError as error:
                 if not self.skip_bad_images:
                     raise
@@ -127,6 +89,7 @@ class Loader:
         start_example: Position to start at: the number of examples seen so far by all processes together.
         num_steps: Number of steps to yield; None for no end.
         shuffle: Whether each epoch has a new order; otherwise every epoch has the source's order.
+        order: Order of the examples in place of that; None for that.
         num_workers: Worker processes that make batches; 0 makes them in this process.
         num_threads: Threads that make micro-batches in each of those processes; 0 makes them on demand.
         prefetch: Micro-batches kept ready in each of those processes.
@@ -151,6 +114,7 @@ class Loader:
         start_example: int = 0,
         num_steps: int | None = None,
         shuffle: bool = True,
+        order: Order | None = None,
         num_workers: int = 0,
         num_threads: int = 2,
         prefetch: int = 2,
@@ -165,12 +129,12 @@ class Loader:
         self._micro_batches = _MicroBatches(
             source=source,
             example_fn=example_fn,
+            order=order or Mixed(count=len(source) // rows, seed=seed, shuffle=shuffle),
             seed=seed,
             batch_size=batch_size,
             process_index=process_index,
             process_count=process_count,
             start_example=start_example,
-            shuffle=shuffle,
             skip_bad_images=skip_bad_images,
             rows=rows,
             # Python's own limit on a length stands for no end.

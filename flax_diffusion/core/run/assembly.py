@@ -8,9 +8,12 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.data import buckets as bucketing
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.run.schedule import Schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
@@ -57,6 +60,7 @@ def make_loader(
     *,
     num_steps: int,
     made: Precomputed | None = None,
+    buckets: Bucketed | None = None,
     process_index: int = 0,
     process_count: int = 1,
     start_example: int = 0,
@@ -71,12 +75,15 @@ def make_loader(
         schedule: The run's steps.
         num_steps: Steps to load batches for.
         made: What was computed before training; None for nothing.
+        buckets: Order of the examples, where they are divided over buckets; None where they are not.
         process_index: Index of this process, from 0.
         process_count: Number of processes in the run.
         start_example: Examples that the run has used before the first batch.
         dtype: Dtype of the objective's numbers.
     """
     config = task.config
+    if buckets is not None:  # a run that took other batches before goes on with a whole one
+        start_example = start_example // schedule.step_examples * schedule.step_examples
     return Loader(
         source,
         task.make_example_fn(spec, made, dtype),
@@ -90,4 +97,36 @@ def make_loader(
         num_workers=config.dataloader_num_workers,
         skip_bad_images=config.skip_bad_images,
         rows=task.rows_per_example,
+        order=buckets,
+    )
+
+
+def make_buckets(task: Task[TrainConfig], spec: PipelineSpec, source: Source, schedule: Schedule) -> Bucketed | None:
+    """Divide a run's examples over the buckets of --bucket_resolutions; None where there are none.
+
+    Args:
+        task: The task, with the run's options.
+        spec: The pipeline.
+        source: All examples of the run.
+        schedule: The run's steps.
+
+    Raises:
+        ConfigError: For sizes that cannot be trained at, cached latents, or examples that are pairs of pictures.
+        DataError: If the size of a picture cannot be read, or if they are too few.
+    """
+    config = task.config
+    if not config.bucket_resolutions:
+        return None
+    if task.rows_per_example > 1:
+        raise ConfigError(
+            "--bucket_resolutions with --with_prior_preservation: the two pictures of an example have two shapes; drop "
+            "one of the options"
+        )
+    if task.caches_latents:
+        raise ConfigError(
+            "--bucket_resolutions with --cache_latents: latents are kept of squares only, so far; drop one of them"
+        )
+    sizes = bucketing.parse_sizes(config.bucket_resolutions, config.resolution, spec.size_factor)
+    return bucketing.make_order(
+        source, sizes, schedule.step_examples, config.seed, skip_bad_images=config.skip_bad_images
     )

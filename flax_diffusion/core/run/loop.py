@@ -191,6 +191,7 @@ class _Run:
             start_example=self._seen(done),
             num_steps=num_steps,
             made=self.start.made,
+            buckets=self.start.buckets,
         )
 
     def _steps(self, loader: Loader) -> None:

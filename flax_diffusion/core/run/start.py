@@ -11,6 +11,7 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.check import check_source
+from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import CheckpointError
@@ -29,6 +30,7 @@ class Start:
     Attributes:
         source: All examples.
         made: What was computed before training.
+        buckets: Order of the examples, where they are divided over buckets; None where they are not.
         schedule: The run's steps.
         parameters: Number of trained parameters.
         identity: What a checkpoint must have in common with a run that resumes from it.
@@ -40,6 +42,7 @@ class Start:
 
     source: Source
     made: Precomputed
+    buckets: Bucketed | None
     schedule: Schedule
     parameters: int
     identity: dict[str, Any]
@@ -103,6 +106,7 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
             raise CheckpointError(f"{resume_from}: its metadata lacks {error}; resume from another") from error
     schedule = make_schedule(config, num_examples, backend.device_count, step, seen)
     make_rate(config, schedule)  # this checks --lr_step_rules
+    buckets = assembly.make_buckets(task, spec, source, schedule)
     if main:
         assembly.warn_of_vain_options(task, spec, schedule)
     parameters = backend.init_state()
@@ -112,4 +116,4 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
     made = precompute(task, spec, source, backend, scratch)
     if resume_from is not None:
         backend.restore(resume_from)
-    return Start(source, made, schedule, parameters, identity, resume_from, step, seen, nonfinite)
+    return Start(source, made, buckets, schedule, parameters, identity, resume_from, step, seen, nonfinite)

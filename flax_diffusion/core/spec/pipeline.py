@@ -246,7 +246,9 @@ class PipelineSpec:
     @property
     def size_factor(self) -> int:
         """Number of which height and width of a picture are multiples: the VAE halves them, and then the UNet."""
-        return self.vae_factor * 2 ** (len(self.denoiser["down_block_types"]) - 1)
+        denoisers = self.names_of(Role.DENOISER)
+        halvings = len(self.denoiser["down_block_types"]) - 1 if denoisers else 0
+        return self.vae_factor * 2**halvings
 
 
 def open_pipeline(source: str, revision: str | None = None, variant: str | None = None) -> PipelineSpec:

@@ -1,8 +1,8 @@
-"""Resizing of a picture and cutting of a square, in memory bounded by the square and the original picture.
+"""Resizing of a picture and cutting of a part, in memory bounded by the part and the original picture.
 
-Pillow resizes the width, rounds to 8 bits, and resizes the height. For a picture of usual shape, its result is cut to a
-square. A strip that is thousands of times longer than wide would take gigabytes. The long side of such a picture is
-resized here, only for the square and to the same values.
+Pillow resizes the width, rounds to 8 bits, and resizes the height. For a picture of usual shape, the part is cut out of
+its result. A strip that is thousands of times longer than wide would take gigabytes. The long side of such a picture is
+resized here, only for the part and to the same values.
 
 Reference: the arithmetic of Pillow's `Resample.c` and `Geometry.c`, with which the tests compare.
 """
@@ -14,41 +14,45 @@ import numpy as np
 from PIL import Image
 
 _ALWAYS_SMALL = 2**22  # pixels; a resized picture up to this size is always computed whole
-_MAX_GROWTH = 4  # above this many times the square and the original picture, only the square is computed
+_MAX_GROWTH = 4  # above this many times the part and the original picture, only the part is computed
 _BITS = 22  # of a weight's fraction, as in Pillow
 _MAX_NEAREST_STEPS = 2**22  # steps whose rounding errors are repeated; Pillow needs over 8 GB for more at 512 pixels
 
 
 def resize_part(
-    image: Image.Image, size: tuple[int, int], corner: tuple[int, int], side: int, resample: Image.Resampling
+    image: Image.Image,
+    size: tuple[int, int],
+    corner: tuple[int, int],
+    part: tuple[int, int],
+    resample: Image.Resampling,
 ) -> Image.Image:
-    """Resize a picture and cut a square out of it.
+    """Resize a picture and cut a part out of it.
 
     Args:
         image: Picture in mode L or RGB.
-        size: Width and height to resize to; one is `side` and the other is not smaller.
-        corner: Left and top of the square in the resized picture, pixels.
-        side: Side of the square, pixels.
+        size: Width and height to resize to; one is that of the part and the other is not smaller.
+        corner: Left and top of the part in the resized picture, pixels.
+        part: Width and height of the part, pixels.
         resample: Nearest, bilinear, bicubic or lanczos.
 
     Returns:
-        The square, with the same values as `image.resize(size, resample).crop(…)`.
+        The part, with the same values as `image.resize(size, resample).crop(…)`.
     """
-    (width, height), (left, top) = size, corner
+    (width, height), (left, top), (columns, rows) = size, corner, part
     # Only a picture that grows has a result so much larger than itself; its other sides are bounded.
-    large = _MAX_GROWTH * max(side * side, image.width * image.height, _ALWAYS_SMALL)
+    large = _MAX_GROWTH * max(columns * rows, image.width * image.height, _ALWAYS_SMALL)
     if width * height <= large:
         resized = image if image.size == size else image.resize(size, resample)
-        if (left, top, *size) == (0, 0, side, side):
+        if (left, top, *size) == (0, 0, *part):
             return resized
-        return resized.crop((left, top, left + side, top + side))
-    if height > side:
-        first, weights = _weights(image.height, height, top, side, resample)
+        return resized.crop((left, top, left + columns, top + rows))
+    if height > rows:
+        first, weights = _weights(image.height, height, top, rows, resample)
         band = image.crop((0, first, image.width, first + weights.shape[1]))
-        return _weighted(band.resize((side, band.height), resample), weights)
-    first, weights = _weights(image.width, width, left, side, resample)
+        return _weighted(band.resize((columns, band.height), resample), weights)
+    first, weights = _weights(image.width, width, left, columns, resample)
     lying = image.crop((first, 0, first + weights.shape[1], image.height)).transpose(Image.Transpose.TRANSPOSE)
-    return _weighted(lying, weights).transpose(Image.Transpose.TRANSPOSE).resize((side, side), resample)
+    return _weighted(lying, weights).transpose(Image.Transpose.TRANSPOSE).resize(part, resample)
 
 
 def _weighted(image: Image.Image, weights: np.ndarray) -> Image.Image:

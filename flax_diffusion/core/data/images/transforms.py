@@ -28,21 +28,21 @@ class Placement(NamedTuple):
 
     original: tuple[int, int]  # (width, height) before resizing
     size: tuple[int, int]  # (width, height) after resizing
-    corner: tuple[int, int]  # (top, left) of the square, before the flip
+    corner: tuple[int, int]  # (top, left) of the part, before the flip
     flipped: bool
-    side: int  # of the square
+    target: tuple[int, int]  # (height, width) of the part
 
     @property
     def crop_top_left(self) -> tuple[int, int]:
-        """Top and left of the square in the resized picture, which is mirrored first where it is mirrored at all."""
+        """Top and left of the part in the resized picture, which is mirrored first where it is mirrored at all."""
         top, left = self.corner
-        return top, self.size[0] - left - self.side if self.flipped else left
+        return top, self.size[0] - left - self.target[1] if self.flipped else left
 
 
 class Transformed(NamedTuple):
     """A picture ready for the model, and the part of the original that it is."""
 
-    pixel_values: np.ndarray  # float32 (C, resolution, resolution) in [-1, 1]
+    pixel_values: np.ndarray  # float32 (C, H, W) in [-1, 1]
     place: Placement
 
 
@@ -50,10 +50,12 @@ class Transformed(NamedTuple):
 class ImageTransform:
     """Transform that resizes, crops, flips and scales a picture, with the same pixels as torchvision on PIL images.
 
-    `crop` scales the short side to `resolution` and cuts a square out of it; `stretch` scales both sides.
+    `crop` scales the picture until it just covers the target, and cuts the target out of it; `stretch` scales both
+    sides. The target is a square of `resolution`, unless there is a `size`.
     """
 
     resolution: int
+    size: tuple[int, int] | None = None  # (height, width) of the target; None for a square
     resize_mode: Literal["crop", "stretch"] = "crop"
     interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bilinear"
     center_crop: bool = False  # otherwise at random
@@ -78,6 +80,11 @@ class ImageTransform:
         pixels = self.cut(image, place, channels=self.channels, interpolation=self.interpolation)
         return Transformed(scale(pixels), place)
 
+    @property
+    def target(self) -> tuple[int, int]:
+        """Height and width of the result, in pixels."""
+        return self.size or (self.resolution, self.resolution)
+
     def place(self, size: tuple[int, int], rng: Callable[[Stream], np.random.Generator]) -> Placement:
         """Choose the part of a picture that is used.
 
@@ -86,7 +93,7 @@ class ImageTransform:
             rng: As for a call.
         """
         width, height = self._resized(*size)
-        return Placement(size, (width, height), self._corner(width, height, rng), self.flips(rng), self.resolution)
+        return Placement(size, (width, height), self._corner(width, height, rng), self.flips(rng), self.target)
 
     def cut(self, image: Image.Image, place: Placement, *, channels: int, interpolation: str) -> np.ndarray:
         """Resize, crop and mirror a picture, or a second one of the same example, which may have another size.
@@ -98,12 +105,12 @@ class ImageTransform:
             interpolation: Filter that resizes, one of `FILTERS`.
 
         Returns:
-            The pixels, uint8 (resolution, resolution) or (resolution, resolution, 3).
+            The pixels, uint8 (H, W) or (H, W, 3).
         """
         if channels == 1:
             image = image.convert("L")
         top, left = place.corner
-        image = resize_part(image, place.size, (left, top), self.resolution, FILTERS[interpolation])
+        image = resize_part(image, place.size, (left, top), (self.target[1], self.target[0]), FILTERS[interpolation])
         if place.flipped:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return np.asarray(image)
@@ -117,18 +124,19 @@ class ImageTransform:
         return self.random_flip and rng(Stream.FLIP).random() < 0.5
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return width and height after resizing, before the square is cut out."""
+        """Return width and height after resizing, before the target is cut out."""
+        rows, columns = self.target
         if self.resize_mode == "stretch":
-            return self.resolution, self.resolution
+            return columns, rows
         if self.resize_mode != "crop":
             raise unknown("resize_mode", self.resize_mode, ("crop", "stretch"))
         # torchvision truncates the long side.
-        if width <= height:
-            return self.resolution, int(self.resolution * height / width)
-        return int(self.resolution * width / height), self.resolution
+        if width * rows <= height * columns:
+            return columns, max(rows, int(columns * height / width))
+        return max(columns, int(rows * width / height)), rows
 
     def _corner(self, width: int, height: int, rng: Callable[[Stream], np.random.Generator]) -> tuple[int, int]:
-        spare = (height - self.resolution, width - self.resolution)
+        spare = (height - self.target[0], width - self.target[1])
         if spare == (0, 0):
             return spare
         if self.center_crop:

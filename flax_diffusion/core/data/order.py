@@ -1,0 +1,169 @@
+"""Order of the examples: which one is at a position of the run's stream, as a pure function of the seed.
+
+Position p holds example `order(epoch)[p % N]` of epoch `p // N`. So a batch may contain the end of an epoch and the
+start of the next, no example is left out, and shapes stay the same, even if the dataset has fewer examples than a
+batch. With buckets, whose pictures have several shapes, see `Bucketed`.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+from grain.experimental import index_shuffle
+
+from flax_diffusion.core.randomness.streams import Stream, example_rng
+
+# Up to this many examples, an epoch's order is a true permutation, held in memory. For more, it is Grain's block cipher
+# over the indices, which needs no memory but takes milliseconds per index on small datasets.
+_MAX_PERMUTED = 2**20
+_CIPHER_ROUNDS = 4
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    return example_rng(seed, Stream.SHUFFLE, epoch, 0).permutation(count)
+
+
+@lru_cache(maxsize=4)
+def _cipher_seed(seed: int, epoch: int) -> int:
+    return int(example_rng(seed, Stream.SHUFFLE, epoch, 0).integers(2**32))
+
+
+def example_at(position: int, *, count: int, seed: int, shuffle: bool) -> tuple[int, int]:
+    """Return which example is at a position of the stream.
+
+    Args:
+        position: Position in the stream, from 0.
+        count: Number of examples in the source.
+        seed: Seed of the run.
+        shuffle: Whether each epoch has a new order; otherwise every epoch has the source's order.
+
+    Returns:
+        The epoch and the example's index in the source.
+    """
+    epoch, place = divmod(position, count)
+    if not shuffle:
+        return epoch, place
+    if count <= _MAX_PERMUTED:
+        return epoch, int(_permutation(count, seed, epoch)[place])
+    return epoch, index_shuffle(place, max_index=count - 1, seed=_cipher_seed(seed, epoch), rounds=_CIPHER_ROUNDS)
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is at a position.
+
+    Attributes:
+        epoch: Number of the pass over the data, from 0.
+        index: Index of the example, from 0.
+        bucket: Index of the bucket of the position's batch; 0 without buckets.
+        size: Height and width of the pictures of that batch, in pixels; None without buckets.
+    """
+
+    epoch: int
+    index: int
+    bucket: int = 0
+    size: tuple[int, int] | None = None
+
+
+class Order(Protocol):
+    """An order. Picklable."""
+
+    def at(self, position: int) -> Place:
+        """Return what is at a position of the stream, from 0."""
+        ...
+
+    def following(self, place: Place, attempt: int) -> int:
+        """Return the index of an example that takes the place of one that cannot be used.
+
+        Args:
+            place: Where that one is.
+            attempt: Number of examples that were tried before; for 0 it is the one itself.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixed:
+    """Order in which every batch has pictures of all shapes, which are cut to squares.
+
+    Attributes:
+        count: Number of examples in the source.
+        seed: Seed of the run.
+        shuffle: Whether each epoch has a new order; otherwise every epoch has the source's order.
+    """
+
+    count: int
+    seed: int
+    shuffle: bool = True
+
+    def at(self, position: int) -> Place:
+        """Return what is at a position of the stream, from 0."""
+        return Place(*example_at(position, count=self.count, seed=self.seed, shuffle=self.shuffle))
+
+    def following(self, place: Place, attempt: int) -> int:
+        """Return the index of the example that follows in the source; see `Order.following`."""
+        return (place.index + attempt) % self.count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bucketed:
+    """Order in which all pictures of a step have one size.
+
+    Each epoch mixes the pictures of each bucket, divides them into steps, and mixes the steps. Pictures that are too
+    few for one more step are left out of that epoch.
+
+    Attributes:
+        sizes: Height and width of the pictures of each bucket, in pixels.
+        members: Indices of the pictures of each bucket, int64 (n,), in ascending order.
+        step_examples: Examples per optimizer step.
+        seed: Seed of the run.
+    """
+
+    sizes: Sequence[tuple[int, int]]
+    members: Sequence[np.ndarray] = field(repr=False)
+    step_examples: int
+    seed: int
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of an epoch."""
+        return sum(len(own) // self.step_examples for own in self.members)
+
+    def at(self, position: int) -> Place:
+        """Return what is at a position of the stream, from 0."""
+        step, number = divmod(position, self.step_examples)
+        epoch, place = divmod(step, self.steps)
+        buckets, indices = self._epoch(epoch)
+        bucket = int(buckets[place])
+        return Place(epoch, int(indices[place, number]), bucket, self.sizes[bucket])
+
+    def following(self, place: Place, attempt: int) -> int:
+        """Return the index of the example that follows in the same bucket; see `Order.following`."""
+        own = self.members[place.bucket]
+        return int(own[(np.searchsorted(own, place.index) + attempt) % len(own)])
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the bucket of each step of an epoch, (steps,), and the indices of its examples, (steps, G)."""
+        made = self._epochs.get(epoch)
+        if made is not None:
+            return made
+        buckets, indices = [], []
+        for bucket, own in enumerate(self.members):
+            full = len(own) // self.step_examples
+            mixed = example_rng(self.seed, Stream.SHUFFLE, epoch, bucket + 1).permutation(own)
+            buckets.append(np.full(full, bucket))
+            indices.append(mixed[: full * self.step_examples].reshape(full, self.step_examples))
+        order = example_rng(self.seed, Stream.SHUFFLE, epoch, 0).permutation(self.steps)
+        made = np.concatenate(buckets)[order], np.concatenate(indices)[order]
+        for old in sorted(self._epochs)[:-1]:  # one is kept, from which other threads may still read
+            self._epochs.pop(old, None)
+        self._epochs[epoch] = made
+        return made
+
+    @functools.cached_property
+    def _epochs(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+        return {}
