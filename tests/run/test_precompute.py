@@ -1,31 +1,13 @@
 """What is computed once before training: the same run with it as without, on both backends."""
 
-import copy
 import importlib
-import pickle
 
 import numpy as np
 import pytest
 from tiny import RUN, losses, pictures, stable_diffusion
 
-from flax_diffusion.core.data.table import write_tables
 from flax_diffusion.core.errors import ConfigError, DataError, NonFiniteError
 from flax_diffusion.train import train
-
-
-def test_a_table(tmp_path):
-    """Also in a process that opens it anew."""
-    rows = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
-    batches = [(["a", "b", "c"], {"rows": rows[:3], "more": -rows[:3]}), (["d"], {"rows": rows[3:], "more": -rows[3:]})]
-    tables = write_tables(tmp_path / "deep", "0", 5, batches)
-    table = tables["rows"]
-    np.testing.assert_array_equal(tables["more"]["d"], -rows[3])
-    assert list(table) == ["a", "b", "c", "d"]
-    assert len(pickle.dumps(table)) < 1000
-    for place, name in enumerate(table):
-        np.testing.assert_array_equal(table[name], rows[place])
-        np.testing.assert_array_equal(copy.copy(table)[name], rows[place])
-    assert "e" not in table
 
 
 @pytest.fixture
