@@ -3,16 +3,22 @@
 import copy
 import json
 import pickle
+import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from tiny import OBJECTIVE
 
-from flax_diffusion.core.data import store
+from flax_diffusion.core.data import batches, store
+from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.data.store import Row, Store, Writer
+from flax_diffusion.core.objectives.noising import NoiseSpec
 
 ROWS = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
 
@@ -210,3 +216,42 @@ def test_a_manifest_that_is_broken(tmp_path, content, says):
         store.read_keys(tmp_path, "rows")
     file.unlink()
     assert store.read_keys(tmp_path, "rows") == {}
+
+
+@pytest.mark.acceptance
+def test_how_fast_cached_examples_are(tmp_path, capsys):
+    """Against those of JPEGs of 1,024 pixels, with latents of the size of SDXL's."""
+    data = tmp_path / "data"
+    data.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    smooth = Image.fromarray(pixels).resize((1024, 1024), Image.Resampling.BICUBIC)
+    for number in range(16):
+        smooth.save(data / f"{number:02}.jpg", quality=90)
+    source = open_folder(data, caption_column=None)
+    names = [source[index].name for index in range(16)]
+    writer = Writer(tmp_path / "kept")
+    latents = np.random.default_rng(0).standard_normal((16, 1, 2, 4, 128, 128), np.float32)
+    sizes = np.full((16, 2), 1024, np.int32)
+    writer.add([Row(name) for name in names], {"posteriors": latents, "sizes": sizes})
+    writer.flush()
+    made = batches.Precomputed(**Store(tmp_path / "kept").tables({name: name for name in names}))
+    transform = ImageTransform(resolution=1024, center_crop=True)
+
+    def speed(once, shape):
+        noise = NoiseSpec(shape=shape, objective=OBJECTIVE)
+        make = batches.ExampleFn(transform=transform, noise=noise, made=once, told_sizes=True)
+        rounds = []
+        for number in range(4):
+            start = time.perf_counter()
+            for index in range(16):
+                make(source, 0, number, index)
+            rounds.append(16 / (time.perf_counter() - start))
+        return max(rounds)
+
+    speeds = [speed(once, shape) for shape in ((1, 1, 1), latents.shape[-3:]) for once in (batches.Precomputed(), made)]
+    with capsys.disabled():
+        print(
+            "\nexamples per second of one thread: {:.0f} decoded, {:.0f} cached; with the draw of their noise, "
+            "which both need, {:.0f} decoded, {:.0f} cached".format(*speeds)
+        )
+    assert speeds[1] > 20 * speeds[0]

@@ -143,6 +143,7 @@ def _tokenizer_digest(tokenize: Tokenize) -> str:
 
 
 def _model_key(component: Component, seed: int) -> dict[str, Any]:
+    assert component.overlay is None, f"a {component.kind} whose weights are not those of its files"
     weights = f"drawn with seed {seed}" if component.weights is None else weights_digest(component)
     return {"class": component.kind, "config": component.config, "weights": weights}
 

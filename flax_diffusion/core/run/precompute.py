@@ -351,7 +351,8 @@ def _digest(record: Record) -> str:
 
 
 def _tell_of_changes(there: Store, missing: list[Row]) -> None:
+    """Log which pictures have other bytes than those of their name that were encoded before."""
     names = {row.name for row in there.rows()}
     changed = [row.name for row in missing if row.name in names]
     if changed:
-        log.info("%d pictures have changed since they were encoded: %s", len(changed), first_few(changed))
+        log.info("changed since they were encoded: %d pictures, %s", len(changed), first_few(changed))
