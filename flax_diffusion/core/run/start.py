@@ -117,6 +117,7 @@ def fill(
         _check_data(task, spec, source, backend)
         backend.init_state()
         precompute(task, spec, task.complete_source(source, backend), backend, as_path(folder))
+        backend.all_processes(True)  # else a process that is done would leave the others alone
 
     preemption.interruptible(work)
     if backend.process_index == 0:
