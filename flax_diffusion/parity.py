@@ -131,6 +131,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
 
     with jax.enable_x64(dtype == "float64"):
         task = task_of(config)
+        task.precomputed_dir = None  # what is kept there may be of another precision
         source = task.open_source()
         spec = task.make_spec(source)
         for name, component in spec.components.items():

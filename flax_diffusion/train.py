@@ -26,10 +26,11 @@ def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
     Raises:
         UserError: For input that cannot be used; its message is one line with the fix.
     """
-    return launch.train(_backend, task, config, options)
+    return launch.train(load_backend, task, config, options)
 
 
-def _backend() -> Any:
+def load_backend() -> Any:
+    """Import JAX, join the other hosts, and return the backend's class."""
     from flax_diffusion.jax_backend.backend import JaxBackend
     from flax_diffusion.jax_backend.processes import connect
 
@@ -51,7 +52,7 @@ def _keep_programs() -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line, with the words of `argv`, or of this process for None."""
-    launch.main(_backend, "python -m flax_diffusion.train", argv)
+    launch.main(load_backend, "python -m flax_diffusion.train", argv)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ PACKAGES = ("torch", "diffusers", "accelerate")
 
 def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
     """Train a model, with the arguments, result and errors of `flax_diffusion.train.train`."""
-    return launch.train(_backend, task, config, options)
+    return launch.train(load_backend, task, config, options)
 
 
-def _backend() -> Any:
+def load_backend() -> Any:
+    """Import PyTorch and return the backend's class."""
     launch.require(PACKAGES, launch.INSTALL_PYTORCH)
     from torch_backend.backend import TorchBackend
 
@@ -29,7 +30,7 @@ def _backend() -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line, with the words of `argv`, or of this process for None."""
-    launch.main(_backend, "python -m torch_backend.train", argv)
+    launch.main(load_backend, "python -m torch_backend.train", argv)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from fake_gcs import Store
 from PIL import Image
 from safetensors.numpy import save_file
-from tiny import pictures, stable_diffusion
+from tiny import losses, pictures, stable_diffusion
 
 from flax_diffusion.convert import convert
 from flax_diffusion.core.checkpoints import folders
@@ -20,8 +20,11 @@ from flax_diffusion.core.data.sources.parquet import open_parquet
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.files import as_path, copy_file, local_copy, move, write_text
 from flax_diffusion.train import train
+from torch_backend.backend import TorchBackend
 from torch_backend.generate import generate
 from torch_backend.generate import main as generate_main
+from torch_backend.precompute import precompute
+from torch_backend.train import train as torch_train
 
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # of which the server here knows nothing
 
@@ -200,3 +203,27 @@ def test_commands_from_store_to_store(bucket, tmp_path, monkeypatch):
     for command in (lambda: convert(base, "http://host/a"), lambda: generate_main([*words, "--output_dir", "ftp://a"])):
         with pytest.raises(ConfigError, match="paths of object stores start with gs:// or s3://"):
             command()
+
+
+def test_latents_and_embeddings_that_are_kept(bucket, tmp_path, monkeypatch, caplog):
+    """Of pictures in the store; a damaged shard there is deleted, and made anew by the next run."""
+    upload(pictures(tmp_path / "data"), f"{bucket}/kept-data")
+    options = {
+        "pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")), "resolution": 16,
+        "train_data_dir": f"{bucket}/kept-data", "train_batch_size": 2, "max_train_steps": 2, "center_crop": True,
+        "cache_latents": True, "pre_compute_text_embeddings": True, "precomputed_dir": f"{bucket}/kept",
+    }  # fmt: skip
+    folder = precompute("text_to_image", **options)
+    kinds = {path.name.partition("-")[0]: path for path in folder.iterdir()}
+    assert sorted(kinds) == ["embeddings", "posteriors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchBackend, "posteriors", None)
+        patch.setattr(TorchBackend, "embed_prompts", None)
+        kept = torch_train("text_to_image", **options, output_dir=str(tmp_path / "kept"))
+    (shard,) = [path for path in kinds["posteriors"].iterdir() if path.name.startswith("shard")]
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    again = torch_train("text_to_image", **options, output_dir=str(tmp_path / "again"))
+    assert f"{shard} is damaged" in caplog.text
+    assert losses(again) == losses(kept)
+    assert shard.read_bytes() == content

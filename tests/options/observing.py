@@ -74,7 +74,7 @@ class Recorder(Idle):
         return metadata
 
     def embed_prompts(self, prompts):
-        return {"text_embeddings": np.stack([np.full((8, 16), len(prompt), np.float32) for prompt in prompts])}
+        return {"text_embeddings": np.stack([np.full((8, 16), len(prompt) + 0.1, np.float32) for prompt in prompts])}
 
     def posteriors(self, pixels):
         _, height, width = self.spec.sample_shape
@@ -194,6 +194,7 @@ class Observer:
                 "batch": backend.batches, "rates": backend.rates, "samples": backend.sampled,
                 "exports": backend.exported, "files": files(left), "asked": self._asked,
                 "spec": described(backend.spec), "where": left.name,
+                "kept": files(options["precomputed_dir"]) if options.get("precomputed_dir") else {},
                 "log": [text.replace(str(folder), "OUT") for text in records],
             }  # fmt: skip
         finally:

@@ -175,6 +175,12 @@ TABLE: dict[str, list[Row]] = {
     "cache_latents": [Row(True, "batch", latent, tasks=("unconditional",)),
                       Row(True, "batch", {"center_crop": True}, tasks=TEXT)],
     "pre_compute_text_embeddings": [Row(True, "batch")],
+    "precomputed_dir": [
+        Row(lambda w, _: str(w.folder / "kept"), "kept", lambda w: latent(w) | {"cache_latents": True},
+            tasks=("unconditional",)),
+        Row(lambda w, _: str(w.folder / "kept"), "kept", {"cache_latents": True, "center_crop": True}, tasks=TEXT),
+    ],
+    "precomputed_dtype": [Row("bfloat16", "batch", {"pre_compute_text_embeddings": True})],
     # Batch, devices, length
     "train_batch_size": [Row(3, "batch")],
     "gradient_accumulation_steps": [Row(2, "batch")],

@@ -56,10 +56,13 @@ class Precomputed:
         posteriors: Mean and log variance of each picture's latents by the name of its record,
             (1 or 2, 2, c, h, w): those of the picture and, where it is flipped at random, of its mirror image; None
             where each step encodes its pictures.
+        sizes: Width and height in pixels of each of these pictures by the same name, int32 (2,); None where they are
+            read from the pictures.
     """
 
     embeddings: Mapping[str, Mapping[str, np.ndarray]] | None = None
     posteriors: Mapping[str, np.ndarray] | None = None
+    sizes: Mapping[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,7 @@ class ExampleFn:
         else:
             raise DataError(f"{record.name} could not be read when its latents were made")
         if self.told_sizes or self.extra is not None:
-            place = place or transform.place(size_of(record), rng)
+            place = place or transform.place(self._size(record), rng)
             if self.told_sizes:
                 width, height = place.original
                 example |= size_numbers((height, width), place.crop_top_left, place.target)
@@ -144,6 +147,13 @@ class ExampleFn:
         example["loss_weights"] = np.asarray(example["loss_weights"] * record.weight, np.float32)
         example["example_index"] = np.asarray(index, np.int64)
         return example
+
+    def _size(self, record: Record) -> tuple[int, int]:
+        """Return width and height of a record's picture; they need no read of it where they were kept."""
+        if self.made.sizes is None:
+            return size_of(record)
+        width, height = self.made.sizes[record.name].tolist()
+        return width, height
 
     def _caption(self, record: Record, rng: Callable[[Stream], np.random.Generator]) -> str:
         caption = record.caption

@@ -44,7 +44,14 @@ def require(packages: Sequence[str], install: str) -> None:
         raise ConfigError(f"{' and '.join(missing)} {'are' if missing[1:] else 'is'} not installed: {install}")
 
 
-def train(load_backend: LoadBackend, task: str, config: str | Path | None, options: dict[str, Any]) -> Path:
+def train(
+    load_backend: LoadBackend,
+    task: str,
+    config: str | Path | None,
+    options: dict[str, Any],
+    *,
+    only_precompute: bool = False,
+) -> Path:
     """Train a model, when called from Python.
 
     Args:
@@ -52,9 +59,10 @@ def train(load_backend: LoadBackend, task: str, config: str | Path | None, optio
         task: Name of the task.
         config: Path of a YAML recipe; None for none.
         options: Values by flag; they override the recipe.
+        only_precompute: Whether to end with what is computed before training, in the folder of `--precomputed_dir`.
 
     Returns:
-        The output folder.
+        The output folder, or that of what was computed.
 
     Raises:
         UserError: For input that cannot be used.
@@ -62,19 +70,20 @@ def train(load_backend: LoadBackend, task: str, config: str | Path | None, optio
     """
     values = command_line.merge(task, command_line.read_yaml(config) if config else {}, options, str(config))
     preemption = Preemption()
-    output_dir = _run(load_backend, task_of(values), preemption)
+    output_dir = _run(load_backend, task_of(values), preemption, only_precompute)
     if preemption.interrupted:
         raise KeyboardInterrupt
     return output_dir
 
 
-def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> None:
+def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None, *, only_precompute: bool = False) -> None:
     """Run the command line.
 
     Args:
         load_backend: Loads the framework's backend.
         prog: Name of the command, for its help.
         argv: The words of the command line; None for those of this process.
+        only_precompute: As of `train`.
 
     Raises:
         UserError: For input that cannot be used.
@@ -86,7 +95,7 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
         logging.getLogger(chatty).setLevel(logging.CRITICAL)
     _, config = command_line.parse_train(sys.argv[1:] if argv is None else argv, prog)
     preemption = Preemption()
-    _run(load_backend, task_of(config), preemption)
+    _run(load_backend, task_of(config), preemption, only_precompute)
     status = INTERRUPTED if preemption.interrupted else 0
     if preemption.requested and preemption.single_process:
         # Everything is saved; a normal exit would wait for threads that may wait for a disk.
@@ -98,16 +107,22 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None) -> No
         raise SystemExit(status)
 
 
-def _run(load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preemption) -> Path:
+def _run(
+    load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preemption, only_precompute: bool = False
+) -> Path:
     from flax_diffusion.core.run.loop import fit
+    from flax_diffusion.core.run.start import fill
 
     config = task.config
     with preemption:  # before a framework of several hosts installs its own handler of the signal
         try:
             backend = load_backend()
             backend.check_options(config)
-            return fit(task, backend, preemption)
+            return (fill if only_precompute else fit)(task, backend, preemption)
         except Preempted:
+            if only_precompute:
+                log.info("ended by %s; what was written stays: give the same command again", preemption.signal_name)
+                return as_path(str(task.precomputed_dir))
             log.info("ended by %s before the first step; nothing had to be saved", preemption.signal_name)
             return as_path(config.output_dir)
         except Exception as error:

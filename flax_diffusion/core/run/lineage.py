@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import asdict, fields, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from flax_diffusion.core.config.options import ONCE, TrainConfig
+from flax_diffusion.core.data.captions import Tokenize
+from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import CheckpointError, DataError, shown
 from flax_diffusion.core.families.family import Role
@@ -94,6 +97,55 @@ def weights_digest(component: Component) -> str:
                 digest.update(stream.read(4096))
         digest.update(str(size).encode())
     return digest.hexdigest()[:16]
+
+
+def posteriors_key(spec: PipelineSpec, config: TrainConfig, transform: ImageTransform) -> dict[str, Any]:
+    """Return what the posteriors of a picture's latents depend on beside the picture, as JSON.
+
+    Args:
+        spec: The pipeline.
+        config: The run's options.
+        transform: What happens to the picture; nothing of it is drawn at random but the flip.
+    """
+    # Where a side is stretched nothing is cut off, so that the place of the crop makes no difference.
+    picture = asdict(replace(transform, center_crop=True))
+    return {
+        "picture": picture,
+        "autoencoder": _model_key(spec.components[spec.vae_name], config.seed),
+        "precision": config.mixed_precision,
+    }
+
+
+def embeddings_key(spec: PipelineSpec, config: TrainConfig, dtype: str) -> dict[str, Any]:
+    """Return what the embeddings of a prompt depend on beside the prompt, as JSON.
+
+    Args:
+        spec: The pipeline.
+        config: The run's options.
+        dtype: Dtype in which they are stored.
+    """
+    tokenize = spec.tokenize
+    words = {} if tokenize is None else {name: _tokenizer_digest(own) for name, own in tokenize.by_array.items()}
+    return {
+        "family": spec.family.name,
+        "text encoders": {
+            name: _model_key(spec.components[name], config.seed) for name in spec.names_of(Role.TEXT_ENCODER)
+        },
+        "tokenizers": words,
+        "precision": config.mixed_precision,
+        "stored": dtype,
+    }
+
+
+def _tokenizer_digest(tokenize: Tokenize) -> str:
+    settings = [getattr(tokenize, one.name) for one in fields(tokenize) if one.name != "tokenizer"]
+    return hashlib.sha256(repr([tokenize.tokenizer.to_str(), *settings]).encode()).hexdigest()[:16]
+
+
+def _model_key(component: Component, seed: int) -> dict[str, Any]:
+    assert component.overlay is None, f"a {component.kind} whose weights are not those of its files"
+    weights = f"drawn with seed {seed}" if component.weights is None else weights_digest(component)
+    return {"class": component.kind, "config": component.config, "weights": weights}
 
 
 def check(metadata: dict[str, Any], now: dict[str, Any], name: str) -> None:

@@ -86,7 +86,8 @@ def fit(
             run.repeat(config.repeat_step)
     finally:
         run.close()
-    shutil.rmtree(scratch, ignore_errors=True)
+    if task.precomputed_dir is None:  # else what has this name may be the folder to keep
+        shutil.rmtree(scratch, ignore_errors=True)
     return output_dir
 
 

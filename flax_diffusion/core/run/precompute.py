@@ -3,71 +3,107 @@
 The step then needs neither these models nor the pictures, which leaves memory for larger batches. The mean and log
 variance of the autoencoder's posterior are kept, not a sample of it, so that each epoch draws new latents. For pictures
 that are flipped at random, the posteriors of both orientations are kept.
+
+With --precomputed_dir all that stays for later runs, of any task and of either backend. A picture is then known by the
+checksum of its bytes, a prompt by its text, and the models by the keys of `lineage`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from flax_diffusion.core.backend import Backend
+from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.data import store
 from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.extra import no_draw
 from flax_diffusion.core.data.images.decoding import decode
 from flax_diffusion.core.data.images.transforms import ImageTransform
-from flax_diffusion.core.data.sources.source import Record, Source
-from flax_diffusion.core.data.table import write_tables
-from flax_diffusion.core.errors import DataError, NonFiniteError
+from flax_diffusion.core.data.sources.source import Record, Source, first_few
+from flax_diffusion.core.data.store import Row, Store, Writer
+from flax_diffusion.core.errors import ConfigError, DataError, NonFiniteError
 from flax_diffusion.core.families.family import Role
+from flax_diffusion.core.io.files import as_path, is_local, remove_tree, version_of
+from flax_diffusion.core.run import lineage
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
 PROMPTS_AT_A_TIME = 64
-POSTERIORS = "posteriors"
+EMBEDDINGS, POSTERIORS, SIZES = "embeddings", "posteriors", "sizes"
 _NOT_FINITE = "the latents of {} are not finite: check the picture, or the autoencoder's precision"
+_READERS = 16  # threads that read pictures, most of whose time is waiting where these are in an object store
+
+
+def check_folder(task: Task[TrainConfig]) -> None:
+    """Make sure that the folder of `--precomputed_dir` can be written, and that what it holds can be read.
+
+    Args:
+        task: The task, with the run's options.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if task.precomputed_dir is None:
+        return
+    folder = as_path(task.precomputed_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_local(folder):
+            tempfile.TemporaryFile(dir=folder).close()
+        for kind in (EMBEDDINGS, POSTERIORS):
+            store.read_keys(folder, kind)
+    except OSError as error:
+        raise ConfigError(
+            f"--precomputed_dir {folder}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"--precomputed_dir {folder}: {error}; delete its folder, or name another one") from error
 
 
 def precompute(
-    task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend, folder: Path
+    task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend, scratch: Path
 ) -> Precomputed:
-    """Compute what the options ask for, and free the models that made it.
+    """Compute what the options ask for and is not there yet, and free the models that made it.
 
     Args:
         task: The task, with the run's options.
         spec: The pipeline.
         source: All examples of the run.
         backend: The backend of this process, with the models loaded.
-        folder: Folder for the files; each process writes its own.
+        scratch: Folder for what is not kept; each process writes its own files.
 
     Returns:
         The tables of what was computed.
 
     Raises:
+        ConfigError: If --precomputed_dir is not the same folder for all processes.
         DataError: For a picture that cannot be read; where such pictures are skipped, for too many of them.
         NonFiniteError: For a picture whose latents are not finite.
     """
-    config, made, end = task.config, Precomputed(), str(backend.process_index)
-    bad = BadExamples(len(source)) if config.skip_bad_images else None
+    made, bad = Precomputed(), BadExamples(len(source)) if task.config.skip_bad_images else None
+    if task.precomputed_dir is not None:
+        shared_folder(as_path(task.precomputed_dir), backend, "--precomputed_dir")
     if task.embeds_prompts:
-        prompts = _prompts(task, source, bad)
-        tables = write_tables(folder, end, len(prompts), _embedded(prompts, backend))
-        made = replace(made, embeddings=tables)
+        made = replace(made, embeddings=_embeddings(task, spec, _prompts(task, source, bad), backend, scratch))
         for name in spec.names_of(Role.TEXT_ENCODER):
             backend.release(name)
     if task.caches_latents:
         named = {record.name: index for index, record in _records(source, bad)}
-        batches = _encoded(config, source, named, task.make_transform(spec), backend, bad)
-        tables = write_tables(folder, end, len(named), batches)
-        made = replace(made, posteriors=tables.get(POSTERIORS, {}))
+        tables = _Pictures(task, spec, source, backend, scratch, named, bad).tables()
+        made = replace(made, posteriors=tables.get(POSTERIORS, {}), sizes=tables.get(SIZES))
         backend.release(spec.vae_name)
     return made
 
@@ -92,6 +128,90 @@ def _prompts(task: Task[TrainConfig], source: Source, bad: BadExamples | None) -
     return list(prompts)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows of a kind are, seen from one process.
+
+    Attributes:
+        folder: The folder of the shards.
+        kept: Whether all processes write into it, for later runs too; otherwise it is this process's own.
+        backend: The backend of this process.
+    """
+
+    folder: Path
+    kept: bool
+    backend: Backend
+
+    @classmethod
+    def of(cls, task: Task[TrainConfig], kind: str, key: Any, scratch: Path, backend: Backend) -> _Place:
+        """Return the place of a kind of rows, which holds only whole shards then.
+
+        Args:
+            task: The task, with the run's options.
+            kind: What the rows are.
+            key: Function that returns what they depend on.
+            scratch: Folder for what is not kept.
+            backend: The backend of this process.
+        """
+        if task.precomputed_dir is None:
+            folder = scratch / str(backend.process_index) / kind
+            remove_tree(folder)  # of a run that was killed
+            return cls(folder, False, backend)
+        parent = as_path(task.precomputed_dir)
+        depends_on = key()
+        if backend.process_index == 0:
+            store.write_manifest(parent, kind, depends_on)
+        backend.all_processes(True)
+        folder = store.folder_of(parent, kind, depends_on)
+        store.remove_damaged(folder, backend.process_index, backend.process_count)
+        backend.all_processes(True)
+        return cls(folder, True, backend)
+
+    def agree(self, missing: Iterable[str], what: str) -> None:
+        """Make sure that all processes miss the same rows, because they compute them together.
+
+        Raises:
+            DataError: If they do not. Every process raises it.
+        """
+        if not self.kept or self.backend.process_count == 1:
+            return
+        digest = int(hashlib.sha256("\0".join(missing).encode()).hexdigest()[:6], 16)
+        same = digest == self.backend.broadcast_from_first(digest)
+        if not self.backend.all_processes(same):
+            raise DataError(f"the {what} differ between the processes of this run: all must see the same files")
+
+    def told(self, what: str, count: int, missing: int) -> None:
+        """Log how many rows are computed."""
+        if self.backend.process_index == 0:
+            there = f", {count - missing} of {count} are in {self.folder}" if self.kept else ""
+            log.info("encoding %d %s%s", missing, what, there)
+
+
+def _embeddings(
+    task: Task[TrainConfig], spec: PipelineSpec, prompts: list[str], backend: Backend, scratch: Path
+) -> Mapping[str, Mapping[str, np.ndarray]]:
+    """Return what the text encoders make of prompts, by array and by prompt."""
+
+    def key() -> dict[str, Any]:
+        return lineage.embeddings_key(spec, task.config, task.precomputed_dtype)
+
+    place = _Place.of(task, EMBEDDINGS, key, scratch, backend)
+    there = Store(place.folder)
+    missing = [prompt for prompt in prompts if prompt not in there]
+    place.agree(missing, "captions")
+    place.told("prompts", len(prompts), len(missing))
+    if missing:
+        writes = not place.kept or backend.process_index == 0  # every process encodes all of them
+        writer = Writer(place.folder, bfloat16=task.precomputed_dtype == "bfloat16")
+        for several, arrays in _embedded(missing, backend):
+            if writes:
+                writer.add([Row(prompt) for prompt in several], arrays)
+        writer.flush()
+        backend.all_processes(True)
+        there = Store(place.folder)
+    return there.tables({prompt: prompt for prompt in prompts})
+
+
 def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
     for first in range(0, len(prompts), PROMPTS_AT_A_TIME):
         several = prompts[first : first + PROMPTS_AT_A_TIME]
@@ -100,45 +220,139 @@ def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str],
         yield several, {name: rows[: len(several)] for name, rows in made.items()}
 
 
-def _encoded(
-    config: TrainConfig,
-    source: Source,
-    named: Mapping[str, int],
-    transform: ImageTransform,
-    backend: Backend,
-    bad: BadExamples | None,
-) -> Iterator[tuple[list[str], dict[str, np.ndarray]]]:
-    upright = replace(transform, random_flip=False)
+@dataclass
+class _Pictures:
+    """Pictures, whose posteriors are computed.
 
-    shape = (transform.channels, transform.resolution, transform.resolution)
-    nothing = np.full(shape, np.nan, np.float32)  # for a picture that cannot be read, which every process then knows
-    reasons: dict[str, str] = {}  # why this process could not read a picture, by its name
+    Attributes:
+        task: The task, with the run's options.
+        spec: The pipeline.
+        source: All examples of the run.
+        backend: The backend of this process.
+        scratch: Folder for what is not kept.
+        named: Index in the source of each picture by its name.
+        bad: The bad examples found so far; None where one ends the run.
+    """
 
-    def read(name: str) -> np.ndarray:
-        try:
-            return upright(decode(source[named[name]]), no_draw).pixel_values
-        except DataError as error:
-            if bad is None:
-                raise
-            reasons[name] = str(error)
-            return nothing
+    task: Task[TrainConfig]
+    spec: PipelineSpec
+    source: Source
+    backend: Backend
+    scratch: Path
+    named: Mapping[str, int]
+    bad: BadExamples | None
 
-    names, share = list(named), config.train_batch_size * (backend.device_count // backend.process_count)
-    size, start = share * backend.process_count, share * backend.process_index
-    log.info("encoding %d pictures", len(names))
-    with ThreadPoolExecutor() as pool:
-        for first in range(0, len(names), size):
-            several = names[first : first + size]
-            mine = several[start : start + share]
-            pixels = np.stack([*pool.map(read, mine), *[nothing] * (share - len(mine))])
-            orientations = [pixels, np.ascontiguousarray(pixels[..., ::-1])] if transform.random_flip else [pixels]
-            posteriors = np.stack([backend.posteriors(each) for each in orientations], axis=1)
-            good = []
-            for place, name in enumerate(several):
-                if np.isfinite(posteriors[place]).all():
-                    good.append(place)
-                elif bad is None:
-                    raise NonFiniteError(_NOT_FINITE.format(name))
-                else:
-                    bad.add(name, reasons.get(name, _NOT_FINITE.format(name)))
-            yield [several[place] for place in good], {POSTERIORS: posteriors[good]}
+    def __post_init__(self) -> None:
+        self.transform: ImageTransform = self.task.make_transform(self.spec)
+        self.reasons: dict[str, str] = {}  # why this process could not read a picture, by its name
+
+    def tables(self) -> Mapping[str, Mapping[str, np.ndarray]]:
+        """Return posteriors and sizes by name, and compute those that are not there."""
+
+        def key() -> dict[str, Any]:
+            return lineage.posteriors_key(self.spec, self.task.config, self.transform)
+
+        place = _Place.of(self.task, POSTERIORS, key, self.scratch, self.backend)
+        there = Store(place.folder)
+        rows = self._identified(there) if place.kept else {name: Row(name, name) for name in self.named}
+        missing = list({row.key: row for row in rows.values() if row.key not in there}.values())
+        place.agree((row.key for row in missing), "pictures")
+        place.told("pictures", len(rows), len(missing))
+        if place.kept and self.backend.process_index == 0:
+            _tell_of_changes(there, missing)
+        if missing:
+            self._encode(missing, Writer(place.folder), place.kept)
+            self.backend.all_processes(True)
+            there = Store(place.folder)
+        return there.tables({name: row.key for name, row in rows.items()})
+
+    def _identified(self, there: Store) -> dict[str, Row]:
+        """Return the identity of each picture, whose bytes are read unless its file is as it was when last read."""
+        known = {(row.name, row.version): row for row in there.rows() if row.version is not None}
+
+        def identify(name: str) -> Row:
+            try:
+                record = self.source[self.named[name]]
+                image = record.image
+                if isinstance(image, (bytes, np.ndarray, Image.Image)):
+                    return Row(_digest(record), name)
+                version = version_of(image)
+                return known.get((name, version)) or Row(_digest(record), name, version)
+            except (DataError, OSError):  # encoding it says why
+                return Row(f"unreadable {name}", name)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            return dict(zip(self.named, pool.map(identify, self.named), strict=True))
+
+    def _encode(self, rows: list[Row], writer: Writer, kept: bool) -> None:
+        """Compute the posteriors of pictures, and write those of this process's share, or all where none are kept."""
+        backend, config, transform = self.backend, self.task.config, self.transform
+        upright = replace(transform, random_flip=False)
+        shape = (transform.channels, transform.resolution, transform.resolution)
+        nothing = np.full(shape, np.nan, np.float32)  # for a picture that cannot be read, as every process then knows
+
+        def read(row: Row) -> tuple[np.ndarray, tuple[int, int]]:
+            try:
+                pixels, place = upright(decode(self.source[self.named[row.name]]), no_draw)
+                return pixels, place.original
+            except DataError as error:
+                if self.bad is None:
+                    raise
+                self.reasons[row.name] = str(error)
+                return nothing, (0, 0)
+
+        share = config.train_batch_size * (backend.device_count // backend.process_count)
+        size, start = share * backend.process_count, share * backend.process_index
+        with ThreadPoolExecutor() as pool:
+            for first in range(0, len(rows), size):
+                several = rows[first : first + size]
+                mine = [*pool.map(read, several[start : start + share])]
+                pixels = np.stack([*(one for one, _ in mine), *[nothing] * (share - len(mine))])
+                orientations = [pixels, np.ascontiguousarray(pixels[..., ::-1])] if transform.random_flip else [pixels]
+                posteriors = np.stack([backend.posteriors(each) for each in orientations], axis=1)
+                good = self._good(several, posteriors)
+                if kept or backend.process_count == 1:
+                    good = [index for index in good if start <= index < start + share]
+                    sizes = np.array([mine[index - start][1] for index in good], np.int32).reshape(-1, 2)
+                    arrays = {POSTERIORS: posteriors[good], SIZES: sizes}
+                else:  # the sizes of the pictures that other processes read are not known here
+                    arrays = {POSTERIORS: posteriors[good]}
+                writer.add([several[index] for index in good], arrays)
+        writer.flush()
+
+    def _good(self, rows: list[Row], posteriors: np.ndarray) -> list[int]:
+        """Return the indices of the pictures that were read and whose posteriors are finite.
+
+        Raises:
+            NonFiniteError: If one is not, and none may be skipped.
+            DataError: If too many are not.
+        """
+        good = []
+        for index, row in enumerate(rows):
+            if np.isfinite(posteriors[index]).all():
+                good.append(index)
+            elif self.bad is None:
+                raise NonFiniteError(_NOT_FINITE.format(row.name))
+            else:
+                self.bad.add(row.name, self.reasons.get(row.name, _NOT_FINITE.format(row.name)))
+        return good
+
+
+def _digest(record: Record) -> str:
+    """Return a checksum of a picture's file, or of the pixels of one that is in memory."""
+    image = record.image
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()[:32]
+    if isinstance(image, (np.ndarray, Image.Image)):
+        picture = decode(record)
+        return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:32]
+    with image.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+
+
+def _tell_of_changes(there: Store, missing: list[Row]) -> None:
+    """Log which pictures have other bytes than those of their name that were encoded before."""
+    names = {row.name for row in there.rows()}
+    changed = [row.name for row in missing if row.name in names]
+    if changed:
+        log.info("changed since they were encoded: %d pictures, %s", len(changed), first_few(changed))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,16 @@ from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.data.workers import check_count
-from flax_diffusion.core.errors import CheckpointError
+from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.run import assembly, lineage, output_folder
-from flax_diffusion.core.run.precompute import precompute
+from flax_diffusion.core.run.precompute import check_folder, precompute
+from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,8 +72,60 @@ def open_inputs(task: Task[TrainConfig]) -> tuple[Source, PipelineSpec]:
     config = task.config
     check_count(config.dataloader_num_workers)
     output_folder.check(as_path(config.output_dir), config)
+    check_folder(task)
     source = task.open_source()
     return source, task.make_spec(source)
+
+
+def _check_data(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend) -> None:
+    skips, tokenize = task.config.skip_bad_images, spec.tokenize if task.checks_captions else None
+    main = backend.process_index == 0
+    check_source(source, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
+
+
+def fill(
+    task: Task[TrainConfig],
+    make_backend: Callable[[TrainConfig, PipelineSpec], Backend],
+    preemption: Preemption | None = None,
+) -> Path:
+    """Compute what can be computed before training into the folder of `--precomputed_dir`, and train nothing.
+
+    Args:
+        task: The task, with the run's options.
+        make_backend: As of `loop.fit`.
+        preemption: Says when to end early; None for never.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: As `open_inputs` and `precompute`.
+        Preempted: If it is told to end. The shards that are written then stay.
+    """
+    preemption = preemption or Preemption()
+    folder = task.precomputed_dir
+    if folder is None:
+        raise ConfigError(
+            f"precompute {task.name}: there is no folder to fill: add --precomputed_dir FOLDER, with --cache_latents "
+            "or --pre_compute_text_embeddings"
+        )
+    check_count(task.config.dataloader_num_workers)
+    check_folder(task)
+    source = preemption.interruptible(task.open_source)
+    spec = preemption.interruptible(lambda: task.make_spec(source))
+    backend = make_backend(task.config, spec)
+    preemption.single_process = backend.process_count == 1
+
+    def work() -> None:
+        _check_data(task, spec, source, backend)
+        backend.init_state()
+        precompute(task, spec, task.complete_source(source, backend), backend, as_path(folder))
+        backend.all_processes(True)  # else a process that is done would leave the others alone
+
+    preemption.interruptible(work)
+    if backend.process_index == 0:
+        log.info("latents and text embeddings are in %s", folder)
+    return as_path(folder)
 
 
 def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend, scratch: Path) -> Start:
@@ -91,8 +148,7 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
     output_dir = as_path(config.output_dir)
     shared_folder(output_dir, backend, "--output_dir")
     main = backend.process_index == 0
-    skips, tokenize = config.skip_bad_images, spec.tokenize if task.checks_captions else None
-    check_source(source, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
+    _check_data(task, spec, source, backend)
     num_examples = task.count_examples(source)
     identity = lineage.identity(task.name, config, spec, source, num_examples)
     resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)

@@ -62,6 +62,7 @@ class CaptionsTask(TextTask[K]):
     def __init__(self, config: K):
         super().__init__(config)
         self.embeds_prompts = config.pre_compute_text_embeddings
+        self.precomputed_dtype = config.precomputed_dtype
         self.embeds_empty_prompt = config.proportion_empty_prompts > 0
 
     @property

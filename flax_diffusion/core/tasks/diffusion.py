@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+_COMPUTED_ONCE = ("cache_latents", "pre_compute_text_embeddings")
+"""Options by which something is computed once, before training. Not every task has all of them."""
+
+
 class DiffusionConfig(EdmOptions, FlowMatchingOptions, DdpmOptions, TrainConfig):
     """Options of tasks that train a denoiser."""
 
@@ -62,6 +66,11 @@ class DiffusionConfig(EdmOptions, FlowMatchingOptions, DdpmOptions, TrainConfig)
     cache_latents: bool = Field(
         False, description="Encode each picture once, before training. The steps then need no autoencoder."
     )
+    precomputed_dir: str | None = Field(
+        None,
+        description="Folder that keeps latents and text embeddings between runs, here or gs://. None: each run "
+        "computes its own.",
+    )
     validation_num_inference_steps: int = Field(
         50,
         ge=1,
@@ -86,6 +95,12 @@ class DiffusionConfig(EdmOptions, FlowMatchingOptions, DdpmOptions, TrainConfig)
                 "--cache_latents encodes each picture once, and crops at random would differ from epoch to epoch: add "
                 "--center_crop, or --resize_mode stretch"
             )
+        once = [name for name in _COMPUTED_ONCE if name in type(self).model_fields]
+        if self.precomputed_dir is not None and not any(getattr(self, name) for name in once):
+            raise ValueError(
+                "--precomputed_dir keeps what is computed once, before training: add "
+                f"{' or '.join(f'--{name}' for name in once)}, or drop it"
+            )
         return self
 
 
@@ -98,6 +113,7 @@ class DiffusionTask(Task[D]):
     def __init__(self, config: D):
         super().__init__(config)
         self.caches_latents = config.cache_latents
+        self.precomputed_dir = config.precomputed_dir
 
     def checked(self, spec: PipelineSpec) -> PipelineSpec:
         """Return a pipeline that can be trained with the options that say what is made before."""

@@ -58,6 +58,10 @@ class Task(ABC, Generic[C]):
     """Whether the empty prompt is encoded too, even if no caption is empty."""
     caches_latents: bool = False
     """Whether pictures are encoded once, before training."""
+    precomputed_dir: str | None = None
+    """Folder that keeps what is computed before training for later runs; None for none."""
+    precomputed_dtype: str = "float32"
+    """Dtype in which the embeddings of prompts are stored, "float32" or "bfloat16"."""
     makes_tokenizer: bool = False
     """Whether the captions make the tokenizer."""
 

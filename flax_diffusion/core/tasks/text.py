@@ -63,6 +63,18 @@ class PromptsConfig(TextConfig):
     pre_compute_text_embeddings: bool = Field(
         False, description="Encode each prompt once, before training. The text encoder is then freed, and cannot train."
     )
+    precomputed_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype of these embeddings in files. bfloat16 takes half the space, and rounds them."
+    )
+
+    @model_validator(mode="after")
+    def _check_dtype(self) -> PromptsConfig:
+        if self.precomputed_dtype != "float32" and not self.pre_compute_text_embeddings:
+            raise ValueError(
+                f"--precomputed_dtype {self.precomputed_dtype} is of text embeddings that are computed once: add "
+                "--pre_compute_text_embeddings, or drop it"
+            )
+        return self
 
 
 class CaptionedConfig(PromptsConfig):
@@ -313,6 +325,7 @@ class LoraTask(TextTask[L]):
         super().__init__(config)
         self.lora_format = config.lora_format
         self.embeds_prompts = config.pre_compute_text_embeddings
+        self.precomputed_dtype = config.precomputed_dtype
 
     def read_models(self, models: Mapping[str, ModelClass]) -> dict[str, Component]:
         """Read the configs of the text encoders, which may train too, and the denoiser."""
