@@ -111,7 +111,7 @@ def make_buckets(task: Task[TrainConfig], spec: PipelineSpec, source: Source, sc
         schedule: The run's steps.
 
     Raises:
-        ConfigError: For sizes that cannot be trained at, cached latents, or examples that are pairs of pictures.
+        ConfigError: For sizes that cannot be trained at, or examples that are pairs of pictures.
         DataError: If the size of a picture cannot be read, or if they are too few.
     """
     config = task.config
@@ -121,10 +121,6 @@ def make_buckets(task: Task[TrainConfig], spec: PipelineSpec, source: Source, sc
         raise ConfigError(
             "--bucket_resolutions with --with_prior_preservation: the two pictures of an example have two shapes; drop "
             "one of the options"
-        )
-    if task.caches_latents:
-        raise ConfigError(
-            "--bucket_resolutions with --cache_latents: latents are kept of squares only, so far; drop one of them"
         )
     sizes = bucketing.parse_sizes(config.bucket_resolutions, config.resolution, spec.size_factor)
     return bucketing.make_order(
