@@ -13,6 +13,7 @@ from tiny import OBJECTIVE
 
 from flax_diffusion.core.data import bad
 from flax_diffusion.core.data import loader as loader_module
+from flax_diffusion.core.data import order as order_module
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.data.loader import Loader
@@ -49,7 +50,7 @@ def assert_same(given, expected):
 @pytest.mark.parametrize("limit", [2**20, 0])  # permutations, Grain's cipher
 @pytest.mark.parametrize("count", [1, 2, 5, 100, 1797])
 def test_every_epoch_is_a_permutation(count, limit, monkeypatch):
-    monkeypatch.setattr(loader_module, "_MAX_PERMUTED", limit)
+    monkeypatch.setattr(order_module, "_MAX_PERMUTED", limit)
     orders = []
     for epoch in range(3):
         places = [example_at(epoch * count + n, count=count, seed=0, shuffle=True) for n in range(count)]

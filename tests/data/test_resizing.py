@@ -30,7 +30,7 @@ def test_equals_the_whole_resized_and_then_cropped(resample, mode):
         size = (side, int(side * height / width)) if number % 2 else (int(side * width / height), side)
         left, top = (int(rng.integers(0, one - side + 1)) for one in size)
         expected = image.resize(size, FILTERS[resample]).crop((left, top, left + side, top + side))
-        part = resizing.resize_part(image, size, (left, top), side, FILTERS[resample])
+        part = resizing.resize_part(image, size, (left, top), (side, side), FILTERS[resample])
         assert part.mode == mode
         np.testing.assert_array_equal(np.asarray(part), np.asarray(expected), str((image.size, size, left, top)))
 

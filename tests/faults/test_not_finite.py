@@ -51,9 +51,9 @@ def inject(monkeypatch):
     def at(place, number):
         made, real = [], ExampleFn.__call__
 
-        def example(self, source, seed, epoch, index):
+        def example(self, source, seed, epoch, index, size=None):
             made.append(index)
-            got = real(self, source, seed, epoch, index)
+            got = real(self, source, seed, epoch, index, size)
             if len(made) == number:
                 if place == "data":
                     got["noise"] = np.full_like(got["noise"], np.nan)

@@ -18,7 +18,7 @@ MAX_SECONDS = 30
 SOURCE = ArraySource(np.zeros((64, 4, 4), np.uint8), None, "x" * 1_000_000)
 
 
-def large(source, seed, epoch, index):
+def large(source, seed, epoch, index, size=None):
     """An example that does not fit into a pipe."""
     return {"pixels": np.full((1, 128, 128), index, np.float32), "example_index": np.asarray(index, np.int64)}
 

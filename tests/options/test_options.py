@@ -159,7 +159,7 @@ TABLE: dict[str, list[Row]] = {
     ],
     "proportion_empty_prompts": [Row(1.0, "batch")],
     "resolution": [Row(8, "batch")],
-    "bucket_resolutions": [Row(["auto"], "batch", tasks=("unconditional", "text_to_image", "autoencoder"))],
+    "bucket_resolutions": [Row(["auto"], "batch", {"resize_mode": "crop"})],
     "resize_mode": [Row(lambda _, value: "stretch" if value == "crop" else "crop", "batch")],
     "center_crop": [Row(other, "batch", {"resize_mode": "crop"})],
     "random_flip": [Row(other, "batch")],

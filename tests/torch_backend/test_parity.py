@@ -149,7 +149,7 @@ def method_config(method, tmp_path, **options):
     task = next(name for name in TASKS if method.startswith(name))
     data = (paired_pictures if task == "controlnet" else pictures)(tmp_path / "data", 4)
     if "buckets" in method:
-        data = shaped_pictures(tmp_path / "data", [(24, 24), (25, 24), (40, 20), (41, 20)])
+        data = shaped_pictures(tmp_path / "shaped", [(24, 24), (25, 24), (40, 20), (41, 20)])
     values = QUIET | METHODS[method] | {
         "resolution": 16, "train_batch_size": 2, "learning_rate": 1e-2, "use_ema": True, "lr_warmup_steps": 0,
     } | options  # fmt: skip
