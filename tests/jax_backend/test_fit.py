@@ -168,9 +168,7 @@ def test_bad_text_models_are_named(tmp_path):
     with pytest.raises(ConfigError, match="hidden_size 16 and UNet of cross_attention_dim 24"):
         train("text_to_image", **run | {"unet": CONDITION_UNET | {"cross_attention_dim": 24}})
     sdxl = {"addition_embed_type": "text_time", "projection_class_embeddings_input_dim": 32}
-    with pytest.raises(
-        ConfigError, match="it belongs to a StableDiffusionXLPipeline; use a whole pipeline"
-    ):
+    with pytest.raises(ConfigError, match="it belongs to a StableDiffusionXLPipeline; use a whole pipeline"):
         train("text_to_image", **run | {"unet": CONDITION_UNET | sdxl})
 
 
