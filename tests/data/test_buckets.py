@@ -233,7 +233,7 @@ def test_small_pictures_are_not_enlarged_unsaid(options, tmp_path, caplog):
     assert re.search(said, caplog.text)
 
 
-def test_a_bad_picture_is_replaced_by_one_of_its_bucket(options, tmp_path):
+def test_a_bad_picture_is_replaced_by_one_of_its_bucket(options, tmp_path, caplog):
     data = tmp_path / "many"
     shaped_pictures(data, [*SHAPES * 8, (24, 24)])
     (data / "0104.png").write_bytes(b"not a picture")
@@ -242,3 +242,4 @@ def test_a_bad_picture_is_replaced_by_one_of_its_bucket(options, tmp_path):
         torch_backend.train.train("text_to_image", **options, output_dir=str(tmp_path / "refused"))
     out = torch_backend.train.train("text_to_image", **options, skip_bad_images=True, output_dir=str(tmp_path / "run"))
     assert portable.read(out / "checkpoint-3")[1]["step"] == 3
+    assert "smaller than their bucket" not in caplog.text

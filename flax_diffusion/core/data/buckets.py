@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import numpy as np
 
+from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.images.decoding import size_of
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source, first_few
@@ -22,6 +23,8 @@ _SHAPES = 17
 """Most sizes of `auto_sizes`; the shapes of neighbours differ by 9%."""
 _LEAST = 0.75
 """Smallest share of the pixels of a square of the resolution."""
+_UNREADABLE = (2**20, 2**20)
+"""Width and height that stand for those of a picture that cannot be read: a square that is not called small."""
 _READERS = 16  # threads that read headers, most of whose time is waiting where these are in an object store
 
 
@@ -106,7 +109,7 @@ def read_sizes(source: Source, *, skip_bad_images: bool) -> np.ndarray:
         except DataError:
             if not skip_bad_images:
                 raise
-            return (1, 1)  # the loader counts it, and takes another
+            return _UNREADABLE  # the loader counts it, and takes another
 
     with ThreadPoolExecutor(_READERS) as pool:
         return np.array(list(pool.map(read, range(len(source)))), np.int64)
@@ -174,7 +177,7 @@ def make_order(
     if small:
         log.warning(
             "%d of %d pictures are smaller than their bucket, and are enlarged: %s",
-            len(small), len(source), first_few([source[index].name for index in sorted(small)[:4]]),
+            len(small), len(source), first_few([example_name(source, index) for index in sorted(small)[:4]]),
         )  # fmt: skip
     return Bucketed(
         sizes=[size for size, _ in filled], members=[own for _, own in filled], step_examples=step_examples, seed=seed
