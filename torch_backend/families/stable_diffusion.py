@@ -94,16 +94,12 @@ def predict(
     return unet(sample.to(unet.dtype), timesteps, text, **options).sample
 
 
-FAMILIES.register(
-    "stable_diffusion",
-    Family(
-        classes={
-            "CLIPTextModel": CLIPTextModel,
-            "UNet2DConditionModel": UNet2DConditionModel,
-            "ControlNetModel": ControlNetModel,
-            "AutoencoderKL": AutoencoderKL,
-        },
-        condition=condition,
-        predict=predict,
-    ),
-)
+CLASSES = {
+    "CLIPTextModel": CLIPTextModel,
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "ControlNetModel": ControlNetModel,
+    "AutoencoderKL": AutoencoderKL,
+}
+"""The classes of the models, by the name of their PyTorch class."""
+
+FAMILIES.register("stable_diffusion", Family(classes=CLASSES, condition=condition, predict=predict))

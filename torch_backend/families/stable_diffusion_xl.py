@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import (  # made at run time
-    AutoencoderKL,  # pyright: ignore[reportPrivateImportUsage]
-    ControlNetModel,  # pyright: ignore[reportPrivateImportUsage]
-    UNet2DConditionModel,  # pyright: ignore[reportPrivateImportUsage]
-)
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextModelWithProjection
 
 from flax_diffusion.core.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from torch_backend.families.family import FAMILIES, Batch, Family
-from torch_backend.families.stable_diffusion import Condition, beside_text, predict
+from torch_backend.families.stable_diffusion import CLASSES, Condition, beside_text, predict
 
 
 def condition(modules: Any, batch: Batch) -> Condition:
@@ -53,13 +48,7 @@ def _zero_of(unused: Tensor) -> Tensor:
 FAMILIES.register(
     STABLE_DIFFUSION_XL.name,
     Family(
-        classes={
-            "CLIPTextModel": CLIPTextModel,
-            "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
-            "UNet2DConditionModel": UNet2DConditionModel,
-            "ControlNetModel": ControlNetModel,
-            "AutoencoderKL": AutoencoderKL,
-        },
+        classes=CLASSES | {"CLIPTextModelWithProjection": CLIPTextModelWithProjection},
         condition=condition,
         predict=predict,
     ),

@@ -92,16 +92,12 @@ def predict(
     return modules.call("unet", params, dropout, sample, timesteps, text, **options)[0]
 
 
-FAMILIES.register(
-    "stable_diffusion",
-    Family(
-        classes={
-            "CLIPTextModel": FlaxCLIPTextModule,
-            "UNet2DConditionModel": FlaxUNet2DConditionModel,
-            "ControlNetModel": FlaxControlNetModel,
-            "AutoencoderKL": FlaxAutoencoderKL,
-        },
-        condition=condition,
-        predict=predict,
-    ),
-)
+CLASSES = {
+    "CLIPTextModel": FlaxCLIPTextModule,
+    "UNet2DConditionModel": FlaxUNet2DConditionModel,
+    "ControlNetModel": FlaxControlNetModel,
+    "AutoencoderKL": FlaxAutoencoderKL,
+}
+"""The classes of the models, by the name of their PyTorch class."""
+
+FAMILIES.register("stable_diffusion", Family(classes=CLASSES, condition=condition, predict=predict))

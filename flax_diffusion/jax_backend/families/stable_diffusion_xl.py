@@ -8,14 +8,8 @@ import jax.numpy as jnp
 
 from flax_diffusion.core.families.stable_diffusion_xl import STABLE_DIFFUSION_XL
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
-from flax_diffusion.jax_backend.families.stable_diffusion import Condition, beside_text, predict
-from flax_diffusion.models import (
-    FlaxAutoencoderKL,
-    FlaxCLIPTextModelWithProjectionModule,
-    FlaxCLIPTextModule,
-    FlaxControlNetModel,
-    FlaxUNet2DConditionModel,
-)
+from flax_diffusion.jax_backend.families.stable_diffusion import CLASSES, Condition, beside_text, predict
+from flax_diffusion.models import FlaxCLIPTextModelWithProjectionModule
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Key
@@ -46,13 +40,7 @@ def condition(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""
 FAMILIES.register(
     STABLE_DIFFUSION_XL.name,
     Family(
-        classes={
-            "CLIPTextModel": FlaxCLIPTextModule,
-            "CLIPTextModelWithProjection": FlaxCLIPTextModelWithProjectionModule,
-            "UNet2DConditionModel": FlaxUNet2DConditionModel,
-            "ControlNetModel": FlaxControlNetModel,
-            "AutoencoderKL": FlaxAutoencoderKL,
-        },
+        classes=CLASSES | {"CLIPTextModelWithProjection": FlaxCLIPTextModelWithProjectionModule},
         condition=condition,
         predict=predict,
     ),
