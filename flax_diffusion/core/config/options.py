@@ -209,7 +209,8 @@ class TrainConfig(BaseModel):
     def _check_buckets(self) -> TrainConfig:
         if self.bucket_resolutions and self.resize_mode == "stretch":
             raise ValueError(
-                "--bucket_resolutions keeps the shape of pictures, and --resize_mode stretch does not: drop one"
+                "--bucket_resolutions keeps the shape of pictures, and --resize_mode stretch does not: drop one, or "
+                "give --resize_mode crop"
             )
         return self
 
