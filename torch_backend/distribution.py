@@ -6,17 +6,23 @@ moving averages do not depend on Accelerate's configuration.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DDPCommunicationHookType, DistributedDataParallelKwargs, DistributedType
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from flax_diffusion.core.backend import MIN_LOSS_SCALE
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
+
+DDP_SUMS = {"fp32": DDPCommunicationHookType.NO, "bf16": DDPCommunicationHookType.BF16}
+FSDP_SUMS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""How gradients are summed over processes, by --reduce_dtype. Without a hook, DDP sums in the dtype of the weights."""
 
 Moments = dict[str, Tensor]
 """An optimizer's tensors of one parameter, by PyTorch's names: exp_avg and exp_avg_sq for AdamW."""
@@ -36,7 +42,9 @@ def make_accelerator(config: TrainConfig) -> Any:
     """
     try:
         accelerator: Any = Accelerator(
-            mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            kwargs_handlers=[DistributedDataParallelKwargs(comm_hook=DDP_SUMS[config.reduce_dtype])],
         )
     except (ImportError, KeyError, ValueError) as error:  # a package is missing, or a value is unknown
         reason = f"{error} is no value it knows" if isinstance(error, KeyError) else str(error).rstrip(".")
@@ -58,9 +66,22 @@ def make_accelerator(config: TrainConfig) -> Any:
         )
     if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ConfigError("FSDP of version 1: set fsdp_version: 2 in Accelerate's configuration")
+    if kind == DistributedType.FSDP:
+        set_fsdp_sums(accelerator.state.fsdp_plugin, config)
     if kind == DistributedType.DEEPSPEED:
         _set_up_deepspeed(accelerator, config)
     return accelerator
+
+
+def set_fsdp_sums(plugin: Any, config: TrainConfig) -> None:
+    """Set the precision in which FSDP sums gradients; Accelerate would take that of the computation.
+
+    Args:
+        plugin: Accelerate's settings of FSDP.
+        config: The run's options.
+    """
+    policy = plugin.mixed_precision_policy or MixedPrecisionPolicy()
+    plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=FSDP_SUMS[config.reduce_dtype])
 
 
 def _set_up_deepspeed(accelerator: Any, config: TrainConfig) -> None:
@@ -87,6 +108,7 @@ def _set_up_deepspeed(accelerator: Any, config: TrainConfig) -> None:
     values["train_micro_batch_size_per_gpu"] = micro
     values["gradient_accumulation_steps"] = config.gradient_accumulation_steps
     values["gradient_clipping"] = config.max_grad_norm
+    values["communication_data_type"] = config.reduce_dtype
 
 
 class LossScale(NamedTuple):

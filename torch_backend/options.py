@@ -20,6 +20,7 @@ from torch_backend.optimizers import OPTIMIZERS
 JAX_ONLY = {
     "data_parallelism": "start several processes with `accelerate launch -m torch_backend.train` or torchrun",
     "offload_optimizer": "use accelerate launch --config_file configs/accelerate/deepspeed_zero2_offload.yaml",
+    "fsdp_gather": "use accelerate launch --config_file configs/accelerate/fsdp.yaml, which always gathers blocks",
     "fsdp_parallelism": "use accelerate launch --config_file configs/accelerate/fsdp.yaml -m torch_backend.train",
 }
 """Options of `python -m flax_diffusion.train`, and what to use here."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -18,6 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from flax_diffusion.core.io.torch_names import from_torch_layout, to_torch_layout, torch_name
 from flax_diffusion.core.spec import adapters
 from flax_diffusion.core.spec.pipeline import Component
+from flax_diffusion.models.dropout import drop
 from flax_diffusion.models.layers import HalvedDense
 from flax_diffusion.models.weights import torch_shapes
 
@@ -95,8 +95,7 @@ def interceptor(component: Component, *, train: bool) -> Any:
             (x,) = args
             x = x.astype(outs[0].dtype)
             if train and lora.dropout:
-                keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - lora.dropout, x.shape)
-                x = jnp.where(keep, x / (1 - lora.dropout), 0)
+                x = drop(x, layer.make_rng("dropout"), lora.dropout)
             down, up = (own[part]["kernel"].astype(x.dtype) for part in ("lora_A", "lora_B"))
             low = x @ down
             ups = jnp.split(up, len(outs), axis=-1)

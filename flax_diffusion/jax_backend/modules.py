@@ -22,6 +22,7 @@ from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.weight_files import in_memory
 from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.jax_backend.adapters import interceptor
+from flax_diffusion.jax_backend.exchange import BlockGather
 from flax_diffusion.jax_backend.families.family import FAMILIES, Family, class_of
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
@@ -42,11 +43,13 @@ class Modules:
         spec: The pipeline.
         by_name: The modules by component name.
         mesh: Devices over which batches are split. Attention chooses its kernel by them; None for any devices.
+        block_gather: How layers gather their weights; None where the weights are whole, or jit's arrays.
     """
 
     spec: PipelineSpec
     by_name: dict[str, Any]
     mesh: Mesh | None = None
+    block_gather: BlockGather | None = None
 
     def encode_images(
         self, params: Params, pixels: Float[Array, "B C H W"], noise: Float[Array, "B C h w"] | None
@@ -136,11 +139,20 @@ class Modules:
         ):
             return self._apply(name, params, *inputs, train=train, rngs=rngs, **options)
 
+    def layers_gather(self, path: tuple[str, ...]) -> bool:
+        """Return whether the layers gather a weight, of the path that begins with the component's name."""
+        return self.block_gather is not None and self.block_gather.gathers(path)
+
+    def dtype_of(self, name: str) -> Any:
+        """Return the dtype of a component's computation."""
+        return self.by_name[name].dtype
+
     def _apply(self, name: str, params: Params, *inputs: jax.Array, **options: Any) -> Any:
         mesh: AbstractContextManager[Any] = nullcontext()
-        if self.mesh is not None:
+        if self.mesh is not None and jax.sharding.get_abstract_mesh().empty:  # it is not on one device's part already
             mesh = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
-        with mesh:
+        gather = self.block_gather.layers_of(name, self.dtype_of(name)) if self.block_gather else nullcontext()
+        with mesh, gather:
             return self.by_name[name].apply({"params": params[name]}, *inputs, **options)
 
 

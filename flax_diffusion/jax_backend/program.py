@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.jax_backend import adapters
-from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules
+from flax_diffusion.jax_backend.exchange import BlockGather, Exchange
+from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, Modules, build_modules
 from flax_diffusion.jax_backend.optimizers.offload import on_host
 from flax_diffusion.jax_backend.optimizers.optimizer import Params, make_optimizer
-from flax_diffusion.jax_backend.sharding import batch_sharding, replicated, state_shardings
+from flax_diffusion.jax_backend.sharding import batch_sharding, partitions, replicated, state_shardings
 from flax_diffusion.jax_backend.train_step import TrainState, create_state, train_step
+
+SUM_DTYPES = {"fp32": None, "bf16": jnp.bfloat16}
+"""Dtype in which gradients are summed over devices, by --reduce_dtype; None for that of the weights."""
 
 COMPILER_OPTIONS = {
     # XLA enlarges batches under 8 per chip by cutting pictures into strips before each convolution. By its own
@@ -59,13 +65,15 @@ class Program:
         self.spec, self.mesh, self.dtype = spec, mesh, dtype
         compute = dtype if config.mixed_precision == "no" else COMPUTE_DTYPES[config.mixed_precision]
         self.modules = build_modules(spec, compute, gradient_checkpointing=config.gradient_checkpointing, mesh=mesh)
+        self.exchange = Exchange(mesh, SUM_DTYPES[config.reduce_dtype])
         self.optimizer = make_optimizer(config)
         self.create_state = functools.partial(
             create_state, optimizer=self.optimizer, use_ema=config.use_ema, fp16=config.mixed_precision == "fp16"
         )
         self._step = functools.partial(
             train_step,
-            modules=self.modules,
+            modules=self._gathering_layers() if config.fsdp_gather == "block" else self.modules,
+            exchange=self.exchange,
             optimizer=self.optimizer,
             max_grad_norm=config.max_grad_norm,
             rate_factors={name: part.rate_factor for name, part in spec.components.items()},
@@ -74,6 +82,14 @@ class Program:
             skip_nonfinite=config.skip_nonfinite > 0,
         )
         self._offload = config.offload_optimizer
+
+    def _gathering_layers(self) -> Modules:
+        """Return the modules whose layers gather their weights when they are called."""
+        specs: dict[str, Any] = {
+            name: flatten_dict(partitions({name: model.params_shape()}, self.mesh)[name])
+            for name, model in self.modules.by_name.items()
+        }
+        return replace(self.modules, block_gather=BlockGather(self.exchange, specs))
 
     @functools.cached_property
     def state(self) -> TrainState:

@@ -75,14 +75,28 @@ def partition_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -
     return PartitionSpec()
 
 
-def state_shardings(state: Any, mesh: Mesh) -> Any:
-    """Return the sharding on a mesh of every leaf of a train state, which may be abstract."""
+def partitions(state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Return the partition of every leaf of a train state, which may be abstract."""
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, partition_of(name, leaf.shape, mesh))
+    def place(path: Any, leaf: Any) -> PartitionSpec:
+        return partition_of(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape, mesh)
 
     return jax.tree_util.tree_map_with_path(place, state)
+
+
+def update_partitions(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Return the partitions of gradients, which are divided as the moments and the average are.
+
+    Args:
+        params: Tree of the weights, which may be abstract.
+        mesh: Mesh with a data and an fsdp axis.
+    """
+    return partitions({"ema": params}, mesh)["ema"]
+
+
+def state_shardings(state: Any, mesh: Mesh) -> Any:
+    """Return the sharding on a mesh of every leaf of a train state, which may be abstract."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), partitions(state, mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -98,30 +112,6 @@ def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
         leading: Number of axes before that of the images, such as accumulation's.
     """
     return NamedSharding(mesh, PartitionSpec(*[None] * leading, (DATA, FSDP)))
-
-
-def gathered(tree: Any, mesh: Mesh | None) -> Any:
-    """Return a tree that is whole on every device; for use inside jit.
-
-    Left to choose, the compiler would sometimes gather a layer's images instead of its weights.
-
-    Args:
-        tree: Tree of traced arrays.
-        mesh: Mesh of the devices; None returns the tree as it is.
-    """
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, replicated(mesh))
-
-
-def scattered(tree: Any, mesh: Mesh | None) -> Any:
-    """Return gradients divided as the moments are, so that each device gets only its part of their sum.
-
-    For use inside jit.
-
-    Args:
-        tree: Tree of traced arrays, with the paths of the parameters.
-        mesh: Mesh of the devices; None returns the tree as it is.
-    """
-    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, state_shardings({"ema": tree}, mesh)["ema"])
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 1) -> dict[str, jax.Array]:

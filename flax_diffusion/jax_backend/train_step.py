@@ -14,8 +14,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_diffusion.jax_backend.adapters import merge
+from flax_diffusion.jax_backend.exchange import Exchange, dtype_of
 from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import (
     LossScale,
@@ -24,7 +26,7 @@ from flax_diffusion.jax_backend.optimizers.optimizer import (
     update_ema,
     where_finite,
 )
-from flax_diffusion.jax_backend.sharding import gathered, scattered
+from flax_diffusion.jax_backend.sharding import partitions, update_partitions
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 
 if TYPE_CHECKING:
@@ -140,35 +142,88 @@ def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...]
     return jax.lax.scan(body, zeros, inputs)[0]
 
 
-def compute_copies(modules: Modules, params: Params) -> Params:
-    """Copy the weight matrices in the precision that their modules compute in, once per step.
+def loss_and_gradients(
+    params: Params,
+    frozen: Params,
+    batch: Batch,
+    scalars: tuple[jax.Array, jax.Array | None],
+    *,
+    modules: Modules,
+    exchange: Exchange,
+    seed: int,
+    unroll: bool,
+) -> tuple[Float[Array, ""], Params]:
+    """Sum the loss over the micro-batches, and the gradients of the scaled loss also over the devices.
 
-    Where weights are divided over devices, these copies are gathered, once, at half the bytes under bf16. Norms and
-    biases stay as they are, because they enter sums in float32.
+    Each device computes them for its own images. It gathers the weights before, once, in the precision that their
+    modules compute in, or leaves it to the modules' layers.
 
     Args:
-        modules: The pipeline's modules.
         params: The trained weights.
+        frozen: Weights that do not train.
+        batch: As in `train_step`.
+        scalars: Optimizer steps taken, int32 (), and the loss scale, float32 () or None for 1.
+        modules: The pipeline's modules.
+        exchange: The devices.
+        seed: Seed of dropout.
+        unroll: As in `sum_over_micro_batches`.
 
     Returns:
-        The weights with the copies in place of the matrices.
+        The loss, and the gradients in the dtypes of the weights, divided as the moments are.
     """
+    loss_of, mesh = modules.family.loss or denoising_loss, exchange.mesh
+    divided, divided_frozen = partitions(params, mesh), partitions(frozen, mesh)
+    update = update_partitions(params, mesh)
 
-    def of_module(name: str, tree: Params) -> Params:
-        dtype = modules.by_name[name].dtype
+    def on_device(params: Params, frozen: Params, batch: Batch, scalars: Any) -> tuple[Float[Array, ""], Params]:
+        step, scale = scalars[0], 1.0 if scalars[1] is None else scalars[1]
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch["loss_weights"].shape[0])
+        copies = _whole(modules, exchange, params, divided)
+        others = _whole(modules, exchange, frozen, divided_frozen)
 
-        def copy(path: Any, leaf: jax.Array) -> jax.Array:
-            matrix = path[-1].key in ("kernel", "embedding")
-            return leaf.astype(dtype) if matrix else leaf
+        def scaled_loss(copies: Params, micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+            loss = loss_of(modules, merge(others, copies), micro, key)
+            return loss * (scale / mesh.size), loss
 
-        return jax.tree_util.tree_map_with_path(copy, tree)
+        def micro_step(micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Params]:
+            (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(copies, micro, key)
+            return loss, _summed(modules, exchange, grads, update, params)
 
-    return gathered({name: of_module(name, tree) for name, tree in params.items()}, modules.mesh)
+        loss, grads = sum_over_micro_batches(micro_step, (batch, keys), unroll=unroll or len(keys) == 1)
+        return exchange.mean(loss), grads
+
+    images = PartitionSpec(None, mesh.axis_names)
+    returned = _map_by_path(lambda path, own, after: own if modules.layers_gather(path) else after, divided, update)
+    run = exchange.shard_map(on_device, (divided, divided_frozen, images, PartitionSpec()), (PartitionSpec(), returned))
+    loss, grads = run(params, frozen, batch, scalars)
+    return loss, jax.lax.with_sharding_constraint(grads, jax.tree.map(lambda spec: NamedSharding(mesh, spec), update))
 
 
-def _widened(grad: jax.Array, weight: jax.Array) -> jax.Array:
-    """Convert a gradient to the precision of its weight; in memory it keeps its own, at half the bytes under bf16."""
-    return grad if grad.dtype == weight.dtype else jax.lax.optimization_barrier(grad).astype(weight.dtype)
+def _whole(modules: Modules, exchange: Exchange, parts: Params, specs: Params) -> Params:
+    """Return the weights whole in the precision of their computation, but those that layers gather as they are."""
+
+    def whole(path: tuple[str, ...], part: jax.Array, spec: PartitionSpec) -> jax.Array:
+        if modules.layers_gather(path):
+            return part
+        return exchange.gather(part.astype(dtype_of(path, part, modules.dtype_of(path[0]))), spec)
+
+    return _map_by_path(whole, parts, specs)
+
+
+def _summed(modules: Modules, exchange: Exchange, grads: Params, specs: Params, weights: Params) -> Params:
+    """Return the gradients summed over devices, in the dtypes of the weights; where layers gather, layers sum."""
+
+    def summed(path: tuple[str, ...], grad: jax.Array, spec: PartitionSpec, weight: jax.Array) -> jax.Array:
+        return grad if modules.layers_gather(path) else exchange.sum(grad, spec, weight.dtype)
+
+    return _map_by_path(summed, grads, specs, weights)
+
+
+def _map_by_path(function: Callable[..., Any], *trees: Any) -> Any:
+    """Map over the leaves of trees a function that is told their path, from the component's name on, first."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, *leaves: function(tuple(key.key for key in path), *leaves), *trees
+    )
 
 
 def train_step(
@@ -178,6 +233,7 @@ def train_step(
     rates: dict[str, Float[Array, ""]],
     *,
     modules: Modules,
+    exchange: Exchange,
     optimizer: optax.GradientTransformationExtraArgs,
     max_grad_norm: float,
     rate_factors: Mapping[str, float],
@@ -195,6 +251,7 @@ def train_step(
         batch: Batch of `denoising_loss`, or of the family's own loss, with a leading axis A.
         rates: Scalars learning_rate and ema_decay.
         modules: The pipeline's modules.
+        exchange: The devices.
         optimizer: Optimizer of `make_optimizer`, whose update is not yet multiplied by the learning rate.
         max_grad_norm: Global gradient norm to clip to.
         rate_factors: Factors on the learning rate, by component name.
@@ -206,24 +263,12 @@ def train_step(
         The new state, and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
     """
     count = batch["loss_weights"].shape[0]
-    loss_of = modules.family.loss or denoising_loss
-    scale = state.loss_scale.scale if state.loss_scale else 1.0
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
-
-    def scaled_loss(params: Params, micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        loss = loss_of(modules, merge(frozen, params), micro, key)
-        return loss * scale, loss
-
-    copies, frozen = compute_copies(modules, state.params), gathered(frozen, modules.mesh)
-
-    def micro_step(micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Params]:
-        (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(copies, micro, key)
-        grads = scattered(grads, modules.mesh)
-        return loss, jax.tree.map(_widened, grads, state.params)
-
-    loss, grads = sum_over_micro_batches(micro_step, (batch, keys), unroll=unroll or count == 1)
+    scale = state.loss_scale.scale if state.loss_scale else None
+    loss, grads = loss_and_gradients(
+        state.params, frozen, batch, (state.step, scale), modules=modules, exchange=exchange, seed=seed, unroll=unroll
+    )
     loss = loss / count
-    grads = jax.tree.map(lambda g: g / (count * scale), grads)
+    grads = jax.tree.map(lambda g: g / (count if scale is None else count * scale), grads)
 
     clipped, norm = clip_by_global_norm(grads, max_grad_norm)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
@@ -239,6 +284,6 @@ def train_step(
     new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
     metrics = {"loss": loss, "grad_norm": norm}
     if state.loss_scale:
+        metrics["loss_scale"] = state.loss_scale.scale
         new = new.replace(loss_scale=state.loss_scale.update(finite))
-        metrics["loss_scale"] = scale
     return new, metrics

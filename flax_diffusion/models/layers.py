@@ -15,6 +15,7 @@ import numpy as np
 from flax.linen.dtypes import promote_dtype
 
 from flax_diffusion.core.typed import Checkpointing
+from flax_diffusion.models.dropout import Dropout
 from flax_diffusion.models.norms import group_norm
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -299,7 +300,7 @@ class ResnetBlock2D(nn.Module):
             else:
                 h = GroupNorm(config, config.eps, config.act, name="norm2")(h + shift)
         if config.dropout > 0:
-            h = nn.Dropout(config.dropout)(h, deterministic=deterministic)
+            h = Dropout(config.dropout)(h, deterministic=deterministic)
         h = conv(self.features, config, "conv2")(h)
         if residual.shape[-1] != self.features:
             residual = conv(self.features, config, "conv_shortcut", kernel=1)(residual)

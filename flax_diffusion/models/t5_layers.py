@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.models.attention import merge_heads, split_heads
+from flax_diffusion.models.dropout import Dropout
 from flax_diffusion.models.layers import ACTIVATIONS
 from flax_diffusion.models.remat import checkpointed
 
@@ -62,7 +63,7 @@ class T5Layer(nn.Module):
 
     def drop(self, x: jax.Array, deterministic: bool) -> jax.Array:
         """Drop values at random, unless deterministic."""
-        return nn.Dropout(self.config["dropout_rate"])(x, deterministic=deterministic)
+        return Dropout(self.config["dropout_rate"])(x, deterministic=deterministic)
 
     def inner(self, kind: Any, name: str, **options: Any) -> Any:
         """Return a layer of another class with the same settings."""

@@ -6,48 +6,19 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from eight_devices import EIGHT, STEPS, losses, lowered
 from jax.sharding import PartitionSpec as P
 from tiny import ONE_BLOCK, RUN, UNET
 
-from flax_diffusion.core.data.loader import Loader
-from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.run.schedule import make_schedule
-from flax_diffusion.core.tasks.task import task_of
-from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
-from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.sharding import make_mesh, partition_of, state_shardings
 from flax_diffusion.models import FlaxCLIPTextModule, FlaxUNet2DConditionModel
 from tpu import hlo
 
-STEPS = 20
-EIGHT = jax.devices()  # other tests see the first of them only
-
-
-def losses(devices, **options):
-    values = RUN | {"global_batch_size": 16, "use_ema": True, "max_train_steps": STEPS} | options
-    config = UnconditionalConfig(**values)
-    spec = task_of(config).make_spec([])
-    backend = JaxBackend(config, spec, EIGHT[:devices])
-    backend.init_state()
-    source = open_source(dataset_name="digits", caption_column=None)
-    schedule = make_schedule(config, len(source), backend.device_count)
-    loader = Loader(
-        source, task_of(config).make_example_fn(spec), seed=0, batch_size=schedule.batch_size,
-        accumulation=schedule.accumulation, num_steps=STEPS,
-    )  # fmt: skip
-    with loader:
-        metrics = [backend.train_step(backend.put(batch), 1e-3, 0.9) for batch in loader]
-    assert backend.program.step._cache_size() == 1, "the step compiled more than once"
-    return np.array([backend.read(m)["loss"] for m in metrics]), backend
-
 
 def exchanged(backend):
     """Bytes a device and step, of what exchanges result in: weights and gradients, and no layer's images."""
-    program = backend.program
-    example = task_of(backend.config).make_example_fn(backend.spec)(open_source(dataset_name="digits"), 0, 0, 0)
-    batch = program.batch(example, 1, 16)
-    text = program.step.lower(program.state, program.frozen, batch, program.rates).compile().as_text()
+    text = lowered(backend.config, backend.spec, backend.program).compile().as_text()
     return sum(operation.bytes_exchanged for operation in hlo.operations(text))
 
 

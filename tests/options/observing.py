@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import re
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +28,7 @@ from flax_diffusion.core.spec.adapters import NEW_ROWS
 from flax_diffusion.core.spec.pipeline import Training
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
+from torch_backend import distribution
 from torch_backend import options as torch_options
 from torch_backend.backend import TorchBackend
 
@@ -108,7 +110,7 @@ class Recorder(Idle):
                 (folder / name / "config.json").write_text(json.dumps(component.config))
 
 
-MODELS = ("mesh", "jax", "torch", "torch_built", "jax_says", "torch_says")
+MODELS = ("mesh", "exchanges", "jax", "torch", "torch_built", "torch_sums", "jax_says", "torch_says")
 """Channels that make a backend, each a method of `Observer`; the others come from one run of the loop."""
 
 
@@ -210,6 +212,18 @@ class Observer:
         """How four devices are arranged."""
         config, _, spec = self.opened(task, options)
         return dict(JaxBackend(config, spec, DEVICES[:4]).mesh.shape)
+
+    def exchanges(self, task, options):
+        """What four devices exchange in a step: kinds, shapes and dtypes."""
+        config, source, spec = self.opened(task, options)
+        program = JaxBackend(config, spec, DEVICES[:4]).program
+        batch = program.batch(task_of(config).make_example_fn(spec)(source, 0, 0, 0), 1, 4)
+        text = program.step.lower(program.state, program.frozen, batch, program.rates).as_text()
+        return re.findall(r"stablehlo.(?:all_gather|reduce_scatter|all_reduce).*?\) : \(tensor<[^>]*>", text, re.DOTALL)
+
+    def torch_sums(self, task, options):
+        """How PyTorch sums gradients over processes."""
+        return distribution.make_accelerator(self.config(task, {"output_dir": "out"} | options)).ddp_handler.comm_hook
 
     def jax(self, task, options):
         """The program of the JAX step, and what its state is made of."""

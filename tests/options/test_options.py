@@ -219,6 +219,8 @@ TABLE: dict[str, list[Row]] = {
     "rec_loss": [Row("l1", BOTH)],
     "kl_scale": [Row(1.0, BOTH)],
     # Precision and memory
+    "fsdp_gather": [Row("block", "exchanges", {"fsdp_parallelism": 2}), Row("block", "torch_says")],
+    "reduce_dtype": [Row("bf16", ("exchanges", "torch_sums"))],
     "mixed_precision": [Row("bf16", BOTH)],
     "gradient_checkpointing": [Row(True, ("jax", "torch_built"))],
     "use_8bit_adam": [Row(True, ("jax", "torch_built"))],

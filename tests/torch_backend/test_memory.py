@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from accelerate.utils import DistributedType
 from test_torch_run import run
 from tiny import RUN, losses, pictures, stable_diffusion
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.errors import CheckpointError, ConfigError
@@ -167,6 +169,17 @@ def test_deepspeed_takes_the_batch_of_the_run(monkeypatch, options, micro):
     distribution.make_accelerator(TASKS["unconditional"].config_class(**values, output_dir="unused"))
     assert accelerator.values["train_micro_batch_size_per_gpu"] == micro
     assert accelerator.values["gradient_accumulation_steps"] == 4
+    assert accelerator.values["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(("asked", "kind"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_fsdp_sums_gradients_in_the_precision_asked_for(asked, kind):
+    """Under mixed precision Accelerate would sum them in the precision of the computation."""
+    computed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
+    plugin = SimpleNamespace(mixed_precision_policy=computed)
+    config = TASKS["unconditional"].config_class(**RUN, reduce_dtype=asked, output_dir="unused")
+    distribution.set_fsdp_sums(plugin, config)
+    assert plugin.mixed_precision_policy == MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=kind)
 
 
 @pytest.mark.acceptance

@@ -85,6 +85,15 @@ def test_two_processes_equal_one(request, tmp_path):
 
 
 @pytest.mark.acceptance
+def test_two_processes_sum_in_bfloat16_where_asked(request, tmp_path):
+    values = RUN | {"train_batch_size": 16}
+    one = losses(train("unconditional", **values, output_dir=str(tmp_path / "one")))
+    two = in_two_processes(request, tmp_path, "unconditional", values | {"train_batch_size": 8, "reduce_dtype": "bf16"})
+    np.testing.assert_allclose(losses(two), one, rtol=2e-3)
+    assert np.max(np.abs(np.divide(losses(two), one) - 1)) > 1e-6
+
+
+@pytest.mark.acceptance
 def test_two_processes_compute_latents_together(request, tmp_path):
     values = {
         "pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")),
@@ -100,6 +109,10 @@ def test_two_processes_compute_latents_together(request, tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (
+            {"fsdp_parallelism": 2, "fsdp_gather": "block"},
+            "--fsdp_gather: only the JAX backend has it; use accelerate launch .*fsdp.yaml, which always gathers",
+        ),
         ({"fsdp_parallelism": 2}, "--fsdp_parallelism: only the JAX backend has it; use accelerate launch"),
         ({"data_parallelism": 1}, "--data_parallelism: only the JAX backend has it; start several processes"),
         ({"enable_xformers_memory_efficient_attention": True}, "--enable_xformers_memory_efficient_attention: needs"),

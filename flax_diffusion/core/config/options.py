@@ -89,6 +89,14 @@ class TrainConfig(BaseModel):
     )
     data_parallelism: int = Field(-1, description="JAX: size of the mesh's data axis. -1: all remaining devices.")
     fsdp_parallelism: int = Field(1, ge=1, description="JAX: size of the mesh's fsdp axis, which shards the state.")
+    fsdp_gather: Literal["step", "block"] = Field(
+        "step",
+        description="JAX: when devices gather the weights that fsdp divides. step: once, all of them. block: each "
+        "layer's when it computes, which needs less memory and more exchanges.",
+    )
+    reduce_dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Precision in which gradients are summed over devices."
+    )
 
     # Length
     num_train_epochs: int = Field(
@@ -228,6 +236,10 @@ class TrainConfig(BaseModel):
             raise ValueError(f"--lr_step_rules goes with piecewise_constant, not {self.lr_scheduler}: drop one")
         if self.data_parallelism != -1 and self.data_parallelism < 1:
             raise ValueError(f"--data_parallelism {self.data_parallelism}: give a size from 1, or -1 for what is left")
+        if self.fsdp_gather == "block" and self.fsdp_parallelism == 1:
+            raise ValueError(
+                "--fsdp_gather block goes with weights that are divided: add --fsdp_parallelism, or drop it"
+            )
         if self.repeat_step is not None and self.resume_from_checkpoint is None:
             raise ValueError("--repeat_step computes with the weights of a checkpoint: add --resume_from_checkpoint")
         if self.use_8bit_adam and self.optimizer != "adamw":
