@@ -68,6 +68,8 @@ def check(config: TrainConfig) -> None:
         for name in CUDA_ONLY:
             if getattr(config, name):
                 raise ConfigError(f"--{name}: needs a CUDA device, and there is none: drop the option")
+        if config.reduce_dtype == "bf16":
+            raise ConfigError("--reduce_dtype bf16: PyTorch sums so on CUDA devices only, and there is none: drop it")
         if config.mixed_precision == "fp16":
             raise ConfigError("--mixed_precision fp16: PyTorch needs a CUDA device for it: use bf16 or no")
 

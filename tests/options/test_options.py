@@ -220,7 +220,7 @@ TABLE: dict[str, list[Row]] = {
     "kl_scale": [Row(1.0, BOTH)],
     # Precision and memory
     "fsdp_gather": [Row("block", "exchanges", {"fsdp_parallelism": 2}), Row("block", "torch_says")],
-    "reduce_dtype": [Row("bf16", ("exchanges", "torch_sums"))],
+    "reduce_dtype": [Row("bf16", ("exchanges", "torch_sums", "torch_says"))],
     "mixed_precision": [Row("bf16", BOTH)],
     "gradient_checkpointing": [Row(True, ("jax", "torch_built"))],
     "use_8bit_adam": [Row(True, ("jax", "torch_built"))],
