@@ -26,6 +26,7 @@ class Plan:
     Attributes:
         slice: The chips.
         mesh: Sizes of the mesh's axes.
+        size: Height and width of the pictures, in pixels.
         images: Images per device and step.
         state: Bytes of each kind of array that exists before the step, by shapes and shardings, without padding.
         arguments: Bytes of all these arrays, with padding.
@@ -41,6 +42,7 @@ class Plan:
 
     slice: Slice
     mesh: Mapping[str, int]
+    size: tuple[int, int]
     images: float
     state: Mapping[str, int]
     arguments: int
@@ -93,13 +95,38 @@ class Plan:
         return sum(operation.bytes_exchanged for operation in self.operations)
 
 
-def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) -> Plan:
+def sizes_of(config: TrainConfig) -> list[tuple[int, int]]:
+    """Return the sizes of pictures that a run trains at, each with a program of its own, the largest first.
+
+    Args:
+        config: Options of the run.
+
+    Returns:
+        Heights and widths, in pixels.
+
+    Raises:
+        UserError: For buckets that the pipeline does not take.
+    """
+    from flax_diffusion.core.data.buckets import parse_sizes
+
+    if not config.bucket_resolutions:
+        return [(config.resolution, config.resolution)]
+    task = task_of(config)
+    factor = task.make_spec(_described_source(task)).size_factor
+    sizes = parse_sizes(config.bucket_resolutions, config.resolution, factor)
+    return sorted(sizes, key=lambda size: -size[0] * size[1])
+
+
+def make_plan(
+    config: TrainConfig, where: Slice, text_to: Path | None = None, size: tuple[int, int] | None = None
+) -> Plan:
     """Compile a run's step for a slice.
 
     Args:
         config: Options of the run. No data are read, and no weights, only the configs of the models.
         where: The slice.
         text_to: File for the text of the compiled program; None for none.
+        size: Height and width of the pictures, one of `sizes_of`; None for the largest.
 
     Returns:
         The costs of the step.
@@ -115,7 +142,7 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
     from flax_diffusion.jax_backend.program import Program
     from flax_diffusion.jax_backend.sharding import make_mesh
 
-    task = task_of(config)
+    task, size = task_of(config), size or sizes_of(config)[0]
     source = _described_source(task)
     spec = task.make_spec(source)
     mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, where.devices)
@@ -130,9 +157,10 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
         prompts = ("", str(source[0].caption))
         made = replace(made, embeddings={name: dict.fromkeys(prompts, array) for name, array in zeros.items()})
     if task.caches_latents:
-        made = replace(made, posteriors={source[0].name: np.zeros((2, 2, *spec.sample_shape), np.float32)})
+        latents = (spec.sample_shape[0], *(side // spec.vae_factor for side in size))
+        made = replace(made, posteriors={source[0].name: np.zeros((2, 2, *latents), np.float32)})
         del frozen[spec.vae_name]
-    example = task.make_example_fn(spec, made)(source, 0, 0, 0)
+    example = task.make_example_fn(spec, made)(source, 0, 0, 0, size)
     pairs = task.rows_per_example
     batch = program.batch(example, schedule.accumulation, schedule.batch_size * pairs)
     started = time.monotonic()
@@ -155,6 +183,7 @@ def make_plan(config: TrainConfig, where: Slice, text_to: Path | None = None) ->
     return Plan(
         slice=where,
         mesh=dict(mesh.shape),
+        size=size,
         images=schedule.step_examples * pairs / mesh.size,
         state={kind: bytes_per_device(tree) for kind, tree in kinds.items()},
         arguments=memory.argument_size_in_bytes,

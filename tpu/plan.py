@@ -18,7 +18,7 @@ from flax_diffusion.core.families.family import FAMILIES, Role
 from flax_diffusion.core.tasks.task import Task
 from tpu import topologies
 from tpu.chips import GIB
-from tpu.compiled import Plan, make_plan
+from tpu.compiled import Plan, make_plan, sizes_of
 
 
 def without_data(task: type[Task[Any]], values: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,8 @@ def report(plan: Plan, top: int = 10) -> str:
     """
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [
-        f"{plan.slice.chip.name}, {len(plan.slice.devices)} chips, {mesh}: {plan.images:g} images per device and step",
+        f"{plan.slice.chip.name}, {len(plan.slice.devices)} chips, {mesh}: {plan.images:g} images of {size_text(plan)} "
+        "per device and step",
         "",
         f"{'memory per device':24} {'GiB':>8}",
     ]
@@ -81,6 +82,25 @@ def report(plan: Plan, top: int = 10) -> str:
         f"  {plan.seconds_of(one) * 1e3:8.2f} ms  {one.opcode:12} {one.module or one.name}"
         + (f" x {one.count}" if one.count > 1 else "")
         for one in costliest
+    ]
+    return "\n".join(lines)
+
+
+def size_text(plan: Plan) -> str:
+    """Return the size of a plan's pictures as --bucket_resolutions names it, width first."""
+    return f"{plan.size[1]}x{plan.size[0]}"
+
+
+def table(plans: Sequence[Plan]) -> str:
+    """Format the plans of a run's sizes as a table.
+
+    Args:
+        plans: A plan for each size.
+    """
+    lines = [f"{'pictures':>12} {'GiB':>7} {'ms/image':>9} {'MFU':>6}"]
+    lines += [
+        f"{size_text(plan):>12} {plan.peak / GIB:7.2f} {plan.seconds / plan.images * 1e3:9.1f} {plan.utilization:6.1%}"
+        for plan in plans
     ]
     return "\n".join(lines)
 
@@ -140,7 +160,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             tried.append(trial)
         sys.stdout.write(sweep.table(tried) + "\n")
         return
-    sys.stdout.write(report(make_plan(config, where, options.hlo)) + "\n")
+    sizes = sizes_of(config)
+    plans = [make_plan(config, where, options.hlo, sizes[0])]
+    sys.stdout.write(report(plans[0]) + "\n")
+    if len(sizes) > 1:  # a program is compiled for each, which takes minutes where the model is large
+        sys.stdout.write(f"\nthe other sizes of --bucket_resolutions, {len(sizes) - 1} more programs to compile\n")
+        sys.stdout.flush()
+        plans += [make_plan(config, where, None, size) for size in sizes[1:]]
+        sys.stdout.write(table(plans) + "\n")
 
 
 _HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NAME] [--sweep | --hlo FILE]
@@ -152,6 +179,7 @@ _HELP = f"""usage: python -m tpu.plan [TASK] [--config FILE.yaml] [--topology NA
   --hlo FILE        Write the compiled program to this file, as text.
 
 Only the configs of pretrained models are read, so a folder without weights is enough. Data need not be named.
+With --bucket_resolutions, a program is compiled for each size, and a table says what each costs.
 """
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ ROWS = {
 """Pipeline, slice, flags and bounds: memory per device, and milliseconds and bytes accessed per image."""
 
 SAID = {
-    "images": r"([\d.]+) images per device",
+    "images": r"([\d.]+) images of \S+ per device",
     "GiB": r"peak +([\d.]+)",
     "ms": r"estimated, ([\d.]+) per image",
     "GB": r"memory accessed .*, ([\d.]+) per image",

@@ -144,7 +144,7 @@ CONFIG = UnconditionalConfig(dataset_name="digits")
 def a_plan(seconds=0.1, **changes):
     work = hlo.Operation("work", "fusion", "UNet2D/resnets_0", round(seconds * SLICE.chip.clock), 1, 0)
     values = {
-        "slice": SLICE, "mesh": {"data": 4, "fsdp": 1}, "images": 2, "state": {"parameters": GIB}, "arguments": GIB,
+        "slice": SLICE, "mesh": {"data": 4, "fsdp": 1}, "size": (8, 8), "images": 2, "state": {"parameters": GIB}, "arguments": GIB,
         "temporaries": GIB, "code": GIB // 4, "peak": 2 * GIB, "host": 0, "flops": 1e12, "accessed": 2e9,
         "compile_seconds": 60, "operations": [work],
     }  # fmt: skip
@@ -161,6 +161,33 @@ def test_report():
     assert "not included, since their cost is not known: mine" in text
     assert "custom-call  attn1 x 3" in text
     assert "  program                   0.250\n" in text
+
+
+def test_each_size_of_the_buckets_has_a_program(monkeypatch, capsys):
+    """The largest is reported in full, and a table says what each costs; without buckets there is one size."""
+    asked = []
+
+    def make(config, where, text_to, size):
+        asked.append((text_to, size))
+        return a_plan(0.1 * size[0] * size[1] / 4096, size=size)
+
+    monkeypatch.setattr(plan, "make_plan", make)
+    monkeypatch.setattr(topologies, "set_environment", lambda: None)
+    monkeypatch.setattr(topologies, "describe", lambda _: SLICE)
+    words = ["unconditional", "--dataset_name", "digits", "--resolution", "64"]
+    plan.main([*words, "--bucket_resolutions", "32x64", "64x64", "96x32"])
+    assert asked == [(None, (64, 64)), (None, (32, 96)), (None, (64, 32))]
+    said = capsys.readouterr().out
+    assert "2 images of 64x64 per device and step" in said
+    assert said.splitlines()[-4:] == [
+        "    pictures     GiB  ms/image    MFU",
+        "       64x64    2.00      50.0   5.1%",
+        "       96x32    2.00      37.5   6.8%",
+        "       32x64    2.00      25.0  10.2%",
+    ]
+    assert compiled.sizes_of(UnconditionalConfig(dataset_name="digits", resolution=24)) == [(24, 24)]
+    with pytest.raises(ConfigError, match="--bucket_resolutions 32x40: 40 must be a multiple of 32"):
+        compiled.sizes_of(UnconditionalConfig(dataset_name="digits", resolution=64, bucket_resolutions=["32x40"]))
 
 
 @pytest.mark.parametrize(
@@ -428,7 +455,10 @@ def test_long_images_compile(request, topology, has_kernel):
 def test_digits(request, topology, memory):
     ran = run(request, *PLAN, "--topology", topology, "--fsdp_parallelism", "2")
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert f"{topology[: topology.index(':')]}, 4 chips, data 2 x fsdp 2: 64 images per device and step" in ran.stdout
+    assert (
+        f"{topology[: topology.index(':')]}, 4 chips, data 2 x fsdp 2: 64 images of 8x8 per device and step"
+        in ran.stdout
+    )
     assert f"of {memory}: fits" in ran.stdout
     print("\n" + ran.stdout)
 
