@@ -57,7 +57,8 @@ def test_a_saved_config_reads_back_as_itself(tmp_path):
 @pytest.mark.parametrize("recipe", sorted(path.name for path in RECIPES.glob("*.yaml")))
 def test_recipes_are_of_options_that_exist(recipe):
     values = yaml.safe_load((RECIPES / recipe).read_text())
-    data = () if "dataset_name" in values else ("--train_data_dir", "pictures")
+    folder = "--instance_data_dir" if values["task"] == "dreambooth" else "--train_data_dir"
+    data = () if "dataset_name" in values else (folder, "pictures")
     config = parse("--config", str(RECIPES / recipe), *data)
     assert config.output_dir == values["output_dir"]
 
