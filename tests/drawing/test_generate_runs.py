@@ -160,13 +160,13 @@ def test_runs_that_cannot_be_drawn_from(model, lora, inversion, digits, folder, 
     (less / "learned_embeds.safetensors").write_bytes((inversion / "learned_embeds.safetensors").read_bytes())
     plain = config("plain", lora, train_text_encoder=False)
     shutil.copytree(lora / "checkpoint-1", plain / "checkpoint-1")
-    inpainting = shutil.copytree(model, tmp_path / "inpainting")
-    unet = json.loads((inpainting / "unet/config.json").read_text())
-    (inpainting / "unet/config.json").write_text(json.dumps(unet | {"in_channels": 9}))
+    wide = shutil.copytree(model, tmp_path / "wide")
+    unet = json.loads((wide / "unet/config.json").read_text())
+    (wide / "unet/config.json").write_text(json.dumps(unet | {"in_channels": 8}))
     for source, says in (
         (less, "says the word <dog> of 1 vectors, and its file has <dog> of 2: give the model by --model and the file"),
         (plain / "checkpoint-1", r"trained a text_encoder, and the config\.yaml of its run does not: use its own$"),
-        (inpainting, "its UNet has in_channels 9 and out_channels 4; inpainting models are not drawn from yet"),
+        (wide, "its UNet has in_channels 8 and out_channels 4; use one that has both equal, or one for inpainting"),
         (copied("file", lora, "pytorch_lora_weights.safetensors"), "give it by --lora, and its model by --model"),
         (copied("word", inversion, "learned_embeds.safetensors"), "give it by --embeddings, and its model by --model"),
         (started, r"started: is a run that has written no model yet: give one of its checkpoints: .*checkpoint-7$"),

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import pictures
 
 import flax_diffusion.generate
@@ -161,9 +162,12 @@ def test_they_convert(release, tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_an_inpainting_model_is_not_drawn_from_yet(release, tmp_path, backend):
-    with pytest.raises(UserError, match="has in_channels 9 and out_channels 4; inpainting models are not drawn"):
-        BACKENDS[backend].generate.generate(str(release / "inpaint"), **DRAW)
+def test_an_inpainting_model_fills_in(release, tmp_path, backend):
+    model = str(release / "inpaint")
+    for name, value in {"picture": "red", "mask": "white"}.items():
+        Image.new("RGB", (24, 24), value).save(tmp_path / f"{name}.png")
+    given = {"image": str(tmp_path / "picture.png"), "mask_image": str(tmp_path / "mask.png")}
+    assert BACKENDS[backend].generate.generate(model, **DRAW, **given).shape[-1] == 3
     with pytest.raises(UserError, match="in_channels 9 and out_c"):
         BACKENDS[backend].train.train(
             "text_to_image", pretrained_model_name_or_path=str(release / "inpaint"), output_dir=str(tmp_path / "run"),

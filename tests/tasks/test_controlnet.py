@@ -252,10 +252,12 @@ def test_a_controlnet_of_another_model_is_refused(options, model, tmp_path, chan
 
 
 def test_conditioning_images_of_generate_are_checked(model, data, tmp_path, options):
-    with pytest.raises(ConfigError, match="a StableDiffusionPipeline with 1 conditioning images: drop --conditioning"):
+    with pytest.raises(ConfigError, match="--conditioning_image: the model takes no such picture; drop it"):
         flax_diffusion.generate.generate(model, prompt="a dog", conditioning_image=str(data / "0.png"))
     run(options, "torch", tmp_path / "first")
-    with pytest.raises(ConfigError, match="with 0 conditioning images: give the picture to follow by --conditioning"):
+    with pytest.raises(
+        ConfigError, match="the model has a ControlNet: give the picture to follow by --conditioning_image"
+    ):
         flax_diffusion.generate.generate(tmp_path / "first", prompt="a dog")
     with pytest.raises(ConfigError, match="--conditioning_image are 2, for 3 prompts: give one for each, or one for"):
         flax_diffusion.generate.generate(tmp_path / "first", prompt=["a"] * 3, conditioning_image=["0.png", "1.png"])

@@ -5,14 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInpaintPipeline
+from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 from PIL import Image
 from tiny import pictures, stable_diffusion
 
+import flax_diffusion.generate
+import torch_backend.generate
+import torch_backend.train
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.cli import command_line
-from flax_diffusion.core.data.extra import draw_mask
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.data.extra import draw_mask, images_to_fill
+from flax_diffusion.core.errors import ConfigError, UserError
+from flax_diffusion.core.randomness.streams import sampling_noise
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
@@ -20,6 +24,7 @@ from flax_diffusion.jax_backend.backend import JaxBackend
 from torch_backend.backend import TorchBackend
 
 BACKENDS = {"jax": JaxBackend, "torch": TorchBackend}
+GENERATE = (flax_diffusion.generate, torch_backend.generate)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +110,64 @@ def test_the_unet_is_widened_by_zeros_resumes_bitwise_and_opens_in_diffusers(opt
     picture, mask = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
     drawn = theirs("a dog", image=picture, mask_image=mask, num_inference_steps=2, height=16, width=16).images[0]
     assert drawn.size == (16, 16)
+
+
+def filled(folder, size=(20, 26)):
+    """A picture and a mask of its right half, as files."""
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), np.uint8)).save(folder / "picture.png")
+    mask = np.zeros(size[::-1], np.uint8)
+    mask[:, size[0] // 2 :] = 255
+    Image.fromarray(mask).save(folder / "mask.png")
+    return {"image": str(folder / "picture.png"), "mask_image": str(folder / "mask.png")}
+
+
+def test_pictures_are_filled_in_as_diffusers_does(options, tmp_path):
+    """On both backends, two at a time, at a size that cuts the picture."""
+    model, given = torch_backend.train.train("text_to_image", **options | {"max_train_steps": 1}), filled(tmp_path)
+    settings = {"num_inference_steps": 3, "guidance_scale": 4.0, "height": 24, "width": 16}
+    prompts = ["a dog", "a cat"]
+    drawn = [
+        backend.generate(model, prompt=prompts, seed=3, scheduler="ddim", **settings, **given) for backend in GENERATE
+    ]
+    read = images_to_fill({name: [file] * 2 for name, file in given.items()}, (24, 16), (4, 12, 8), 3)
+    pixels, mask, noise = (torch.from_numpy(read[name]) for name in ("pixel_values", "mask", "masked_latent_noise"))
+    assert mask[0, 0, 0].tolist() == [0] * 8 + [1] * 8
+    pipe = StableDiffusionInpaintPipeline.from_pretrained(model)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        rest = pipe.vae.encode(pixels * (mask < 0.5)).latent_dist
+    rest = (rest.mean + rest.std * noise) * pipe.vae.config.scaling_factor
+    latents = torch.from_numpy(sampling_noise(3, np.arange(2), 0, (4, 12, 8)))
+    expected = pipe(
+        prompts,
+        image=(pixels + 1) / 2,
+        mask_image=mask,
+        masked_image_latents=rest,
+        latents=latents,
+        output_type="np",
+        **settings,
+    ).images
+    for one in drawn:
+        assert np.abs(one - np.round(expected * 255)).max() <= 1
+    assert np.abs(drawn[0][:, :, :8].astype(int) - drawn[0][:, :, 8:]).max() > 1
+
+
+def test_pictures_to_fill_in_are_checked(options, model, tmp_path):
+    out, given = torch_backend.train.train("text_to_image", **options | {"max_train_steps": 1}), filled(tmp_path)
+    Image.new("L", (20, 20)).save(tmp_path / "small.png")
+    for changes, message in (
+        ({"image": []}, "the model fills in pictures: give the picture to fill in by --image"),
+        ({"mask_image": []}, "the model fills in pictures: give what to fill in by --mask_image"),
+        ({"image": [given["image"]] * 3}, "--image are 3, for 2 prompts: give one for each, or one for all"),
+        ({"mask_image": "no.png"}, "--mask_image no.png: does not exist; give a picture"),
+        ({"mask_image": str(tmp_path / "small.png")}, r"small.png: is 20x20, and .*picture.png 20x26; give both in"),
+    ):
+        with pytest.raises(UserError, match=message):
+            flax_diffusion.generate.generate(out, prompt=["a", "b"], **given | changes)
+    with pytest.raises(ConfigError, match="--image: the model takes no such picture; drop it"):
+        flax_diffusion.generate.generate(model, prompt="a", **given)
 
 
 def test_what_the_unet_is_told_is_what_diffusers_tells_it(options):

@@ -144,7 +144,8 @@ CONFIG = UnconditionalConfig(dataset_name="digits")
 def a_plan(seconds=0.1, **changes):
     work = hlo.Operation("work", "fusion", "UNet2D/resnets_0", round(seconds * SLICE.chip.clock), 1, 0)
     values = {
-        "slice": SLICE, "mesh": {"data": 4, "fsdp": 1}, "size": (8, 8), "images": 2, "state": {"parameters": GIB}, "arguments": GIB,
+        "slice": SLICE, "mesh": {"data": 4, "fsdp": 1}, "size": (8, 8), "images": 2,
+        "state": {"parameters": GIB}, "arguments": GIB,
         "temporaries": GIB, "code": GIB // 4, "peak": 2 * GIB, "host": 0, "flops": 1e12, "accessed": 2e9,
         "compile_seconds": 60, "operations": [work],
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """What becomes of the second picture of an example: what a ControlNet follows, or a mask."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flax_diffusion.core.data.images.decoding import decode
-from flax_diffusion.core.data.images.transforms import ImageTransform, Placement, scale_to_unit
+from flax_diffusion.core.data.images.transforms import ImageTransform, Placement, scale, scale_to_unit
 from flax_diffusion.core.data.sources.source import Record
 from flax_diffusion.core.errors import DataError, naming
 from flax_diffusion.core.io.files import as_path
-from flax_diffusion.core.randomness.streams import Stream
+from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 CONDITIONING_IMAGE = "conditioning_pixel_values"
 """Array of a batch with the pictures that a ControlNet follows, float32 (B, 3, H, W) in [0, 1]."""
@@ -69,17 +69,59 @@ def conditioning_images(option: str, names: Sequence[str], size: tuple[int, int]
     Raises:
         DataError: If one cannot be read.
     """
-    return np.stack([scale_to_unit(np.asarray(_centre(option, name, size))) for name in names])
+    return np.stack([scale_to_unit(np.asarray(_centre(_opened(option, name), size))) for name in names])
 
 
-def _centre(option: str, name: str, size: tuple[int, int]) -> Image.Image:
-    """Return the largest centre of a picture file that has the shape of (height, width), in that size."""
+def images_to_fill(
+    names: Mapping[str, Sequence[str]], size: tuple[int, int], latents: tuple[int, int, int] | None, seed: int
+) -> dict[str, np.ndarray]:
+    """Read pictures to fill in, and their masks, for samples; of each the centre is cut out.
+
+    Args:
+        names: Paths of the pictures and of the masks, each by the option that names them, for messages.
+        size: Height and width of the samples, in pixels.
+        latents: Shape (C, h, w) of a sample's latents; None in pixel space.
+        seed: Seed of the noise.
+
+    Returns:
+        `pixel_values`, float32 (N, 3, height, width) in [-1, 1]; `mask`, float32 (N, 1, height, width), 1 where to fill
+        in and else 0; with latents, `masked_latent_noise`, float32 (N, C, h, w).
+
+    Raises:
+        DataError: If one cannot be read, or a mask is of another size than its picture.
+    """
+    (of_image, images), (of_mask, masks) = names.items()
+    pixels, holes = [], []
+    for image_name, mask_name in zip(images, masks, strict=True):
+        image, mask = _opened(of_image, image_name), _opened(of_mask, mask_name)
+        if image.size != mask.size:
+            raise DataError(
+                f"{of_mask} {mask_name}: is {mask.width}x{mask.height}, and {image_name} {image.width}x{image.height}; "
+                "give both in one size"
+            )
+        pixels.append(scale(np.asarray(_centre(image, size))))
+        holes.append(np.asarray(_centre(mask.convert("L"), size, Image.Resampling.NEAREST)) >= 128)
+    arrays = {"pixel_values": np.stack(pixels), MASK: np.stack(holes)[:, None].astype(np.float32)}
+    if latents is not None:
+        rngs = [example_rng(seed, Stream.MASKED_LATENT, 0, place) for place in range(len(images))]
+        arrays[MASKED_NOISE] = np.stack([rng.standard_normal(latents, dtype=np.float32) for rng in rngs])
+    return arrays
+
+
+def _opened(option: str, name: str) -> Image.Image:
+    """Return a picture that an option names."""
     path = as_path(name)
     if not path.is_file():
         raise DataError(f"{option} {name}: does not exist; give a picture")
     with naming(option):
-        image = decode(Record(path, None, name))
-    return ImageOps.fit(image, (size[1], size[0]), Image.Resampling.BILINEAR)
+        return decode(Record(path, None, name))
+
+
+def _centre(
+    image: Image.Image, size: tuple[int, int], resampling: Image.Resampling = Image.Resampling.BILINEAR
+) -> Image.Image:
+    """Return the largest centre of a picture that has the shape of (height, width), in that size."""
+    return ImageOps.fit(image, (size[1], size[0]), resampling)
 
 
 def no_draw(stream: Stream) -> np.random.Generator:

@@ -14,10 +14,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 from flax_diffusion.core.cli import command_line
-from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, conditioning_images
 from flax_diffusion.core.drawing.models import open_model
+from flax_diffusion.core.drawing.pictures import OPTIONS, check_given, read_given
 from flax_diffusion.core.errors import ConfigError, nearest_multiples
-from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import as_path, replacing
 from flax_diffusion.core.spec.merging import Shapes, with_adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec
@@ -47,6 +46,10 @@ class GenerateConfig(BaseModel):
     conditioning_image: list[str] = Field(
         [], description="Pictures that a ControlNet follows: one for each prompt, or one for all."
     )
+    image: list[str] = Field(
+        [], description="Pictures that an inpainting model fills in: one for each prompt, or one for all."
+    )
+    mask_image: list[str] = Field([], description="Their masks: the light parts are filled in.")
     num_images: int = Field(1, ge=1, description="Images to draw (per prompt).")
     height: int | None = Field(None, ge=1, le=2**14, description="Height in pixels. None: the pipeline's own.")
     width: int | None = Field(None, ge=1, le=2**14, description="Width in pixels. None: the pipeline's own.")
@@ -75,7 +78,7 @@ def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
         ConfigError: For unknown names and wrong values.
     """
     values = {"model": str(model)} | options
-    for name in ("prompt", "lora", "embeddings", "conditioning_image"):
+    for name in ("prompt", "lora", "embeddings", *OPTIONS):
         if isinstance(values.get(name), str | Path):
             values[name] = [str(values[name])]
     return command_line.build(GenerateConfig, values, "generate")
@@ -97,7 +100,7 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
     spec = open_model(config.model, shapes, config.revision, config.variant)
     spec.family.check_drawing(spec)
     check_prompts(spec, config.prompt)
-    _check_conditioning(spec, config)
+    check_given(spec, _pictures(config), len(config.prompt))
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
     height, width = spec.size or (spec.resolution, spec.resolution)
     spec = replace(spec, size=(config.height or height, config.width or width))
@@ -114,20 +117,6 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
     return spec
 
 
-def _check_conditioning(spec: PipelineSpec, config: GenerateConfig) -> None:
-    """Make sure that there are conditioning images exactly where there is a ControlNet.
-
-    Raises:
-        ConfigError: If they are missing, given to a pipeline that has none, or of another number than the prompts.
-    """
-    given, prompts = len(config.conditioning_image), len(config.prompt)
-    if bool(spec.names_of(Role.CONTROL)) != bool(given):
-        fix = "drop --conditioning_image" if given else "give the picture to follow by --conditioning_image"
-        raise ConfigError(f"a {spec.kind} with {given} conditioning images: {fix}")
-    if given not in (0, 1, prompts):
-        raise ConfigError(f"--conditioning_image are {given}, for {prompts} prompts: give one for each, or one for all")
-
-
 def sampler_options(config: GenerateConfig, spec: PipelineSpec) -> dict[str, Any]:
     """Return the options that the samplers of both backends take.
 
@@ -136,15 +125,16 @@ def sampler_options(config: GenerateConfig, spec: PipelineSpec) -> dict[str, Any
         spec: The pipeline.
 
     Raises:
-        DataError: If a conditioning image cannot be read.
+        DataError: If a picture cannot be read.
     """
     names = ("prompt", "negative_prompt", "num_images", "num_inference_steps", "guidance_scale", "seed", "batch_size")
     options = {{"prompt": "prompts"}.get(name, name): getattr(config, name) for name in names}
-    if not config.conditioning_image:
-        return options
-    images = config.conditioning_image * (len(config.prompt) // len(config.conditioning_image))
-    size = spec.size or (spec.resolution, spec.resolution)
-    return options | {"extra": {CONDITIONING_IMAGE: conditioning_images("--conditioning_image", images, size)}}
+    extra = read_given(spec, _pictures(config), len(config.prompt), config.seed)
+    return options if extra is None else options | {"extra": extra}
+
+
+def _pictures(config: GenerateConfig) -> dict[str, list[str]]:
+    return {name: getattr(config, name) for name in OPTIONS}
 
 
 def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv: Sequence[str] | None) -> None:

@@ -136,12 +136,12 @@ def _check(spec: PipelineSpec) -> None:
 
 
 def check_drawing(spec: PipelineSpec) -> None:
-    """Raise WeightsError for a pipeline that fills in pictures."""
+    """Raise WeightsError for a UNet that takes something else than a sample, or a picture to fill in."""
     unet = spec.denoiser
-    if unet["in_channels"] != unet["out_channels"]:
+    if unet["in_channels"] != unet["out_channels"] and not spec.fills_in:
         raise WeightsError(
             f"{unet.weights}: its UNet has in_channels {unet['in_channels']} and out_channels {unet['out_channels']}; "
-            "inpainting models are not drawn from yet: use one that has both equal"
+            "use one that has both equal, or one for inpainting, which takes twice as many and one more"
         )
 
 

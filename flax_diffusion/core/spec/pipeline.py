@@ -244,6 +244,12 @@ class PipelineSpec:
         return (min(self.denoiser[key] for key in ("in_channels", "out_channels")), height, width)
 
     @property
+    def fills_in(self) -> bool:
+        """Whether the denoiser fills in pictures: it takes the sample, a mask, and what the mask leaves."""
+        denoiser = self.denoiser
+        return denoiser["in_channels"] == 2 * denoiser["out_channels"] + 1
+
+    @property
     def size_factor(self) -> int:
         """Number of which height and width of a picture are multiples: the VAE halves them, and then the UNet."""
         denoisers = self.names_of(Role.DENOISER)
