@@ -34,8 +34,9 @@ class Plan:
         code: Bytes of the program.
         peak: Largest number of bytes in use: arguments, outputs that are not written over them, temporaries and code.
         host: Bytes that stay in the host's memory.
-        flops: FLOPs per step.
-        accessed: Bytes read and written per step.
+        flops: FLOPs per step. Where a loop runs over micro-batches, the compiler counts its body once, and this is that
+            count times the micro-batches: the update, counted as often, is under a thousandth of it.
+        accessed: Bytes read and written per step; None where a loop runs over micro-batches.
         compile_seconds: Seconds that this machine took to trace and compile the step.
         operations: All scheduled operations.
     """
@@ -51,7 +52,7 @@ class Plan:
     peak: int
     host: int
     flops: float
-    accessed: float
+    accessed: float | None
     compile_seconds: float
     operations: list[hlo.Operation] = field(repr=False)
 
@@ -172,6 +173,7 @@ def make_plan(
     if text_to is not None:
         text_to.write_text(text)
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
+    micro_batches = schedule.accumulation if schedule.accumulation in hlo.loops(text) else 1
     state = program.state
     kinds = {
         "parameters": state.params,
@@ -195,8 +197,8 @@ def make_plan(
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        flops=costs["flops"],
-        accessed=costs["bytes accessed"],
+        flops=costs["flops"] * micro_batches,
+        accessed=costs["bytes accessed"] if micro_batches == 1 else None,
         compile_seconds=compile_seconds,
         operations=hlo.operations(text),
     )

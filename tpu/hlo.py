@@ -90,6 +90,20 @@ def operations(text: str) -> list[Operation]:
     return list(_walk(computations, entry, 1, set(), scheduled=True))
 
 
+def loops(text: str) -> list[int]:
+    """Return how often each loop of a program runs, when it is met once.
+
+    Args:
+        text: Optimized HLO, from `compiled.as_text()`.
+
+    Raises:
+        ValueError: If it has no entry computation, or a loop of which nothing says that.
+    """
+    computations, _ = _parse(text)
+    steps = (step for steps in computations.values() for step in steps if step.opcode == "while")
+    return [_trips(computations, step) for step in steps]
+
+
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     computations: dict[str, list[_Instruction]] = {}
     entry, current = None, None

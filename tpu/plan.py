@@ -62,7 +62,7 @@ def report(plan: Plan, top: int = 10) -> str:
         "exchanges between chips are not included",
         f"{'images per second':24} {count / plan.seconds:8.1f} per device, {devices * count / plan.seconds:.0f} in all",
         f"{'FLOPs':24} {teraflops:8.3g} T, {teraflops / count:.3g} T per image, MFU {plan.utilization:.1%}",
-        f"{'memory accessed':24} {plan.accessed / 1e9:8.1f} GB, {plan.accessed / count / 1e9:.3g} per image",
+        *_accessed(plan),
         f"{'exchanged':24} {plan.exchanged / 1e9:8.3f} GB per device",
         f"{'compiled in':24} {plan.compile_seconds:8.0f} s",
         "",
@@ -84,6 +84,12 @@ def report(plan: Plan, top: int = 10) -> str:
         for one in costliest
     ]
     return "\n".join(lines)
+
+
+def _accessed(plan: Plan) -> list[str]:
+    if plan.accessed is None:
+        return []
+    return [f"{'memory accessed':24} {plan.accessed / 1e9:8.1f} GB, {plan.accessed / plan.images / 1e9:.3g} per image"]
 
 
 def size_text(plan: Plan) -> str:

@@ -43,9 +43,9 @@ class Trial:
         if isinstance(self.plan, DoesNotFit):
             return f"{start} {self.plan.needed:7.2f}   does not fit: {self.plan.available:.2f} GiB"
         rate = len(self.plan.slice.devices) / self.seconds
-        accessed = self.plan.accessed / self.plan.images / 1e9
+        accessed = "" if self.plan.accessed is None else f"{self.plan.accessed / self.plan.images / 1e9:.1f}"
         return (
-            f"{start} {self.plan.peak / GIB:7.2f} {self.seconds * 1e3:8.1f} {accessed:8.1f} {rate:9.1f} "
+            f"{start} {self.plan.peak / GIB:7.2f} {self.seconds * 1e3:8.1f} {accessed:>8} {rate:9.1f} "
             f"{self.plan.utilization:6.1%}"
         )
 

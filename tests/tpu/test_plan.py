@@ -47,6 +47,7 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 
 
 def test_what_a_program_does():
+    assert hlo.loops(TEXT) == [3]
     """Loops count their trips, fusions their own cycles, and what is exchanged inside of them."""
     found = {operation.name: operation for operation in hlo.operations(TEXT)}
     assert {name: one.cycles for name, one in found.items()} == {
@@ -189,6 +190,21 @@ def test_each_size_of_the_buckets_has_a_program(monkeypatch, capsys):
     assert compiled.sizes_of(UnconditionalConfig(dataset_name="digits", resolution=24)) == [(24, 24)]
     with pytest.raises(ConfigError, match="--bucket_resolutions 32x40: 40 must be a multiple of 32"):
         compiled.sizes_of(UnconditionalConfig(dataset_name="digits", resolution=64, bucket_resolutions=["32x40"]))
+
+
+@pytest.mark.parametrize("loop", [1, 4])
+def test_the_work_of_micro_batches_is_counted(monkeypatch, loop):
+    """The compiler counts the body of a loop once; where there is a loop, only the FLOPs are known."""
+    config = UnconditionalConfig(**RUN | {"unet": UNET | ONE_BLOCK, "gradient_accumulation_steps": 4})
+    monkeypatch.setattr(compiled.hlo, "loops", lambda _: [loop, 7])
+    monkeypatch.setattr(compiled.hlo, "operations", lambda _: a_plan().operations)
+    made = plan.make_plan(config, topologies.Slice(CHIPS["v5e"], jax.devices()))
+    whole = plan.make_plan(
+        config.model_copy(update={"gradient_accumulation_steps": 1}), topologies.Slice(CHIPS["v5e"], jax.devices())
+    )
+    assert (made.accessed is None) == (loop == 4)
+    assert ("memory accessed" in plan.report(made)) == (loop == 1)
+    assert made.flops == pytest.approx((16 if loop == 4 else 4) * whole.flops, rel=0.05)  # a CPU's are written out
 
 
 @pytest.mark.parametrize(
