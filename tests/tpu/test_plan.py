@@ -47,8 +47,8 @@ ENTRY %main (a: f32[16]) -> f32[16] {
 
 
 def test_what_a_program_does():
-    assert hlo.loops(TEXT) == [3]
     """Loops count their trips, fusions their own cycles, and what is exchanged inside of them."""
+    assert hlo.loops(TEXT) == [3]
     found = {operation.name: operation for operation in hlo.operations(TEXT)}
     assert {name: one.cycles for name, one in found.items()} == {
         "work": 300,
