@@ -1,5 +1,6 @@
 """The plan: what it reads from a program's text, what the TPU compiler says, and what cannot be planned."""
 
+import json
 import os
 import re
 import subprocess
