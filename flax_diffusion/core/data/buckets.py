@@ -89,6 +89,22 @@ def parse_sizes(given: Sequence[str], resolution: int, multiple: int) -> list[tu
     return sizes
 
 
+def sized_name(name: str, size: tuple[int, int] | None) -> str:
+    """Return the name of a picture at the size of its bucket, such as `a.png 1152x896`.
+
+    Args:
+        name: The picture's own name, or a checksum.
+        size: Height and width of its bucket, in pixels; None without buckets, where the name stays.
+    """
+    return name if size is None else f"{name} {shown_size(size)}"
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """Return a height and a width as --bucket_resolutions has them, width x height."""
+    height, width = size
+    return f"{width}x{height}"
+
+
 def read_sizes(source: Source, *, skip_bad_images: bool) -> np.ndarray:
     """Read the sizes of all pictures from their headers.
 
@@ -150,35 +166,62 @@ def divide(pictures: np.ndarray, sizes: Sequence[tuple[int, int]], step_examples
 
 
 def make_order(
-    source: Source, sizes: Sequence[tuple[int, int]], step_examples: int, seed: int, *, skip_bad_images: bool
+    source: Source,
+    sizes: Sequence[tuple[int, int]],
+    step_examples: int,
+    seed: int,
+    *,
+    skip_bad_images: bool,
+    count: int | None = None,
+    main: bool = True,
 ) -> Bucketed:
     """Read the sizes of all pictures, divide them over buckets, and say how many are in each.
 
     Args:
-        source: The examples.
+        source: The pictures whose shapes decide.
         sizes: Heights and widths of the buckets, from the widest to the highest.
         step_examples: Examples per optimizer step.
         seed: Seed of the run.
         skip_bad_images: As in `read_sizes`.
+        count: Number of examples, where each has a second picture that takes the bucket of the first: example i has the
+            picture i, and the pictures start over. None for an example for each picture.
+        main: Whether this is the first process, which logs.
 
     Raises:
         DataError: If a picture cannot be read, or if they are too few.
     """
     pictures = read_sizes(source, skip_bad_images=skip_bad_images)
+    if count is not None:
+        pictures = np.resize(pictures, (count, 2))  # which repeats them
     members = divide(pictures, sizes, step_examples)
     filled = [(size, own) for size, own in zip(sizes, members, strict=True) if len(own) >= step_examples]
-    told = ", ".join(f"{width}x{height} {len(own)}" for (height, width), own in filled)
-    log.info("%d buckets, each compiled when it is first met, and their pictures: %s", len(filled), told)
-    small = [
-        index
+    if main:
+        _tell(source, pictures, filled, "pictures" if count is None else "pairs of pictures")
+    return Bucketed(
+        sizes=[size for size, _ in filled], members=[own for _, own in filled], step_examples=step_examples, seed=seed
+    )
+
+
+def _tell(
+    source: Source, pictures: np.ndarray, filled: Sequence[tuple[tuple[int, int], np.ndarray]], what: str
+) -> None:
+    """Log how many examples each bucket has, and which pictures are smaller than theirs.
+
+    Args:
+        source: The pictures.
+        pictures: Widths and heights of the examples' pictures, (N, 2).
+        filled: Height and width of each bucket, and the indices of its examples.
+        what: Name of the examples.
+    """
+    told = ", ".join(f"{shown_size(size)} {len(own)}" for size, own in filled)
+    log.info("%d buckets, each compiled when it is first met, and their %s: %s", len(filled), what, told)
+    small = {
+        int(index) % len(source)
         for (height, width), own in filled
         for index in own[(pictures[own, 0] < width) | (pictures[own, 1] < height)]
-    ]
+    }
     if small:
         log.warning(
             "%d of %d pictures are smaller than their bucket, and are enlarged: %s",
             len(small), len(source), first_few([example_name(source, index) for index in sorted(small)[:4]]),
         )  # fmt: skip
-    return Bucketed(
-        sizes=[size for size, _ in filled], members=[own for _, own in filled], step_examples=step_examples, seed=seed
-    )
