@@ -19,7 +19,8 @@ from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.run import assembly, lineage, output_folder
-from flax_diffusion.core.run.precompute import check_folder, precompute
+from flax_diffusion.core.run.kept import check_folder
+from flax_diffusion.core.run.precompute import precompute
 from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
