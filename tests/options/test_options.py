@@ -159,7 +159,11 @@ TABLE: dict[str, list[Row]] = {
     ],
     "proportion_empty_prompts": [Row(1.0, "batch")],
     "resolution": [Row(8, "batch")],
-    "bucket_resolutions": [Row(["auto"], "batch", {"resize_mode": "crop"})],
+    "bucket_resolutions": [
+        Row(["auto"], "batch", {"resize_mode": "crop"}),
+        Row(["auto"], "batch", {"resize_mode": "crop", "center_crop": True, "cache_latents": True}, tasks=TEXT),
+        Row(["auto"], "batch", prior, tasks=("dreambooth",)),
+    ],
     "resize_mode": [Row(lambda _, value: "stretch" if value == "crop" else "crop", "batch")],
     "center_crop": [Row(other, "batch", {"resize_mode": "crop"})],
     "random_flip": [Row(other, "batch")],
