@@ -146,6 +146,7 @@ TABLE: dict[str, list[Row]] = {
         Row(lambda w, _: str(w.more), "batch",
             tasks=("unconditional", "text_to_image", "textual_inversion", "autoencoder")),
         Row(lambda w, _: str(w.paired_more), "batch", tasks=("controlnet",)),
+        Row(lambda w, _: f"{w.data}:3", "batch", tasks=("unconditional", "text_to_image", "autoencoder")),
     ],
     "image_column": [Row("picture", "batch", lambda w: {"train_data_dir": str(w.columns)})],
     "caption_column": [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hosts import together
 from tiny import losses, pictures, shaped_pictures, stable_diffusion, stable_diffusion_xl
 
 from flax_diffusion.core.cli import command_line
@@ -213,3 +214,19 @@ def test_only_the_first_process_tells(options, caplog):
     ]
     assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
     assert [orders[0].at(position) for position in range(30)] == [orders[1].at(position) for position in range(30)]
+
+
+@pytest.mark.acceptance
+def test_two_processes(request, options, things, tmp_path):
+    """They take the same steps as one, of pictures and of pairs, with latents that they encode together; one tells."""
+    shapes = SHAPES * 6
+    shaped_pictures(tmp_path / "data", shapes)
+    shaped_pictures(tmp_path / "thing", shapes)
+    shared = CACHED | {"global_batch_size": 8, "max_train_steps": 9, "precomputed_dir": str(tmp_path / "kept")}
+    for task, given in (("text_to_image", options), ("dreambooth", things)):
+        one = start(given, f"one-{task}", "flax_diffusion", task, **shared | {"precomputed_dir": None})
+        values = given | shared | {"task": task, "output_dir": str(tmp_path / f"two-{task}")}
+        codes, logs = together(request, tmp_path, 2, values)
+        assert codes == [0, 0], logs
+        np.testing.assert_allclose(losses(tmp_path / f"two-{task}"), losses(one), rtol=1e-5)
+        assert ["each compiled when it is first met" in log for log in logs] == [True, False]
