@@ -18,7 +18,6 @@ from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.data import batches, store
 from flax_diffusion.core.data.captions import train_tokenizer
 from flax_diffusion.core.errors import ConfigError, DataError, NonFiniteError
-from flax_diffusion.core.run import kept as kept_folders
 from flax_diffusion.core.run import precompute
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
@@ -424,7 +423,7 @@ def test_processes_write_their_own_share(kept, tmp_path):
 
 def test_processes_that_see_other_pictures(tmp_path):
     backend = Halves(1, None)
-    place = kept_folders.Place(tmp_path, True, backend)
+    place = precompute._Place(tmp_path, True, backend)
     place.agree(["a", "b"], "pictures")
     backend.broadcast_from_first = lambda value: value + 1
     with pytest.raises(DataError, match="the pictures differ between the processes of this run: all must see the same"):

@@ -6,11 +6,10 @@ from typing import Protocol
 
 import numpy as np
 
-from flax_diffusion.core.data.buckets import sized_name
 from flax_diffusion.core.data.captions import TokenizePrompt
 from flax_diffusion.core.data.extra import MakeExtra, latent_shape
 from flax_diffusion.core.data.images.decoding import decode, size_of
-from flax_diffusion.core.data.images.transforms import ImageTransform, Placement
+from flax_diffusion.core.data.images.transforms import ImageTransform, Placement, sized_name
 from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec

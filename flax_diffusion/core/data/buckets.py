@@ -10,6 +10,7 @@ import numpy as np
 
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.images.decoding import size_of
+from flax_diffusion.core.data.images.transforms import shown_size
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source, first_few
 from flax_diffusion.core.errors import ConfigError, DataError, nearest_multiples
@@ -87,22 +88,6 @@ def parse_sizes(given: Sequence[str], resolution: int, multiple: int) -> list[tu
                 f"--bucket_resolutions {width}x{height} and {across}x{other} are of one shape: drop one of them"
             )
     return sizes
-
-
-def sized_name(name: str, size: tuple[int, int] | None) -> str:
-    """Return the name of a picture at the size of its bucket, such as `a.png 1152x896`.
-
-    Args:
-        name: The picture's own name, or a checksum.
-        size: Height and width of its bucket, in pixels; None without buckets, where the name stays.
-    """
-    return name if size is None else f"{name} {shown_size(size)}"
-
-
-def shown_size(size: tuple[int, int]) -> str:
-    """Return a height and a width as --bucket_resolutions has them, width x height."""
-    height, width = size
-    return f"{width}x{height}"
 
 
 def read_sizes(source: Source, *, skip_bad_images: bool) -> np.ndarray:

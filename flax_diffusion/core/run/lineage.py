@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from flax_diffusion.core.config.options import ONCE, TrainConfig
-from flax_diffusion.core.data.buckets import shown_size
 from flax_diffusion.core.data.captions import Tokenize
-from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.images.transforms import ImageTransform, shown_size
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import CheckpointError, DataError, shown
 from flax_diffusion.core.families.family import Role

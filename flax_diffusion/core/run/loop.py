@@ -61,8 +61,7 @@ def fit(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempti
     """
     config, preemption = task.config, preemption or Preemption()
     output_dir = as_path(config.output_dir)
-    preemption.interruptible(lambda: output_folder.check(output_dir, config))
-    source, spec, backend = open_inputs(task, make_backend, preemption)
+    source, spec, backend = open_inputs(task, make_backend, preemption, trains=True)
     scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
     start = preemption.interruptible(lambda: prepare(task, spec, source, backend, scratch))
     if config.repeat_step is None:

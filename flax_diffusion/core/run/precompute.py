@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,27 +25,27 @@ from PIL import Image
 
 from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.data import store
 from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import Precomputed
-from flax_diffusion.core.data.buckets import parse_sizes, sized_name
+from flax_diffusion.core.data.buckets import parse_sizes
 from flax_diffusion.core.data.extra import no_draw
 from flax_diffusion.core.data.images.decoding import decode
-from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.images.transforms import ImageTransform, sized_name
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Record, Source, first_few
 from flax_diffusion.core.data.store import Row, Store, Writer
 from flax_diffusion.core.errors import DataError, NonFiniteError
 from flax_diffusion.core.families.family import Role
-from flax_diffusion.core.io.files import as_path, version_of
+from flax_diffusion.core.io.files import as_path, remove_tree, version_of
 from flax_diffusion.core.run import lineage
-from flax_diffusion.core.run.kept import EMBEDDINGS, POSTERIORS, Place
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
 PROMPTS_AT_A_TIME = 64
-SIZES = "sizes"
+EMBEDDINGS, POSTERIORS, SIZES = "embeddings", "posteriors", "sizes"
 _NOT_FINITE = "the latents of {} are not finite: check the picture, or the autoencoder's precision"
 _READERS = 16  # threads that read pictures, most of whose time is waiting where these are in an object store
 
@@ -111,6 +111,65 @@ def _prompts(task: Task[TrainConfig], source: Source, bad: BadExamples | None) -
     return list(prompts)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where the rows of a kind are, seen from one process.
+
+    Attributes:
+        folder: The folder of the shards.
+        kept: Whether all processes write into it, for later runs too; otherwise it is this process's own.
+        backend: The backend of this process.
+    """
+
+    folder: Path
+    kept: bool
+    backend: Backend
+
+    @classmethod
+    def of(cls, task: Task[TrainConfig], kind: str, key: Any, scratch: Path, backend: Backend) -> _Place:
+        """Return the place of a kind of rows, which holds only whole shards then.
+
+        Args:
+            task: The task, with the run's options.
+            kind: What the rows are.
+            key: Function that returns what they depend on.
+            scratch: Folder for what is not kept.
+            backend: The backend of this process.
+        """
+        if task.precomputed_dir is None:
+            folder = scratch / str(backend.process_index) / kind
+            remove_tree(folder)  # of a run that was killed
+            return cls(folder, False, backend)
+        parent = as_path(task.precomputed_dir)
+        depends_on = key()
+        if backend.process_index == 0:
+            store.write_manifest(parent, kind, depends_on)
+        backend.all_processes(True)
+        folder = store.folder_of(parent, kind, depends_on)
+        store.remove_damaged(folder, backend.process_index, backend.process_count)
+        backend.all_processes(True)
+        return cls(folder, True, backend)
+
+    def agree(self, missing: Iterable[str], what: str) -> None:
+        """Make sure that all processes miss the same rows, because they compute them together.
+
+        Raises:
+            DataError: If they do not. Every process raises it.
+        """
+        if not self.kept or self.backend.process_count == 1:
+            return
+        digest = int(hashlib.sha256("\0".join(missing).encode()).hexdigest()[:6], 16)
+        same = digest == self.backend.broadcast_from_first(digest)
+        if not self.backend.all_processes(same):
+            raise DataError(f"the {what} differ between the processes of this run: all must see the same files")
+
+    def told(self, what: str, count: int, missing: int) -> None:
+        """Log how many rows are computed."""
+        if self.backend.process_index == 0:
+            there = f", {count - missing} of {count} are in {self.folder}" if self.kept else ""
+            log.info("encoding %d %s%s", missing, what, there)
+
+
 def _embeddings(
     task: Task[TrainConfig], spec: PipelineSpec, prompts: list[str], backend: Backend, scratch: Path
 ) -> Mapping[str, Mapping[str, np.ndarray]]:
@@ -119,7 +178,7 @@ def _embeddings(
     def key() -> dict[str, Any]:
         return lineage.embeddings_key(spec, task.config, task.precomputed_dtype)
 
-    place = Place.of(task, EMBEDDINGS, key, scratch, backend)
+    place = _Place.of(task, EMBEDDINGS, key, scratch, backend)
     there = Store(place.folder)
     missing = [prompt for prompt in prompts if prompt not in there]
     place.agree(missing, "captions")
@@ -212,7 +271,7 @@ class _Pictures:
             buckets = parse_sizes(config.bucket_resolutions, config.resolution, self.spec.size_factor)
             return lineage.posteriors_key(self.spec, config, self.transform, buckets)
 
-        place = Place.of(self.task, POSTERIORS, key, self.scratch, self.backend)
+        place = _Place.of(self.task, POSTERIORS, key, self.scratch, self.backend)
         there = Store(place.folder)
         pictures = self._identified(there) if place.kept else self.wanted
         missing = list({one.row.key: one for one in pictures.values() if one.row.key not in there}.values())

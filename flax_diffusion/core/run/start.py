@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,16 +12,16 @@ from typing import Any
 from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.data import store
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import CheckpointError, ConfigError
-from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.io.files import as_path, is_local
 from flax_diffusion.core.run import assembly, lineage, output_folder
-from flax_diffusion.core.run.kept import check_folder
-from flax_diffusion.core.run.precompute import precompute
+from flax_diffusion.core.run.precompute import EMBEDDINGS, POSTERIORS, precompute
 from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
@@ -63,7 +64,7 @@ MakeBackend = Callable[[TrainConfig, PipelineSpec], Backend]
 
 
 def open_inputs(
-    task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption
+    task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption, *, trains: bool
 ) -> tuple[Source, PipelineSpec, Backend]:
     """Open the data and read the configs of the models, but no weights.
 
@@ -71,6 +72,7 @@ def open_inputs(
         task: The task, with the run's options.
         make_backend: Builds the backend.
         preemption: Says when to end early. It is told whether there are other processes.
+        trains: Whether the run's folder is written.
 
     Returns:
         The examples without those that the models draw, the pipeline, and the backend of this process.
@@ -82,7 +84,9 @@ def open_inputs(
 
     def read() -> tuple[Source, PipelineSpec]:
         check_count(task.config.dataloader_num_workers)
-        check_folder(task)
+        if trains:
+            output_folder.check(as_path(task.config.output_dir), task.config)
+        _check_folder(task)
         source = task.open_source()
         return source, task.make_spec(source)
 
@@ -90,6 +94,32 @@ def open_inputs(
     backend = make_backend(task.config, spec)
     preemption.single_process = backend.process_count == 1
     return source, spec, backend
+
+
+def _check_folder(task: Task[TrainConfig]) -> None:
+    """Make sure that the folder of `--precomputed_dir` can be written, and that what it holds can be read.
+
+    Args:
+        task: The task, with the run's options.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if task.precomputed_dir is None:
+        return
+    folder = as_path(task.precomputed_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_local(folder):
+            tempfile.TemporaryFile(dir=folder).close()
+        for kind in (EMBEDDINGS, POSTERIORS):
+            store.read_keys(folder, kind)
+    except OSError as error:
+        raise ConfigError(
+            f"--precomputed_dir {folder}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"--precomputed_dir {folder}: {error}; delete its folder, or name another one") from error
 
 
 def _check_data(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend) -> None:
@@ -120,7 +150,7 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
             f"precompute {task.name}: there is no folder to fill: add --precomputed_dir FOLDER, with --cache_latents "
             "or --pre_compute_text_embeddings"
         )
-    source, spec, backend = open_inputs(task, make_backend, preemption)
+    source, spec, backend = open_inputs(task, make_backend, preemption, trains=False)
     main = backend.process_index == 0
 
     def work() -> None:
