@@ -29,6 +29,7 @@ def folders(tmp_path, monkeypatch):
         ("gs://a/photos", [("gs://a/photos", None)]),
         ("gs://a/photos:3,gs://b/drawings", [("gs://a/photos", 3), ("gs://b/drawings", None)]),
         ("a:b", [("a:b", None)]),
+        pytest.param(",".join(f"a{n}:2" for n in range(500)), [(f"a{n}", 2) for n in range(500)], id="many"),
     ],
 )
 def test_how_they_are_written(text, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
@@ -40,7 +41,7 @@ def folders_of(text: str) -> list[Folder]:
     rest = text.partition("://")[2] or text
     if "," not in rest and ":" not in rest:
         return plain
-    is_one = "://" not in rest and as_path(text).exists()
+    is_one = os.path.exists(text)  # which is also False where a long list is no possible name
     try:
         folders = [_folder(item, text) for item in text.split(",")]
     except ConfigError:
