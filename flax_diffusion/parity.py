@@ -150,11 +150,11 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         for backend in backends:
             backend.init_state()
         schedule = make_schedule(config, task.count_examples(source), 1)
+        buckets = assembly.make_buckets(task, spec, source, schedule)
         source = task.complete_source(source, ours)
         rate = make_rate(config, schedule)
         with tempfile.TemporaryDirectory() as folder:
-            made = precompute(task, spec, source, ours, Path(folder))
-            buckets = assembly.make_buckets(task, spec, source, schedule)
+            made = precompute(task, spec, source, ours, Path(folder), buckets)
             options: dict[str, Any] = {"num_steps": steps, "made": made, "dtype": dtype, "buckets": buckets}
             with assembly.make_loader(task, spec, source, schedule, **options) as loader:
                 for done, batch in enumerate(loader):

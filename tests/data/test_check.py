@@ -13,7 +13,7 @@ from PIL import Image
 
 from flax_diffusion.core.data import check
 from flax_diffusion.core.data.check import check_source
-from flax_diffusion.core.data.combined import PromptedSource
+from flax_diffusion.core.data.combined import CombinedSource
 from flax_diffusion.core.data.images import decoding
 from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.data.sources.opening import open_source
@@ -159,7 +159,7 @@ def test_a_picture_that_stands_in_an_epoch_many_times_is_read_once(folder, monke
     seen = []
     monkeypatch.setattr(check, "check_header", lambda record: seen.append(record.name))
     pictures = open_folder(folder, caption_column=None)
-    check_source(PromptedSource([pictures], ["a thing"], [5]), skip_bad_images=False)
+    check_source(CombinedSource([pictures], ["a thing"], [5]), skip_bad_images=False)
     assert len(seen) == len(set(seen)) == 60
 
 

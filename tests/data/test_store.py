@@ -86,6 +86,19 @@ def test_the_identity_of_rows(tmp_path):
     assert list(Store(tmp_path).rows()) == rows
 
 
+def test_rows_of_other_shapes_have_shards_of_their_own(tmp_path):
+    writer = Writer(tmp_path)
+    shapes = [(2, 3), (2, 3), (3, 2), (2, 3)]
+    made = [np.full(shape, number, np.float32) for number, shape in enumerate(shapes)]
+    for name, row in zip("abcd", made, strict=True):
+        writer.add([Row(name)], {"rows": row[None], "sizes": np.array([row.shape], np.int32)})
+    writer.flush()
+    assert sorted(len(shard.rows) for shard in Store(tmp_path).shards) == [1, 1, 2]
+    table = tables(tmp_path)["rows"]
+    for name, row in zip("abcd", made, strict=True):
+        np.testing.assert_array_equal(table[name], row)
+
+
 @pytest.mark.parametrize("dtype", ["float64", "int32"])
 def test_other_dtypes(tmp_path, dtype):
     rows = (ROWS / 3).astype(dtype)

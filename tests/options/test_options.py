@@ -146,6 +146,7 @@ TABLE: dict[str, list[Row]] = {
         Row(lambda w, _: str(w.more), "batch",
             tasks=("unconditional", "text_to_image", "textual_inversion", "autoencoder")),
         Row(lambda w, _: str(w.paired_more), "batch", tasks=("controlnet",)),
+        Row(lambda w, _: f"{w.data}:3", "batch", tasks=("unconditional", "text_to_image", "autoencoder")),
     ],
     "image_column": [Row("picture", "batch", lambda w: {"train_data_dir": str(w.columns)})],
     "caption_column": [
@@ -159,7 +160,11 @@ TABLE: dict[str, list[Row]] = {
     ],
     "proportion_empty_prompts": [Row(1.0, "batch")],
     "resolution": [Row(8, "batch")],
-    "bucket_resolutions": [Row(["auto"], "batch", {"resize_mode": "crop"})],
+    "bucket_resolutions": [
+        Row(["auto"], "batch", {"resize_mode": "crop"}),
+        Row(["auto"], "batch", {"resize_mode": "crop", "center_crop": True, "cache_latents": True}, tasks=TEXT),
+        Row(["auto"], "batch", prior, tasks=("dreambooth",)),
+    ],
     "resize_mode": [Row(lambda _, value: "stretch" if value == "crop" else "crop", "batch")],
     "center_crop": [Row(other, "batch", {"resize_mode": "crop"})],
     "random_flip": [Row(other, "batch")],

@@ -411,15 +411,14 @@ def test_processes_write_their_own_share(kept, tmp_path):
     spec = task.make_spec(source)
     both = np.zeros((4, 1, 8, 8), np.float32)
     for index in (0, 1):
-        written = precompute._Pictures(task, spec, source, Halves(index, both), tmp_path, {}, None)
-        written.named = {record.name: number for number, record in enumerate(map(source.__getitem__, range(4)))}
-        rows = [precompute.Row(name, name) for name in written.named]
-        written._encode(rows, store.Writer(tmp_path / "shared"), kept=True)
+        wanted = {name: one for name, one in precompute._wanted(source, None, None, 1).items() if one.index < 4}
+        written = precompute._Pictures(task, spec, source, Halves(index, both), tmp_path, wanted, None)
+        written._encode(list(wanted.values()), store.Writer(tmp_path / "shared"), kept=True)
     names = [Path(row.name).name for shard in store.Store(tmp_path / "shared").shards for row in shard.rows]
     assert sorted(names) == NAMES[:4]
     assert len(store.shard_names(tmp_path / "shared")) == 2
-    sizes = store.Store(tmp_path / "shared").tables({name: name for name in written.named})["sizes"]
-    assert [sizes[name].tolist() for name in written.named] == [[24 + number, 24] for number in range(4)]
+    sizes = store.Store(tmp_path / "shared").tables({name: name for name in wanted})["sizes"]
+    assert [sizes[name].tolist() for name in wanted] == [[24 + number, 24] for number in range(4)]
 
 
 def test_processes_that_see_other_pictures(tmp_path):

@@ -118,6 +118,13 @@ METHODS = {
     "text_to_image_lora": {"lora_rank": 4, "gradient_accumulation_steps": 2},
     "text_to_image_inpainting": {"inpainting": True, "random_flip": True},
     "text_to_image_buckets": {"bucket_resolutions": ["auto"], "random_flip": True, "center_crop": True},
+    "text_to_image_buckets_cached": {
+        "bucket_resolutions": ["auto"], "random_flip": True, "center_crop": True, "cache_latents": True,
+        "pre_compute_text_embeddings": True,
+    },
+    "dreambooth_prior_buckets_cached": {
+        "with_prior_preservation": True, "bucket_resolutions": ["auto"], "center_crop": True, "cache_latents": True,
+    },
     "textual_inversion": {
         "placeholder_token": "<dog-toy>", "initializer_token": "dog", "num_vectors": 2, "gradient_checkpointing": True,
     },
@@ -183,8 +190,8 @@ def test_lora_of_both_models_float64(tmp_path):
 
 
 SHORT = [
-    "controlnet", "controlnet_cached", "text_to_image_inpainting", "text_to_image_buckets", "text_to_image_xl",
-    "dreambooth_xl_lora",
+    "controlnet", "controlnet_cached", "text_to_image_inpainting", "text_to_image_buckets",
+    "text_to_image_buckets_cached", "dreambooth_prior_buckets_cached", "text_to_image_xl", "dreambooth_xl_lora",
 ]  # fmt: skip
 
 

@@ -34,6 +34,7 @@ class Reads(Enum):
     MODEL = "a model, or a part of one"
     DATA = "data, or their name"
     DATA_FOLDER = "a folder of data, there or not"
+    DATA_FOLDERS = "folders of data as `data.combined.folders_of` reads them, there or not"
 
 
 def named_inputs(options: BaseModel) -> Iterator[tuple[str, Reads, str]]:

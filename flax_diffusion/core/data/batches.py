@@ -9,7 +9,7 @@ import numpy as np
 from flax_diffusion.core.data.captions import TokenizePrompt
 from flax_diffusion.core.data.extra import MakeExtra, latent_shape
 from flax_diffusion.core.data.images.decoding import decode, size_of
-from flax_diffusion.core.data.images.transforms import ImageTransform, Placement
+from flax_diffusion.core.data.images.transforms import ImageTransform, Placement, sized_name
 from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
@@ -53,7 +53,7 @@ class Precomputed:
     Attributes:
         embeddings: What the text encoders make of every caption, by array of an example and by caption; None where
             each step encodes its captions.
-        posteriors: Mean and log variance of each picture's latents by the name of its record,
+        posteriors: Mean and log variance of each picture's latents by the `sized_name` of its record,
             (1 or 2, 2, c, h, w): those of the picture and, where it is flipped at random, of its mirror image; None
             where each step encodes its pictures.
         sizes: Width and height in pixels of each of these pictures by the same name, int32 (2,); None where they are
@@ -127,12 +127,12 @@ class ExampleFn:
         if posteriors is None:
             pixels, place = transform(decode(record), rng)
             example = {"pixel_values": pixels}
-        elif record.name in posteriors:
-            example = {"posterior": posteriors[record.name][int(transform.flips(rng))]}
+        elif (name := sized_name(record.name, size)) in posteriors:
+            example = {"posterior": posteriors[name][int(transform.flips(rng))]}
         else:
             raise DataError(f"{record.name} could not be read when its latents were made")
         if self.told_sizes or self.extra is not None:
-            place = place or transform.place(self._size(record), rng)
+            place = place or transform.place(self._size(record, size), rng)
             if self.told_sizes:
                 width, height = place.original
                 example |= size_numbers((height, width), place.crop_top_left, place.target)
@@ -148,11 +148,11 @@ class ExampleFn:
         example["example_index"] = np.asarray(index, np.int64)
         return example
 
-    def _size(self, record: Record) -> tuple[int, int]:
+    def _size(self, record: Record, bucket: tuple[int, int] | None) -> tuple[int, int]:
         """Return width and height of a record's picture; they need no read of it where they were kept."""
         if self.made.sizes is None:
             return size_of(record)
-        width, height = self.made.sizes[record.name].tolist()
+        width, height = self.made.sizes[sized_name(record.name, bucket)].tolist()
         return width, height
 
     def _caption(self, record: Record, rng: Callable[[Stream], np.random.Generator]) -> str:

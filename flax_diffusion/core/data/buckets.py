@@ -10,6 +10,7 @@ import numpy as np
 
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.images.decoding import size_of
+from flax_diffusion.core.data.images.transforms import shown_size
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source, first_few
 from flax_diffusion.core.errors import ConfigError, DataError, nearest_multiples
@@ -150,35 +151,62 @@ def divide(pictures: np.ndarray, sizes: Sequence[tuple[int, int]], step_examples
 
 
 def make_order(
-    source: Source, sizes: Sequence[tuple[int, int]], step_examples: int, seed: int, *, skip_bad_images: bool
+    source: Source,
+    sizes: Sequence[tuple[int, int]],
+    step_examples: int,
+    seed: int,
+    *,
+    skip_bad_images: bool,
+    count: int | None = None,
+    main: bool = True,
 ) -> Bucketed:
     """Read the sizes of all pictures, divide them over buckets, and say how many are in each.
 
     Args:
-        source: The examples.
+        source: The pictures whose shapes decide.
         sizes: Heights and widths of the buckets, from the widest to the highest.
         step_examples: Examples per optimizer step.
         seed: Seed of the run.
         skip_bad_images: As in `read_sizes`.
+        count: Number of examples, where each has a second picture that takes the bucket of the first: example i has the
+            picture i, and the pictures start over. None for an example for each picture.
+        main: Whether this is the first process, which logs.
 
     Raises:
         DataError: If a picture cannot be read, or if they are too few.
     """
     pictures = read_sizes(source, skip_bad_images=skip_bad_images)
+    if count is not None:
+        pictures = np.resize(pictures, (count, 2))  # which repeats them
     members = divide(pictures, sizes, step_examples)
     filled = [(size, own) for size, own in zip(sizes, members, strict=True) if len(own) >= step_examples]
-    told = ", ".join(f"{width}x{height} {len(own)}" for (height, width), own in filled)
-    log.info("%d buckets, each compiled when it is first met, and their pictures: %s", len(filled), told)
-    small = [
-        index
+    if main:
+        _tell(source, pictures, filled, "pictures" if count is None else "pairs of pictures")
+    return Bucketed(
+        sizes=[size for size, _ in filled], members=[own for _, own in filled], step_examples=step_examples, seed=seed
+    )
+
+
+def _tell(
+    source: Source, pictures: np.ndarray, filled: Sequence[tuple[tuple[int, int], np.ndarray]], what: str
+) -> None:
+    """Log how many examples each bucket has, and which pictures are smaller than theirs.
+
+    Args:
+        source: The pictures.
+        pictures: Widths and heights of the examples' pictures, (N, 2).
+        filled: Height and width of each bucket, and the indices of its examples.
+        what: Name of the examples.
+    """
+    told = ", ".join(f"{shown_size(size)} {len(own)}" for size, own in filled)
+    log.info("%d buckets, each compiled when it is first met, and their %s: %s", len(filled), what, told)
+    small = {
+        int(index) % len(source)
         for (height, width), own in filled
         for index in own[(pictures[own, 0] < width) | (pictures[own, 1] < height)]
-    ]
+    }
     if small:
         log.warning(
             "%d of %d pictures are smaller than their bucket, and are enlarged: %s",
             len(small), len(source), first_few([example_name(source, index) for index in sorted(small)[:4]]),
         )  # fmt: skip
-    return Bucketed(
-        sizes=[size for size, _ in filled], members=[own for _, own in filled], step_examples=step_examples, seed=seed
-    )

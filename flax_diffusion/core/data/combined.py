@@ -1,31 +1,91 @@
-"""Sources that combine other sources: with one prompt for all pictures, or with pictures in pairs."""
+"""Sources that combine other sources: one after the other, or with pictures in pairs."""
 
 from __future__ import annotations
 
 import bisect
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import permutations
+from typing import NamedTuple
 
 from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.data.sources.source import Record, Source
-from flax_diffusion.core.errors import naming
-from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.errors import ConfigError, naming
+from flax_diffusion.core.io.files import as_path, lies_in
+
+
+class Folder(NamedTuple):
+    """A folder of pictures among several.
+
+    Attributes:
+        name: Its path.
+        repeats: Times that each of its pictures occurs in an epoch; None where it does not say.
+    """
+
+    name: str
+    repeats: int | None
+
+
+def folders_of(text: str) -> list[Folder]:
+    """Return the folders that an option names.
+
+    Args:
+        text: A folder, or several as `FOLDER:REPEATS,FOLDER:REPEATS`, where `:REPEATS` may be left out.
+
+    Raises:
+        ConfigError: If it can be read in two ways, if a number is none of repeats, or if folders overlap.
+    """
+    plain = [Folder(text, None)]
+    rest = text.partition("://")[2] or text
+    if "," not in rest and ":" not in rest:
+        return plain
+    is_one = os.path.exists(text)  # which is also False where a long list is no possible name
+    try:
+        folders = [_folder(item, text) for item in text.split(",")]
+    except ConfigError:
+        if is_one:
+            return plain
+        raise
+    if is_one and folders != plain and all(as_path(one.name).exists() for one in folders):
+        raise ConfigError(f"{text}: is the name of a folder, and a list of others that there are: rename the former")
+    if is_one:
+        return plain
+    for one, other in permutations(folders, 2):
+        if lies_in(one.name, other.name):
+            raise ConfigError(
+                f"{one.name} lies in {other.name}, so that its pictures would occur for both: name folders apart from "
+                "each other"
+            )
+    return folders
+
+
+def _folder(item: str, text: str) -> Folder:
+    name, colon, repeats = item.strip().rpartition(":")
+    if not colon or not repeats.removeprefix("-").replace(".", "", 1).isdecimal():
+        name, repeats = item.strip(), ""
+    if not name:
+        raise ConfigError(f"{text!r}: must be a folder, or several such as photos:10,drawings:2; one has no name")
+    if repeats and not (repeats.isdecimal() and int(repeats)):
+        raise ConfigError(f"{item.strip()}: pictures occur a whole number of times in an epoch, such as {name}:1")
+    return Folder(name, int(repeats) if repeats else None)
 
 
 @dataclass(frozen=True)
-class PromptedSource:
-    """The pictures of several sources, one source after the other, each with its own prompt.
+class CombinedSource:
+    """The pictures of several sources, one source after the other.
 
     Attributes:
         sources: The sources.
-        captions: The prompt of each source, or a list from which one is drawn for each example.
+        captions: The prompt of each source, or a list from which one is drawn for each example; None for those that its
+            pictures have.
         repeats: Times that each picture of a source occurs in an epoch.
         ends: Index after the last picture of each source.
     """
 
     sources: Sequence[Source]
-    captions: Sequence[str | list[str]]
+    captions: Sequence[str | list[str] | None]
     repeats: Sequence[int]
     ends: list[int] = field(init=False, repr=False)
 
@@ -40,7 +100,8 @@ class PromptedSource:
         part = bisect.bisect_right(self.ends, index)
         source = self.sources[part]
         place = index - (self.ends[part - 1] if part else 0)
-        return replace(source[place % len(source)], caption=self.captions[part])
+        record, caption = source[place % len(source)], self.captions[part]
+        return record if caption is None else replace(record, caption=caption)
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ class Bucketed:
 
     Attributes:
         sizes: Height and width of the pictures of each bucket, in pixels.
-        members: Indices of the pictures of each bucket, int64 (n,), in ascending order.
+        members: Indices of the examples of each bucket, int64 (n,), in ascending order.
         step_examples: Examples per optimizer step.
         seed: Seed of the run.
     """
@@ -132,6 +132,10 @@ class Bucketed:
     def steps(self) -> int:
         """Number of steps of an epoch."""
         return sum(len(own) // self.step_examples for own in self.members)
+
+    def size_of_each(self) -> dict[int, tuple[int, int]]:
+        """Return height and width, in pixels, of the pictures of each example, by its index."""
+        return {index: size for size, own in zip(self.sizes, self.members, strict=True) for index in own.tolist()}
 
     def at(self, position: int) -> Place:
         """Return what is at a position of the stream, from 0."""

@@ -175,14 +175,16 @@ class Writer:
         self._bytes = 0
 
     def add(self, rows: Sequence[Row], arrays: Mapping[str, np.ndarray]) -> None:
-        """Add rows, which are written once there are enough for a shard.
+        """Add rows, which are written once there are enough for a shard, or once the next ones have other shapes.
 
         Args:
             rows: Who they are.
-            arrays: By name, the rows (N, …): float32, float64 or int32. Each row of an array has the same shape.
+            arrays: By name, the rows (N, …): float32, float64 or int32.
         """
         if not rows:
             return
+        if self._arrays and any(array.shape[1:] != self._arrays[0][name].shape[1:] for name, array in arrays.items()):
+            self.flush()
         self._rows += rows
         self._arrays.append({name: self._stored(array) for name, array in arrays.items()})
         self._bytes += sum(array.nbytes for array in self._arrays[-1].values())

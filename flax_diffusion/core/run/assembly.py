@@ -13,7 +13,6 @@ from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.run.schedule import Schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
@@ -101,28 +100,34 @@ def make_loader(
     )
 
 
-def make_buckets(task: Task[TrainConfig], spec: PipelineSpec, source: Source, schedule: Schedule) -> Bucketed | None:
+def make_buckets(
+    task: Task[TrainConfig], spec: PipelineSpec, source: Source, schedule: Schedule, *, main: bool = True
+) -> Bucketed | None:
     """Divide a run's examples over the buckets of --bucket_resolutions; None where there are none.
+
+    Of a pair of pictures the one of the new thing decides, which is there before those of its class are drawn.
 
     Args:
         task: The task, with the run's options.
         spec: The pipeline.
-        source: All examples of the run.
+        source: The examples, without those that the models draw.
         schedule: The run's steps.
+        main: Whether this is the first process, which logs.
 
     Raises:
-        ConfigError: For sizes that cannot be trained at, or examples that are pairs of pictures.
+        ConfigError: For sizes that cannot be trained at.
         DataError: If the size of a picture cannot be read, or if they are too few.
     """
     config = task.config
     if not config.bucket_resolutions:
         return None
-    if task.rows_per_example > 1:
-        raise ConfigError(
-            "--bucket_resolutions with --with_prior_preservation: the two pictures of an example have two shapes; drop "
-            "one of the options"
-        )
     sizes = bucketing.parse_sizes(config.bucket_resolutions, config.resolution, spec.size_factor)
     return bucketing.make_order(
-        source, sizes, schedule.step_examples, config.seed, skip_bad_images=config.skip_bad_images
+        source,
+        sizes,
+        schedule.step_examples,
+        config.seed,
+        skip_bad_images=config.skip_bad_images,
+        count=schedule.num_examples if task.rows_per_example > 1 else None,
+        main=main,
     )

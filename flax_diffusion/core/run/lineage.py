@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from flax_diffusion.core.config.options import ONCE, TrainConfig
 from flax_diffusion.core.data.captions import Tokenize
-from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.images.transforms import ImageTransform, shown_size
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import CheckpointError, DataError, shown
 from flax_diffusion.core.families.family import Role
@@ -99,16 +100,21 @@ def weights_digest(component: Component) -> str:
     return digest.hexdigest()[:16]
 
 
-def posteriors_key(spec: PipelineSpec, config: TrainConfig, transform: ImageTransform) -> dict[str, Any]:
+def posteriors_key(
+    spec: PipelineSpec, config: TrainConfig, transform: ImageTransform, buckets: Sequence[tuple[int, int]] = ()
+) -> dict[str, Any]:
     """Return what the posteriors of a picture's latents depend on beside the picture, as JSON.
 
     Args:
         spec: The pipeline.
         config: The run's options.
         transform: What happens to the picture; nothing of it is drawn at random but the flip.
+        buckets: Heights and widths that pictures are divided over, in pixels; none for squares.
     """
     # Where a side is stretched nothing is cut off, so that the place of the crop makes no difference.
     picture = asdict(replace(transform, center_crop=True))
+    if buckets:
+        picture["bucket_resolutions"] = [shown_size(size) for size in buckets]
     return {
         "picture": picture,
         "autoencoder": _model_key(spec.components[spec.vae_name], config.seed),

@@ -12,7 +12,7 @@ import math
 import shlex
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from flax_diffusion.core.run.preemption import Preempted, Preemption
 from flax_diffusion.core.run.rates import ema_decay
 from flax_diffusion.core.run.saving import Saver
 from flax_diffusion.core.run.schedule import make_rate
-from flax_diffusion.core.run.start import Start, open_inputs, prepare
+from flax_diffusion.core.run.start import MakeBackend, Start, open_inputs, prepare
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
@@ -44,16 +44,12 @@ READ_LAG = 2
 """Steps that may be running before the loop waits for a loss; enough to keep the devices busy."""
 
 
-def fit(
-    task: Task[TrainConfig],
-    make_backend: Callable[[TrainConfig, PipelineSpec], Backend],
-    preemption: Preemption | None = None,
-) -> Path:
+def fit(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption | None = None) -> Path:
     """Train, and write a Diffusers pipeline to `config.output_dir`.
 
     Args:
         task: The task, with the run's options.
-        make_backend: Builds the backend for a config and a pipeline, and refuses options that it does not have.
+        make_backend: Builds the backend.
         preemption: Says when to end early; None for never.
 
     Returns:
@@ -65,9 +61,7 @@ def fit(
     """
     config, preemption = task.config, preemption or Preemption()
     output_dir = as_path(config.output_dir)
-    source, spec = preemption.interruptible(lambda: open_inputs(task))
-    backend = make_backend(config, spec)
-    preemption.single_process = backend.process_count == 1
+    source, spec, backend = open_inputs(task, make_backend, preemption, trains=True)
     scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
     start = preemption.interruptible(lambda: prepare(task, spec, source, backend, scratch))
     if config.repeat_step is None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.checkpoints import folders
 from flax_diffusion.core.config.options import CONFIG_FILE, Reads, TrainConfig, named_inputs
-from flax_diffusion.core.errors import CheckpointError, ConfigError
+from flax_diffusion.core.data.combined import folders_of
+from flax_diffusion.core.errors import CheckpointError, ConfigError, naming
 from flax_diffusion.core.families.family import subfolders
 from flax_diffusion.core.io.files import as_path, is_local, lies_in, move, remove_tree, unused
 from flax_diffusion.core.io.tracking import EVENT_FILES
@@ -59,6 +61,16 @@ def check(output_dir: Path, config: TrainConfig) -> None:
         ) from error
 
 
+def _inputs(config: TrainConfig) -> Iterator[tuple[str, Reads, str]]:
+    """Yield as `named_inputs`, but each of several folders by itself."""
+    for option, kind, text in named_inputs(config):
+        if kind is Reads.DATA_FOLDERS:
+            with naming(f"--{option}"):
+                yield from ((option, kind, one.name) for one in folders_of(text))
+        else:
+            yield option, kind, text
+
+
 def check_apart(output_dir: Path, config: TrainConfig) -> None:
     """Make sure that a run does not write where it reads.
 
@@ -69,8 +81,8 @@ def check_apart(output_dir: Path, config: TrainConfig) -> None:
     Raises:
         ConfigError: If one of the folders lies in the other; the message names both.
     """
-    for option, kind, name in named_inputs(config):
-        if kind is not Reads.DATA_FOLDER and not as_path(name).exists():  # an id of the Hub
+    for option, kind, name in _inputs(config):
+        if kind in (Reads.MODEL, Reads.DATA) and not as_path(name).exists():  # an id of the Hub
             continue
         if lies_in(name, str(output_dir)):
             raise ConfigError(

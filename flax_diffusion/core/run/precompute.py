@@ -4,15 +4,16 @@ The step then needs neither these models nor the pictures, which leaves memory f
 variance of the autoencoder's posterior are kept, not a sample of it, so that each epoch draws new latents. For pictures
 that are flipped at random, the posteriors of both orientations are kept.
 
+With buckets, a picture has the size of its bucket, and one that occurs in several is encoded for each of them.
+
 With --precomputed_dir all that stays for later runs, of any task and of either backend. A picture is then known by the
-checksum of its bytes, a prompt by its text, and the models by the keys of `lineage`.
+checksum of its bytes and by that size, a prompt by its text, and the models by the keys of `lineage`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -27,14 +28,16 @@ from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data import store
 from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import Precomputed
+from flax_diffusion.core.data.buckets import parse_sizes
 from flax_diffusion.core.data.extra import no_draw
 from flax_diffusion.core.data.images.decoding import decode
-from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.images.transforms import ImageTransform, sized_name
+from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Record, Source, first_few
 from flax_diffusion.core.data.store import Row, Store, Writer
-from flax_diffusion.core.errors import ConfigError, DataError, NonFiniteError
+from flax_diffusion.core.errors import DataError, NonFiniteError
 from flax_diffusion.core.families.family import Role
-from flax_diffusion.core.io.files import as_path, is_local, remove_tree, version_of
+from flax_diffusion.core.io.files import as_path, remove_tree, version_of
 from flax_diffusion.core.run import lineage
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
@@ -47,34 +50,13 @@ _NOT_FINITE = "the latents of {} are not finite: check the picture, or the autoe
 _READERS = 16  # threads that read pictures, most of whose time is waiting where these are in an object store
 
 
-def check_folder(task: Task[TrainConfig]) -> None:
-    """Make sure that the folder of `--precomputed_dir` can be written, and that what it holds can be read.
-
-    Args:
-        task: The task, with the run's options.
-
-    Raises:
-        ConfigError: If it cannot.
-    """
-    if task.precomputed_dir is None:
-        return
-    folder = as_path(task.precomputed_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_local(folder):
-            tempfile.TemporaryFile(dir=folder).close()
-        for kind in (EMBEDDINGS, POSTERIORS):
-            store.read_keys(folder, kind)
-    except OSError as error:
-        raise ConfigError(
-            f"--precomputed_dir {folder}: cannot be written ({error.strerror or error}); name another folder"
-        ) from error
-    except ValueError as error:
-        raise ConfigError(f"--precomputed_dir {folder}: {error}; delete its folder, or name another one") from error
-
-
 def precompute(
-    task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend, scratch: Path
+    task: Task[TrainConfig],
+    spec: PipelineSpec,
+    source: Source,
+    backend: Backend,
+    scratch: Path,
+    buckets: Bucketed | None = None,
 ) -> Precomputed:
     """Compute what the options ask for and is not there yet, and free the models that made it.
 
@@ -84,6 +66,7 @@ def precompute(
         source: All examples of the run.
         backend: The backend of this process, with the models loaded.
         scratch: Folder for what is not kept; each process writes its own files.
+        buckets: Order of the examples, where they are divided over buckets; None where they are not.
 
     Returns:
         The tables of what was computed.
@@ -101,8 +84,8 @@ def precompute(
         for name in spec.names_of(Role.TEXT_ENCODER):
             backend.release(name)
     if task.caches_latents:
-        named = {record.name: index for index, record in _records(source, bad)}
-        tables = _Pictures(task, spec, source, backend, scratch, named, bad).tables()
+        wanted = _wanted(source, bad, buckets, task.rows_per_example)
+        tables = _Pictures(task, spec, source, backend, scratch, wanted, bad).tables()
         made = replace(made, posteriors=tables.get(POSTERIORS, {}), sizes=tables.get(SIZES))
         backend.release(spec.vae_name)
     return made
@@ -220,6 +203,40 @@ def _embedded(prompts: list[str], backend: Backend) -> Iterator[tuple[list[str],
         yield several, {name: rows[: len(several)] for name, rows in made.items()}
 
 
+@dataclass(frozen=True)
+class _Picture:
+    """A picture at a size.
+
+    Attributes:
+        row: Its identity.
+        index: Index of its record in the source.
+        size: Height and width of its bucket, in pixels; None for a square of the resolution.
+    """
+
+    row: Row
+    index: int
+    size: tuple[int, int] | None
+
+
+def _wanted(source: Source, bad: BadExamples | None, buckets: Bucketed | None, rows: int) -> dict[str, _Picture]:
+    """Return the pictures of a run at the sizes that it has them, by their `sized_name`.
+
+    Args:
+        source: All examples of the run.
+        bad: The bad examples found so far; None where one ends the run.
+        buckets: Order of the examples; None without buckets.
+        rows: Records of an example.
+    """
+    sizes = None if buckets is None else buckets.size_of_each()
+    wanted = {}
+    for index, record in _records(source, bad):
+        if sizes is None or index // rows in sizes:  # else a step takes none of its bucket
+            size = None if sizes is None else sizes[index // rows]
+            name = sized_name(record.name, size)
+            wanted[name] = _Picture(Row(name, record.name), index, size)
+    return wanted
+
+
 @dataclass
 class _Pictures:
     """Pictures, whose posteriors are computed.
@@ -230,7 +247,7 @@ class _Pictures:
         source: All examples of the run.
         backend: The backend of this process.
         scratch: Folder for what is not kept.
-        named: Index in the source of each picture by its name.
+        wanted: The pictures by their `sized_name`, which is the key of their rows where none are kept.
         bad: The bad examples found so far; None where one ends the run.
     """
 
@@ -239,7 +256,7 @@ class _Pictures:
     source: Source
     backend: Backend
     scratch: Path
-    named: Mapping[str, int]
+    wanted: Mapping[str, _Picture]
     bad: BadExamples | None
 
     def __post_init__(self) -> None:
@@ -250,75 +267,91 @@ class _Pictures:
         """Return posteriors and sizes by name, and compute those that are not there."""
 
         def key() -> dict[str, Any]:
-            return lineage.posteriors_key(self.spec, self.task.config, self.transform)
+            config = self.task.config
+            buckets = parse_sizes(config.bucket_resolutions, config.resolution, self.spec.size_factor)
+            return lineage.posteriors_key(self.spec, config, self.transform, buckets)
 
         place = _Place.of(self.task, POSTERIORS, key, self.scratch, self.backend)
         there = Store(place.folder)
-        rows = self._identified(there) if place.kept else {name: Row(name, name) for name in self.named}
-        missing = list({row.key: row for row in rows.values() if row.key not in there}.values())
-        place.agree((row.key for row in missing), "pictures")
-        place.told("pictures", len(rows), len(missing))
+        pictures = self._identified(there) if place.kept else self.wanted
+        missing = list({one.row.key: one for one in pictures.values() if one.row.key not in there}.values())
+        place.agree((one.row.key for one in missing), "pictures")
+        place.told("pictures", len(pictures), len(missing))
         if place.kept and self.backend.process_index == 0:
-            _tell_of_changes(there, missing)
+            _tell_of_changes(there, [one.row for one in missing])
         if missing:
             self._encode(missing, Writer(place.folder), place.kept)
             self.backend.all_processes(True)
             there = Store(place.folder)
-        return there.tables({name: row.key for name, row in rows.items()})
+        return there.tables({name: one.row.key for name, one in pictures.items()})
 
-    def _identified(self, there: Store) -> dict[str, Row]:
-        """Return the identity of each picture, whose bytes are read unless its file is as it was when last read."""
-        known = {(row.name, row.version): row for row in there.rows() if row.version is not None}
+    def _identified(self, there: Store) -> dict[str, _Picture]:
+        """Return the pictures by checksums, for which a file is read unless it is as it was when it was last read."""
+        known = {(row.name, row.version): _digest_in(row) for row in there.rows() if row.version is not None}
 
-        def identify(name: str) -> Row:
+        def identify(picture: _Picture) -> _Picture:
+            name, version, digest = picture.row.name, None, None
             try:
-                record = self.source[self.named[name]]
+                record = self.source[picture.index]
                 image = record.image
-                if isinstance(image, (bytes, np.ndarray, Image.Image)):
-                    return Row(_digest(record), name)
-                version = version_of(image)
-                return known.get((name, version)) or Row(_digest(record), name, version)
+                if not isinstance(image, (bytes, np.ndarray, Image.Image)):
+                    version = version_of(image)
+                    digest = known.get((name, version))
+                digest = digest or _digest(record)
             except (DataError, OSError):  # encoding it says why
-                return Row(f"unreadable {name}", name)
+                return replace(picture, row=Row(f"unreadable {name}", name))
+            return replace(picture, row=Row(sized_name(digest, picture.size), name, version))
 
         with ThreadPoolExecutor(_READERS) as pool:
-            return dict(zip(self.named, pool.map(identify, self.named), strict=True))
+            return dict(zip(self.wanted, pool.map(identify, self.wanted.values()), strict=True))
 
-    def _encode(self, rows: list[Row], writer: Writer, kept: bool) -> None:
-        """Compute the posteriors of pictures, and write those of this process's share, or all where none are kept."""
+    def _encode(self, pictures: list[_Picture], writer: Writer, kept: bool) -> None:
+        """Compute the posteriors of pictures, a size after the other, and write them.
+
+        Args:
+            pictures: The pictures.
+            writer: Writer of the shards.
+            kept: Whether this process writes its share of them; otherwise it writes all.
+        """
+        for size in dict.fromkeys(one.size for one in pictures):
+            self._encode_size(size, [one for one in pictures if one.size == size], writer, kept)
+        writer.flush()
+
+    def _encode_size(self, size: tuple[int, int] | None, pictures: list[_Picture], writer: Writer, kept: bool) -> None:
+        """Compute and write the posteriors of pictures of one size; see `_encode`."""
         backend, config, transform = self.backend, self.task.config, self.transform
-        upright = replace(transform, random_flip=False)
-        shape = (transform.channels, transform.resolution, transform.resolution)
+        upright = replace(transform, random_flip=False, size=size)
+        shape = (transform.channels, *upright.target)
         nothing = np.full(shape, np.nan, np.float32)  # for a picture that cannot be read, as every process then knows
 
-        def read(row: Row) -> tuple[np.ndarray, tuple[int, int]]:
+        def read(picture: _Picture) -> tuple[np.ndarray, tuple[int, int]]:
             try:
-                pixels, place = upright(decode(self.source[self.named[row.name]]), no_draw)
+                pixels, place = upright(decode(self.source[picture.index]), no_draw)
                 return pixels, place.original
             except DataError as error:
                 if self.bad is None:
                     raise
-                self.reasons[row.name] = str(error)
+                self.reasons[picture.row.name] = str(error)
                 return nothing, (0, 0)
 
         share = config.train_batch_size * (backend.device_count // backend.process_count)
-        size, start = share * backend.process_count, share * backend.process_index
+        at_once, start = share * backend.process_count, share * backend.process_index
         with ThreadPoolExecutor() as pool:
-            for first in range(0, len(rows), size):
-                several = rows[first : first + size]
+            for first in range(0, len(pictures), at_once):
+                several = pictures[first : first + at_once]
                 mine = [*pool.map(read, several[start : start + share])]
                 pixels = np.stack([*(one for one, _ in mine), *[nothing] * (share - len(mine))])
                 orientations = [pixels, np.ascontiguousarray(pixels[..., ::-1])] if transform.random_flip else [pixels]
                 posteriors = np.stack([backend.posteriors(each) for each in orientations], axis=1)
-                good = self._good(several, posteriors)
+                rows = [one.row for one in several]
+                good = self._good(rows, posteriors)
                 if kept or backend.process_count == 1:
                     good = [index for index in good if start <= index < start + share]
                     sizes = np.array([mine[index - start][1] for index in good], np.int32).reshape(-1, 2)
                     arrays = {POSTERIORS: posteriors[good], SIZES: sizes}
                 else:  # the sizes of the pictures that other processes read are not known here
                     arrays = {POSTERIORS: posteriors[good]}
-                writer.add([several[index] for index in good], arrays)
-        writer.flush()
+                writer.add([rows[index] for index in good], arrays)
 
     def _good(self, rows: list[Row], posteriors: np.ndarray) -> list[int]:
         """Return the indices of the pictures that were read and whose posteriors are finite.
@@ -350,9 +383,15 @@ def _digest(record: Record) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
+def _digest_in(row: Row) -> str:
+    """Return the checksum of a picture in the key of its row, which may also have a size."""
+    return row.key.partition(" ")[0]
+
+
 def _tell_of_changes(there: Store, missing: list[Row]) -> None:
     """Log which pictures have other bytes than those of their name that were encoded before."""
-    names = {row.name for row in there.rows()}
-    changed = [row.name for row in missing if row.name in names]
+    known = {(row.name, _digest_in(row)) for row in there.rows()}
+    names = {name for name, _ in known}
+    changed = [row.name for row in missing if row.name in names and (row.name, _digest_in(row)) not in known]
     if changed:
         log.info("changed since they were encoded: %d pictures, %s", len(changed), first_few(changed))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import Any
 from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.data import store
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import CheckpointError, ConfigError
-from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.io.files import as_path, is_local
 from flax_diffusion.core.run import assembly, lineage, output_folder
-from flax_diffusion.core.run.precompute import check_folder, precompute
+from flax_diffusion.core.run.precompute import EMBEDDINGS, POSTERIORS, precompute
 from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
@@ -57,24 +59,67 @@ class Start:
     nonfinite_steps: int = 0
 
 
-def open_inputs(task: Task[TrainConfig]) -> tuple[Source, PipelineSpec]:
+MakeBackend = Callable[[TrainConfig, PipelineSpec], Backend]
+"""Builder of a backend for a config and a pipeline, which refuses options that the backend does not have."""
+
+
+def open_inputs(
+    task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption, *, trains: bool
+) -> tuple[Source, PipelineSpec, Backend]:
     """Open the data and read the configs of the models, but no weights.
 
     Args:
         task: The task, with the run's options.
+        make_backend: Builds the backend.
+        preemption: Says when to end early. It is told whether there are other processes.
+        trains: Whether the run's folder is written.
 
     Returns:
-        The examples, and the pipeline.
+        The examples without those that the models draw, the pipeline, and the backend of this process.
 
     Raises:
         UserError: For input that cannot be used.
+        Preempted: If it is told to end.
     """
-    config = task.config
-    check_count(config.dataloader_num_workers)
-    output_folder.check(as_path(config.output_dir), config)
-    check_folder(task)
-    source = task.open_source()
-    return source, task.make_spec(source)
+
+    def read() -> tuple[Source, PipelineSpec]:
+        check_count(task.config.dataloader_num_workers)
+        if trains:
+            output_folder.check(as_path(task.config.output_dir), task.config)
+        _check_folder(task)
+        source = task.open_source()
+        return source, task.make_spec(source)
+
+    source, spec = preemption.interruptible(read)
+    backend = make_backend(task.config, spec)
+    preemption.single_process = backend.process_count == 1
+    return source, spec, backend
+
+
+def _check_folder(task: Task[TrainConfig]) -> None:
+    """Make sure that the folder of `--precomputed_dir` can be written, and that what it holds can be read.
+
+    Args:
+        task: The task, with the run's options.
+
+    Raises:
+        ConfigError: If it cannot.
+    """
+    if task.precomputed_dir is None:
+        return
+    folder = as_path(task.precomputed_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_local(folder):
+            tempfile.TemporaryFile(dir=folder).close()
+        for kind in (EMBEDDINGS, POSTERIORS):
+            store.read_keys(folder, kind)
+    except OSError as error:
+        raise ConfigError(
+            f"--precomputed_dir {folder}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
+    except ValueError as error:
+        raise ConfigError(f"--precomputed_dir {folder}: {error}; delete its folder, or name another one") from error
 
 
 def _check_data(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend) -> None:
@@ -83,16 +128,12 @@ def _check_data(task: Task[TrainConfig], spec: PipelineSpec, source: Source, bac
     check_source(source, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
 
 
-def fill(
-    task: Task[TrainConfig],
-    make_backend: Callable[[TrainConfig, PipelineSpec], Backend],
-    preemption: Preemption | None = None,
-) -> Path:
+def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption | None = None) -> Path:
     """Compute what can be computed before training into the folder of `--precomputed_dir`, and train nothing.
 
     Args:
         task: The task, with the run's options.
-        make_backend: As of `loop.fit`.
+        make_backend: Builds the backend.
         preemption: Says when to end early; None for never.
 
     Returns:
@@ -109,21 +150,21 @@ def fill(
             f"precompute {task.name}: there is no folder to fill: add --precomputed_dir FOLDER, with --cache_latents "
             "or --pre_compute_text_embeddings"
         )
-    check_count(task.config.dataloader_num_workers)
-    check_folder(task)
-    source = preemption.interruptible(task.open_source)
-    spec = preemption.interruptible(lambda: task.make_spec(source))
-    backend = make_backend(task.config, spec)
-    preemption.single_process = backend.process_count == 1
+    source, spec, backend = open_inputs(task, make_backend, preemption, trains=False)
+    main = backend.process_index == 0
 
     def work() -> None:
         _check_data(task, spec, source, backend)
+        buckets = None
+        if task.config.bucket_resolutions:  # of which a run's steps say how pictures are divided over them
+            schedule = make_schedule(task.config, task.count_examples(source), backend.device_count)
+            buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
         backend.init_state()
-        precompute(task, spec, task.complete_source(source, backend), backend, as_path(folder))
+        precompute(task, spec, task.complete_source(source, backend), backend, as_path(folder), buckets)
         backend.all_processes(True)  # else a process that is done would leave the others alone
 
     preemption.interruptible(work)
-    if backend.process_index == 0:
+    if main:
         log.info("latents and text embeddings are in %s", folder)
     return as_path(folder)
 
@@ -162,14 +203,14 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
             raise CheckpointError(f"{resume_from}: its metadata lacks {error}; resume from another") from error
     schedule = make_schedule(config, num_examples, backend.device_count, step, seen)
     make_rate(config, schedule)  # this checks --lr_step_rules
-    buckets = assembly.make_buckets(task, spec, source, schedule)
+    buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
     if main:
         assembly.warn_of_vain_options(task, spec, schedule)
     parameters = backend.init_state()
     if resume_from is not None:
         backend.check(resume_from)
     source = task.complete_source(source, backend)
-    made = precompute(task, spec, source, backend, scratch)
+    made = precompute(task, spec, source, backend, scratch, buckets)
     if resume_from is not None:
         backend.restore(resume_from)
     return Start(source, made, buckets, schedule, parameters, identity, resume_from, step, seen, nonfinite)

@@ -8,15 +8,26 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flax_diffusion.core.config.options import Reads, TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
+from flax_diffusion.core.data.combined import CombinedSource, folders_of
 from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.data.sources.source import ExtraImages, Source
-from flax_diffusion.core.errors import naming
+from flax_diffusion.core.errors import ConfigError, naming
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.text import PromptsConfig, TextTask
+
+
+def joined(value: Any) -> Any:
+    """Return the folders of a list, as a recipe may have them, as one text; anything else as it is."""
+    if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+        return value
+    for one in value:
+        if "," in one:
+            raise ValueError(f"{one}: a folder in a list has no comma in its name: rename it")
+    return ",".join(value)
 
 
 class DatasetConfig(TrainConfig):
@@ -26,12 +37,16 @@ class DatasetConfig(TrainConfig):
         None, description="Dataset id on the Hub, or the built-in `digits`."
     )
     dataset_config_name: str | None = Field(None, description="Configuration of that dataset.")
-    train_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
-        None, description="Folder of images (with metadata.jsonl/.csv, .txt captions or none) or of .parquet files."
+    train_data_dir: Annotated[str | None, Reads.DATA_FOLDERS] = Field(
+        None,
+        description="Folder of images (with metadata.jsonl/.csv, .txt captions or none) or of .parquet files. Several: "
+        "photos:10,drawings:2, where each picture of photos occurs ten times in an epoch.",
     )
     image_column: str = Field("image", description="Column that holds the images.")
     max_train_samples: int | None = Field(None, ge=1, description="Use only the first so many examples.")
     cache_dir: str | None = Field(None, description="Folder for downloads from the Hub.")
+
+    _join = field_validator("train_data_dir", mode="before")(joined)
 
     @model_validator(mode="after")
     def _check_data(self) -> DatasetConfig:
@@ -93,16 +108,44 @@ def open_dataset(config: DatasetConfig, caption_column: str | None = None, extra
     Raises:
         DataError: If it cannot be used.
     """
-    with naming("--train_data_dir" if config.train_data_dir else "--dataset_name"):
+
+    def opened(folder: str | None) -> Source:
         return open_source(
             dataset_name=config.dataset_name,
             dataset_config_name=config.dataset_config_name,
-            train_data_dir=config.train_data_dir,
+            train_data_dir=folder,
             image_column=config.image_column,
             caption_column=caption_column,
             max_train_samples=config.max_train_samples,
             cache_dir=config.cache_dir,
             extra=extra,
+        )
+
+    if config.train_data_dir is None:
+        with naming("--dataset_name"):
+            return opened(None)
+    with naming("--train_data_dir"):
+        folders = folders_of(config.train_data_dir)
+    if len(folders) > 1:
+        _check_several(config, extra)
+    with naming("--train_data_dir"):
+        sources = [opened(one.name) for one in folders]
+    if len(folders) == 1 and folders[0].repeats is None:
+        return sources[0]
+    return CombinedSource(sources, [None] * len(sources), [one.repeats or 1 for one in folders])
+
+
+def _check_several(config: DatasetConfig, extra: ExtraImages | None) -> None:
+    """Raise ConfigError for options that have no meaning with several folders."""
+    if config.max_train_samples is not None:
+        raise ConfigError(
+            f"--max_train_samples {config.max_train_samples} does not say of which of several folders: drop it, or "
+            "name one folder"
+        )
+    if extra is not None and extra.folder is not None:
+        raise ConfigError(
+            f"--{extra.folder_option} {extra.folder} has one picture for each name, and several folders may share "
+            f"names: put them beside the others, in the column of --{extra.option}"
         )
 
 

@@ -90,10 +90,6 @@ class DiffusionConfig(EdmOptions, FlowMatchingOptions, DdpmOptions, TrainConfig)
                     f"--{name} {value} is for a scheduler that we choose, and --{owner} brings its own: drop --{name}, "
                     "or give the whole scheduler by --noise_scheduler"
                 )
-        if self.cache_latents and self.bucket_resolutions:
-            raise ValueError(
-                "--bucket_resolutions with --cache_latents: latents are kept of squares only, so far; drop one of them"
-            )
         if self.cache_latents and not (self.center_crop or self.resize_mode == "stretch"):
             raise ValueError(
                 "--cache_latents encodes each picture once, and crops at random would differ from epoch to epoch: add "

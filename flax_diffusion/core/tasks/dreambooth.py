@@ -16,7 +16,7 @@ from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.check import check_source
-from flax_diffusion.core.data.combined import PairedSource, PromptedSource, open_uncaptioned
+from flax_diffusion.core.data.combined import CombinedSource, PairedSource, open_uncaptioned
 from flax_diffusion.core.data.sources.folders import FolderSource, image_files
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import DataError
@@ -168,7 +168,7 @@ class DreamBoothTask(LoraTask[DreamBoothConfig]):
         if not self.config.with_prior_preservation:
             return source
         draw_missing(self.config, backend)
-        return _open_pairs(self.config, cast(PromptedSource, source))
+        return _open_pairs(self.config, cast(CombinedSource, source))
 
     @property
     def prompts(self) -> dict[str, list[str]]:
@@ -183,7 +183,7 @@ class DreamBoothTask(LoraTask[DreamBoothConfig]):
 TASKS.register(DreamBoothTask.name, DreamBoothTask)
 
 
-def _open_instances(config: DreamBoothConfig) -> PromptedSource:
+def _open_instances(config: DreamBoothConfig) -> CombinedSource:
     """Open the pictures of the new things.
 
     Raises:
@@ -197,7 +197,7 @@ def _open_instances(config: DreamBoothConfig) -> PromptedSource:
                 f"--instance_data_dir {inner} of '{one.instance_prompt}' lies in {outer} of '{other.instance_prompt}', "
                 "whose pictures it would become; name folders apart from each other"
             )
-    return PromptedSource(
+    return CombinedSource(
         [
             open_uncaptioned(option, concept.instance_data_dir)
             for option, concept in zip(_options(config, "instance"), concepts, strict=True)
@@ -214,10 +214,10 @@ def _options(config: DreamBoothConfig, whose: str) -> list[str]:
     return [f"--concepts.{number}.{whose}_data_dir" for number in range(len(config.concepts))]
 
 
-def _open_pairs(config: DreamBoothConfig, instances: PromptedSource) -> PairedSource:
+def _open_pairs(config: DreamBoothConfig, instances: CombinedSource) -> PairedSource:
     """Pair the pictures with those of their classes, of which each folder must hold enough by now."""
     concepts, most = config.all_concepts, config.num_class_images
-    classes = PromptedSource(
+    classes = CombinedSource(
         [
             open_uncaptioned(option, c.class_data_dir, most)
             for option, c in zip(_options(config, "class"), concepts, strict=True)

@@ -8,17 +8,18 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads
-from flax_diffusion.core.data.combined import PromptedSource, open_uncaptioned
+from flax_diffusion.core.data.combined import CombinedSource, folders_of, open_uncaptioned
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, naming
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec.adapters import NewTokens
 from flax_diffusion.core.spec.new_words import add_word
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
+from flax_diffusion.core.tasks.dataset import joined
 from flax_diffusion.core.tasks.task import TASKS
 from flax_diffusion.core.tasks.text import TextConfig, TextTask
 
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 class TextualInversionConfig(TextConfig):
     """A new word for a thing or a style, without other changes: `train textual_inversion`."""
 
-    train_data_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
-        None, description="Folder of pictures of the new thing."
+    train_data_dir: Annotated[str | None, Reads.DATA_FOLDERS] = Field(
+        None, description="Folder of pictures of the new thing, or several such as photos:100,drawings:20."
     )
     placeholder_token: str | None = Field(None, description="The new word in lower case, such as <cat-toy>.")
     initializer_token: str | None = Field(None, description="Known word of one token to start from, such as toy.")
@@ -48,8 +49,12 @@ class TextualInversionConfig(TextConfig):
     prompt_templates: list[str] = Field(
         [], description="Prompts in place of those of learnable_property, each with {} for the new word."
     )
-    repeats: int = Field(100, ge=1, description="Times that each picture occurs in an epoch.")
+    repeats: int = Field(
+        100, ge=1, description="Times that each picture occurs in an epoch, of a folder that does not say it."
+    )
     checkpoint_models: bool = Field(True, description="Write learned_embeds.safetensors to each checkpoint too.")
+
+    _join = field_validator("train_data_dir", mode="before")(joined)
 
     @model_validator(mode="after")
     def _check_word(self) -> TextualInversionConfig:
@@ -93,10 +98,19 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
         """Open the pictures, each with all prompts that the word may stand in.
 
         Raises:
-            DataError: If the folder is missing or holds none.
+            ConfigError: If --repeats would say nothing.
+            DataError: If a folder is missing or holds none.
         """
-        source = open_uncaptioned("--train_data_dir", self.config.train_data_dir)
-        return PromptedSource([source], [self.templated_prompts], [self.config.repeats])
+        config, option = self.config, "--train_data_dir"
+        with naming(option):
+            folders = folders_of(str(config.train_data_dir))
+        if all(one.repeats for one in folders) and config.repeats != type(config).model_fields["repeats"].default:
+            raise ConfigError(f"--repeats {config.repeats}: all folders of {option} have their own; drop one of both")
+        return CombinedSource(
+            [open_uncaptioned(option, one.name) for one in folders],
+            [self.templated_prompts] * len(folders),
+            [one.repeats or config.repeats for one in folders],
+        )
 
     @property
     def templated_prompts(self) -> list[str]:

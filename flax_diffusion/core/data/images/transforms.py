@@ -23,6 +23,22 @@ _UNIT = np.arange(256, dtype=np.float32) / np.float32(255)
 _SCALED = (_UNIT - np.float32(0.5)) / np.float32(0.5)
 
 
+def sized_name(name: str, size: tuple[int, int] | None) -> str:
+    """Return the name of a picture at the size of its bucket, such as `a.png 1152x896`.
+
+    Args:
+        name: The picture's own name, or a checksum.
+        size: Height and width of its bucket, in pixels; None without buckets, where the name stays.
+    """
+    return name if size is None else f"{name} {shown_size(size)}"
+
+
+def shown_size(size: tuple[int, int]) -> str:
+    """Return a height and a width as options have them, width x height."""
+    height, width = size
+    return f"{width}x{height}"
+
+
 class Placement(NamedTuple):
     """The part of a picture that is used, all in pixels."""
 
