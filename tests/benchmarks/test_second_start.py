@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tiny import pictures, stable_diffusion
 
-PICTURES, RESOLUTION = 300, 128
+PICTURES, RESOLUTION = 500, 128
 VAE = {"block_out_channels": [32, 64], "layers_per_block": 1}
 
 
