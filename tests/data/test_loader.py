@@ -239,13 +239,17 @@ def test_too_many_in_all(tmp_path, count):
 # Worker processes
 
 
-def test_workers_give_the_same_batches():
-    # Pixels of 512 KiB a micro-batch go through shared memory, the rest through a pipe.
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_workers_give_the_same_batches(accumulation):
+    """Also where pictures move in 8 bits from a worker, or are scaled in a thread."""
     make = ExampleFn(transform=ImageTransform(resolution=128, channels=1), noise=NOISE)
-    options = {"batch_size": 8, "accumulation": 2, "start_example": 11}
+    options = {"batch_size": 8, "accumulation": accumulation, "start_example": 11}
     expected = batches(digits(50), 5, make, **options)
-    got = batches(digits(50), 5, make, num_workers=2, **options)
-    assert_same(stream(got), stream(expected))
+    for given, workers in ((make, 2), (make.unscaled, 2), (make.unscaled, 0)):
+        got = batches(digits(50), 5, given, num_workers=workers, **options)
+        assert_same(stream(got), stream(expected))
+        assert got[0]["pixel_values"].dtype == np.float32
+        assert got[0]["pixel_values"].flags.c_contiguous
 
 
 def test_an_error_in_a_worker_arrives(folder, caplog):

@@ -49,7 +49,7 @@ def inject(monkeypatch):
     """NaN at a place of each backend, in the n-th example that is made; returns the indices of examples so far."""
 
     def at(place, number):
-        made, real = [], ExampleFn.__call__
+        made, real = [], ExampleFn.unscaled
 
         def example(self, source, seed, epoch, index, size=None):
             made.append(index)
@@ -60,7 +60,7 @@ def inject(monkeypatch):
                 got["loss_weights"] = np.full_like(got["loss_weights"], MARK)
             return got
 
-        monkeypatch.setattr(ExampleFn, "__call__", example)
+        monkeypatch.setattr(ExampleFn, "unscaled", example)
         monkeypatch.setattr("flax_diffusion.core.run.assembly.Loader", without_threads)
         with_jax, with_torch = train_step.denoising_loss, torch_train_step.denoising_loss
 

@@ -1,6 +1,6 @@
 """Making of one training example from a record: pixels, timestep, noise, token ids, loss weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -9,7 +9,7 @@ import numpy as np
 from flax_diffusion.core.data.captions import TokenizePrompt
 from flax_diffusion.core.data.extra import MakeExtra, latent_shape
 from flax_diffusion.core.data.images.decoding import decode, size_of
-from flax_diffusion.core.data.images.transforms import ImageTransform, Placement, sized_name
+from flax_diffusion.core.data.images.transforms import EightBit, ImageTransform, Placement, eight_bit, sized_name
 from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
@@ -36,14 +36,43 @@ def size_numbers(original: tuple[int, int], corner: tuple[int, int], target: tup
     return {SIZE_NUMBERS: np.array([*original, *corner, *target], np.float32)}
 
 
+Unscaled = Mapping[str, np.ndarray | EightBit]
+"""Arrays of an example or of a batch by name, those of pictures perhaps still in 8 bits."""
+
+
 class MakeExample(Protocol):
     """Function that makes one example's arrays. Its arguments alone decide the result, with all random numbers."""
 
     def __call__(
         self, source: Source, seed: int, epoch: int, index: int, size: tuple[int, int] | None = None
-    ) -> dict[str, np.ndarray]:
-        """Return the arrays of one example, among them `example_index`; see `ExampleFn.__call__`."""
+    ) -> Unscaled:
+        """Return the arrays of one example, among them `example_index`; see `ExampleFn.unscaled`."""
         ...
+
+
+def stacked(examples: Sequence[Unscaled]) -> dict[str, np.ndarray | EightBit]:
+    """Return the arrays of several examples, or batches, as one, with an axis more in front.
+
+    Args:
+        examples: The examples, with arrays of the same names and shapes.
+    """
+    return {name: _stacked([example[name] for example in examples]) for name in examples[0]}
+
+
+def _stacked(arrays: Sequence[np.ndarray | EightBit]) -> np.ndarray | EightBit:
+    first = arrays[0]
+    if isinstance(first, EightBit):
+        return first._replace(pixels=_stacked([one.pixels for one in arrays if isinstance(one, EightBit)]))
+    return first[None] if len(arrays) == 1 else np.stack([one for one in arrays if isinstance(one, np.ndarray)])
+
+
+def scaled(arrays: Unscaled) -> dict[str, np.ndarray]:
+    """Return the arrays of an example or of a batch with all pictures in floating-point numbers.
+
+    Args:
+        arrays: The arrays by name.
+    """
+    return {name: one.scaled() if isinstance(one, EightBit) else one for name, one in arrays.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +123,7 @@ class ExampleFn:
     def __call__(
         self, source: Source, seed: int, epoch: int, index: int, size: tuple[int, int] | None = None
     ) -> dict[str, np.ndarray]:
-        """Make one example.
+        """Make one example, with its pictures in floating-point numbers.
 
         Args:
             source: The records.
@@ -104,7 +133,27 @@ class ExampleFn:
             size: Height and width of the pictures of its batch, in pixels; None for a square of the resolution.
 
         Returns:
-            `pixel_values` float32 (channels, H, W) in [-1, 1] or, where they were made before,
+            The arrays of `unscaled`, with `pixel_values` float32 (channels, H, W) in [-1, 1].
+
+        Raises:
+            DataError: If the picture cannot be decoded, or has no caption.
+        """
+        return scaled(self.unscaled(source, seed, epoch, index, size))
+
+    def unscaled(
+        self, source: Source, seed: int, epoch: int, index: int, size: tuple[int, int] | None = None
+    ) -> dict[str, np.ndarray | EightBit]:
+        """Make one example, with its pictures in 8 bits.
+
+        Args:
+            source: The records.
+            seed: Seed of the run.
+            epoch: Number of the pass over the data, from 0.
+            index: Index of the example in the source, from 0.
+            size: Height and width of the pictures of its batch, in pixels; None for a square of the resolution.
+
+        Returns:
+            `pixel_values` of (channels, H, W) in [-1, 1] once it is scaled or, where they were made before,
             `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
             `loss_weights` times the record's own weight; the token ids, such as `input_ids` int32 (L,), or
             what was made of them before, such as `text_embeddings` (L, D), unless unconditional; the arrays of
@@ -125,8 +174,10 @@ class ExampleFn:
         embeddings, posteriors = self.made.embeddings, self.made.posteriors
         place: Placement | None = None
         if posteriors is None:
-            pixels, place = transform(decode(record), rng)
-            example = {"pixel_values": pixels}
+            image = decode(record)
+            place = transform.place(image.size, rng)
+            pixels = transform.cut(image, place, channels=transform.channels, interpolation=transform.interpolation)
+            example: dict[str, np.ndarray | EightBit] = {"pixel_values": eight_bit(pixels)}
         elif (name := sized_name(record.name, size)) in posteriors:
             example = {"posterior": posteriors[name][int(transform.flips(rng))]}
         else:
@@ -138,13 +189,14 @@ class ExampleFn:
                 example |= size_numbers((height, width), place.crop_top_left, place.target)
             if self.extra is not None:
                 example |= self.extra(record, transform, place, rng)
-        example |= noise.draw(rng)
+        drawn = noise.draw(rng)
+        example |= drawn
         if embeddings is not None:
             caption = self._caption(record, rng)
             example |= {name: table[caption] for name, table in embeddings.items()}
         elif self.tokenize is not None:
             example |= self.tokenize(self._caption(record, rng))
-        example["loss_weights"] = np.asarray(example["loss_weights"] * record.weight, np.float32)
+        example["loss_weights"] = np.asarray(drawn["loss_weights"] * record.weight, np.float32)
         example["example_index"] = np.asarray(index, np.int64)
         return example
 

@@ -8,7 +8,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from flax_diffusion.core.data.images.decoding import decode
-from flax_diffusion.core.data.images.transforms import ImageTransform, Placement, scale, scale_to_unit
+from flax_diffusion.core.data.images.transforms import (
+    EightBit,
+    ImageTransform,
+    Placement,
+    eight_bit,
+    scale,
+    scale_to_unit,
+)
 from flax_diffusion.core.data.sources.source import Record
 from flax_diffusion.core.errors import DataError, naming
 from flax_diffusion.core.io.files import as_path
@@ -27,7 +34,7 @@ class MakeExtra(Protocol):
 
     def __call__(
         self, record: Record, transform: ImageTransform, place: Placement, rng: Callable[[Stream], np.random.Generator]
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, np.ndarray | EightBit]:
         """Make the arrays.
 
         Args:
@@ -48,11 +55,11 @@ class ConditioningImage:
 
     def __call__(
         self, record: Record, transform: ImageTransform, place: Placement, rng: Callable[[Stream], np.random.Generator]
-    ) -> dict[str, np.ndarray]:
-        """Return `conditioning_pixel_values`, float32 (3, H, W) in [0, 1]; see `MakeExtra`."""
+    ) -> dict[str, np.ndarray | EightBit]:
+        """Return `conditioning_pixel_values`, (3, H, W) in [0, 1] once it is scaled; see `MakeExtra`."""
         image = decode(second_of(record))
         pixels = transform.cut(image, place, channels=3, interpolation=transform.interpolation)
-        return {CONDITIONING_IMAGE: scale_to_unit(pixels)}
+        return {CONDITIONING_IMAGE: eight_bit(pixels, unit=True)}
 
 
 def conditioning_images(option: str, names: Sequence[str], size: tuple[int, int]) -> np.ndarray:
@@ -143,7 +150,7 @@ class Mask:
 
     def __call__(
         self, record: Record, transform: ImageTransform, place: Placement, rng: Callable[[Stream], np.random.Generator]
-    ) -> dict[str, np.ndarray]:
+    ) -> dict[str, np.ndarray | EightBit]:
         """Make the arrays; see `MakeExtra`.
 
         Returns:
@@ -155,7 +162,7 @@ class Mask:
             mask = transform.cut(image, place, channels=1, interpolation="nearest") >= 128
         else:
             mask = draw_mask(transform.target, rng(Stream.MASK))
-        made = {MASK: mask[None].astype(np.float32)}
+        made: dict[str, np.ndarray | EightBit] = {MASK: mask[None].astype(np.float32)}
         if self.latents is not None:
             shape = latent_shape(self.latents, transform)
             made[MASKED_NOISE] = rng(Stream.MASKED_LATENT).standard_normal(shape, dtype=np.float32)

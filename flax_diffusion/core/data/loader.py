@@ -17,7 +17,7 @@ import grain
 import numpy as np
 
 from flax_diffusion.core.data.bad import BadExamples, example_name
-from flax_diffusion.core.data.batches import MakeExample
+from flax_diffusion.core.data.batches import MakeExample, Unscaled, scaled, stacked
 from flax_diffusion.core.data.order import Mixed, Order
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.data.workers import Workers
@@ -28,7 +28,10 @@ MAX_CONSECUTIVE_BAD = 100  # examples in a row; more mean that the whole dataset
 
 @dataclass(frozen=True)
 class _MicroBatches:
-    """Random access to the micro-batches of one process, for Grain to read in any process and thread."""
+    """Random access to the micro-batches of one process, for Grain to read in any process and thread.
+
+    Those of workers move to the main process in 8 bits, and are scaled there (`scales` is False).
+    """
 
     source: Source
     example_fn: MakeExample
@@ -41,19 +44,21 @@ class _MicroBatches:
     skip_bad_images: bool
     rows: int
     length: int
+    scales: bool
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], list[tuple[str, str]]]:
+    def __getitem__(self, index: int) -> tuple[Unscaled, list[tuple[str, str]]]:
         """Return the arrays, and the name and the error message of each bad example that was skipped."""
         skipped: list[tuple[str, str]] = []
         first = self.start_example + (index * self.process_count + self.process_index) * self.batch_size
         places = [first + place for place in range(self.batch_size)]
         examples = [self._example(place, row, skipped) for place in places for row in range(self.rows)]
-        return {key: np.stack([example[key] for example in examples]) for key in examples[0]}, skipped
+        batch = stacked(examples)
+        return scaled(batch) if self.scales else batch, skipped
 
-    def _example(self, position: int, row: int, skipped: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    def _example(self, position: int, row: int, skipped: list[tuple[str, str]]) -> Unscaled:
         place = self.order.at(position)
         limit = min(len(self.source) // self.rows, MAX_CONSECUTIVE_BAD + 1) if self.skip_bad_images else 1
         for attempt in range(limit):
@@ -80,7 +85,8 @@ class Loader:
 
     Args:
         source: The records; picklable if there are workers.
-        example_fn: Function that makes one example; picklable if there are workers.
+        example_fn: Function that makes one example; picklable if there are workers. Pictures that it leaves in 8 bits
+            are scaled here.
         seed: Seed of the run.
         batch_size: Examples per micro-batch of this process.
         accumulation: Micro-batches per step.
@@ -139,6 +145,7 @@ class Loader:
             rows=rows,
             # Python's own limit on a length stands for no end.
             length=sys.maxsize if num_steps is None else num_steps * accumulation,
+            scales=num_workers == 0,
         )
         self._options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads) if num_threads else 0
@@ -197,9 +204,9 @@ class _Steps(Iterator[dict[str, np.ndarray]]):
         except BaseException:  # also at StopIteration: workers stop in any case
             self.close()
             raise
-        return {key: np.stack([arrays[key] for arrays in step]) for key in step[0]}
+        return scaled(stacked(step))
 
-    def _record(self, arrays: dict[str, np.ndarray], skipped: list[tuple[str, str]]) -> dict[str, np.ndarray]:
+    def _record(self, arrays: Unscaled, skipped: list[tuple[str, str]]) -> Unscaled:
         for name, reason in skipped:
             self._bad.add(name, reason)
         return arrays

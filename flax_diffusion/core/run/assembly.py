@@ -85,7 +85,7 @@ def make_loader(
         start_example = start_example // schedule.step_examples * schedule.step_examples
     return Loader(
         source,
-        task.make_example_fn(spec, made, dtype),
+        task.make_example_fn(spec, made, dtype).unscaled,
         seed=config.seed,
         batch_size=schedule.batch_size // process_count,
         accumulation=schedule.accumulation,

@@ -76,7 +76,8 @@ def decode(record: Record) -> Image.Image:
         if image.format == "PNG" and (alpha := png.sixteen_bit_alpha(image, data)) is not None:
             del image.info["transparency"]
             image.putalpha(alpha)
-        return _to_rgb(ImageOps.exif_transpose(image))
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
 
 
 def size_of(record: Record) -> tuple[int, int]:
