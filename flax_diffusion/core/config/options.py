@@ -79,7 +79,11 @@ class TrainConfig(BaseModel):
     center_crop: bool = Field(False, description="Crop the centre instead of a random place.")
     random_flip: bool = Field(False, description="Mirror each image left to right with probability one half.")
     image_interpolation_mode: Interpolation = Field("bilinear", description="Filter that resizes.")
-    dataloader_num_workers: int = Field(0, ge=0, description="Number of processes that decode images. 0: threads do.")
+    dataloader_num_workers: int = Field(
+        0,
+        ge=0,
+        description="Number of processes that decode images. 0: threads do. Latents that were cached need none.",
+    )
     skip_bad_images: bool = Field(False, description="Count unreadable images and go on, instead of stopping.")
 
     # Batch and devices

@@ -83,9 +83,11 @@ def make_loader(
     config = task.config
     if buckets is not None:  # a run that took other batches before goes on with a whole one
         start_example = start_example // schedule.step_examples * schedule.step_examples
+    make = task.make_example_fn(spec, made, dtype)
+    decodes = make.made.posteriors is None or make.extra is not None
     return Loader(
         source,
-        task.make_example_fn(spec, made, dtype).unscaled,
+        make.unscaled,
         seed=config.seed,
         batch_size=schedule.batch_size // process_count,
         accumulation=schedule.accumulation,
@@ -93,7 +95,8 @@ def make_loader(
         process_count=process_count,
         start_example=start_example,
         num_steps=num_steps,
-        num_workers=config.dataloader_num_workers,
+        # What is kept comes faster from this process than through a pipe.
+        num_workers=config.dataloader_num_workers if decodes else 0,
         skip_bad_images=config.skip_bad_images,
         rows=task.rows_per_example,
         order=buckets,
