@@ -112,7 +112,7 @@ def test_it_runs(request, tmp_path, models, number):
     assert images[0].size == (512, 512)
 
 
-@pytest.mark.parametrize("number", [1, 2, pytest.param(3, marks=pytest.mark.acceptance)])
+@pytest.mark.parametrize("number", [1, *(pytest.param(number, marks=pytest.mark.acceptance) for number in (2, 3))])
 def test_the_same_cut_short(request, tmp_path, models, number):
     """Some of each launcher, with fewer steps and class pictures."""
     pictures(tmp_path / "new", 3, size=520)

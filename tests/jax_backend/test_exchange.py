@@ -23,7 +23,6 @@ from flax_diffusion.jax_backend.sharding import make_mesh
 def test_dropout_and_gathering_by_layers():
     """A run draws the same masks on any devices; layers that gather their weights compute the same."""
     options = {"unet": RUN["unet"] | ONE_BLOCK | {"dropout": 0.3}, "max_train_steps": 3}
-    options |= {"gradient_accumulation_steps": 2}
     one, _ = losses(1, **options)
     for how in ({}, {"fsdp_gather": "block", "gradient_checkpointing": True}):
         np.testing.assert_allclose(losses(8, **options, **how, fsdp_parallelism=4)[0], one, rtol=1e-5)

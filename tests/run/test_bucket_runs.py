@@ -18,6 +18,8 @@ from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.tasks.task import task_of
 
 BACKENDS = ("flax_diffusion", "torch_backend")
+QUICK_ON_PYTORCH = (pytest.param("flax_diffusion", marks=pytest.mark.acceptance), "torch_backend")
+"""JAX compiles a program for each size and run: the parity of three steps holds it to PyTorch."""
 SHAPES = [(24, 24)] * 5 + [(40, 22)] * 4 + [(21, 41)] * 4
 CACHED = {"cache_latents": True, "center_crop": True}
 LATENTS = {(16, 16): (8, 8), (20, 10): (10, 5), (12, 20): (6, 10)}
@@ -74,7 +76,7 @@ def folders(kept):
     return sorted(Path(kept["precomputed_dir"]).glob("posteriors-*"))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_ON_PYTORCH)
 def test_cached_latents(options, tmp_path, backend):
     """The losses are those of a run that encodes at each step, and a resumed run ends as one that was not ended."""
     each = start(options, "each", backend)
@@ -190,7 +192,7 @@ def test_pairs_of_pictures(things, changes, caplog):
         assert len({index // 2 % 4 >= 2 for index in step["example_index"].tolist()}) == 1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", QUICK_ON_PYTORCH)
 def test_runs_on_pairs(things, tmp_path, backend, encoded):
     """With latents as without, and resumed as not ended; class pictures are encoded at each size that they have."""
     things |= {"max_train_steps": 5, "num_class_images": 3}  # the first is paired with a square and with a wide one

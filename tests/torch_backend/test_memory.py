@@ -114,7 +114,8 @@ class Configured:
         self.distributed_type, self.is_fsdp2 = kind, fsdp2
         self.values = {"zero_optimization": {"stage": stage}}
         plugin = SimpleNamespace(deepspeed_config=self.values)
-        self.state = SimpleNamespace(deepspeed_plugin=plugin)
+        fsdp = SimpleNamespace(mixed_precision_policy=None)
+        self.state = SimpleNamespace(deepspeed_plugin=plugin, fsdp_plugin=fsdp)
 
 
 @pytest.mark.parametrize(

@@ -190,8 +190,8 @@ def test_lora_of_both_models_float64(tmp_path):
 
 
 SHORT = [
-    "controlnet", "controlnet_cached", "text_to_image_inpainting", "text_to_image_buckets",
-    "text_to_image_buckets_cached", "dreambooth_prior_buckets_cached", "text_to_image_xl", "dreambooth_xl_lora",
+    "controlnet", "controlnet_cached", "text_to_image_inpainting", "text_to_image_buckets_cached",
+    "dreambooth_prior_buckets_cached", "text_to_image_xl", "dreambooth_xl_lora",
 ]  # fmt: skip
 
 

@@ -167,5 +167,6 @@ def test_every_recipe_is_taken_by_both(request):
     for recipe in (request.config.rootpath / "configs").glob("*.yaml"):
         values = yaml.safe_load(recipe.read_text())
         task = values.pop("task")
-        extra = {} if "dataset_name" in values else {"train_data_dir": "pictures"}
+        folder = "instance_data_dir" if task == "dreambooth" else "train_data_dir"
+        extra = {} if "dataset_name" in values else {folder: "pictures"}
         assert merge(task, values, extra, recipe.name).output_dir
