@@ -99,7 +99,7 @@ def thousand(tmp_path):
 
 
 def test_cached_examples(tmp_path):
-    """Against decoded ones, with two workers; and both with the noise that they need, drawn in the workers too."""
+    """In threads, as a run reads them, against decoded ones of two workers; and both with the noise that they need."""
     source, made = thousand(tmp_path)
     words = TokenizePrompt({"input_ids": Tokenize.from_clip(train_tokenizer(["a photo of a dog"], 520, 77))})
     transform = ImageTransform(resolution=1024, center_crop=True)
@@ -109,7 +109,8 @@ def test_cached_examples(tmp_path):
         for cached in (False, True):
             once = made if cached else batches.Precomputed()
             make = batches.ExampleFn(transform=transform, noise=noise, made=once, tokenize=words, told_sizes=True)
-            loaders[noisy, cached] = Loader(source, make.unscaled, seed=0, batch_size=8, num_workers=2)
+            workers = 0 if cached else 2
+            loaders[noisy, cached] = Loader(source, make.unscaled, seed=0, batch_size=8, num_workers=workers)
     streams = {which: iter(loader) for which, loader in loaders.items()}
     rates = {which: [] for which in loaders}
     for _ in range(3):
@@ -133,11 +134,10 @@ def test_cached_examples(tmp_path):
     )
     found = {which: statistics.median(each) for which, each in rates.items()}
     print(
-        f"\n1,000 pictures of 1,024 pixels, two workers: {found[False, False]:.0f} a second decoded and "
-        f"{found[False, True]:.0f} cached, {bare:.0f} times; with the noise of latents and of the posterior, of which "
-        f"{drawing * 1e3:.1f} ms a picture are drawn, {found[True, False]:.0f} and {found[True, True]:.0f}, "
+        f"\n1,000 pictures of 1,024 pixels, two workers or threads: {found[False, False]:.0f} a second "
+        f"decoded and {found[False, True]:.0f} cached, {bare:.0f} times; with the noise of latents and posterior, "
+        f"of which {drawing * 1e3:.1f} ms a picture are drawn, {found[True, False]:.0f} and {found[True, True]:.0f}, "
         f"{noisy:.1f} times"
     )
-    # Beside the cached rows themselves, a megabyte of embeddings and latents a picture moves through a pipe.
-    assert bare >= 8
-    assert noisy >= 5
+    assert bare >= 20
+    assert noisy >= 5  # 131,072 normal numbers a picture take longer than all else

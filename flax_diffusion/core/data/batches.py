@@ -63,7 +63,9 @@ def _stacked(arrays: Sequence[np.ndarray | EightBit]) -> np.ndarray | EightBit:
     first = arrays[0]
     if isinstance(first, EightBit):
         return first._replace(pixels=_stacked([one.pixels for one in arrays if isinstance(one, EightBit)]))
-    return first[None] if len(arrays) == 1 else np.stack([one for one in arrays if isinstance(one, np.ndarray)])
+    if len(arrays) == 1 and first.flags.writeable:  # one that is not is kept elsewhere, and for other steps too
+        return first[None]
+    return np.stack([one for one in arrays if isinstance(one, np.ndarray)])
 
 
 def scaled(arrays: Unscaled) -> dict[str, np.ndarray]:

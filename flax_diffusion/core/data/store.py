@@ -78,7 +78,9 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Table(Mapping[str, np.ndarray]):
-    """One array of several shards by name. Picklable: each process maps a file into its memory on its first read.
+    """One array of several shards by name; its rows are not to be written to.
+
+    Picklable: each process maps a file into its memory on its first read.
 
     Attributes:
         array: Name of the array.
@@ -100,7 +102,7 @@ class Table(Mapping[str, np.ndarray]):
             # As a plain array, whose rows are taken in a fraction of the time.
             self._maps[part] = np.asarray(np.memmap(file, _DTYPES[dtype], "r", offset, shape))
         row = self._maps[part][number - self.starts[part]]
-        return _widened(row) if self.shards[part][1] == _BFLOAT16 else np.array(row)
+        return _widened(row) if self.shards[part][1] == _BFLOAT16 else row
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
