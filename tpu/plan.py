@@ -132,7 +132,8 @@ def part_of(module: str) -> str:
     return "optimizer and the rest"
 
 
-_PARTS = {"attention": ("attn", "attentions_0/to_", "attention"), "feed-forward": ("/ff",), "resnets": ("resnets",)}
+_PARTS = {"feed-forward": ("/ff/",), "attention": ("attn", "attention"), "resnets": ("resnets",)}
+"""Words in the paths of a part's layers; the first part that matches decides, as a transformer is in `attentions_0`."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -108,6 +108,8 @@ def test_clocks_are_those_of_the_chips():
     ("module", "part"),
     [
         ("UNet2DConditionModel/mid_block/attentions_0/transformer_blocks_0/attn1/to_q", "attention"),
+        ("UNet2DConditionModel/mid_block/attentions_0/transformer_blocks_0/ff/net_0/proj", "feed-forward"),
+        ("UNet2DConditionModel/mid_block/attentions_0/proj_in", "attention"),
         ("transpose(FlaxUNet2DConditionModel)/up_blocks_0/resnets_1/conv1", "resnets"),
         ("FlaxCLIPTextModule/text_model/encoder/layers/0/self_attn/q_proj", "text encoder"),
         ("", "optimizer and the rest"),
