@@ -173,7 +173,8 @@ def make_plan(
     if text_to is not None:
         text_to.write_text(text)
     memory, costs = compiled.memory_analysis(), compiled.cost_analysis()
-    micro_batches = schedule.accumulation if schedule.accumulation in hlo.loops(text) else 1
+    looped = schedule.accumulation > 1 and schedule.accumulation in hlo.loops(text)
+    micro_batches = schedule.accumulation if looped else 1
     state = program.state
     kinds = {
         "parameters": state.params,

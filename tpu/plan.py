@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.data.images.transforms import shown_size
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.families.family import FAMILIES, Role
 from flax_diffusion.core.tasks.task import Task
@@ -43,8 +44,8 @@ def report(plan: Plan, top: int = 10) -> str:
     """
     mesh = " x ".join(f"{name} {size}" for name, size in plan.mesh.items())
     lines = [
-        f"{plan.slice.chip.name}, {len(plan.slice.devices)} chips, {mesh}: {plan.images:g} images of {size_text(plan)} "
-        "per device and step",
+        f"{plan.slice.chip.name}, {len(plan.slice.devices)} chips, {mesh}: {plan.images:g} images of "
+        f"{shown_size(plan.size)} per device and step",
         "",
         f"{'memory per device':24} {'GiB':>8}",
     ]
@@ -92,11 +93,6 @@ def _accessed(plan: Plan) -> list[str]:
     return [f"{'memory accessed':24} {plan.accessed / 1e9:8.1f} GB, {plan.accessed / plan.images / 1e9:.3g} per image"]
 
 
-def size_text(plan: Plan) -> str:
-    """Return the size of a plan's pictures as --bucket_resolutions names it, width first."""
-    return f"{plan.size[1]}x{plan.size[0]}"
-
-
 def table(plans: Sequence[Plan]) -> str:
     """Format the plans of a run's sizes as a table.
 
@@ -105,7 +101,8 @@ def table(plans: Sequence[Plan]) -> str:
     """
     lines = [f"{'pictures':>12} {'GiB':>7} {'ms/image':>9} {'MFU':>6}"]
     lines += [
-        f"{size_text(plan):>12} {plan.peak / GIB:7.2f} {plan.seconds / plan.images * 1e3:9.1f} {plan.utilization:6.1%}"
+        f"{shown_size(plan.size):>12} {plan.peak / GIB:7.2f} {plan.seconds / plan.images * 1e3:9.1f} "
+        f"{plan.utilization:6.1%}"
         for plan in plans
     ]
     return "\n".join(lines)
