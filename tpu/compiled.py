@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,11 @@ from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.tasks.task import Task, task_of
 from tpu import hlo, kernels
 from tpu.topologies import Slice
+
+if TYPE_CHECKING:
+    from flax_diffusion.core.data.sources.source import Source
+    from flax_diffusion.core.spec.pipeline import PipelineSpec
+    from flax_diffusion.jax_backend.program import Program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +118,7 @@ def sizes_of(config: TrainConfig) -> list[tuple[int, int]]:
     if not config.bucket_resolutions:
         return [(config.resolution, config.resolution)]
     task = task_of(config)
-    factor = task.make_spec(_described_source(task)).size_factor
+    factor = task.make_spec(described_source(task)).size_factor
     sizes = parse_sizes(config.bucket_resolutions, config.resolution, factor)
     return sorted(sizes, key=lambda size: -size[0] * size[1])
 
@@ -138,30 +143,16 @@ def make_plan(
     """
     import jax
 
-    from flax_diffusion.core.data.batches import Precomputed
-    from flax_diffusion.core.families.family import Role
     from flax_diffusion.jax_backend.program import Program
     from flax_diffusion.jax_backend.sharding import make_mesh
 
     task, size = task_of(config), size or sizes_of(config)[0]
-    source = _described_source(task)
+    source = described_source(task)
     spec = task.make_spec(source)
     mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, where.devices)
     program = Program(config, spec, mesh)
     schedule = make_schedule(config, len(source), mesh.size)
-    frozen, made = program.frozen, Precomputed()
-    if task.embeds_prompts:
-        assert spec.tokenize is not None
-        encoders = {name: frozen.pop(name) for name in spec.names_of(Role.TEXT_ENCODER)}
-        told = jax.eval_shape(program.modules.condition, encoders, spec.tokenize.stacked([""]))
-        zeros = {name: np.zeros(told[name].shape[1:], np.float32) for name in spec.family.prompt_arrays}
-        prompts = ("", str(source[0].caption))
-        made = replace(made, embeddings={name: dict.fromkeys(prompts, array) for name, array in zeros.items()})
-    if task.caches_latents:
-        latents = (spec.sample_shape[0], *(side // spec.vae_factor for side in size))
-        made = replace(made, posteriors={source[0].name: np.zeros((2, 2, *latents), np.float32)})
-        del frozen[spec.vae_name]
-    example = task.make_example_fn(spec, made)(source, 0, 0, 0, size)
+    frozen, example = described(task, spec, source, program, size)
     pairs = task.rows_per_example
     batch = program.batch(example, schedule.accumulation, schedule.batch_size * pairs)
     started = time.monotonic()
@@ -205,7 +196,43 @@ def make_plan(
     )
 
 
-def _described_source(task: Task[TrainConfig]) -> Any:
+def described(
+    task: Task[TrainConfig], spec: PipelineSpec, source: Source, program: Program, size: tuple[int, int]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return what a step takes beside its state, with zeros for what a run computes before training.
+
+    Args:
+        task: The task of the run.
+        spec: Its pipeline.
+        source: A source of at least one picture, which is not read where latents are computed before.
+        program: Its program.
+        size: Height and width of the pictures, in pixels.
+
+    Returns:
+        The descriptions of the frozen weights that the step reads, by component, and the arrays of one example.
+    """
+    import jax
+
+    from flax_diffusion.core.data.batches import Precomputed
+    from flax_diffusion.core.data.images.transforms import sized_name
+    from flax_diffusion.core.families.family import Role
+
+    frozen, made = dict(program.frozen), Precomputed()
+    if task.embeds_prompts:
+        assert spec.tokenize is not None
+        encoders = {name: frozen.pop(name) for name in spec.names_of(Role.TEXT_ENCODER)}
+        told = jax.eval_shape(program.modules.condition, encoders, spec.tokenize.stacked([""]))
+        zeros = {name: np.zeros(told[name].shape[1:], np.float32) for name in spec.family.prompt_arrays}
+        prompts = ("", str(source[0].caption))
+        made = replace(made, embeddings={name: dict.fromkeys(prompts, array) for name, array in zeros.items()})
+    if task.caches_latents:
+        latents = (spec.sample_shape[0], *(side // spec.vae_factor for side in size))
+        made = replace(made, posteriors={sized_name(source[0].name, size): np.zeros((2, 2, *latents), np.float32)})
+        del frozen[spec.vae_name]
+    return frozen, task.make_example_fn(spec, made)(source, 0, 0, 0, size)
+
+
+def described_source(task: Task[TrainConfig]) -> Any:
     """Return a source of one picture with a caption and a second picture, or the real data.
 
     The latter where a tokenizer is trained on their captions.

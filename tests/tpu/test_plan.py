@@ -9,12 +9,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny import ONE_BLOCK, RUN, UNET
+from tiny import ONE_BLOCK, RUN, UNET, stable_diffusion, stable_diffusion_xl
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
+from flax_diffusion.jax_backend.program import Program
+from flax_diffusion.jax_backend.sharding import make_mesh
 from tpu import compiled, hlo, kernels, plan, sweep, topologies
 from tpu.chips import CHIPS, GIB
 
@@ -195,6 +197,45 @@ def test_each_size_of_the_buckets_has_a_program(monkeypatch, capsys):
         compiled.sizes_of(UnconditionalConfig(dataset_name="digits", resolution=64, bucket_resolutions=["32x40"]))
 
 
+CACHED = ["--cache_latents", "--center_crop", "--pre_compute_text_embeddings"]
+PRIOR = ["--with_prior_preservation", "--class_data_dir", ".", "--class_prompt", "a dog"]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 24)])
+@pytest.mark.parametrize(
+    ("make", "words", "texts"),
+    [
+        (stable_diffusion, ["text_to_image", "--train_data_dir", "."], {"text_embeddings": (8, 16)}),
+        (
+            stable_diffusion_xl,
+            ["text_to_image", "--train_data_dir", "."],
+            {"text_embeddings": (40, 40), "pooled_embeddings": (12,), "time_ids": (6,)},
+        ),
+        (
+            stable_diffusion,
+            ["dreambooth", "--instance_data_dir", ".", "--instance_prompt", "a sks dog", *PRIOR],
+            {"text_embeddings": (8, 16)},
+        ),
+    ],
+    ids=["sd", "sdxl", "dreambooth"],
+)
+def test_what_is_computed_before_training_needs_no_weights(tmp_path, make, words, texts, size):
+    """A step with cached latents and prompts takes them, at the size of its bucket, in place of their models."""
+    base = make(tmp_path / "base")
+    words = [*words, *CACHED, "--resolution", "16", "--pretrained_model_name_or_path", str(base)]
+    _, config = command_line.parse_train(words, "plan", plan.without_data)
+    task = task_of(config)
+    source = compiled.described_source(task)
+    spec = task.make_spec(source)
+    frozen, example = compiled.described(task, spec, source, Program(config, spec, make_mesh(1, 1)), size)
+    assert not frozen
+    latents = tuple(side // spec.vae_factor for side in size)
+    assert example["posterior"].shape == (2, 4, *latents)
+    assert example["noise"].shape == (4, *latents)
+    assert "pixel_values" not in example
+    assert {name: example[name].shape for name in texts} == texts
+
+
 @pytest.mark.parametrize("loop", [1, 4])
 def test_the_work_of_micro_batches_is_counted(monkeypatch, loop):
     """The compiler counts the body of a loop once; where there is a loop, only the FLOPs are known."""
@@ -320,7 +361,7 @@ SD = ["--pretrained_model_name_or_path", "sd"]
 def test_a_plan_asks_for_no_data(request, monkeypatch, words):
     monkeypatch.chdir(request.config.rootpath)
     _, config = command_line.parse_train(words, "plan", plan.without_data)
-    compiled._described_source(task_of(config))
+    compiled.described_source(task_of(config))
     with pytest.raises(ConfigError, match=r"no data|needs --|exclude each other"):
         command_line.parse_train([*words, "--train_data_dir", "x"] if "digits" in words else words, "train")
 
