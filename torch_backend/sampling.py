@@ -19,7 +19,7 @@ from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.objectives.noise_schedule import timesteps_with_signal
 from flax_diffusion.core.objectives.samplers import SAMPLERS, class_name, with_signal
 from flax_diffusion.core.randomness.streams import sampling_noise
-from flax_diffusion.core.spec.prompts import told
+from flax_diffusion.core.spec.prompts import is_guided, told
 from torch_backend.modules import Modules
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Sampler:
             Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
         """
         what = told(self.modules.spec, prompts, negative_prompt, extra)
-        guided = bool(prompts) and guidance_scale > 1
+        guided = is_guided(self.modules.spec, prompts, guidance_scale)
         count = num_images * max(1, len(prompts))
         rows_of = {name: torch.from_numpy(array) for name, array in what.prompts.items()}
         away = {name: torch.from_numpy(array) for name, array in what.away.items()}

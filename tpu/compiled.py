@@ -118,7 +118,7 @@ def sizes_of(config: TrainConfig) -> list[tuple[int, int]]:
     if not config.bucket_resolutions:
         return [(config.resolution, config.resolution)]
     task = task_of(config)
-    factor = task.make_spec(described_source(task)).size_factor
+    factor = task.make_spec(task.described_source()).size_factor
     sizes = parse_sizes(config.bucket_resolutions, config.resolution, factor)
     return sorted(sizes, key=lambda size: -size[0] * size[1])
 
@@ -147,7 +147,7 @@ def make_plan(
     from flax_diffusion.jax_backend.sharding import make_mesh
 
     task, size = task_of(config), size or sizes_of(config)[0]
-    source = described_source(task)
+    source = task.described_source()
     spec = task.make_spec(source)
     mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, where.devices)
     program = Program(config, spec, mesh)
@@ -230,19 +230,6 @@ def described(
         made = replace(made, posteriors={sized_name(source[0].name, size): np.zeros((2, 2, *latents), np.float32)})
         del frozen[spec.vae_name]
     return frozen, task.make_example_fn(spec, made)(source, 0, 0, 0, size)
-
-
-def described_source(task: Task[TrainConfig]) -> Any:
-    """Return a source of one picture with a caption and a second picture, or the real data.
-
-    The latter where a tokenizer is trained on their captions.
-    """
-    from flax_diffusion.core.data.sources.source import ArraySource
-
-    if task.makes_tokenizer:
-        return task.open_source()
-    images = np.zeros((1, task.config.resolution, task.config.resolution, 3), np.uint8)
-    return ArraySource(images, ["a photo"], "described", extras=images)
 
 
 def bytes_per_device(tree: Any) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_diffusion.core.randomness.streams import sampling_noise
-from flax_diffusion.core.spec.prompts import told
+from flax_diffusion.core.spec.prompts import is_guided, told
 from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.jax_backend.processes import to_host
@@ -96,7 +96,7 @@ class Sampler:
             Ho and Salimans, https://arxiv.org/abs/2207.12598, with Diffusers' w: ε_∅ + w·(ε_c − ε_∅).
         """
         what = told(self.modules.spec, prompts, negative_prompt, extra)
-        guided = bool(prompts) and guidance_scale > 1
+        guided = is_guided(self.modules.spec, prompts, guidance_scale)
         count = num_images * max(1, len(prompts))
         devices = self.mesh.size
         batch_size = -(-min(batch_size, count) // devices) * devices

@@ -225,7 +225,7 @@ def test_what_is_computed_before_training_needs_no_weights(tmp_path, make, words
     words = [*words, *CACHED, "--resolution", "16", "--pretrained_model_name_or_path", str(base)]
     _, config = command_line.parse_train(words, "plan", plan.without_data)
     task = task_of(config)
-    source = compiled.described_source(task)
+    source = task.described_source()
     spec = task.make_spec(source)
     frozen, example = compiled.described(task, spec, source, Program(config, spec, make_mesh(1, 1)), size)
     assert not frozen
@@ -361,7 +361,7 @@ SD = ["--pretrained_model_name_or_path", "sd"]
 def test_a_plan_asks_for_no_data(request, monkeypatch, words):
     monkeypatch.chdir(request.config.rootpath)
     _, config = command_line.parse_train(words, "plan", plan.without_data)
-    compiled.described_source(task_of(config))
+    task_of(config).described_source()
     with pytest.raises(ConfigError, match=r"no data|needs --|exclude each other"):
         command_line.parse_train([*words, "--train_data_dir", "x"] if "digits" in words else words, "train")
 

@@ -17,6 +17,8 @@ from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 SIZE_NUMBERS = "time_ids"
 """Array of a batch with what SDXL's UNet is told of each picture's size; see `size_numbers`."""
+CLASS_LABELS = "class_labels"
+"""Array of a batch with the number of each picture's class, int32 (B,)."""
 
 
 def size_numbers(original: tuple[int, int], corner: tuple[int, int], target: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -96,6 +98,38 @@ class Precomputed:
     sizes: Mapping[str, np.ndarray] | None = None
 
 
+@dataclass(frozen=True)
+class LabelDropout:
+    """What the denoiser is told of the class of a picture, as `class_labels` int32 () in an example.
+
+    Attributes:
+        probability: Probability with which it is told the null class instead.
+        null_class: Number of the class that stands for any; None where there is none.
+    """
+
+    probability: float = 0.0
+    null_class: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.probability and self.null_class is None:
+            raise ValueError(f"labels are dropped with probability {self.probability}, and there is no null class")
+
+    def __call__(self, record: Record, rng: Callable[[Stream], np.random.Generator]) -> dict[str, np.ndarray]:
+        """Make the array.
+
+        Args:
+            record: The record, with its class.
+            rng: Function that returns the example's generator of a stream.
+
+        Raises:
+            DataError: If it has no class.
+        """
+        if record.label is None:
+            raise DataError(f"{record.name} has no class; give it one or remove it")
+        dropped = self.probability and rng(Stream.DROPOUT_LABEL).random() < self.probability
+        return {CLASS_LABELS: np.asarray(self.null_class if dropped else record.label, np.int32)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExampleFn:
     """Maker of the examples of unconditional and of captioned training. Picklable.
@@ -108,6 +142,7 @@ class ExampleFn:
         proportion_empty_prompts: Probability with which a caption is replaced by the empty one.
         extra: Maker of the arrays of the example's second picture; None for no such arrays.
         told_sizes: Whether the denoiser is told the picture's size and the corner where it was cut.
+        labels: What the denoiser is told of the picture's class; None for nothing.
     """
 
     transform: ImageTransform
@@ -117,6 +152,7 @@ class ExampleFn:
     proportion_empty_prompts: float = 0.0
     extra: MakeExtra | None = None
     told_sizes: bool = False
+    labels: LabelDropout | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.proportion_empty_prompts <= 1:
@@ -159,10 +195,11 @@ class ExampleFn:
             `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
             `loss_weights` times the record's own weight; the token ids, such as `input_ids` int32 (L,), or
             what was made of them before, such as `text_embeddings` (L, D), unless unconditional; the arrays of
-            `extra`; where sizes are told, those of `size_numbers`; `example_index` int64 ().
+            `extra`; where sizes are told, those of `size_numbers`; where classes are told, `class_labels` int32 ();
+            `example_index` int64 ().
 
         Raises:
-            DataError: If the picture cannot be decoded, or has no caption.
+            DataError: If the picture cannot be decoded, or has no caption or class where these are told.
         """
 
         def rng(stream: Stream) -> np.random.Generator:
@@ -198,6 +235,8 @@ class ExampleFn:
             example |= {name: table[caption] for name, table in embeddings.items()}
         elif self.tokenize is not None:
             example |= self.tokenize(self._caption(record, rng))
+        if self.labels is not None:
+            example |= self.labels(record, rng)
         example["loss_weights"] = np.asarray(drawn["loss_weights"] * record.weight, np.float32)
         example["example_index"] = np.asarray(index, np.int64)
         return example

@@ -11,7 +11,8 @@ from itertools import permutations
 from typing import NamedTuple
 
 from flax_diffusion.core.data.sources.folders import open_folder
-from flax_diffusion.core.data.sources.source import Record, Source
+from flax_diffusion.core.data.sources.labels import joined, labels_of
+from flax_diffusion.core.data.sources.source import Labels, Record, Source
 from flax_diffusion.core.errors import ConfigError, naming
 from flax_diffusion.core.io.files import as_path, lies_in
 
@@ -102,6 +103,17 @@ class CombinedSource:
         place = index - (self.ends[part - 1] if part else 0)
         record, caption = source[place % len(source)], self.captions[part]
         return record if caption is None else replace(record, caption=caption)
+
+    def labels(self, column: str | None) -> Labels:
+        """Return the classes of all pictures, as each source tells them.
+
+        Args:
+            column: The column; None for what is usual.
+
+        Raises:
+            DataError: If a source does not tell them.
+        """
+        return joined([labels_of(source, column) for source in self.sources], self.repeats)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,13 @@ from flax_diffusion.core.errors import ConfigError, nearest_multiples
 from flax_diffusion.core.io.files import as_path, replacing
 from flax_diffusion.core.spec.merging import Shapes, with_adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec
-from flax_diffusion.core.spec.prompts import check_prompts
+from flax_diffusion.core.spec.prompts import check_prompts, is_guided
 
 log = logging.getLogger(__name__)
 
 GRID = "grid.png"
+PROMPT_GUIDANCE, CLASS_GUIDANCE = 7.5, 4.0
+"""Usual scales of guidance, those of Diffusers' StableDiffusionPipeline and DiTPipeline."""
 _WRITTEN = re.compile(r"\d{5,}\.png")
 _ROOM_BYTES = 2**20  # about the size of a picture
 
@@ -42,6 +44,9 @@ class GenerateConfig(BaseModel):
     lora_scale: FiniteFloat = Field(1.0, description="Strength of all LoRA files, which multiplies each one's own.")
     embeddings: list[str] = Field([], description="Files of textual inversion, each as PATH or PATH:WORD.")
     prompt: list[str] = Field([], description="Texts to draw. Each gets num_images images.")
+    class_label: list[str] = Field(
+        [], description="Classes to draw, by name or number, for models of classes. Each gets num_images images."
+    )
     negative_prompt: str = Field("", description="Text to guide away from.")
     conditioning_image: list[str] = Field(
         [], description="Pictures that a ControlNet follows: one for each prompt, or one for all."
@@ -50,12 +55,16 @@ class GenerateConfig(BaseModel):
         [], description="Pictures that an inpainting model fills in: one for each prompt, or one for all."
     )
     mask_image: list[str] = Field([], description="Their masks: the light parts are filled in.")
-    num_images: int = Field(1, ge=1, description="Images to draw (per prompt).")
+    num_images: int = Field(1, ge=1, description="Images to draw (per prompt or class).")
     height: int | None = Field(None, ge=1, le=2**14, description="Height in pixels. None: the pipeline's own.")
     width: int | None = Field(None, ge=1, le=2**14, description="Width in pixels. None: the pipeline's own.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all noise. Image i of a seed is always the same.")
     num_inference_steps: int = Field(50, ge=1, description="Denoising steps.")
-    guidance_scale: float = Field(7.5, ge=0, description="Scale of classifier-free guidance. 1 turns it off.")
+    guidance_scale: float | None = Field(
+        None,
+        ge=0,
+        description="Scale of classifier-free guidance. 1 turns it off. None: 7.5 for prompts, 4 for classes.",
+    )
     scheduler: Literal["ddpm", "ddim", "pndm", "euler", "lms", "dpm++", "flow_match", "edm"] | None = Field(
         None, description="Sampler. None: the pipeline's own."
     )
@@ -78,7 +87,7 @@ def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
         ConfigError: For unknown names and wrong values.
     """
     values = {"model": str(model)} | options
-    for name in ("prompt", "lora", "embeddings", *OPTIONS):
+    for name in ("prompt", "class_label", "lora", "embeddings", *OPTIONS):
         if isinstance(values.get(name), str | Path):
             values[name] = [str(values[name])]
     return command_line.build(GenerateConfig, values, "generate")
@@ -99,7 +108,7 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
     """
     spec = open_model(config.model, shapes, config.revision, config.variant)
     spec.family.check_drawing(spec)
-    check_prompts(spec, config.prompt)
+    _check_prompts(config, spec)
     check_given(spec, _pictures(config), len(config.prompt))
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
     height, width = spec.size or (spec.resolution, spec.resolution)
@@ -127,10 +136,28 @@ def sampler_options(config: GenerateConfig, spec: PipelineSpec) -> dict[str, Any
     Raises:
         DataError: If a picture cannot be read.
     """
-    names = ("prompt", "negative_prompt", "num_images", "num_inference_steps", "guidance_scale", "seed", "batch_size")
-    options = {{"prompt": "prompts"}.get(name, name): getattr(config, name) for name in names}
+    names = ("negative_prompt", "num_images", "num_inference_steps", "seed", "batch_size")
+    options = {name: getattr(config, name) for name in names}
+    options |= {"prompts": config.prompt or config.class_label, "guidance_scale": _guidance(config, spec)}
     extra = read_given(spec, _pictures(config), len(config.prompt), config.seed)
     return options if extra is None else options | {"extra": extra}
+
+
+def _check_prompts(config: GenerateConfig, spec: PipelineSpec) -> None:
+    """Raise ConfigError for prompts or classes that a pipeline does not take."""
+    given, other = ("class_label", "prompt") if spec.classes else ("prompt", "class_label")
+    if getattr(config, other):
+        raise ConfigError(f"--{other}: a {spec.kind} is not told one; drop it")
+    if spec.classes and config.negative_prompt:
+        raise ConfigError(f"--negative_prompt: a {spec.kind} is told classes, and is guided away from any; drop it")
+    check_prompts(spec, getattr(config, given))
+    is_guided(spec, getattr(config, given), _guidance(config, spec))
+
+
+def _guidance(config: GenerateConfig, spec: PipelineSpec) -> float:
+    if config.guidance_scale is not None:
+        return config.guidance_scale
+    return CLASS_GUIDANCE if spec.classes else PROMPT_GUIDANCE
 
 
 def _pictures(config: GenerateConfig) -> dict[str, list[str]]:
@@ -155,7 +182,7 @@ def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv
     batches = draw(config)
     for path in _earlier_pictures(folder):
         path.unlink()
-    count = _write(batches, folder, config.num_images if config.prompt else None)
+    count = _write(batches, folder, config.num_images if config.prompt or config.class_label else None)
     sys.stderr.write(f"{count} images and {GRID} are in {folder}\n")
 
 

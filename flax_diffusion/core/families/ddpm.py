@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
-from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, PipelineClass, Role
+from flax_diffusion.core.families.family import FAMILIES, ClassTable, Family, ModelClass, PipelineClass, Role
 from flax_diffusion.core.typed import Count, Size
 
 
@@ -16,6 +16,7 @@ class _UNet2D:
     block_out_channels: Sequence[Size] = (224, 448, 672, 896)
     down_block_types: Sequence[str] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
     layers_per_block: Count | list[Count] = 2
+    num_class_embeds: Size | None = None
 
 
 UNET_2D = ModelClass(name="UNet2DModel", role=Role.DENOISER, schema=_UNet2D)
@@ -26,6 +27,7 @@ DDPM = FAMILIES.register(
     "ddpm",
     Family(
         name="ddpm",
+        class_table=ClassTable(key="num_class_embeds", counts_null=True),
         pipelines={
             "DDPMPipeline": PipelineClass(parts=_PIXELS, scheduler={"clip_sample": True}),
             "DDIMPipeline": PipelineClass(parts=_PIXELS),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from flax_diffusion.core.registry import Registry
 
 if TYPE_CHECKING:
-    from flax_diffusion.core.spec.pipeline import PipelineSpec
+    from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 
 GROUP = "flax_diffusion.core"
 
@@ -79,6 +79,29 @@ class SingleFileLayout:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassTable:
+    """The table of a denoiser that is told the class of a picture, a row for each class.
+
+    Attributes:
+        key: Config key of the number of rows, or of the number of classes.
+        counts_null: Whether that number counts the row of the null class, which the table then need not have;
+            otherwise the table always has it, as its last row.
+    """
+
+    key: str
+    counts_null: bool
+
+    def rows(self, denoiser: Component) -> int | None:
+        """Return the number of rows of a denoiser's table, with that of the null class; None where it has none."""
+        number = denoiser[self.key]
+        return number if number is None or self.counts_null else number + 1
+
+    def number(self, classes: int, *, null: bool) -> int:
+        """Return the config's number for a number of classes, with or without a null class."""
+        return classes + (1 if null and self.counts_null else 0)
+
+
 def _nothing_to_check(_: Any) -> None:
     pass
 
@@ -97,6 +120,7 @@ class Family:
         resolution: Height and width of the pictures that its published models were trained on, in pixels; None where
             they differ.
         told_sizes: Whether the denoiser is told each picture's size and the corner where it was cut.
+        class_table: The denoiser's table of classes; None where no denoiser has one.
         prompt_arrays: Names of what the denoiser is told of a prompt, which the text encoders make of nothing else.
         word_keys: Names of a new word's rows in the files of textual inversion, by text encoder; empty where the rows
             have the word for a name.
@@ -118,6 +142,7 @@ class Family:
     control: str | None = None
     resolution: int | None = None
     told_sizes: bool = False
+    class_table: ClassTable | None = None
     prompt_arrays: tuple[str, ...] = ()
     word_keys: Mapping[str, str] = field(default_factory=dict)
     lora_prefixes: Mapping[str, str] = field(default_factory=dict)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flax_diffusion.core.errors import WeightsError, naming
 from flax_diffusion.core.families.family import FAMILIES, Family, family_of
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.objectives.old_schedulers import with_present_keys
 
+if TYPE_CHECKING:
+    from flax_diffusion.core.spec.pipeline import Component
+
 log = logging.getLogger(__name__)
 
 FLAX_ONLY_KEYS = frozenset({"split_head_dim", "use_memory_efficient_attention"})
 """Config keys of the Flax releases' UNets: how they computed attention, with one result whatever the value."""
+CLASS_NAMES = "id2label"
+"""Entry of model_index.json with the names of classes by number."""
 _LISTED_AS = "_listed_as"
 
 
@@ -80,6 +85,38 @@ def settings(index: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a pipeline that its index has."""
     known = family_of(index["_class_name"]).pipelines[index["_class_name"]].settings
     return {name: index[name] for name in known if name in index}
+
+
+def classes(index: Mapping[str, Any], denoiser: Component) -> tuple[str, ...]:
+    """Return the names of the classes that a pipeline's denoiser is told.
+
+    Args:
+        index: Its model_index.json.
+        denoiser: The model.
+
+    Returns:
+        The names by number, numbers as texts where the index has none; empty where it is told no class.
+
+    Raises:
+        WeightsError: If the names are not those of as many classes as the model knows.
+
+    Reference:
+        `id2label` of Diffusers' DiTPipeline.
+    """
+    table = family_of(index["_class_name"]).class_table
+    rows = None if table is None else table.rows(denoiser)
+    if rows is None:
+        return ()
+    named = index.get(CLASS_NAMES)
+    if not named:
+        return tuple(map(str, range(rows)))
+    names = tuple(str(named.get(str(number))) for number in range(len(named))) if isinstance(named, dict) else ()
+    if len(names) not in (rows - 1, rows) or len(named) != len({*map(str, range(len(named)))} & {*named}):
+        raise WeightsError(
+            f"model_index.json: {CLASS_NAMES} names {len(named)} classes, and the model has {rows} rows for them; it "
+            f"must map the numbers from 0 to {rows - 2} or {rows - 1} to names"
+        )
+    return names
 
 
 def has_part(index: dict[str, Any], name: str) -> bool:

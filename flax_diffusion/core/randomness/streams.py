@@ -31,6 +31,7 @@ class Stream(IntEnum):
     WEIGHTS = 11  # initial values of a parameter; the index is `initial_weights.name_number`
     MASK = 12  # what an inpainting model has to fill in
     MASKED_LATENT = 13  # the sample from the autoencoder's posterior of the rest
+    DROPOUT_LABEL = 14
 
 
 class _NoEntropy(np.random.bit_generator.ISeedSequence):

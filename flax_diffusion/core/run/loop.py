@@ -127,7 +127,7 @@ class _Run:
         """Take the remaining steps and write the results; if the run is told to end early, only save."""
         if self.main:
             self._write_config()
-            writing.save_tokenizers(self.spec, self.output_dir)
+            writing.save_vocabulary(self.spec, self.output_dir)
         left = self.schedule.total_steps - self.first_step
         if left <= 0:
             self.tracker.say(f"nothing to train: {self._newest()} is there, and {self.schedule.limit}")

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, Role, family_of, model_class
 from flax_diffusion.core.io import model_files
@@ -125,6 +125,7 @@ class PipelineSpec:
         autoencoder_loss: Loss of an autoencoder; None where a denoiser is trained.
         objective_name: Objective of a run that does not train by that of its scheduler; None where it does.
         settings: Entries of model_index.json that are no parts, where they are others than the family's.
+        classes: Names of the classes that its denoiser is told, by number; empty where it is told none.
         listed_as: Class that its model_index.json names where that is another one of the same parts; None for `kind`.
     """
 
@@ -137,11 +138,44 @@ class PipelineSpec:
     autoencoder_loss: AutoencoderLoss | None = None
     objective_name: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
     listed_as: str | None = None
 
     def __post_init__(self) -> None:
         if self.scheduler:
             self.objective.prediction(self.scheduler)
+
+    @property
+    def null_class(self) -> int | None:
+        """Number of the class that stands for any, in the table's last row; None where there is none."""
+        table = self.family.class_table
+        rows = table.rows(self.denoiser) if table is not None and self.classes else None
+        return len(self.classes) if rows == len(self.classes) + 1 else None
+
+    def class_of(self, label: str) -> int:
+        """Return the number of a class.
+
+        Args:
+            label: Its name, one of its names where that is a list with commas, or its number.
+
+        Raises:
+            ConfigError: If there is none, or if several have that name.
+        """
+        if label in self.classes:
+            found = [place for place, name in enumerate(self.classes) if name == label]
+        else:
+            found = [place for place, name in enumerate(self.classes) if label in name.split(", ")]
+        if not found and label.isdecimal() and int(label) < len(self.classes):
+            return int(label)
+        if len(found) == 1:
+            return found[0]
+        names = [name for several in self.classes for name in several.split(", ")]
+        said = (
+            f"several have that name: give its number, such as {found[0]}"
+            if found
+            else (f"must be a name, or a number from 0 to {len(self.classes) - 1}{nearest(label, names)}")
+        )
+        raise ConfigError(f"class {label}: {said}")
 
     @property
     def tokenize(self) -> TokenizePrompt | None:
@@ -299,7 +333,7 @@ def open_pipeline(source: str, revision: str | None = None, variant: str | None 
         settings=folders.settings(index),
         listed_as=folders.listed_as(index),
     )
-    return replace(spec, resolution=size * spec.vae_factor)
+    return replace(spec, resolution=size * spec.vae_factor, classes=folders.classes(index, spec.denoiser))
 
 
 def check_variant(components: Collection[Component], variant: str | None) -> None:

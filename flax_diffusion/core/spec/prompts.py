@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flax_diffusion.core.data.batches import size_numbers
+from flax_diffusion.core.data.batches import CLASS_LABELS, size_numbers
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
@@ -34,7 +34,7 @@ def told(
 
     Args:
         spec: The pipeline.
-        prompts: Texts; empty for an unconditional pipeline.
+        prompts: Texts, or classes by name or number; empty for an unconditional pipeline.
         negative_prompt: Text to guide away from.
         extra: What it is told beside the prompts, by array of a batch, (prompts, …); None for nothing.
 
@@ -46,6 +46,10 @@ def told(
     """
     check_prompts(spec, prompts)
     tokenize, family, arrays = spec.tokenize, spec.family, dict(extra or {})
+    if spec.classes and prompts:
+        arrays[CLASS_LABELS] = np.array([spec.class_of(label) for label in prompts], np.int32)
+        away = {} if spec.null_class is None else {CLASS_LABELS: np.asarray(spec.null_class, np.int32)}
+        return Told(prompts=arrays, away=away, zeroed=())
     if tokenize is None:
         return Told(prompts=arrays, away={}, zeroed=())
     arrays |= tokenize.stacked(prompts)
@@ -57,15 +61,37 @@ def told(
 
 
 def check_prompts(spec: PipelineSpec, prompts: Sequence[str]) -> None:
-    """Make sure that there are prompts exactly where the pipeline takes them.
+    """Make sure that there are prompts, or classes, exactly where the pipeline takes them.
 
     Args:
         spec: The pipeline.
-        prompts: The prompts.
+        prompts: The prompts or the classes.
 
     Raises:
-        ConfigError: If prompts are missing, or given to a pipeline that takes none.
+        ConfigError: If they are missing, or given to a pipeline that takes none, or if there is no such class.
     """
-    if bool(spec.tokenizers) != bool(prompts):
-        fix = "drop --prompt" if prompts else "give at least one --prompt"
-        raise ConfigError(f"a {spec.kind} with {len(prompts)} prompts: {fix}")
+    if bool(spec.tokenizers or spec.classes) != bool(prompts):
+        wanted = "--class_label" if spec.classes else "--prompt"
+        fix = f"drop {wanted}" if prompts else f"give at least one {wanted}"
+        raise ConfigError(f"a {spec.kind} with {len(prompts)} {'classes' if spec.classes else 'prompts'}: {fix}")
+    for label in prompts if spec.classes else ():
+        spec.class_of(label)
+
+
+def is_guided(spec: PipelineSpec, prompts: Sequence[str], guidance_scale: float) -> bool:
+    """Return whether samples are guided, for which there must be something to guide away from.
+
+    Args:
+        spec: The pipeline.
+        prompts: The prompts or the classes; there is no guidance without.
+        guidance_scale: Scale of classifier-free guidance; 1 or less turns it off.
+
+    Raises:
+        ConfigError: If a model of classes has no null class.
+    """
+    guided = bool(prompts) and guidance_scale > 1
+    if guided and spec.classes and spec.null_class is None:
+        raise ConfigError(
+            f"--guidance_scale {guidance_scale}: the model has no null class, which guidance leads away from: give 1"
+        )
+    return guided

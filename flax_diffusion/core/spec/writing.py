@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from flax_diffusion.core.families.folders import CLASS_NAMES
+from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import write_json, written_folder
 from flax_diffusion.core.spec import adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec
+
+CLASSES_FILE = "classes.json"
+"""File in a run's folder with the names of its classes by number."""
 
 
 def write_index(spec: PipelineSpec, folder: Path) -> None:
@@ -25,24 +30,49 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
     index |= {name: [component.model.library, component.kind] for name, component in spec.components.items()}
     index["scheduler"] = ["diffusers", spec.scheduler["_class_name"].removeprefix("Flax")]
     index |= {name: ["transformers", "CLIPTokenizer"] for name in spec.tokenizers}
-    save_tokenizers(spec, folder)
+    _save_tokenizers(spec, folder)
     known = pipelines.get(listed, pipelines[spec.kind])
     index = {**known.index, **known.settings, **spec.settings, **index}
+    if spec.classes:
+        index[CLASS_NAMES] = _numbered(spec.classes)
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / "model_index.json", index)
 
 
-def save_tokenizers(spec: PipelineSpec, folder: Path) -> None:
-    """Write the tokenizers, if there are any; a resumed run reads them from there.
+def save_vocabulary(spec: PipelineSpec, run: Path) -> None:
+    """Write what makes a run's checkpoints readable beside its options: the tokenizers, and the names of classes.
 
     Args:
         spec: The pipeline.
-        folder: Folder of the pipeline.
+        run: Folder of the run.
     """
+    _save_tokenizers(spec, run)
+    if spec.classes:
+        write_json(run / CLASSES_FILE, _numbered(spec.classes))
+
+
+def read_classes(run: Path) -> tuple[str, ...]:
+    """Read the names of classes that `save_vocabulary` wrote.
+
+    Args:
+        run: Folder of the run.
+
+    Raises:
+        WeightsError: If they are not there.
+    """
+    names = model_files.read_json(run / CLASSES_FILE)
+    return tuple(str(names[number]) for number in sorted(names, key=int))
+
+
+def _save_tokenizers(spec: PipelineSpec, folder: Path) -> None:
     for name, tokenizer in spec.tokenizers.items():
         with written_folder(folder / name) as local:
             tokenizer.save_pretrained(local)
+
+
+def _numbered(classes: Sequence[str]) -> dict[str, str]:
+    return {str(number): name for number, name in enumerate(classes)}
 
 
 def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str) -> None:

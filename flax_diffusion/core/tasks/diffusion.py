@@ -125,7 +125,7 @@ class DiffusionTask(Task[D]):
 
     def objective(self, spec: PipelineSpec, dtype: DTypeLike = np.float32) -> Objective:
         """Return what the denoiser learns; its numbers are of `dtype`."""
-        conditional = spec.text_encoder is not None
+        conditional = spec.text_encoder is not None or bool(spec.classes)
         return spec.objective.from_scheduler(spec.scheduler, self.config, dtype, conditional=conditional)
 
     def noise(self, spec: PipelineSpec, dtype: DTypeLike) -> NoiseSpec:
@@ -164,7 +164,11 @@ class DiffusionTask(Task[D]):
         return Preview(draw, columns)
 
     def pipeline(
-        self, kind: str, components: dict[str, Component], tokenizers: Mapping[str, CLIPTokenizer] | None = None
+        self,
+        kind: str,
+        components: dict[str, Component],
+        tokenizers: Mapping[str, CLIPTokenizer] | None = None,
+        classes: tuple[str, ...] = (),
     ) -> PipelineSpec:
         """Put a pipeline together and check that its parts can be trained with one another.
 
@@ -172,6 +176,7 @@ class DiffusionTask(Task[D]):
             kind: Class of the pipeline.
             components: Its models.
             tokenizers: Tokenizers of the prompts by name; None where there are none.
+            classes: Names of the classes that the denoiser is told; empty where it is told none.
 
         Raises:
             ConfigError: If they cannot.
@@ -185,6 +190,7 @@ class DiffusionTask(Task[D]):
             scheduler=scheduler,
             resolution=config.resolution,
             tokenizers=tokenizers or {},
+            classes=classes,
             objective_name=None if objective is objective_of(scheduler) else objective.name,
         )
         own = spec.denoiser["sample_size"] if config.pretrained_model_name_or_path else None

@@ -14,7 +14,7 @@ from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.images.transforms import ImageTransform
-from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.data.sources.source import ArraySource, Source
 from flax_diffusion.core.families.family import GROUP
 from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.registry import Registry
@@ -76,6 +76,17 @@ class Task(ABC, Generic[C]):
             given: The given options.
         """
         return {}
+
+    def described_source(self) -> Source:
+        """Return a picture with a caption and a second picture in place of the data, for a plan, which reads none.
+
+        Where a tokenizer is made from captions, these are the data all the same.
+        """
+        if self.makes_tokenizer:
+            return self.open_source()
+        size = self.config.resolution
+        images = np.zeros((1, size, size, 3), np.uint8)
+        return ArraySource(images, ["a photo"], "described", extras=images)
 
     @abstractmethod
     def open_source(self) -> Source:
@@ -186,7 +197,15 @@ class Task(ABC, Generic[C]):
             writing.write_index(spec, folder)
 
 
-_MODULES = ("unconditional", "text_to_image", "dreambooth", "textual_inversion", "controlnet", "autoencoder")
+_MODULES = (
+    "unconditional",
+    "text_to_image",
+    "dreambooth",
+    "textual_inversion",
+    "controlnet",
+    "autoencoder",
+    "class_conditional",
+)
 
 TASKS: Registry[type[Task[TrainConfig]]] = Registry(
     "task", [f"flax_diffusion.core.tasks.{name}" for name in _MODULES], GROUP

@@ -9,7 +9,7 @@ from typing import Any
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import CONFIG_FILE
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.errors import WeightsError
+from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.families.ddpm import DDPM, UNET_2D
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
@@ -73,6 +73,11 @@ class UnconditionalTask(DiffusionTask[UnconditionalConfig]):
             unet = pretrained(config, "unet", UNET_2D, train=True)
         else:
             unet = from_scratch(TUTORIAL_UNET if config.unet is None else config.unet, "--unet", UNET_2D)
+        if unet["num_class_embeds"] is not None:
+            raise ConfigError(
+                f"UNet with num_class_embeds {unet['num_class_embeds']}: is told the class of each picture; train it by "
+                "the task class_conditional"
+            )
         components = {"unet": unet}
         if config.vae:
             components["vqvae"] = frozen_vae(config.vae)

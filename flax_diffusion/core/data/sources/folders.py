@@ -8,8 +8,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flax_diffusion.core.data.sources.cards import files_of
-from flax_diffusion.core.data.sources.metadata import METADATA_FILES, Caption, read_extras, read_metadata
-from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, ExtraImages, Record, Source, first_few
+from flax_diffusion.core.data.sources.labels import of_folders, of_rows
+from flax_diffusion.core.data.sources.metadata import METADATA_FILES, Caption, read_extras, read_labels, read_metadata
+from flax_diffusion.core.data.sources.source import (
+    DEFAULT_IMAGE_COLUMN,
+    DEFAULT_LABEL_COLUMN,
+    ExtraImages,
+    Labels,
+    Record,
+    Source,
+    first_few,
+)
 from flax_diffusion.core.data.sources.splits import is_beside_splits, of_split
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import absolute, lies_in, walk
@@ -41,6 +50,8 @@ class FolderSource:
     captions: list[Caption] | None = field(repr=False)  # one for each file
     text_files: bool = False  # whether each caption is in the .txt file of the same name
     extras: list[Path] | None = field(default=None, repr=False)  # second picture of each file
+    metadata: tuple[str, ...] = field(default=(), repr=False)  # metadata files, relative to `root`
+    image_column: str = DEFAULT_IMAGE_COLUMN  # column of the file's name in these
 
     def __len__(self) -> int:
         return len(self.files)
@@ -54,6 +65,25 @@ class FolderSource:
         second = None if self.extras is None else self.extras[index]
         extra = None if second is None else Record(second, None, str(second))
         return Record(path, caption, str(path), extra=extra)
+
+    def labels(self, column: str | None) -> Labels:
+        """Return the classes of the pictures, of metadata that have the column, else the names of their folders.
+
+        Args:
+            column: The column; None for `label`, where there is one.
+
+        Raises:
+            DataError: If the column, or the class of a picture, is missing.
+        """
+        if column is not None and not self.metadata:
+            raise DataError(
+                f"--label_column {column}: {self.root} has no metadata.jsonl or metadata.csv; leave it out, and put the "
+                "pictures of each class into a folder"
+            )
+        found = read_labels(self.root, self.metadata, self.image_column, column)
+        if found is None:
+            return of_folders(self.root, self.files, image_files)
+        return of_rows(found, self.files, self.root, column or DEFAULT_LABEL_COLUMN)
 
 
 def open_folder(
@@ -155,7 +185,8 @@ def _open_pictures(
     split: str | None,
 ) -> FolderSource:
     if caption_column is None:
-        return FolderSource(root, of_split(root, images, split)[:max_samples], None)
+        pictures = of_split(root, images, split)[:max_samples]
+        return FolderSource(root, pictures, None, metadata=tuple(metadata), image_column=image_column)
     if metadata:
         captions = read_metadata(root, metadata, images, image_column, caption_column)
         captioned = {name for name, caption in captions.items() if caption is not None}

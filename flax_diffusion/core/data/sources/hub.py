@@ -9,9 +9,12 @@ import datasets
 from datasets.config import DOWNLOADED_DATASETS_PATH, HF_DATASETS_CACHE
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from flax_diffusion.core.data.sources.labels import named
 from flax_diffusion.core.data.sources.source import (
     DEFAULT_IMAGE_COLUMN,
+    DEFAULT_LABEL_COLUMN,
     ExtraImages,
+    Labels,
     Record,
     require_column,
     whole_caption,
@@ -31,6 +34,7 @@ class HubSource:
     caption_column: str | None
     folders: tuple[Path, ...] = field(default=(), repr=False)  # folders of downloads; rows may name files only in these
     extra_column: str | None = None  # column of the second picture
+    whole: datasets.Dataset | None = field(default=None, repr=False)  # the rows with all columns
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -45,6 +49,21 @@ class HubSource:
             extra_name = f"{name} {self.extra_column}"
             extra = Record(self._image(row[self.extra_column], name, self.extra_column), None, extra_name)
         return Record(image, whole_caption(caption, name), name, extra=extra)
+
+    def labels(self, column: str | None) -> Labels:
+        """Return the classes of the rows, by the names that the dataset has for them.
+
+        Args:
+            column: The column, of numbers or texts; None for `label`.
+
+        Raises:
+            DataError: If there is no such column, or a row has no class.
+        """
+        table = self.dataset if self.whole is None else self.whole
+        column = column or DEFAULT_LABEL_COLUMN
+        require_column(column, table.column_names, option="label_column", where=f"dataset {self.name}")
+        values = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+        return named(values, getattr(table.features[column], "names", None), f"dataset {self.name}")
 
     def _image(self, image: Any, name: str, what: str) -> bytes | Path:
         if image is None or (image["bytes"] is None and image["path"] is None):
@@ -107,9 +126,9 @@ def open_hub(
     for option, column in columns.items():
         likely = [one for one in dataset.column_names if option == "image_column" or one != image_column]
         require_column(column, dataset.column_names, option=option, where=f"dataset {name}", likely=likely)
-    dataset = dataset.select_columns(list(dict.fromkeys(columns.values())))
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
+    whole, dataset = dataset, dataset.select_columns(list(dict.fromkeys(columns.values())))
     if len(dataset) == 0:
         raise DataError(f"dataset {name}, split {split} holds no rows; take another split")
     pictures = {"image_column": image_column} | ({} if extra is None else {extra.option: extra.column})
@@ -123,6 +142,7 @@ def open_hub(
         caption_column,
         tuple(Path(os.path.abspath(folder)) for folder in (*_CACHES, cache_dir) if folder is not None),
         None if extra is None else extra.column,
+        whole,
     )
 
 

@@ -10,7 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from flax_diffusion.core.data.sources.source import DEFAULT_IMAGE_COLUMN, ExtraImages, first_few, require_column
+from flax_diffusion.core.data.sources.source import (
+    DEFAULT_IMAGE_COLUMN,
+    DEFAULT_LABEL_COLUMN,
+    ExtraImages,
+    first_few,
+    require_column,
+)
 from flax_diffusion.core.errors import DataError, shown
 from flax_diffusion.core.io.untrusted import open_text, parse_json, path_below, path_inside
 
@@ -107,6 +113,46 @@ def read_extras(
                 )
         _require_files(root, where, folder, [name for name in found.values() if name not in known], images)
     return found
+
+
+def read_labels(root: Path, metadata: Sequence[str], image_column: str, column: str | None) -> dict[str, Any] | None:
+    """Read the classes of a folder of images.
+
+    Args:
+        root: The folder.
+        metadata: Its metadata files, relative to it.
+        image_column: As in `read_metadata`.
+        column: Column of the classes; None for `label`, where there is one.
+
+    Returns:
+        The class of each picture that has one, by its path relative to `root`. In CSV numbers are numbers too. None
+        where no file has the column, which was not asked for.
+
+    Raises:
+        DataError: If the column that was asked for is missing, or two rows give a picture different classes.
+    """
+    wanted = column or DEFAULT_LABEL_COLUMN
+    found: dict[str, Any] = {}
+    has_column = False
+    for file in metadata:
+        where = str(root / file)
+        rows, columns = _rows(root / file)
+        if wanted not in columns:
+            if column is not None:
+                require_column(column, columns, option="label_column", where=where)
+            continue
+        has_column, first = True, _file_column(columns, image_column, where)
+        for number, row in enumerate(rows, 1):
+            name = _inside(os.path.dirname(file), row.get(first), f"{where}, row {number}", str(first))
+            label = row.get(wanted)
+            if isinstance(label, str):
+                label = int(label) if label.isdecimal() and file.endswith(".csv") else label or None
+            if found.setdefault(name, label) != label:
+                raise DataError(
+                    f"{where}, row {number} gives {name} the class {shown(label)}, and a row before it "
+                    f"{shown(found[name])}; remove one of the rows"
+                )
+    return found if has_column else None
 
 
 def _merged(captions: list[Caption]) -> Caption:

@@ -8,6 +8,7 @@ from flax_diffusion.core.data.sources.source import (
     DEFAULT_IMAGE_COLUMN,
     ArraySource,
     ExtraImages,
+    Labels,
     Source,
     require_column,
 )
@@ -123,4 +124,5 @@ def _digits(with_captions: bool, max_samples: int | None, extra: ExtraImages | N
         extra.refuse_folder("digits")
         require_column(extra.column, [SHAPE_COLUMN], option=extra.option, where="digits")
     extras = None if extra is None else coarse_shape(images)
-    return ArraySource(images, captions if with_captions else None, "digits", extras)
+    classes = Labels([DIGIT_WORDS[label] for label in labels[:max_samples]], DIGIT_WORDS)
+    return ArraySource(images, captions if with_captions else None, "digits", extras, classes)

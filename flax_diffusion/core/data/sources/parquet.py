@@ -5,6 +5,7 @@ a row group for each example.
 """
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,9 +20,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from flax_diffusion.core.data.sources.labels import named
 from flax_diffusion.core.data.sources.source import (
     DEFAULT_IMAGE_COLUMN,
+    DEFAULT_LABEL_COLUMN,
     ExtraImages,
+    Labels,
     Record,
     first_few,
     require_column,
@@ -66,6 +70,35 @@ class ParquetSource:
         if self.extra_column is not None:
             second = Record(_image(extra, file, name, self.extra_column), None, f"{name} {self.extra_column}")
         return Record(_image(image, file, name, "image"), whole_caption(caption, name), name, extra=second)
+
+    def labels(self, column: str | None) -> Labels:
+        """Return the classes of the rows, by the names that Hugging Face's `datasets` has written for them.
+
+        Args:
+            column: The column, of numbers or texts; None for `label`.
+
+        Raises:
+            DataError: If there is no such column, or a row has no class.
+        """
+        column = column or DEFAULT_LABEL_COLUMN
+        values: list[Any] = []
+        names: list[str] | None = None
+        for file, (first, last) in zip(self.files, pairwise(self.starts.tolist()), strict=True):
+            with _opened(file) as parquet:
+                schema = parquet.schema_arrow
+                others = [name for name in schema.names if not _is_image_struct(schema.field(name).type)]
+                require_column(column, schema.names, option="label_column", where=str(file), likely=others)
+                kind = schema.field(column).type
+                if not (pa.types.is_integer(kind) or _is_text(kind)):
+                    raise DataError(f"--label_column {column} in {file} is of type {kind}; it must be numbers or text")
+                try:
+                    rows = parquet.read(columns=[column]).column(column)
+                except (pa.ArrowException, OSError) as error:
+                    raise _unreadable(file, error) from error
+                values += rows.slice(0, last - first).to_pylist()
+            notes = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+            names = notes.get("info", {}).get("features", {}).get(column, {}).get("names", names)
+        return named(values, names, first_few([str(file) for file in self.files]))
 
 
 def _image(cell: Any, file: Path, name: str, what: str) -> bytes | Path:

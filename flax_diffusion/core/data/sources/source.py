@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,7 @@ from PIL import Image
 from flax_diffusion.core.errors import DataError
 
 DEFAULT_IMAGE_COLUMN = "image"
+DEFAULT_LABEL_COLUMN = "label"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +24,7 @@ class Record:
     name: str  # for messages
     weight: float = 1.0  # weight of the loss
     extra: "Record | None" = None  # a second picture of the example: what a ControlNet follows, or a mask
+    label: int | None = None  # number of its class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +56,24 @@ class ExtraImages:
             )
 
 
+class Labels(NamedTuple):
+    """Classes of all pictures of a source.
+
+    Attributes:
+        values: Class of each picture: its name, or its number from 0.
+        names: Names of all classes in the order of their numbers; None where only the values tell them.
+    """
+
+    values: Sequence[str | int]
+    names: Sequence[str] | None
+
+
 class Source(Protocol):
-    """Sequence of records with random access. Picklable, and cheap to open again in a worker process."""
+    """Sequence of records with random access. Picklable, and cheap to open again in a worker process.
+
+    One that can tell the classes of its pictures has a method `labels` too, of the name of a column or None for
+    `DEFAULT_LABEL_COLUMN`, which returns `Labels`.
+    """
 
     def __len__(self) -> int: ...
 
@@ -70,6 +88,7 @@ class ArraySource:
     captions: list[str] | None = field(repr=False)
     name: str
     extras: np.ndarray | None = field(default=None, repr=False)  # uint8 (N, H, W[, 3])
+    classes: Labels | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -79,6 +98,17 @@ class ArraySource:
         name = f"{self.name}[{index}]"
         extra = None if self.extras is None else Record(self.extras[index], None, name)
         return Record(self.images[index], caption, name, extra=extra)
+
+    def labels(self, column: str | None) -> Labels:
+        """Return the classes of the pictures, whose only column is `label`.
+
+        Raises:
+            DataError: If there are none, or for another column.
+        """
+        columns = [] if self.classes is None else [DEFAULT_LABEL_COLUMN]
+        require_column(column or DEFAULT_LABEL_COLUMN, columns, option="label_column", where=self.name)
+        assert self.classes is not None
+        return self.classes
 
 
 def require_column(

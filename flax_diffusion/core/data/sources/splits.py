@@ -79,6 +79,11 @@ def of_split(root: Path, names: Sequence[str], split: str | None) -> list[str]:
     return chosen
 
 
+def is_split(folder: str) -> bool:
+    """Return whether the name of a folder is that of a split, such as `train`."""
+    return _by_folder(f"{folder}/_", None) is not None
+
+
 def is_beside_splits(name: str, split: str | None) -> bool:
     """Return whether a file lies in no split's folder.
 

@@ -1,0 +1,280 @@
+"""Images of given classes: `train class_conditional`.
+
+Reference: Peebles and Xie, https://arxiv.org/abs/2212.09748; Ma et al., https://arxiv.org/abs/2401.08740, with flow
+matching; Ho and Salimans, https://arxiv.org/abs/2207.12598, for the null class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from numpy.typing import DTypeLike
+from pydantic import Field, model_validator
+
+from flax_diffusion.core.config.defaults import with_defaults
+from flax_diffusion.core.config.options import CONFIG_FILE, Reads
+from flax_diffusion.core.data.batches import ExampleFn, LabelDropout, Precomputed
+from flax_diffusion.core.data.sources.labels import LabelledSource, with_labels
+from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import ConfigError, WeightsError, naming
+from flax_diffusion.core.families import folders
+from flax_diffusion.core.families.family import FAMILIES, ClassTable, ModelClass, Role, family_of
+from flax_diffusion.core.spec import writing
+from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
+from flax_diffusion.core.spec.prompts import is_guided
+from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
+from flax_diffusion.core.tasks.task import TASKS, Preview
+
+IMAGENET_CLASSES = 1000
+_PREVIEWED = 10
+"""Most classes that are drawn during training where no option names some."""
+
+
+@with_defaults(
+    ema_max_decay=0.9999,
+    lr_scheduler="constant_with_warmup",
+    adam_weight_decay=0.0,
+    validation_epochs=None,
+    eval_batch_size=4,
+    output_dir="class-conditional-model",
+)
+class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
+    """Images of given classes: `train class_conditional`. Trains a UNet2DModel or a DiTTransformer2DModel."""
+
+    transformer: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
+        None,
+        description="From scratch: Diffusers config of the transformer, as a mapping, or the folder or .json file with "
+        "it, or the name of a size, such as DiT-B/2.",
+    )
+    label_column: str | None = Field(
+        None,
+        description="Column that holds the classes, as numbers from 0 or names. None: `label`, or in a folder without "
+        "such a column the names of its folders.",
+    )
+    class_dropout_prob: float = Field(
+        0.1, ge=0, lt=1, description="Share of the classes that are replaced by the null class, which guidance needs."
+    )
+    new_class_embedding: bool = Field(
+        False, description="Draw the table of a pretrained model's classes anew, for those of the data."
+    )
+    validation_class_labels: list[str] = Field(
+        [], description="Classes to draw during training, by name or number. None: the first ten."
+    )
+    validation_guidance_scale: float = Field(4.0, ge=0, description="Guidance scale of these samples.")
+
+    @model_validator(mode="after")
+    def _check_model(self) -> ClassConditionalConfig:
+        given = [name for name in ("unet", "transformer") if getattr(self, name) is not None]
+        if self.pretrained_model_name_or_path and given:
+            raise ValueError(f"--{given[0]} is for training from scratch: drop it or --pretrained_model_name_or_path")
+        if not self.pretrained_model_name_or_path and len(given) != 1:
+            raise ValueError(
+                "nothing to train: give --pretrained_model_name_or_path, or --transformer or --unet to start from "
+                "scratch"
+                if not given
+                else "--unet and --transformer are two models: drop one"
+            )
+        if self.new_class_embedding and not self.pretrained_model_name_or_path:
+            raise ValueError(
+                "--new_class_embedding goes with --pretrained_model_name_or_path: add it, or drop the former"
+            )
+        if not self.class_dropout_prob and self.validation_guidance_scale > 1:
+            raise ValueError(
+                f"--validation_guidance_scale {self.validation_guidance_scale} leads away from the null class, which "
+                "--class_dropout_prob 0 never trains: give 1, or a --class_dropout_prob such as 0.1"
+            )
+        return self
+
+
+class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
+    """Trains a denoiser that is told the class of each picture, in pixel or latent space."""
+
+    name = "class_conditional"
+    config_class = ClassConditionalConfig
+
+    @classmethod
+    def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options that name data, for a plan, which reads none."""
+        return stand_in(given)
+
+    def described_source(self) -> Source:
+        """Return one picture in place of the data, for a plan, of as many classes as the model has."""
+        names = tuple(map(str, range(self._classes_of_model() or IMAGENET_CLASSES)))
+        return LabelledSource(super().described_source(), np.zeros(1, np.int32), names)
+
+    def open_source(self) -> LabelledSource:
+        """Open the dataset."""
+        source = open_dataset(self.config)
+        with naming("--train_data_dir" if self.config.train_data_dir else "--dataset_name"):
+            return with_labels(source, self.config.label_column)
+
+    def make_spec(self, source: Source) -> PipelineSpec:
+        """Read the configs of the pipeline to train, for the classes of the data."""
+        assert isinstance(source, LabelledSource)
+        spec = self.checked(self.read_pipeline(source.classes))
+        is_guided(spec, spec.classes[:1], self.config.validation_guidance_scale)
+        for label in self.config.validation_class_labels:
+            with naming("--validation_class_labels"):
+                spec.class_of(label)
+        return spec
+
+    def reopen_spec(self, run: Path) -> PipelineSpec:
+        """Return the pipeline that a run trains."""
+        try:
+            return self.read_pipeline(writing.read_classes(run))
+        except WeightsError as error:
+            raise WeightsError(f"{run / CONFIG_FILE} names what is not there any more: {error}") from error
+
+    def read_pipeline(self, classes: Sequence[str]) -> PipelineSpec:
+        """Read the configs of the pipeline.
+
+        Args:
+            classes: Names of the classes of the data.
+        """
+        config = self.config
+        name, denoiser, kind, index = self._denoiser()
+        table = family_of(kind).class_table
+        assert table is not None
+        if config.pretrained_model_name_or_path:
+            denoiser, classes = self._for_classes(denoiser, table, folders.classes(index, denoiser), classes)
+        else:
+            denoiser = self._new(name, denoiser, table, len(classes))
+        components = {name: denoiser}
+        parts = family_of(kind).pipelines[kind].parts
+        vae = next((part for part, model in parts.items() if model.role is Role.AUTOENCODER), None)
+        if config.vae is not None and vae is not None:
+            components[vae] = frozen_vae(config.vae)
+        elif vae is not None and folders.has_part(index, vae):
+            components[vae] = pretrained(config, vae, parts[vae], train=False)
+        # The objective asks whether there are classes.
+        return self.pipeline(kind, components, classes=tuple(classes))
+
+    def _denoiser(self) -> tuple[str, Component, str, dict[str, Any]]:
+        """Return the denoiser's component name and config, the class of its pipeline, and a pretrained one's index."""
+        config = self.config
+        known = [family for family in FAMILIES.values() if family.class_table]
+        if config.pretrained_model_name_or_path:
+            index = check_pipeline(config, known)
+            if not index:
+                raise WeightsError(
+                    f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}: has no model_index.json; "
+                    "name a folder that holds a pipeline"
+                )
+            kind = index["_class_name"]
+            name, model = _denoiser_of(kind)
+            return name, pretrained(config, name, model, train=True), self._kind(name, kind), index
+        name = "transformer" if config.unet is None else "unet"
+        kind = self._kind(name)
+        given = getattr(config, name)
+        model = family_of(kind).pipelines[kind].parts[name]
+        return (
+            name,
+            from_scratch(model.sizes.get(given, given) if isinstance(given, str) else given, f"--{name}", model),
+            kind,
+            {},
+        )
+
+    def _kind(self, name: str, found: str | None = None) -> str:
+        """Return the class of pipelines with a denoiser, and with an autoencoder where there is one to be.
+
+        Args:
+            name: The denoiser's component name.
+            found: Class of the pretrained pipeline; None for a new one.
+        """
+        latent = self.config.vae is not None
+        if found is not None and not latent:
+            return found
+        families = [family_of(found)] if found else [family for family in FAMILIES.values() if family.class_table]
+        kinds = [kind for family in families for kind, own in family.new_pipelines.items() if name in own.parts]
+        fitting = [kind for kind in kinds if latent == _has_vae(kind)]
+        return (fitting or kinds)[0]
+
+    def _new(self, name: str, denoiser: Component, table: ClassTable, classes: int) -> Component:
+        """Return a new denoiser for a number of classes."""
+        number = table.number(classes, null=self.config.class_dropout_prob > 0)
+        given = denoiser[table.key]
+        if given not in (None, number) and table.key in denoiser.config:
+            raise ConfigError(
+                f"--{name} with {table.key} {given}, and data of {classes} classes: must be {number}, or left out"
+                + (", to have a row for the null class of --class_dropout_prob" if number != classes else "")
+            )
+        return replace(denoiser, config=denoiser.config | {table.key: number})
+
+    def _for_classes(
+        self, denoiser: Component, table: ClassTable, known: Sequence[str], found: Sequence[str]
+    ) -> tuple[Component, Sequence[str]]:
+        """Return a pretrained denoiser for the classes of the data, and the names of its classes.
+
+        Args:
+            denoiser: The denoiser.
+            table: Its table of classes.
+            known: Names of the classes that it knows.
+            found: Names of the classes of the data.
+
+        Raises:
+            ConfigError: If it knows others, or lacks the null class.
+        """
+        drops = self.config.class_dropout_prob > 0
+        rows = table.rows(denoiser)
+        if self.config.new_class_embedding:
+            config = denoiser.config | {table.key: table.number(len(found), null=drops)}
+            new = Component(kind=denoiser.kind, config=config, training=Training.ALL, copied_from=denoiser)
+            return new, found
+        if rows is None:
+            raise ConfigError(
+                f"the model has no table of classes: its {table.key} is None: add --new_class_embedding, which draws one"
+            )
+        numbered = all(name == str(number) for number, name in enumerate(found))
+        if len(found) != len(known) and not (numbered and len(found) < len(known)):
+            raise ConfigError(
+                f"the data have {len(found)} classes and the model knows {len(known)}: add --new_class_embedding, which "
+                "draws its table of classes anew, or use the data of the model's classes"
+            )
+        if drops and rows == len(known):
+            raise ConfigError(
+                f"--class_dropout_prob {self.config.class_dropout_prob}: the model has {rows} rows for {rows} classes "
+                "and none for the null class: give 0, or add --new_class_embedding"
+            )
+        return denoiser, known if numbered else found
+
+    def _classes_of_model(self) -> int | None:
+        """Return the number of classes that the config of the model says; None where it says none."""
+        name, denoiser, kind, index = self._denoiser()
+        if self.config.pretrained_model_name_or_path and not self.config.new_class_embedding:
+            return len(folders.classes(index, denoiser)) or None
+        table = family_of(kind).class_table
+        if table is None or table.key not in denoiser.config:
+            return None
+        return denoiser[table.key] - table.number(0, null=self.config.class_dropout_prob > 0)
+
+    def make_example_fn(
+        self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
+    ) -> ExampleFn:
+        """Return what makes an example, with its class; a share of the classes is left out."""
+        labels = LabelDropout(self.config.class_dropout_prob, spec.null_class)
+        return replace(super().make_example_fn(spec, made, dtype), labels=labels)
+
+    def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
+        """Draw pictures of some classes, a row for each."""
+        config = self.config
+        labels = config.validation_class_labels or [str(number) for number in range(len(spec.classes))][:_PREVIEWED]
+        return self._samples(labels, config.validation_guidance_scale, config.eval_batch_size)
+
+
+def _denoiser_of(kind: str) -> tuple[str, ModelClass]:
+    """Return the component name and the class of the denoiser of a class of pipelines."""
+    parts = family_of(kind).pipelines[kind].parts
+    return next((name, model) for name, model in parts.items() if model.role is Role.DENOISER)
+
+
+def _has_vae(kind: str) -> bool:
+    return any(model.role is Role.AUTOENCODER for model in family_of(kind).pipelines[kind].parts.values())
+
+
+TASKS.register(ClassConditionalTask.name, ClassConditionalTask)
