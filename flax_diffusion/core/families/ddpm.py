@@ -16,6 +16,7 @@ class _UNet2D:
     block_out_channels: Sequence[Size] = (224, 448, 672, 896)
     down_block_types: Sequence[str] = ("DownBlock2D", *["AttnDownBlock2D"] * 3)
     layers_per_block: Count | list[Count] = 2
+    num_class_embeds: Size | None = None
 
 
 UNET_2D = ModelClass(name="UNet2DModel", role=Role.DENOISER, schema=_UNet2D)
