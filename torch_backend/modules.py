@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate import init_empty_weights
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from flax_diffusion.core.checkpoints import portable
@@ -130,13 +131,20 @@ def build_modules(
         wide = component.training is Training.ALL or component.config.get("force_upcast")
         # PyTorch's own `to`, because Diffusers' warns about modules to keep in float32 even where there are none.
         nn.Module.to(module, device=device, dtype=trained_dtype if wide else frozen_dtype)
-        for embedding in ("time_proj", "add_time_proj") if trained_dtype == torch.float64 else ():
-            if hasattr(module, embedding):
-                setattr(module, embedding, Float64Timesteps(getattr(module, embedding)))
+        if trained_dtype == torch.float64:
+            _embed_in_float64(module)
         by_name[name] = module.train(component.is_trained).requires_grad_(component.training is Training.ALL)
         if component.training is Training.ADAPTERS:
             adapters.add(component, module, seed, trained_dtype)
     return Modules(spec=spec, by_name=by_name)
+
+
+def _embed_in_float64(module: nn.Module) -> None:
+    """Replace Diffusers' sinusoidal embeddings, wherever they are in a module."""
+    for owner in module.modules():
+        for name, layer in list(owner.named_children()):
+            if isinstance(layer, Timesteps):
+                setattr(owner, name, Float64Timesteps(layer))
 
 
 class Float64Timesteps(nn.Module):

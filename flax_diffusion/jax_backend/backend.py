@@ -298,7 +298,7 @@ class JaxBackend:
             params = to_host(trained[name]) if name in trained else load_pretrained(component)
             if self.process_index == 0:
                 with written_folder(folder / name) as local:
-                    self.modules.by_name[name].save_pretrained(local, params)
+                    self.modules.by_name[name].save_files(local, params)
 
     def _exported(self) -> Params:
         return self.state.params if self.state.ema is None else self.state.ema

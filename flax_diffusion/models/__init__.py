@@ -11,12 +11,14 @@ from flax_diffusion.models.clip_text import (
 )
 from flax_diffusion.models.clip_vision import FlaxCLIPVisionModel, FlaxCLIPVisionModule, FlaxCLIPVisionPreTrainedModel
 from flax_diffusion.models.controlnet import FlaxControlNetModel
+from flax_diffusion.models.dit import FlaxDiTTransformer2DModel
 from flax_diffusion.models.modeling import PretrainedModel as FlaxModelMixin
 from flax_diffusion.models.outputs import (
     FlaxAutoencoderKLOutput,
     FlaxControlNetOutput,
     FlaxDecoderOutput,
     FlaxDiagonalGaussianDistribution,
+    FlaxTransformer2DModelOutput,
     FlaxUNet2DConditionOutput,
     FlaxUNet2DOutput,
 )
@@ -66,6 +68,7 @@ __all__ = [
     "FlaxControlNetOutput",
     "FlaxDecoder",
     "FlaxDecoderOutput",
+    "FlaxDiTTransformer2DModel",
     "FlaxDiagonalGaussianDistribution",
     "FlaxDownEncoderBlock2D",
     "FlaxDownsample2D",
@@ -77,6 +80,7 @@ __all__ = [
     "FlaxT5EncoderModel",
     "FlaxT5EncoderModule",
     "FlaxT5PreTrainedModel",
+    "FlaxTransformer2DModelOutput",
     "FlaxUNet2DConditionModel",
     "FlaxUNet2DConditionOutput",
     "FlaxUNet2DModel",

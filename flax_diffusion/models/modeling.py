@@ -62,6 +62,7 @@ class PretrainedModel(FlaxCasts):
 
     Attributes:
         torch_class: Name of the PyTorch class whose files the model reads and writes.
+        former_classes: Names that the PyTorch class had in older files.
         weights_name: Base name of the weights file, without extension.
         ignored_keys: Config keys that describe the file, or a behaviour that the models here do not have.
         unsaved: Fields of Diffusers' Flax class that the PyTorch class has not; they are read and not saved.
@@ -69,6 +70,7 @@ class PretrainedModel(FlaxCasts):
     """
 
     torch_class: ClassVar[str]
+    former_classes: ClassVar[tuple[str, ...]] = ()
     weights_name: ClassVar[str] = "diffusion_pytorch_model"
     ignored_keys: ClassVar[frozenset[str]] = frozenset()
     unsaved: ClassVar[tuple[str, ...]] = ()
@@ -127,7 +129,7 @@ class PretrainedModel(FlaxCasts):
             ConfigError: If the model does not know a key or a value, or the config is of another class.
         """
         declared = config.get("_class_name") or next(iter(config.get("architectures") or ()), None)
-        if declared is not None and str(declared).removeprefix("Flax") != cls.torch_class:
+        if declared is not None and str(declared).removeprefix("Flax") not in (cls.torch_class, *cls.former_classes):
             raise ConfigError(f"the config is of a {declared}, not of a {cls.torch_class}: use the class it names")
         known = [*cls.config_fields(), *RUN_FIELDS[2:], *cls.unsaved]
         fields, unused = {}, {}
@@ -284,9 +286,7 @@ class PretrainedModel(FlaxCasts):
         if not is_main_process:
             return
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights.save(folder, params, self.params_shape(), self.weights_name, max_shard_bytes)
-        write_json(folder / "config.json", self.saved_config(params))
+        self.save_files(folder, params, max_shard_bytes)
         if push_to_hub:
             publishing.push_folder(
                 folder,
@@ -296,6 +296,23 @@ class PretrainedModel(FlaxCasts):
                 create_pr=create_pr,
                 commit_message=commit_message,
             )
+
+    def save_files(
+        self, folder: Path, params: Mapping[str, Any], max_shard_bytes: int = weights.MAX_SHARD_BYTES
+    ) -> None:
+        """Write config.json and safetensors, as `save_pretrained` does, of a model that Diffusers may not have.
+
+        Args:
+            folder: Folder to write to; made if it does not exist.
+            params: Parameter tree.
+            max_shard_bytes: Limit of one file.
+
+        Raises:
+            WeightsError: If the parameters do not fit the model.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        weights.save(folder, params, self.params_shape(), self.weights_name, max_shard_bytes)
+        write_json(folder / "config.json", self.saved_config(params))
 
     def save_config(self, save_directory: str | Path) -> None:
         """Write config.json alone.

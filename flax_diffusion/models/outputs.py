@@ -45,6 +45,17 @@ class FlaxUNet2DConditionOutput(ModelOutput):
 
 
 @flax.struct.dataclass
+class FlaxTransformer2DModelOutput(ModelOutput):
+    """Output of FlaxDiTTransformer2DModel.
+
+    Attributes:
+        sample: Prediction, (B, out_channels, H, W), in the model's dtype.
+    """
+
+    sample: jax.Array
+
+
+@flax.struct.dataclass
 class FlaxControlNetOutput(ModelOutput):
     """Output of FlaxControlNetModel: what the UNet adds to its own.
 

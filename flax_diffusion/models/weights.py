@@ -139,7 +139,7 @@ def save(
     _check_params(params, template)
     shards: list[dict[str, np.ndarray]] = [{}]
     used = total = 0
-    for name, array in to_torch(params):
+    for name, array in weight_files.with_copies(to_torch(params)):
         if shards[-1] and used + array.nbytes > max_shard_bytes:
             shards.append({})
             used = 0

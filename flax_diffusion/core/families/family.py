@@ -15,6 +15,12 @@ if TYPE_CHECKING:
 GROUP = "flax_diffusion.core"
 
 
+CLASS_LABELS = "class_labels"
+"""Name of the class indices in a batch, int32 (B,)."""
+NOTHING = [None, None]
+"""How model_index.json says that a part is not there."""
+
+
 class Role(StrEnum):
     """What a model does in a pipeline."""
 
@@ -22,6 +28,14 @@ class Role(StrEnum):
     AUTOENCODER = "autoencoder"
     TEXT_ENCODER = "text encoder"
     CONTROL = "control network"
+
+
+def _own_channels(component: Component) -> tuple[int, int]:
+    return component["in_channels"], component["out_channels"]
+
+
+def _halvings(component: Component) -> int:
+    return 2 ** (len(component["down_block_types"]) - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,12 +48,22 @@ class ModelClass:
         library: That has the PyTorch class.
         schema: A class whose annotations are the config keys that are read before there is a model, and whose
             attributes are their defaults, as in the library.
+        noun: What it is called in messages.
+        former_names: Names that the class had in older files.
+        former_keys: Config keys of such files that a model of this class has not.
+        channels: Returns, of a denoiser, the channels of the sample that it takes, and those that it predicts.
+        divides_by: Returns, of a denoiser, the number of which height and width of the sample are multiples.
     """
 
     name: str
     role: Role
     library: Literal["diffusers", "transformers"] = "diffusers"
     schema: type
+    noun: str = "UNet"
+    former_names: tuple[str, ...] = ()
+    former_keys: Collection[str] = ()
+    channels: Callable[[Component], tuple[int, int]] = _own_channels
+    divides_by: Callable[[Component], int] = _halvings
 
 
 @dataclass(frozen=True, kw_only=True)

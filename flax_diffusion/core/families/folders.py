@@ -27,6 +27,10 @@ _LISTED_AS = "_listed_as"
 def model_config(values: dict[str, Any]) -> dict[str, Any]:
     """Return what a config.json says of the model itself, without notes of the program that wrote it."""
     left_out = FLAX_ONLY_KEYS
+    models = [model for family in FAMILIES.values() for model in family.models.values()]
+    former = {name: model for model in models for name in model.former_names}
+    if (model := former.get(str(values.get("_class_name")))) is not None:
+        left_out = left_out.union(model.former_keys)
     if values.get("_class_name") == "FlaxControlNetModel":
         left_out |= {"sample_size", "dropout"}  # which PyTorch's class has not
     return {key: value for key, value in values.items() if not key.startswith("_") and key not in left_out}

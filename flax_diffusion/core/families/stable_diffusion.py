@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.families import stable_diffusion_names
 from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
-from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, PipelineClass, Role, SingleFileLayout
+from flax_diffusion.core.families.family import (
+    FAMILIES,
+    NOTHING,
+    Family,
+    ModelClass,
+    PipelineClass,
+    Role,
+    SingleFileLayout,
+)
 from flax_diffusion.core.typed import Count, Size
 
 if TYPE_CHECKING:
@@ -145,8 +153,6 @@ def check_drawing(spec: PipelineSpec) -> None:
         )
 
 
-NOTHING = [None, None]
-"""How model_index.json says that a part is not there."""
 _PARTS = {"text_encoder": CLIP_TEXT, "unet": UNET_2D_CONDITION, "vae": AUTOENCODER_KL}
 _TOKENIZERS = {"tokenizer": "text_encoder"}
 _SCHEDULER = {"steps_offset": 1}

@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING, Any
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.families import stable_diffusion_names
 from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
-from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, PipelineClass, Role, SingleFileLayout
+from flax_diffusion.core.families.family import (
+    FAMILIES,
+    NOTHING,
+    Family,
+    ModelClass,
+    PipelineClass,
+    Role,
+    SingleFileLayout,
+)
 from flax_diffusion.core.families.stable_diffusion import (
     CLIP_TEXT,
     CONTROLNET,
-    NOTHING,
     UNET_2D_CONDITION,
     CLIPTextSchema,
     check_control,

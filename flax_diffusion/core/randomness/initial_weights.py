@@ -14,12 +14,17 @@ from flax_diffusion.core.randomness.streams import Stream, example_rng
 
 ZERO = re.compile(r"controlnet_(down_blocks|mid_block|cond_embedding\.conv_out)\b")
 """Names of layers that start at zero: a new ControlNet changes nothing (Zhang et al. 2023, equation 3)."""
+DIT_ZERO = re.compile(r".*\.norm1\.linear\.|proj_out_[12]\.")
+DIT_NORMAL = re.compile(r".*\.norm1\.emb\.")
+"""Names of a DiT's layers that start at zero, so that new blocks change nothing, and that are drawn from N(0, 0.02²); the
+others are uniform within ±√(6 / (fan_in + fan_out)). From the code of Peebles and Xie, section 3.2 of whose paper,
+https://arxiv.org/abs/2212.09748, says why."""
 
 
 def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:
     """Draw a parameter: PyTorch's default distribution for kernels and embeddings, zero for biases, one for scales.
 
-    A ControlNet's zero convolutions are zero.
+    A ControlNet's zero convolutions are zero. A DiT is drawn as in its paper: see `DIT_ZERO`.
 
     Args:
         seed: Seed of the run.
@@ -34,7 +39,8 @@ def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tupl
     Reference:
         torch.nn.Linear and Conv2d (uniform within ±1/√fan_in); `normal_std` for the normal distributions.
     """
-    if name.endswith("bias") or ZERO.match(name):
+    is_dit = kind.startswith("DiT")
+    if name.endswith("bias") or (DIT_ZERO if is_dit else ZERO).match(name):
         return np.zeros(shape, np.float32)
     if len(shape) == 1:
         return np.ones(shape, np.float32)
@@ -42,7 +48,8 @@ def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tupl
     std = normal_std(kind, config, name)
     if std is not None:
         return rng.standard_normal(shape, np.float32) * np.float32(std)
-    bound = 1 / math.sqrt(math.prod(shape[1:]))
+    fan_in = math.prod(shape[1:])
+    bound = math.sqrt(6 / (fan_in + shape[0])) if is_dit else 1 / math.sqrt(fan_in)
     return (rng.random(shape, np.float32) * 2 - 1) * np.float32(bound)
 
 
@@ -68,6 +75,8 @@ def normal_std(kind: str, config: Mapping[str, Any], name: str) -> float | None:
         torch.nn.Embedding (1); CLIPPreTrainedModel._init_weights of Transformers, which has the embeddings' 0.02
         as a constant, too.
     """
+    if kind.startswith("DiT"):
+        return 0.02 if DIT_NORMAL.match(name) else None
     module = name.split(".")[-2]
     if not kind.startswith("CLIP"):
         return 1.0 if module == "class_embedding" else None

@@ -91,6 +91,11 @@ class Component:
         """Whether any part of it trains."""
         return self.training is not Training.NOTHING
 
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels of the sample that a denoiser takes, and those that it predicts."""
+        return self.model.channels(self)
+
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key, getattr(self.model.schema, key, None))
 
@@ -275,20 +280,19 @@ class PipelineSpec:
         if self.vae:
             return (self.vae["latent_channels"], height, width)
         # A denoiser for inpainting takes more than it gives.
-        return (min(self.denoiser[key] for key in ("in_channels", "out_channels")), height, width)
+        return (min(self.denoiser.channels), height, width)
 
     @property
     def fills_in(self) -> bool:
         """Whether the denoiser fills in pictures: it takes the sample, a mask, and what the mask leaves."""
-        denoiser = self.denoiser
-        return denoiser["in_channels"] == 2 * denoiser["out_channels"] + 1
+        given, predicted = self.denoiser.channels
+        return given == 2 * predicted + 1
 
     @property
     def size_factor(self) -> int:
-        """Number of which height and width of a picture are multiples: the VAE halves them, and then the UNet."""
-        denoisers = self.names_of(Role.DENOISER)
-        halvings = len(self.denoiser["down_block_types"]) - 1 if denoisers else 0
-        return self.vae_factor * 2**halvings
+        """Number of which height and width of a picture are multiples: the VAE divides them, and then the denoiser."""
+        denoiser = self._part(Role.DENOISER)
+        return self.vae_factor * (denoiser.model.divides_by(denoiser) if denoiser else 1)
 
 
 def open_pipeline(source: str, revision: str | None = None, variant: str | None = None) -> PipelineSpec:
@@ -387,7 +391,7 @@ def read_component(
     if variant is not None:
         names = model_files.file_names(source, subfolder, revision)
         variant = weight_files.variant_of(names, weight_files.base_name(kind), variant)
-    if found.removeprefix("Flax") != kind:
+    if found.removeprefix("Flax") not in (kind, *model_class(kind).former_names):
         place = f"{source}/{subfolder}" if subfolder else source
         raise WeightsError(f"{place}: holds a {found}, must hold the {kind} that this task needs")
     return Component(

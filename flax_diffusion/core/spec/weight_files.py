@@ -41,6 +41,11 @@ ALIASES: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"\.Conv2d_0\."), ".conv."),
     (re.compile(r"^(embeddings|encoder|final_layer_norm)\."), r"text_model.\1."),  # CLIP of Transformers 5
 )
+COPIED = re.compile(r"^(transformer_blocks)\.(\d+)(\.norm1\.emb\..*)$")
+"""Names of the embedder of time and class, of which each block of a DiT has a copy in files: there is one here, by the
+name of the first block's."""
+BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.norm1\.")
+
 IGNORED = re.compile(r"(^|\.)position_ids$")  # CLIP's buffer 0, 1, 2 …, in files before Transformers 4.31
 
 # Errors of msgpack and NumPy for a file that is not Flax's msgpack.
@@ -114,6 +119,46 @@ def match_names(stored: Iterable[str], known: Iterable[str]) -> dict[str, str]:
         if not (current not in known and IGNORED.search(name)):
             names.setdefault(current, name)
     return names
+
+
+def without_copies(tensors: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+    """Leave the copies of `COPIED` out of the tensors of a file.
+
+    Args:
+        tensors: Tensors by their names in the file.
+        source: The file, for the error.
+
+    Raises:
+        WeightsError: If a copy has other values than the first one.
+    """
+    kept, firsts = {}, {}
+    for name, tensor in tensors.items():
+        match = COPIED.match(name)
+        first = f"{match[1]}.0{match[3]}" if match else name
+        if first == name or first not in tensors:
+            kept[name] = tensor
+            continue
+        if first not in firsts:
+            firsts[first] = tensors[first].array()
+        if tensor.shape != firsts[first].shape or tensor.array().tobytes() != firsts[first].tobytes():
+            raise WeightsError(
+                f"{source}: {first} and {name} differ, and all blocks share them here: use weights whose blocks were "
+                "trained with one embedder of time and class"
+            )
+    return kept
+
+
+def with_copies(arrays: Iterable[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
+    """Return the arrays of a file, sorted by name, where each block has its copy: the inverse of `without_copies`.
+
+    Args:
+        arrays: Arrays by PyTorch name.
+    """
+    own = dict(arrays)
+    blocks = sorted({match[1] for name in own if (match := BLOCK.match(name))})
+    for name in [name for name in own if COPIED.match(name)]:
+        own |= {COPIED.sub(rf"\1.{block}\3", name): own[name] for block in blocks}
+    return sorted(own.items())
 
 
 def base_name(kind: str) -> str:
@@ -198,11 +243,16 @@ def read(folder: Path, base: str, variant: str | None = None) -> tuple[dict[str,
         variant: Variant such as "fp16"; None for the plain files.
 
     Returns:
-        The tensors in PyTorch's layout by their names in the file, and the file or its index.
+        The tensors in PyTorch's layout by their names in the file, without copies, and the file or its index.
 
     Raises:
-        WeightsError: If there is no file that can be read.
+        WeightsError: If there is no file that can be read, or copies of a tensor differ.
     """
+    tensors, file = _read(folder, base, variant)
+    return without_copies(tensors, file), file
+
+
+def _read(folder: Path, base: str, variant: str | None) -> tuple[dict[str, Tensor], Path]:
     single, _, index = file_patterns(base, variant)
     if (folder / single).is_file():
         return _read_safetensors(folder / single), folder / single

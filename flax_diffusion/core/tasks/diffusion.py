@@ -205,10 +205,10 @@ class DiffusionTask(Task[D]):
         denoiser, vae = spec.denoiser, spec.vae
         check_resolution(config.resolution, spec.size_factor)
         self.check_channels(denoiser)
-        if vae and vae["latent_channels"] != denoiser["out_channels"]:
+        if vae and vae["latent_channels"] != (predicted := denoiser.channels[1]):
             raise ConfigError(
-                f"the VAE has {vae['latent_channels']} latent channels, the UNet takes {denoiser['out_channels']}: use "
-                "a pair made for each other"
+                f"the VAE has {vae['latent_channels']} latent channels, the {denoiser.model.noun} takes {predicted}: "
+                "use a pair made for each other"
             )
         check_channels(spec)
         spec.family.check(spec)
@@ -217,11 +217,12 @@ class DiffusionTask(Task[D]):
 
     def check_channels(self, denoiser: Component) -> None:
         """Raise ConfigError for a denoiser that takes or gives something beside the sample."""
-        if denoiser["in_channels"] != denoiser["out_channels"]:
+        given, predicted = denoiser.channels
+        if given != predicted:
             raise ConfigError(
-                f"UNet with in_channels {denoiser['in_channels']} and out_channels {denoiser['out_channels']}: "
-                "inpainting models are trained by text_to_image --inpainting, and learned-variance models cannot be "
-                "trained yet; use a UNet that has both equal"
+                f"{denoiser.model.noun} with in_channels {given} and out_channels {predicted}: inpainting models are "
+                "trained by text_to_image --inpainting, and of models with learned variance only a DiT can be trained; "
+                "use one that has both equal"
             )
 
     def _scheduler(self, kind: str) -> tuple[dict[str, Any], type[Objective]]:
