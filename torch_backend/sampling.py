@@ -6,7 +6,7 @@ All noise is drawn on the host from a generator keyed by (seed, image, step).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -19,7 +19,7 @@ from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.objectives.noise_schedule import timesteps_with_signal
 from flax_diffusion.core.objectives.samplers import SAMPLERS, class_name, with_signal
 from flax_diffusion.core.randomness.streams import sampling_noise
-from flax_diffusion.core.spec.prompts import is_guided, told
+from flax_diffusion.core.spec.prompts import guidance_scales, is_guided, told
 from torch_backend.modules import Modules
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Sampler:
         negative_prompt: str = "",
         batch_size: int = 64,
         extra: Mapping[str, np.ndarray] | None = None,
+        guidance_interval: Sequence[float] = (),
     ) -> Iterator[np.ndarray]:
         """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
@@ -124,29 +125,38 @@ class Sampler:
                 condition = self.modules.condition({name: rows.to(self.device) for name, rows in batch.items()})
                 for name in what.zeroed if guided else ():
                     condition[name][: len(indices)] = 0
-            yield self._draw(condition, indices, num_inference_steps, guidance_scale if guided else None, seed)
+            options = (num_inference_steps, guidance_scale if guided else None, guidance_interval, seed)
+            yield self._draw(condition, indices, *options)
 
     def _draw(
-        self, condition: Any, indices: np.ndarray, steps: int, guidance_scale: float | None, seed: int
+        self,
+        condition: Any,
+        indices: np.ndarray,
+        steps: int,
+        guidance_scale: float | None,
+        guidance_interval: Sequence[float],
+        seed: int,
     ) -> np.ndarray:
         shape = self.modules.spec.sample_shape
         scheduler = self.scheduler
         scheduler.set_timesteps(steps, device=self.device)
         scales = hasattr(scheduler, "scale_model_input")
+        timesteps = scheduler.timesteps.cpu().numpy()
+        weights = guidance_scales(self.modules.spec, timesteps, guidance_scale or 1, guidance_interval)
         drawn = 0
 
         def noise() -> Tensor:
             return torch.from_numpy(sampling_noise(seed, indices, drawn, shape)).to(self.device)
 
         sample = noise() * getattr(scheduler, "init_noise_sigma", 1.0)  # the class of flow matching has none
-        for timestep in scheduler.timesteps:
+        for timestep, weight in zip(scheduler.timesteps, weights.tolist(), strict=True):
             drawn += 1
             model_input = scheduler.scale_model_input(sample, timestep) if scales else sample
             model_input = model_input if guidance_scale is None else torch.cat([model_input, model_input])
             predicted = self.modules.predict(model_input, timestep.expand(len(model_input)), condition).to(sample.dtype)
             if guidance_scale is not None:
                 without, with_prompt = predicted.chunk(2)
-                predicted = without + guidance_scale * (with_prompt - without)
+                predicted = without + weight * (with_prompt - without)
             with HostNoise(noise):
                 sample = scheduler.step(predicted, timestep, sample).prev_sample
         return to_uint8(self.modules, sample)

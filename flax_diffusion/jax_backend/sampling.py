@@ -7,7 +7,7 @@ size, devices or backend.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_diffusion.core.randomness.streams import sampling_noise
-from flax_diffusion.core.spec.prompts import is_guided, told
+from flax_diffusion.core.spec.prompts import guidance_scales, is_guided, told
 from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.jax_backend.processes import to_host
@@ -71,6 +71,7 @@ class Sampler:
         negative_prompt: str = "",
         batch_size: int = 64,
         extra: Mapping[str, np.ndarray] | None = None,
+        guidance_interval: Sequence[float] = (),
     ) -> Iterator[np.ndarray]:
         """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
@@ -85,6 +86,7 @@ class Sampler:
             batch_size: Images drawn at a time; it changes speed and memory, not the pictures.
             extra: What the denoiser is told beside the prompts, by its name in a batch: arrays (prompts, …). None for
                 nothing.
+            guidance_interval: Noise levels between which samples are guided; see `guidance_scales`.
 
         Yields:
             Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
@@ -111,7 +113,8 @@ class Sampler:
                     batch = {name: _doubled(rows, what.away.get(name)) for name, rows in batch.items()}
                 placed = {name: self._put(rows) for name, rows in batch.items()}
                 condition = self._condition(params, placed, zeroed=what.zeroed if guided else ())
-            images = self._draw(params, condition, indices, num_inference_steps, guidance_scale, seed, guided)
+            options = (num_inference_steps, guidance_scale if guided else None, guidance_interval, seed)
+            images = self._draw(params, condition, indices, *options)
             yield to_host(images)[: count - first]
 
     def _told(self, params: Params, batch: Mapping[str, jax.Array], *, zeroed: tuple[str, ...]) -> Any:
@@ -130,23 +133,24 @@ class Sampler:
         condition: Any,
         indices: np.ndarray,
         num_inference_steps: int,
-        guidance_scale: float,
+        guidance_scale: float | None,
+        guidance_interval: Sequence[float],
         seed: int,
-        guided: bool,
     ) -> jax.Array:
         shape = self.modules.spec.sample_shape
         state = self.scheduler.create_state()
         state = self.scheduler.set_timesteps(state, num_inference_steps, shape=(len(indices), *shape))
         timesteps = np.asarray(state.timesteps)
         state = put_replicated(jax.device_get(state), self.mesh)
-        scale = put_replicated(np.float32(guidance_scale), self.mesh)
+        guided = guidance_scale is not None
+        scales = guidance_scales(self.modules.spec, timesteps, guidance_scale or 1, guidance_interval)
         noises = self._noises(seed, indices, shape, len(timesteps))
         sample = next(noises) * np.asarray(state.init_noise_sigma)
         sample = self._put(sample.astype(np.float32))
-        for timestep, noise in zip(timesteps, noises, strict=True):
-            step = put_replicated(timestep, self.mesh)
+        for timestep, scale, noise in zip(timesteps, scales, noises, strict=True):
+            step, weight = (put_replicated(number, self.mesh) for number in (timestep, scale))
             placed = None if noise is None else self._put(noise)
-            state, sample = self._denoise(params, state, sample, step, condition, placed, scale, guided=guided)
+            state, sample = self._denoise(params, state, sample, step, condition, placed, weight, guided=guided)
         return self._finish(params, sample)
 
     def _noises(self, seed: int, indices: np.ndarray, shape: tuple[int, ...], steps: int) -> Iterator[np.ndarray | Any]:

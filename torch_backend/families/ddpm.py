@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from diffusers import AutoencoderKL, UNet2DModel  # pyright: ignore[reportPrivateImportUsage]  (made at run time)
 from torch import Tensor
 
-from flax_diffusion.core.families.family import CLASS_LABELS
+from flax_diffusion.core.data.batches import CLASS_LABELS
 from torch_backend.families.family import FAMILIES, Batch, Family
 
 if TYPE_CHECKING:
@@ -32,7 +32,5 @@ def predict(
 
 FAMILIES.register(
     "ddpm",
-    Family(
-        classes={"UNet2DModel": UNet2DModel, "AutoencoderKL": AutoencoderKL}, condition=condition, predict=predict
-    ),
+    Family(classes={"UNet2DModel": UNet2DModel, "AutoencoderKL": AutoencoderKL}, condition=condition, predict=predict),
 )

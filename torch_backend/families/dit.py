@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from diffusers import AutoencoderKL  # pyright: ignore[reportPrivateImportUsage]  (made at run time)
 from torch import Tensor
 
+from flax_diffusion.core.data.batches import CLASS_LABELS
 from flax_diffusion.core.families.dit import DIT
-from flax_diffusion.core.families.family import CLASS_LABELS
 from torch_backend.dit import DiTTransformer2DModel
 from torch_backend.families.family import FAMILIES, Batch, Family
 

@@ -6,17 +6,18 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.drawing.pictures import OPTIONS, check_given, read_given
-from flax_diffusion.core.errors import ConfigError, nearest_multiples
+from flax_diffusion.core.errors import ConfigError, naming, nearest_multiples
 from flax_diffusion.core.io.files import as_path, replacing
 from flax_diffusion.core.spec.merging import Shapes, with_adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec
@@ -65,6 +66,11 @@ class GenerateConfig(BaseModel):
         ge=0,
         description="Scale of classifier-free guidance. 1 turns it off. None: 7.5 for prompts, 4 for classes.",
     )
+    guidance_interval: list[float] = Field(
+        [],
+        description="Lowest and highest noise level at which samples are guided: shares of the training timesteps, "
+        "from 0 for no noise to 1; of EDM, sigmas. None: all.",
+    )
     scheduler: Literal["ddpm", "ddim", "pndm", "euler", "lms", "dpm++", "flow_match", "edm"] | None = Field(
         None, description="Sampler. None: the pipeline's own."
     )
@@ -74,6 +80,16 @@ class GenerateConfig(BaseModel):
     variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
     output_dir: str = Field("images", description="Folder for the PNG files and the grid.")
     overwrite_output_dir: bool = Field(False, description="Delete the pictures of an earlier call in that folder.")
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> GenerateConfig:
+        levels = self.guidance_interval
+        if levels and (len(levels) != 2 or not 0 <= levels[0] < levels[1]):
+            raise ValueError(
+                f"--guidance_interval {' '.join(map(str, levels))}: give two noise levels, the lower one first, such "
+                "as 0 0.7"
+            )
+        return self
 
 
 def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
@@ -136,7 +152,7 @@ def sampler_options(config: GenerateConfig, spec: PipelineSpec) -> dict[str, Any
     Raises:
         DataError: If a picture cannot be read.
     """
-    names = ("negative_prompt", "num_images", "num_inference_steps", "seed", "batch_size")
+    names = ("negative_prompt", "num_images", "num_inference_steps", "guidance_interval", "seed", "batch_size")
     options = {name: getattr(config, name) for name in names}
     options |= {"prompts": config.prompt or config.class_label, "guidance_scale": _guidance(config, spec)}
     extra = read_given(spec, _pictures(config), len(config.prompt), config.seed)
@@ -150,8 +166,10 @@ def _check_prompts(config: GenerateConfig, spec: PipelineSpec) -> None:
         raise ConfigError(f"--{other}: a {spec.kind} is not told one; drop it")
     if spec.classes and config.negative_prompt:
         raise ConfigError(f"--negative_prompt: a {spec.kind} is told classes, and is guided away from any; drop it")
-    check_prompts(spec, getattr(config, given))
-    is_guided(spec, getattr(config, given), _guidance(config, spec))
+    with naming(f"--{given}") if spec.classes else nullcontext():
+        check_prompts(spec, getattr(config, given))
+    if not is_guided(spec, getattr(config, given), _guidance(config, spec)) and config.guidance_interval:
+        raise ConfigError("--guidance_interval goes with a --guidance_scale above 1: add it, or drop the former")
 
 
 def _guidance(config: GenerateConfig, spec: PipelineSpec) -> float:

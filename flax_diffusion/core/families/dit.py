@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
-from flax_diffusion.core.families.family import FAMILIES, NOTHING, Family, ModelClass, PipelineClass, Role
+from flax_diffusion.core.families.family import FAMILIES, NOTHING, ClassTable, Family, ModelClass, PipelineClass, Role
 from flax_diffusion.core.typed import Count, Size
 
 if TYPE_CHECKING:
@@ -108,6 +108,7 @@ DIT_TRANSFORMER = ModelClass(
     former_keys=FORMER_KEYS,
     channels=_channels,
     divides_by=_patch,
+    sizes=SIZES,
 )
 
 DIT = FAMILIES.register(
@@ -122,6 +123,7 @@ DIT = FAMILIES.register(
                 settings={"id2label": {}},
             )
         },
+        class_table=ClassTable(key="num_embeds_ada_norm", counts_null=False),
         check=_check,
     ),
 )

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 GROUP = "flax_diffusion.core"
 
 
-CLASS_LABELS = "class_labels"
-"""Name of the class indices in a batch, int32 (B,)."""
 NOTHING = [None, None]
 """How model_index.json says that a part is not there."""
 
@@ -53,6 +51,7 @@ class ModelClass:
         former_keys: Config keys of such files that a model of this class has not.
         channels: Returns, of a denoiser, the channels of the sample that it takes, and those that it predicts.
         divides_by: Returns, of a denoiser, the number of which height and width of the sample are multiples.
+        sizes: Configs that have names in the literature.
     """
 
     name: str
@@ -64,6 +63,7 @@ class ModelClass:
     former_keys: Collection[str] = ()
     channels: Callable[[Component], tuple[int, int]] = _own_channels
     divides_by: Callable[[Component], int] = _halvings
+    sizes: Mapping[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,11 +58,6 @@ class Edm(Objective):
         return {"_class_name": cls.schedulers[0], "sigma_data": 0.5, "prediction_type": "epsilon"}
 
     @classmethod
-    def changed(cls, scheduler: Mapping[str, Any], options: EdmOptions) -> dict[str, Any]:
-        """Return the config without changes."""
-        return dict(scheduler)
-
-    @classmethod
     def prediction(cls, scheduler: Mapping[str, Any]) -> str:
         """Return edm. Of Diffusers' two prediction types only epsilon, that of the paper, is known here."""
         found = scheduler.get("prediction_type", "epsilon")
@@ -89,6 +84,11 @@ class Edm(Objective):
             log_mean=options.edm_log_mean, log_std=options.edm_log_std, sigma_data=sigma_data, dtype=dtype
         )  # fmt: skip
 
+    @classmethod
+    def noise_levels(cls, timesteps: np.ndarray, scheduler: Mapping[str, Any]) -> np.ndarray:
+        """Return σ of a sampler's steps, float64 (steps,), of the ln(σ) / 4 that the model is told."""
+        return np.exp(4 * np.asarray(timesteps, np.float64))
+
     def draw(self, rng: np.random.Generator) -> Mixture:
         """Draw one example's mixture."""
         return self.at(math.exp(self.log_mean + self.log_std * rng.standard_normal()))
@@ -98,7 +98,7 @@ class Edm(Objective):
         total = math.hypot(sigma, self.sigma_data)
         c_in, c_out, c_skip = 1 / total, sigma * self.sigma_data / total, (self.sigma_data / total) ** 2
         numbers = (math.log(sigma) / 4, c_in, c_in * sigma, (1 - c_skip) / c_out, -c_skip * sigma / c_out)
-        return Mixture(*(np.asarray(number, self.dtype) for number in (*numbers, 1)))
+        return Mixture.of(*numbers, dtype=self.dtype)
 
 
 OBJECTIVES.register(Edm.name, Edm)

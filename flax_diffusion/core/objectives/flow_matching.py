@@ -70,11 +70,6 @@ class FlowMatching(Objective):
         return dict(scheduler) | ({"shift": options.shift} if options.shift is not None else {})
 
     @classmethod
-    def prediction(cls, scheduler: Mapping[str, Any]) -> str:
-        """Return flow_matching, whose target is always the same."""
-        return cls.name
-
-    @classmethod
     def from_scheduler(
         cls,
         scheduler: Mapping[str, Any],
@@ -116,7 +111,7 @@ class FlowMatching(Objective):
     def at(self, t: float) -> Mixture:
         """Return the mixture of a time in 0..1."""
         numbers = (t * self.num_train_timesteps, 1 - t, t, -1, 1)
-        return Mixture(*(np.asarray(number, self.dtype) for number in (*numbers, 1)))
+        return Mixture.of(*numbers, dtype=self.dtype)
 
 
 OBJECTIVES.register(FlowMatching.name, FlowMatching)

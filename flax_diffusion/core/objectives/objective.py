@@ -7,20 +7,22 @@ numbers, and a train step knows no objective:
     target = target_clean · x + target_noise · ε
     loss   = loss_weights · mean (prediction − target)²
 
-A new objective is one module of this package that registers an `Objective` in `OBJECTIVES`.
+A new objective is one module of this package that registers an `Objective` in `OBJECTIVES`, or a class of the user's.
 """
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from inspect import isabstract
 from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import DTypeLike
 from pydantic import BaseModel
 
-from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.errors import ConfigError, nearest, unknown
 from flax_diffusion.core.registry import Registry
 
 
@@ -43,47 +45,80 @@ class Mixture(NamedTuple):
     target_noise: np.ndarray
     loss_weights: np.ndarray
 
+    @classmethod
+    def of(cls, *numbers: float, dtype: DTypeLike = np.float32) -> Mixture:
+        """Return the mixture of numbers.
+
+        Args:
+            numbers: Its fields in their order; the weight may be left out, for 1.
+            dtype: Dtype of all of them.
+        """
+        weighted = numbers if len(numbers) == len(cls._fields) else (*numbers, 1)
+        return cls(*(np.asarray(number, dtype) for number in weighted))
+
     def clean(self, given: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         """Return the x that an input and a prediction of its target imply, of any shape."""
         share = self.input_clean * self.target_noise - self.input_noise * self.target_clean
         return (self.target_noise * given - self.input_noise * predicted) / share
 
 
+class NoOptions(BaseModel):
+    """Options of an objective that has none."""
+
+
 class Objective(ABC):
-    """Draws the mixtures of examples. Picklable, since loader processes draw too."""
+    """Draws the mixtures of examples. Picklable, since loader processes draw too.
+
+    A new one has a `name`, the `schedulers` that draw from its models, and `draw`:
+
+        class Sphere(Objective):  # the model predicts the velocity on the arc from picture to noise
+            name, schedulers = "sphere", ("FlowMatchEulerDiscreteScheduler",)
+
+            def draw(self, rng):
+                a = rng.random() * np.pi / 2
+                numbers = (2000 * a / np.pi, np.cos(a), np.sin(a), -np.sin(a), np.cos(a))
+                return Mixture.of(*numbers, dtype=self.dtype)
+
+    `--objective my_module:Sphere` trains with it, on both backends. What else is here may be overridden.
+
+    Args:
+        dtype: Dtype of the numbers.
+    """
 
     name: ClassVar[str]
     """The value of --objective."""
-    options: ClassVar[type[BaseModel]]
+    options: ClassVar[type[BaseModel]] = NoOptions
     """The options that go with this objective alone; those of a run have it as a base class."""
     schedulers: ClassVar[tuple[str, ...]]
     """PyTorch's classes of schedulers whose models are trained so; the first is the one that a new model gets."""
 
+    def __init__(self, dtype: DTypeLike = np.float32):
+        self.dtype: Any = dtype
+
     @classmethod
-    @abstractmethod
     def scheduler(cls, options: Any) -> dict[str, Any]:
         """Return the scheduler config of a new model.
 
         Args:
             options: Of the run, which have those of the objective.
         """
+        return {"_class_name": cls.schedulers[0]}
 
     @classmethod
-    @abstractmethod
     def changed(cls, scheduler: Mapping[str, Any], options: Any) -> dict[str, Any]:
         """Return a scheduler config with what the options set over it."""
+        return dict(scheduler)
 
     @classmethod
-    @abstractmethod
     def prediction(cls, scheduler: Mapping[str, Any]) -> str:
         """Return what the model predicts, by the name that Diffusers has for it.
 
         Raises:
             ConfigError: If the scheduler config says what is not known.
         """
+        return cls.name
 
     @classmethod
-    @abstractmethod
     def from_scheduler(
         cls, scheduler: Mapping[str, Any], options: Any, dtype: DTypeLike = np.float32, *, conditional: bool = False
     ) -> Self:
@@ -98,6 +133,20 @@ class Objective(ABC):
         Raises:
             ConfigError: For values that do not go together.
         """
+        return cls(dtype)
+
+    @classmethod
+    def noise_levels(cls, timesteps: np.ndarray, scheduler: Mapping[str, Any]) -> np.ndarray:
+        """Return the noise levels of a sampler's steps, by which users give intervals.
+
+        Args:
+            timesteps: What the model is told at each step, (steps,).
+            scheduler: Config of the scheduler.
+
+        Returns:
+            Shares of the training timesteps, float64 (steps,): 0 for no noise, 1 for nothing else.
+        """
+        return np.asarray(timesteps, np.float64) / scheduler.get("num_train_timesteps", 1000)
 
     @abstractmethod
     def draw(self, rng: np.random.Generator) -> Mixture:
@@ -110,6 +159,37 @@ class Objective(ABC):
 
 OBJECTIVES: Registry[type[Objective]] = Registry("objective", ["flax_diffusion.core.objectives"], "flax_diffusion.core")
 """All objectives by name."""
+
+
+def find(name: str) -> type[Objective]:
+    """Return an objective by name.
+
+    Args:
+        name: Name of one in `OBJECTIVES`, or `module:Class` for a class of the user's own, which is then one of these.
+
+    Raises:
+        ConfigError: If there is none, if its module cannot be imported, or if another one has its name.
+    """
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        if name not in OBJECTIVES:
+            raise unknown("--objective", name, OBJECTIVES)
+        return OBJECTIVES[name]
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except Exception as error:  # whatever the user's module raises
+        raise ConfigError(
+            f"--objective {name}: {module} cannot be imported ({type(error).__name__}: {error}); it must lie in the "
+            "folder that the command is given in, or in PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ConfigError(f"--objective {name}: {module} has no class {attribute} of `Objective`'s; name one")
+    lacking = [one for one in ("name", "schedulers") if not hasattr(found, one)]
+    if lacking or isabstract(found):
+        raise ConfigError(f"--objective {name}: {attribute} has no {' and no '.join(lacking) or 'draw'}; add it")
+    if OBJECTIVES.get(found.name, found) is not found:
+        raise ConfigError(f"--objective {name}: there is another objective of the name {found.name}; rename it")
+    return OBJECTIVES.register(found.name, found)
 
 
 def objective_of(scheduler: Mapping[str, Any]) -> type[Objective]:

@@ -95,3 +95,28 @@ def is_guided(spec: PipelineSpec, prompts: Sequence[str], guidance_scale: float)
             f"--guidance_scale {guidance_scale}: the model has no null class, which guidance leads away from: give 1"
         )
     return guided
+
+
+def guidance_scales(
+    spec: PipelineSpec, timesteps: np.ndarray, scale: float, interval: Sequence[float] = ()
+) -> np.ndarray:
+    """Return the scale of guidance at each step of a sampler.
+
+    Args:
+        spec: The pipeline.
+        timesteps: What the denoiser is told at each step, (steps,).
+        scale: Scale of classifier-free guidance.
+        interval: Lowest and highest noise level at which samples are guided, as `Objective.noise_levels` gives them;
+            empty for all.
+
+    Returns:
+        float32 (steps,): `scale` in the interval, and outside of it 1, which does not guide.
+
+    Reference:
+        Kynkäänniemi et al., https://arxiv.org/abs/2404.07724, equation 6.
+    """
+    scales = np.full(len(timesteps), scale, np.float32)
+    if interval:
+        levels = spec.objective.noise_levels(timesteps, spec.scheduler)
+        scales[(levels < interval[0]) | (levels > interval[1])] = 1
+    return scales

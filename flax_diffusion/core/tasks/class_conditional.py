@@ -152,8 +152,7 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
             components[vae] = frozen_vae(config.vae)
         elif vae is not None and folders.has_part(index, vae):
             components[vae] = pretrained(config, vae, parts[vae], train=False)
-        # The objective asks whether there are classes.
-        return self.pipeline(kind, components, classes=tuple(classes))
+        return replace(self.pipeline(kind, components), classes=tuple(classes))
 
     def _denoiser(self) -> tuple[str, Component, str, dict[str, Any]]:
         """Return the denoiser's component name and config, the class of its pipeline, and a pretrained one's index."""
@@ -171,14 +170,10 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
             return name, pretrained(config, name, model, train=True), self._kind(name, kind), index
         name = "transformer" if config.unet is None else "unet"
         kind = self._kind(name)
-        given = getattr(config, name)
-        model = family_of(kind).pipelines[kind].parts[name]
-        return (
-            name,
-            from_scratch(model.sizes.get(given, given) if isinstance(given, str) else given, f"--{name}", model),
-            kind,
-            {},
-        )
+        model, given = family_of(kind).pipelines[kind].parts[name], getattr(config, name)
+        if isinstance(given, str):
+            given = model.sizes.get(given, given)
+        return name, from_scratch(given, f"--{name}", model), kind, {}
 
     def _kind(self, name: str, found: str | None = None) -> str:
         """Return the class of pipelines with a denoiser, and with an autoencoder where there is one to be.
@@ -228,13 +223,14 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
             return new, found
         if rows is None:
             raise ConfigError(
-                f"the model has no table of classes: its {table.key} is None: add --new_class_embedding, which draws one"
+                f"the model has no table of classes: its {table.key} is None: add --new_class_embedding, which draws "
+                "one"
             )
         numbered = all(name == str(number) for number, name in enumerate(found))
         if len(found) != len(known) and not (numbered and len(found) < len(known)):
             raise ConfigError(
-                f"the data have {len(found)} classes and the model knows {len(known)}: add --new_class_embedding, which "
-                "draws its table of classes anew, or use the data of the model's classes"
+                f"the data have {len(found)} classes and the model knows {len(known)}: add --new_class_embedding, "
+                "which draws its table of classes anew, or use the data of the model's classes"
             )
         if drops and rows == len(known):
             raise ConfigError(
@@ -245,7 +241,7 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
 
     def _classes_of_model(self) -> int | None:
         """Return the number of classes that the config of the model says; None where it says none."""
-        name, denoiser, kind, index = self._denoiser()
+        _, denoiser, kind, index = self._denoiser()
         if self.config.pretrained_model_name_or_path and not self.config.new_class_embedding:
             return len(folders.classes(index, denoiser)) or None
         table = family_of(kind).class_table

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.options import Reads, TrainConfig, also
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import family_of
 from flax_diffusion.core.io import model_files
@@ -22,7 +22,7 @@ from flax_diffusion.core.objectives.ddpm import DdpmOptions
 from flax_diffusion.core.objectives.edm import EdmOptions
 from flax_diffusion.core.objectives.flow_matching import FlowMatchingOptions
 from flax_diffusion.core.objectives.noising import NoiseSpec
-from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, check_options, objective_of
+from flax_diffusion.core.objectives.objective import OBJECTIVES, Objective, check_options, find, objective_of
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, check_variant
 from flax_diffusion.core.tasks.parts import check_channels, check_resolution, sized
 from flax_diffusion.core.tasks.task import Preview, Task
@@ -58,8 +58,8 @@ class DiffusionConfig(EdmOptions, FlowMatchingOptions, DdpmOptions, TrainConfig)
     )
     objective: str | None = Field(
         None,
-        description="Objective: ddpm (epsilon, v_prediction or sample), flow_matching or edm. None: that of the "
-        "scheduler's config.",
+        description="Objective: ddpm (epsilon, v_prediction or sample), flow_matching, edm, or one of your own as "
+        "module:Class. None: that of the scheduler's config.",
     )
     noise_offset: float = Field(0.0, ge=0, description="Strength of the offset that is added to each channel's noise.")
     input_perturbation: float = Field(0.0, ge=0, description="Strength of extra noise on the input. 0.1 is usual.")
@@ -164,11 +164,7 @@ class DiffusionTask(Task[D]):
         return Preview(draw, columns)
 
     def pipeline(
-        self,
-        kind: str,
-        components: dict[str, Component],
-        tokenizers: Mapping[str, CLIPTokenizer] | None = None,
-        classes: tuple[str, ...] = (),
+        self, kind: str, components: dict[str, Component], tokenizers: Mapping[str, CLIPTokenizer] | None = None
     ) -> PipelineSpec:
         """Put a pipeline together and check that its parts can be trained with one another.
 
@@ -176,7 +172,6 @@ class DiffusionTask(Task[D]):
             kind: Class of the pipeline.
             components: Its models.
             tokenizers: Tokenizers of the prompts by name; None where there are none.
-            classes: Names of the classes that the denoiser is told; empty where it is told none.
 
         Raises:
             ConfigError: If they cannot.
@@ -190,7 +185,6 @@ class DiffusionTask(Task[D]):
             scheduler=scheduler,
             resolution=config.resolution,
             tokenizers=tokenizers or {},
-            classes=classes,
             objective_name=None if objective is objective_of(scheduler) else objective.name,
         )
         own = spec.denoiser["sample_size"] if config.pretrained_model_name_or_path else None
@@ -231,9 +225,7 @@ class DiffusionTask(Task[D]):
         The config is that of the options, of the pretrained model, or of the objective where it is ours to choose.
         """
         config = self.config
-        if config.objective is not None and config.objective not in OBJECTIVES:
-            raise unknown("--objective", config.objective, OBJECTIVES)
-        asked = OBJECTIVES[config.objective] if config.objective else None
+        asked = find(config.objective) if config.objective else None
         if config.noise_scheduler is not None:
             # A mapping without a class is one of the objective's own.
             default = (asked or OBJECTIVES[DEFAULT_OBJECTIVE]).schedulers[0]

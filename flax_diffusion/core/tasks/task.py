@@ -198,14 +198,9 @@ class Task(ABC, Generic[C]):
 
 
 _MODULES = (
-    "unconditional",
-    "text_to_image",
-    "dreambooth",
-    "textual_inversion",
-    "controlnet",
+    "unconditional", "class_conditional", "text_to_image", "dreambooth", "textual_inversion", "controlnet",
     "autoencoder",
-    "class_conditional",
-)
+)  # fmt: skip
 
 TASKS: Registry[type[Task[TrainConfig]]] = Registry(
     "task", [f"flax_diffusion.core.tasks.{name}" for name in _MODULES], GROUP

@@ -75,8 +75,8 @@ class UnconditionalTask(DiffusionTask[UnconditionalConfig]):
             unet = from_scratch(TUTORIAL_UNET if config.unet is None else config.unet, "--unet", UNET_2D)
         if unet["num_class_embeds"] is not None:
             raise ConfigError(
-                f"UNet with num_class_embeds {unet['num_class_embeds']}: is told the class of each picture; train it by "
-                "the task class_conditional"
+                f"UNet with num_class_embeds {unet['num_class_embeds']}: is told the class of each picture; train it "
+                "by the task class_conditional"
             )
         components = {"unet": unet}
         if config.vae:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flax_diffusion.core.families.family import CLASS_LABELS
+from flax_diffusion.core.data.batches import CLASS_LABELS
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxUNet2DModel
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from flax_diffusion.core.data.batches import CLASS_LABELS
 from flax_diffusion.core.families.dit import DIT
-from flax_diffusion.core.families.family import CLASS_LABELS
 from flax_diffusion.jax_backend.families.family import FAMILIES, Batch, Family, Params
 from flax_diffusion.models import FlaxAutoencoderKL, FlaxDiTTransformer2DModel
 
@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key, Num
 
 
-def condition(
-    modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None = None
-) -> Int[Array, " B"]:
+def condition(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None = None) -> Int[Array, " B"]:
     """Return the class indices (B,) of a batch; a dropped label is the number of classes there."""
     return batch[CLASS_LABELS]
 

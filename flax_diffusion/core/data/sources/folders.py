@@ -77,8 +77,8 @@ class FolderSource:
         """
         if column is not None and not self.metadata:
             raise DataError(
-                f"--label_column {column}: {self.root} has no metadata.jsonl or metadata.csv; leave it out, and put the "
-                "pictures of each class into a folder"
+                f"--label_column {column}: {self.root} has no metadata.jsonl or metadata.csv; leave it out, and put "
+                "the pictures of each class into a folder"
             )
         found = read_labels(self.root, self.metadata, self.image_column, column)
         if found is None:

@@ -159,7 +159,7 @@ def of_rows(found: Mapping[str, Any], files: Sequence[str], root: Path, column: 
     missing = [file for file in files if found.get(file) is None]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(files)} pictures in {root} have no {column}: {first_few(missing)}; add it to their "
-            "rows, or remove the pictures"
+            f"{len(missing)} of {len(files)} pictures in {root} have no {column}: {first_few(missing)}; add it to "
+            "their rows, or remove the pictures"
         )
     return Labels([found[file] for file in files], None)
