@@ -38,7 +38,7 @@ def test_eight_devices_equal_one(one_device, data, fsdp):
     kernel = state.params["unet"]["conv_in"]["kernel"]
     moment = state.opt_state[0].mu["unet"]["conv_in"]["kernel"]
     assert kernel.addressable_shards[0].data.size * fsdp == kernel.size
-    for leaf in (moment, state.ema["unet"]["conv_in"]["kernel"]):
+    for leaf in (moment, state.ema["ema"]["unet"]["conv_in"]["kernel"]):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size
     assert exchanged(backend) < 2.5 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
 
