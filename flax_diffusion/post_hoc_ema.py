@@ -1,4 +1,4 @@
-"""Averages of weights chosen after training: `python -m flax_diffusion.post_hoc_ema RUN --sigma_rel S --output_dir DIR`.
+"""Averages chosen after training: `python -m flax_diffusion.post_hoc_ema RUN --sigma_rel S --output_dir DIR`.
 
 It sums the snapshots that a run with --ema_sigma_rels and --ema_snapshot_steps has kept. It needs NumPy alone.
 """

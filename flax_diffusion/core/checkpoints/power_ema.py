@@ -12,6 +12,9 @@ one whose profile Σ xᵢ p_γᵢ,tᵢ comes closest to that of the average:
     A x = b        Aᵢⱼ = ⟨pᵢ, pⱼ⟩, bᵢ = ⟨pᵢ, p⟩                                                     (4)
     ⟨p_γ,t, p_δ,u⟩ = (γ + 1)(δ + 1) / ((γ + δ + 1) u) · (t / u)^δ        for t ≤ u                  (5)
 
+In the paper's networks the length of weights makes no difference. Elsewhere it does, so x is divided by its sum, which
+is 1 where the profiles match.
+
 Reference:
     Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, https://arxiv.org/abs/2312.02696,
     section 3 and appendix C.
@@ -55,7 +58,7 @@ def decay_of(exponent: float, step: int) -> float:
 
 
 def combination(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) -> tuple[np.ndarray, float]:
-    """Solve (4) for an average that was not kept.
+    """Solve (4) for an average that was not kept, and divide the factors by their sum.
 
     Args:
         kept: Relative width and optimizer step of each snapshot.
@@ -72,6 +75,7 @@ def combination(kept: Sequence[tuple[float, int]], sigma_rel: float, step: int) 
     gram, wanted, norm = products[:-1, :-1], products[:-1, -1], float(products[-1, -1])
     lengths = np.sqrt(np.diag(gram))  # profiles of length 1 have the better conditioned matrix
     factors = np.linalg.lstsq(gram / np.outer(lengths, lengths), wanted / lengths, rcond=None)[0] / lengths
+    factors /= factors.sum()
     rest = norm + float(factors @ (gram @ factors - 2.0 * wanted))
     return factors, math.sqrt(max(0.0, rest / norm))
 
