@@ -104,6 +104,14 @@ def test_every_large_array_is_divided(published, data, fsdp):
         assert held <= 1.05 * sum(leaf.size for leaf in leaves) / count
 
 
+def test_several_averages_are_divided_over_all_devices():
+    _, backend = losses(8, fsdp_parallelism=4, max_train_steps=2, ema_decays=[0.9], ema_sigma_rels=[0.1])
+    assert [*backend.state.ema] == ["ema_0.9", "ema_sigma_rel_0.1"]
+    for average in backend.state.ema.values():
+        leaf = average["unet"]["conv_in"]["kernel"]
+        assert leaf.addressable_shards[0].data.size * 8 == leaf.size
+
+
 def test_a_mesh_that_does_not_fit():
     with pytest.raises(
         ConfigError, match="fsdp 3 does not fit 8 devices: --fsdp_parallelism must be one of 1, 2, 4, 8"

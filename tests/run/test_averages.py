@@ -16,6 +16,7 @@ from flax_diffusion.core.checkpoints import portable, snapshots
 from flax_diffusion.core.checkpoints.power_ema import combination, decay_of, exponent_of
 from flax_diffusion.core.cli.command_line import merge
 from flax_diffusion.core.errors import CheckpointError, ConfigError, UserError
+from flax_diffusion.core.io.model_files import safetensors_metadata
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.rates import ema_decays
 from flax_diffusion.core.spec.merging import checkpoint_arrays
@@ -351,6 +352,7 @@ def test_what_half_precision_does_not_hold_stays_wide(tmp_path):
     snapshots.combine(snapshots.find(tmp_path), np.array([0.25, 0.5]), tmp_path / "out")
     made = load_file(tmp_path / "out/x.safetensors")
     assert made["big"].tolist() == [7e4, 1]  # the same in both
+    assert safetensors_metadata(tmp_path / "out/x.safetensors") == {"format": "pt", "rank": "4"}
     assert made["small"].tolist() == [1.75, 3.5]
     assert made["ids"].tolist() == [0, 1, 2]
     assert made["small"].dtype == np.float32
