@@ -1,5 +1,6 @@
 """Several moving averages: their decays, both backends, resuming, what is written, and choices after training."""
 
+import errno
 import importlib
 import json
 import re
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from diffusers import DDPMPipeline, StableDiffusionPipeline
+from recorder import Idle
 from safetensors.numpy import load_file
 from tiny import ONE_BLOCK, RUN, pictures, stable_diffusion
 
@@ -19,6 +21,7 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, UserError
 from flax_diffusion.core.io.model_files import safetensors_metadata
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.rates import ema_decays
+from flax_diffusion.core.run.saving import Saver
 from flax_diffusion.core.spec.merging import checkpoint_arrays
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
@@ -337,6 +340,19 @@ def test_going_back_deletes_later_snapshots(tmp_path):
     assert [one.step for one in snapshots.find(tmp_path)] == [2, 6]
     snapshots.forget_after(tmp_path, 5)
     assert [path.name for path in (tmp_path / snapshots.FOLDER / "sigma_rel_0.05").iterdir()] == ["step-2"]
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    def full(folder):
+        (folder / "half").write_text("done")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    says = r"--ema_sigma_rels 0\.05 at step 4 could not be kept in .*ema_snapshots: No space left on device; no check"
+    with pytest.raises(CheckpointError, match=says):
+        Saver(Idle(), tmp_path, None).keep_average(0.05, 4, scratch, full)
+    assert not scratch.exists()
 
 
 def test_what_half_precision_does_not_hold_stays_wide(tmp_path):
