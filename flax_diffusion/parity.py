@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -87,7 +87,7 @@ def difference(ours: Arrays, theirs: Arrays, kind: str, leave_out: re.Pattern[st
     Args:
         ours: Arrays of one backend, by portable name.
         theirs: Arrays of the other backend.
-        kind: `params` or `ema`.
+        kind: `params`, or the name of a moving average.
         leave_out: Pattern of names to leave out; None for none.
     """
     models: dict[str, list[str]] = {}
@@ -159,7 +159,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
             with assembly.make_loader(task, spec, source, schedule, **options) as loader:
                 for done, batch in enumerate(loader):
                     leave_out = NO_GRADIENT if dtype == "float32" else None
-                    yield _row(backends, batch, done, rate(done), rates.ema_decay(config, done), leave_out)
+                    yield _row(backends, batch, done, rate(done), rates.ema_decays(config, done), leave_out)
 
 
 def _row(
@@ -167,10 +167,10 @@ def _row(
     batch: Batch,
     done: int,
     rate: float,
-    decay: float,
+    decays: Mapping[str, float],
     leave_out: re.Pattern[str] | None,
 ) -> Row:
-    ours, theirs = (backend.read(backend.train_step(backend.put(batch), rate, decay)) for backend in backends)
+    ours, theirs = (backend.read(backend.train_step(backend.put(batch), rate, decays)) for backend in backends)
     a, b = (backend.state_arrays() for backend in backends)
     return Row(
         done + 1,
@@ -179,7 +179,7 @@ def _row(
         ours["grad_norm"],
         theirs["grad_norm"],
         difference(a, b, "params", leave_out),
-        difference(a, b, "ema", leave_out),
+        max((difference(a, b, average, leave_out) for average in decays), default=0.0),
     )
 
 

@@ -32,7 +32,8 @@ def losses(devices, **options):
         accumulation=schedule.accumulation, num_steps=config.max_train_steps,
     )  # fmt: skip
     with loader:
-        metrics = [backend.train_step(backend.put(batch), 1e-3, 0.9) for batch in loader]
+        decays = dict.fromkeys(config.averages, 0.9)
+        metrics = [backend.train_step(backend.put(batch), 1e-3, decays) for batch in loader]
     assert backend.program.step._cache_size() == 1, "the step compiled more than once"
     return np.array([backend.read(m)["loss"] for m in metrics]), backend
 

@@ -67,6 +67,7 @@ class TorchBackend:
         self._scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler)) if spec.scheduler else None
         self._state_names = OPTIMIZERS[config.optimizer].state(config)
         self.count = self.steps = 0
+        self.average: str | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="state")
         self._writing: Future[None] | None = None
         self._host_copy: dict[str, Tensor] = {}  # of the state, on the host
@@ -95,10 +96,16 @@ class TorchBackend:
         self.optimizer: Any
         self.loss, self.optimizer = self.accelerator.prepare(loss, optimizer)
         self.placement = placement_of(self.accelerator, self.optimizer)
-        self.ema: dict[str, Tensor] | None = None
-        if config.use_ema:
-            self.ema = {name: p.detach().clone() for name, p in self._parameters().items()}
-        return sum(parameter.numel() for parameter in self._parameters().values())
+        parameters = self._parameters()
+        self.averages = {
+            average: {name: p.detach().clone() for name, p in parameters.items()} for average in config.averages
+        }
+        return sum(parameter.numel() for parameter in parameters.values())
+
+    @property
+    def ema(self) -> dict[str, Tensor] | None:
+        """The moving average that samples and exports take, by portable name; None for none."""
+        return self.averages[self.average or self.config.averages[0]] if self.averages else None
 
     def _parameters(self) -> dict[str, Tensor]:
         """Return the trained parameters by portable name, such as unet/conv_in.weight."""
@@ -122,7 +129,9 @@ class TorchBackend:
         kind = self.dtype if tensor.is_floating_point() else torch.int64
         return tensor.to(self.device, kind, non_blocking=True)
 
-    def train_step(self, batch: list[dict[str, Tensor]], learning_rate: float, ema_decay: float) -> dict[str, Tensor]:
+    def train_step(
+        self, batch: list[dict[str, Tensor]], learning_rate: float, ema_decays: Mapping[str, float]
+    ) -> dict[str, Tensor]:
         """Take one optimizer step."""
         scale = self.placement.loss_scale()
         for group in self.optimizer.param_groups:
@@ -152,8 +161,8 @@ class TorchBackend:
         self.steps += 1
         if not (skipped or self.accelerator.optimizer_step_was_skipped):
             self.count += 1
-            if self.ema is not None:
-                update_ema(self.ema, self._parameters(), ema_decay)
+            for average, weights in self.averages.items():
+                update_ema(weights, self._parameters(), ema_decays[average])
         metrics = {"loss": mean, "grad_norm": norm}
         if scale is not None:
             metrics["loss_scale"] = torch.tensor(scale.scale)
@@ -179,8 +188,8 @@ class TorchBackend:
             yield f"params/{name}", self.placement.weight(parameter).detach()
             for key, value in self.placement.moments(parameter).items():
                 yield f"{self._state_names.get(key, key)}/{name}", value.detach()
-            if self.ema is not None:
-                yield f"ema/{name}", whole(self.ema[name])
+            for average, weights in self.averages.items():
+                yield f"{average}/{name}", whole(weights[name])
 
     def _scalars(self) -> portable.Arrays:
         scalars: portable.Arrays = {"count": np.asarray(self.count, np.int32)}
@@ -194,7 +203,7 @@ class TorchBackend:
         """Load a state on every process: the inverse of `state_arrays`."""
         self.count, self.steps = int(arrays["count"]), step
         # Every process takes the same order, because each `put` is a collective operation.
-        kinds = sorted({name.partition("/")[0] for name in arrays if "/" in name} - {"params", "ema"})
+        kinds = sorted({name.partition("/")[0] for name in arrays if "/" in name} - {"params", *self.averages})
         torch_keys = {
             kind: next((key for key, short in self._state_names.items() if short == kind), kind) for kind in kinds
         }
@@ -205,8 +214,8 @@ class TorchBackend:
                 if f"{kind}/{name}" in arrays
             }
             self.placement.put(parameter, torch.tensor(arrays[f"params/{name}"]), moments, self.count)
-            if self.ema is not None:
-                self.ema[name].copy_(divided_as(self.ema[name], torch.tensor(arrays[f"ema/{name}"])))
+            for average, weights in self.averages.items():
+                weights[name].copy_(divided_as(weights[name], torch.tensor(arrays[f"{average}/{name}"])))
         if "loss_scale" in arrays:
             self.placement.set_loss_scale(LossScale(float(arrays["loss_scale"]), int(arrays["good_steps"])))
 
@@ -230,8 +239,8 @@ class TorchBackend:
     def state_bytes(self) -> int:
         """Return the bytes of weights, moments and averages over all processes."""
         moments = len(self._state_names) * (1 if self.config.use_8bit_adam else 4)
-        average = self.ema is not None
-        return sum(p.numel() * (p.element_size() * (1 + average) + moments) for p in self._parameters().values())
+        kept = 1 + len(self.averages)
+        return sum(p.numel() * (p.element_size() * kept + moments) for p in self._parameters().values())
 
     def wait(self) -> None:
         """Wait until the last save is written."""
@@ -259,7 +268,7 @@ class TorchBackend:
 
     def check(self, folder: Path) -> None:
         """Compare a checkpoint of either backend with the state."""
-        kinds = ["params", *self._state_names.values(), *(["ema"] if self.ema is not None else [])]
+        kinds = ["params", *self._state_names.values(), *self.averages]
         want = {f"{kind}/{name}": tuple(p.shape) for kind in kinds for name, p in self._parameters().items()}
         want |= dict.fromkeys(self._scalars(), ())
         shapes = portable.shapes(folder)

@@ -57,12 +57,14 @@ class Backend(Protocol):
         process_index: Index of this process, from 0.
         process_count: Number of processes in the run.
         device_count: Number of devices over all processes; the batch is divided over them.
+        average: Name of the moving average that samples and exports take; None for the main one.
     """
 
     command: str
     process_index: int
     process_count: int
     device_count: int
+    average: str | None
 
     @staticmethod
     def check_options(config: TrainConfig) -> None:
@@ -81,13 +83,13 @@ class Backend(Protocol):
         """Start the copy of a host batch to the devices, and return a handle for `train_step`."""
         ...
 
-    def train_step(self, batch: Any, learning_rate: float, ema_decay: float) -> Any:
+    def train_step(self, batch: Any, learning_rate: float, ema_decays: Mapping[str, float]) -> Any:
         """Start one optimizer step without waiting for it.
 
         Args:
             batch: A handle from `put`.
             learning_rate: Learning rate of this step.
-            ema_decay: Decay of the moving average at this step.
+            ema_decays: Decays of the moving averages at this step, by name.
 
         Returns:
             A handle for `read`.

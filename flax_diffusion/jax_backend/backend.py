@@ -87,6 +87,7 @@ class JaxBackend:
         self._posterior = jax.jit(self.modules.posterior)
         self._decode = jax.jit(functools.partial(to_uint8, self.modules))
         self._checkpointer: ocp.AsyncCheckpointer | None = None
+        self.average: str | None = None
         self.state: TrainState
         self.frozen: Params
 
@@ -157,10 +158,13 @@ class JaxBackend:
             }
         return put_batch(wanted, self.mesh)
 
-    def train_step(self, batch: dict[str, jax.Array], learning_rate: float, ema_decay: float) -> dict[str, jax.Array]:
+    def train_step(
+        self, batch: dict[str, jax.Array], learning_rate: float, ema_decays: Mapping[str, float]
+    ) -> dict[str, jax.Array]:
         """Dispatch the compiled step."""
         real = np.promote_types(self.dtype, np.float32).type
-        rates = put_replicated({"learning_rate": real(learning_rate), "ema_decay": real(ema_decay)}, self.mesh)
+        decays = {name: real(decay) for name, decay in ema_decays.items()}
+        rates = put_replicated({"learning_rate": real(learning_rate), "ema_decays": decays}, self.mesh)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.program.step(self.state, self.frozen, batch, rates)
         return metrics
@@ -180,7 +184,9 @@ class JaxBackend:
             self._checkpointer = ocp.AsyncCheckpointer(_checkpoint_handler())
         self._checkpointer.save(
             absolute(folder),
-            args=ocp.args.Composite(state=ocp.args.PyTreeSave(self.state), metadata=ocp.args.JsonSave(metadata)),
+            args=ocp.args.Composite(
+                state=ocp.args.PyTreeSave(self.state.stored()), metadata=ocp.args.JsonSave(metadata)
+            ),
         )
 
     def state_bytes(self) -> int:
@@ -207,13 +213,13 @@ class JaxBackend:
     def check(self, folder: Path) -> None:
         """Compare a checkpoint of either backend and of any mesh with the state."""
         if portable.is_portable(folder):
-            leaves = jax.tree_util.tree_flatten_with_path(self.state)[0]
+            leaves = jax.tree_util.tree_flatten_with_path(self.state.stored())[0]
             own = ((_keys(path), np.broadcast_to(np.float32(0), leaf.shape)) for path, leaf in leaves)
             want = {name: array.shape for name, array in portable.from_tree(own).items()}
             check_same_shapes(portable.shapes(folder), want, folder)
         else:
             with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
-                _check_same_tree(checkpointer, folder, self.state)
+                _check_same_tree(checkpointer, folder, self.state.stored())
 
     def restore(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint of either backend onto the shards of this mesh."""
@@ -223,19 +229,19 @@ class JaxBackend:
             self._load(arrays, metadata["step"])
             return metadata
         target = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state.stored()
         )
         state = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
         with ocp.Checkpointer(_checkpoint_handler()) as checkpointer:
             restored = checkpointer.restore(
                 absolute(folder), args=ocp.args.Composite(state=state, metadata=ocp.args.JsonRestore())
             )
-        self.state = restored["state"]
+        self.state = self.state.restored(restored["state"])
         return restored["metadata"]
 
     def state_arrays(self) -> portable.Arrays:
         """Return the whole state as plain arrays on the host, by portable name."""
-        leaves = jax.tree_util.tree_flatten_with_path(to_host(self.state))[0]
+        leaves = jax.tree_util.tree_flatten_with_path(to_host(self.state.stored()))[0]
         return portable.from_tree((_keys(path), leaf) for path, leaf in leaves)
 
     def _load(self, arrays: portable.Arrays, step: int) -> None:
@@ -248,7 +254,7 @@ class JaxBackend:
                 value = from_torch_layout(named[1], value, leaf.ndim)
             return put(np.array(value, leaf.dtype, order="C"), leaf.sharding)
 
-        self.state = jax.tree_util.tree_map_with_path(take, self.state)
+        self.state = self.state.restored(jax.tree_util.tree_map_with_path(take, self.state.stored()))
 
     def sample(
         self,
@@ -301,7 +307,8 @@ class JaxBackend:
                     self.modules.by_name[name].save_files(local, params)
 
     def _exported(self) -> Params:
-        return self.state.params if self.state.ema is None else self.state.ema
+        averages = self.state.ema
+        return self.state.params if averages is None else averages[self.average or self.config.averages[0]]
 
 
 def _keys(path: Any) -> tuple[str, ...]:

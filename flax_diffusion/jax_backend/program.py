@@ -68,7 +68,7 @@ class Program:
         self.exchange = Exchange(mesh, SUM_DTYPES[config.reduce_dtype])
         self.optimizer = make_optimizer(config)
         self.create_state = functools.partial(
-            create_state, optimizer=self.optimizer, use_ema=config.use_ema, fp16=config.mixed_precision == "fp16"
+            create_state, optimizer=self.optimizer, averages=config.averages, fp16=config.mixed_precision == "fp16"
         )
         self._step = functools.partial(
             train_step,
@@ -81,7 +81,7 @@ class Program:
             unroll=mesh.devices.flat[0].platform == "cpu",
             skip_nonfinite=config.skip_nonfinite > 0,
         )
-        self._offload = config.offload_optimizer
+        self._offload, self._averages = config.offload_optimizer, config.averages
 
     def _gathering_layers(self) -> Modules:
         """Return the modules whose layers gather their weights when they are called."""
@@ -130,10 +130,10 @@ class Program:
 
     @property
     def rates(self) -> dict[str, Any]:
-        """Shapes, dtypes and shardings of a step's learning rate and EMA decay."""
+        """Shapes, dtypes and shardings of a step's learning rate and EMA decays."""
         real = jnp.promote_types(self.dtype, jnp.float32)
         scalar = jax.ShapeDtypeStruct((), real, sharding=replicated(self.mesh))
-        return {"learning_rate": scalar, "ema_decay": scalar}
+        return {"learning_rate": scalar, "ema_decays": dict.fromkeys(self._averages, scalar)}
 
     @functools.cached_property
     def step(self) -> Any:

@@ -7,7 +7,7 @@ what is denoised (pixels or latents), L tokens, D text features. Images are (B, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,6 +16,7 @@ import optax
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from flax_diffusion.core.config.options import SINGLE_AVERAGE
 from flax_diffusion.jax_backend.adapters import merge
 from flax_diffusion.jax_backend.exchange import Exchange, dtype_of
 from flax_diffusion.jax_backend.modules import Modules
@@ -42,31 +43,48 @@ class TrainState(struct.PyTreeNode):
         step: Optimizer steps taken, int32 ().
         params: Trained weights by component name, float32.
         opt_state: State of the optimizer.
-        ema: Moving average of the weights; None for none.
+        ema: Moving averages of the weights, by name; None for none.
         loss_scale: Loss scale of fp16; None without it.
     """
 
     step: jax.Array
     params: Params
     opt_state: optax.OptState
-    ema: Params | None
+    ema: dict[str, Params] | None
     loss_scale: LossScale | None
 
+    def stored(self) -> Any:
+        """Return the state in the form of checkpoints, in which a single average has no name."""
+        return (
+            self if self.ema is None or SINGLE_AVERAGE not in self.ema else self.replace(ema=self.ema[SINGLE_AVERAGE])
+        )
 
-def create_state(params: Params, optimizer: optax.GradientTransformation, *, use_ema: bool, fp16: bool) -> TrainState:
-    """Make the state before the first step; the moving average starts as the weights.
+    def restored(self, stored: Any) -> TrainState:
+        """Return the state of a checkpoint, in the form of this one.
+
+        Args:
+            stored: A state in the form of `stored`.
+        """
+        single = self.ema is not None and SINGLE_AVERAGE in self.ema
+        return stored.replace(ema={SINGLE_AVERAGE: stored.ema}) if single else stored
+
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, *, averages: Sequence[str], fp16: bool
+) -> TrainState:
+    """Make the state before the first step; the moving averages start as the weights.
 
     Args:
         params: The trained weights.
         optimizer: The optimizer.
-        use_ema: Whether to keep a moving average.
+        averages: Names of the moving averages to keep.
         fp16: Whether to keep a loss scale.
     """
     return TrainState(
         step=jnp.int32(0),
         params=params,
         opt_state=optimizer.init(params),
-        ema=jax.tree.map(jnp.copy, params) if use_ema else None,
+        ema={name: jax.tree.map(jnp.copy, params) for name in averages} or None,
         loss_scale=LossScale.create() if fp16 else None,
     )
 
@@ -230,7 +248,7 @@ def train_step(
     state: TrainState,
     frozen: Params,
     batch: Batch,
-    rates: dict[str, Float[Array, ""]],
+    rates: dict[str, Any],
     *,
     modules: Modules,
     exchange: Exchange,
@@ -249,7 +267,7 @@ def train_step(
         state: The state, which the caller donates.
         frozen: Weights that do not train.
         batch: Batch of `denoising_loss`, or of the family's own loss, with a leading axis A.
-        rates: Scalars learning_rate and ema_decay.
+        rates: The scalar learning_rate, and ema_decays, a scalar by name of the moving average.
         modules: The pipeline's modules.
         exchange: The devices.
         optimizer: Optimizer of `make_optimizer`, whose update is not yet multiplied by the learning rate.
@@ -279,7 +297,8 @@ def train_step(
     for name, weights in state.params.items():
         rate = rates["learning_rate"] * rate_factors.get(name, 1.0)
         params[name] = jax.tree.map(lambda p, u, rate=rate: p - rate.astype(p.dtype) * u, weights, changes[name])
-    ema = None if state.ema is None else update_ema(state.ema, params, rates["ema_decay"])
+    decays, averages = rates["ema_decays"], state.ema
+    ema = None if averages is None else {name: update_ema(averages[name], params, decays[name]) for name in averages}
     params, ema = where_finite(asked, (params, ema), (state.params, state.ema))
     new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
     metrics = {"loss": loss, "grad_norm": norm}

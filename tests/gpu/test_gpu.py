@@ -69,7 +69,8 @@ def batches(**options):
 
 def steps(backend, several):
     """The numbers of some steps."""
-    handles = [backend.train_step(backend.put(batch), RATE, 0.9) for batch in several]
+    decays = dict.fromkeys(backend.config.averages, 0.9)
+    handles = [backend.train_step(backend.put(batch), RATE, decays) for batch in several]
     return [backend.read(handle) for handle in handles]
 
 

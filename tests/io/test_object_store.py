@@ -10,15 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from fake_gcs import Store
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load, save_file
 from tiny import losses, pictures, stable_diffusion
 
 from flax_diffusion.convert import convert
-from flax_diffusion.core.checkpoints import folders
+from flax_diffusion.core.checkpoints import folders, snapshots
 from flax_diffusion.core.data.images.decoding import decode
 from flax_diffusion.core.data.sources.parquet import open_parquet
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.files import as_path, copy_file, local_copy, move, write_text
+from flax_diffusion.post_hoc_ema import post_hoc_ema
 from flax_diffusion.train import train
 from torch_backend.backend import TorchBackend
 from torch_backend.generate import generate
@@ -141,6 +142,23 @@ def test_what_is_set_aside_is_whole(bucket):
     assert [contents(path / "deep")["state"] for path in aside] == ["state 1", "state 2"]
     folders.clear_leftovers(run)
     assert len(folders.abandoned(run)) == 2
+
+
+def test_averages_chosen_after_training(bucket, tmp_path):
+    """There are no links in a store: what did not train is copied."""
+    run = as_path(f"{bucket}/averaged")
+    write_text(run / "model_index.json", '{"_class_name": "X", "unet": ["a", "b"], "vae": ["a", "b"]}')
+    write_text(run / "vae/config.json", "{}")
+    (tmp_path / "unet").mkdir()
+    for step in (2, 4, 6):
+        save_file({"weight": np.full(3, step, np.float32)}, tmp_path / "unet/x.safetensors", {"format": "pt"})
+        snapshots.write(tmp_path, run, 0.1, step)
+    snapshots.forget_after(run, 4)
+    assert [one.step for one in snapshots.find(run)] == [2, 4]
+    made = post_hoc_ema(str(run), 0.1, f"{bucket}/chosen")
+    assert load((made / "unet/x.safetensors").read_bytes())["weight"].tolist() == pytest.approx([4, 4, 4])
+    assert contents(made / "vae") == {"config.json": "{}"}
+    assert (made / "model_index.json").read_text() == (run / "model_index.json").read_text()
 
 
 def test_a_run_from_store_to_store(bucket, tmp_path):

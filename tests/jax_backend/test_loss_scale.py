@@ -73,7 +73,7 @@ def test_an_overflow_skips_the_step():
                      good_steps=backend.state.loss_scale.good_steps)  # fmt: skip
     backend.state = backend.state.replace(loss_scale=huge)
     before = jax.device_get((backend.state.params, backend.state.opt_state, backend.state.ema))
-    metrics = backend.read(backend.train_step(batch, 1e-3, 0.5))
+    metrics = backend.read(backend.train_step(batch, 1e-3, {"ema": 0.5}))
     after = jax.device_get((backend.state.params, backend.state.opt_state, backend.state.ema))
     assert np.isfinite(metrics["loss"])
     assert not np.isfinite(metrics["grad_norm"])

@@ -38,7 +38,7 @@ def test_eight_devices_equal_one(one_device, data, fsdp):
     kernel = state.params["unet"]["conv_in"]["kernel"]
     moment = state.opt_state[0].mu["unet"]["conv_in"]["kernel"]
     assert kernel.addressable_shards[0].data.size * fsdp == kernel.size
-    for leaf in (moment, state.ema["unet"]["conv_in"]["kernel"]):
+    for leaf in (moment, state.ema["ema"]["unet"]["conv_in"]["kernel"]):
         assert leaf.addressable_shards[0].data.size * 8 == leaf.size
     assert exchanged(backend) < 2.5 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
 
@@ -102,6 +102,14 @@ def test_every_large_array_is_divided(published, data, fsdp):
         shardings = jax.tree.leaves(state_shardings({kind: published}, mesh))
         held = sum(np.prod(one.shard_shape(leaf.shape)) for one, leaf in zip(shardings, leaves, strict=True))
         assert held <= 1.05 * sum(leaf.size for leaf in leaves) / count
+
+
+def test_several_averages_are_divided_over_all_devices():
+    _, backend = losses(8, fsdp_parallelism=4, max_train_steps=2, ema_decays=[0.9], ema_sigma_rels=[0.1])
+    assert [*backend.state.ema] == ["ema_0.9", "ema_sigma_rel_0.1"]
+    for average in backend.state.ema.values():
+        leaf = average["unet"]["conv_in"]["kernel"]
+        assert leaf.addressable_shards[0].data.size * 8 == leaf.size
 
 
 def test_a_mesh_that_does_not_fit():

@@ -11,7 +11,7 @@ from tiny import RUN, TEXT_RUN, UNET, pictures, stable_diffusion
 
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources.opening import open_source
-from flax_diffusion.core.run.rates import ema_decay, learning_rate_schedule
+from flax_diffusion.core.run.rates import ema_decays, learning_rate_schedule
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
@@ -35,9 +35,9 @@ def run_ours(config, spec, source):
     with loader:
         for step, batch in enumerate(loader):
             batches.append(batch)
-            metrics.append(backend.read(backend.train_step(backend.put(batch), rate(step), ema_decay(config, step))))
+            metrics.append(backend.read(backend.train_step(backend.put(batch), rate(step), ema_decays(config, step))))
     final = dict(to_torch(jax.device_get(backend.state.params["unet"])))
-    ema = dict(to_torch(jax.device_get(backend.state.ema["unet"]))) if config.use_ema else None
+    ema = dict(to_torch(jax.device_get(backend.state.ema["ema"]["unet"]))) if config.use_ema else None
     return start, metrics, final, ema, batches
 
 

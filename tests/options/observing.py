@@ -59,9 +59,9 @@ class Recorder(Idle):
         self.batches.append({key: digest(value) for key, value in batch.items()})
         return batch
 
-    def train_step(self, batch, learning_rate, ema_decay):
+    def train_step(self, batch, learning_rate, ema_decays):
         self.steps += 1
-        self.rates.append((learning_rate, ema_decay))
+        self.rates.append((learning_rate, ema_decays))
         return {"loss": 1.0, "grad_norm": 1.0}
 
     def set_step(self, step):
@@ -267,7 +267,8 @@ class Observer:
             for step, batch in enumerate(batches):
                 if step == 2:
                     batch["loss_weights"] = batch["loss_weights"] * np.float32(np.nan)
-                metrics = backend.read(backend.train_step(backend.put(batch), 1e-3, 0.5))
+                decays = dict.fromkeys(config.averages, 0.5)
+                metrics = backend.read(backend.train_step(backend.put(batch), 1e-3, decays))
                 arrays = backend.state_arrays()
                 seen.append((str(metrics), {name: digest(array) for name, array in sorted(arrays.items())}))
         return seen, [parameter.grad is None for parameter in backend.loss.parameters() if parameter.requires_grad]

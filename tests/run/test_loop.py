@@ -16,7 +16,7 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, 
 from flax_diffusion.core.run import output_folder
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.preemption import Preempted, Preemption
-from flax_diffusion.core.run.rates import ema_decay
+from flax_diffusion.core.run.rates import ema_decays
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig, UnconditionalTask
 
@@ -38,9 +38,9 @@ class Recorder(Idle):
     def set_step(self, step):
         self.taken = step
 
-    def train_step(self, batch, learning_rate, ema_decay):
+    def train_step(self, batch, learning_rate, ema_decays):
         self.taken += 1
-        self.rates.append((learning_rate, ema_decay))
+        self.rates.append((learning_rate, ema_decays))
         return {"loss": float("nan") if self.taken in self.nan_at else 1.0, "grad_norm": 1.0}
 
     def save(self, folder, metadata):
@@ -111,7 +111,7 @@ def test_rates(tmp_path):
     seen = run(tmp_path / "a", **options, max_train_steps=4)
     assert [rate for rate, _ in seen.rates] == pytest.approx([0.0, 5e-4, 1e-3, 5e-4])
     config = UnconditionalConfig(**RUN | {"use_ema": True})
-    assert [decay for _, decay in seen.rates] == [ema_decay(config, step) for step in range(4)]
+    assert [decays for _, decays in seen.rates] == [ema_decays(config, step) for step in range(4)]
     scaled = run(tmp_path / "b", **options, max_train_steps=4, scale_lr=True, gradient_accumulation_steps=2)
     assert scaled.rates[2][0] == pytest.approx(16e-3)  # 2 accumulated x 8 images
 

@@ -6,7 +6,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.run.rates import ema_decay, learning_rate_schedule
+from flax_diffusion.core.run.rates import ema_decays, learning_rate_schedule
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 
 
@@ -56,11 +56,11 @@ def test_bad_rules_are_named():
 
 @pytest.mark.parametrize("warmup", [True, False])
 def test_ema_decay_equals_diffusers(warmup):
-    options = config(ema_warmup=warmup, ema_inv_gamma=2.0, ema_power=0.6, ema_max_decay=0.9)
+    options = config(use_ema=True, ema_warmup=warmup, ema_inv_gamma=2.0, ema_power=0.6, ema_max_decay=0.9)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = EMAModel(
             [torch.nn.Parameter(torch.zeros(1))], decay=0.9, use_ema_warmup=warmup, inv_gamma=2.0, power=0.6
         )
     for step in range(200):
-        assert ema_decay(options, step) == pytest.approx(theirs.get_decay(step + 1), abs=1e-15), step
+        assert ema_decays(options, step)["ema"] == pytest.approx(theirs.get_decay(step + 1), abs=1e-15), step

@@ -5,6 +5,7 @@ read here into the same NumPy arrays, with names that belong to no framework:
 
     params/unet/conv_in.weight   a trained weight, by component and PyTorch name, in PyTorch's layout
     ema/…  mu/…  nu/…            its moving average and AdamW's moments
+    ema_0.9999/…                 one of several averages, whose names are `TrainConfig.averages`
     count                        optimizer updates so far (steps that fp16 skipped do not count)
     loss_scale  good_steps       state of fp16's loss scaling
 """
@@ -26,6 +27,8 @@ from flax_diffusion.core.io.untrusted import parse_json, read_text
 
 Arrays = dict[str, np.ndarray]
 
+_NAMED_AVERAGE = "ema_"
+
 ARRAYS, METADATA = "state.safetensors", "metadata.json"
 SCALARS = {("opt_state", "0", "count"): "count", ("loss_scale", "scale"): "loss_scale"}
 SCALARS[("loss_scale", "good_steps")] = "good_steps"
@@ -44,7 +47,11 @@ def portable_name(path: tuple[str, ...]) -> tuple[str, tuple[str, ...]] | None:
         return None
     if path in SCALARS:
         return SCALARS[path], ()
-    kind, component, *inside = path[2:] if path[:2] == ("opt_state", "0") else path
+    if path[:2] == ("opt_state", "0"):
+        path = path[2:]
+    elif path[0] == "ema" and path[1].startswith(_NAMED_AVERAGE):
+        path = path[1:]
+    kind, component, *inside = path
     if inside[-1] in ("codes", "absmax"):  # of 8-bit moments, which keep their own layout
         return f"{kind}_{inside[-1]}/{component}/{torch_name(inside[:-1])}", ()
     return f"{kind}/{component}/{torch_name(inside)}", tuple(inside)

@@ -28,6 +28,13 @@ ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "repeat_step")
 """Options that hold for one start of a run. The run's config.yaml, which reproduces the run, leaves them out."""
 
 
+SINGLE_AVERAGE = "ema"
+"""Name of the moving average of `use_ema` alone, whose weights have no further name in checkpoints."""
+
+MAX_SIGMA_REL = 12**-0.5
+"""Relative width of the power-function average of exponent 0, the mean of all weights so far."""
+
+
 class Reads(Enum):
     """Mark of an option that names an input of the run, which may be a folder or a file on this machine."""
 
@@ -52,6 +59,11 @@ def named_inputs(options: BaseModel) -> Iterator[tuple[str, Reads, str]]:
 def also(*names: str) -> AliasChoices:
     """Return the spellings of a field: first its own name, then those of other Diffusers scripts."""
     return AliasChoices(*names)
+
+
+def average_of(sigma_rel: float) -> str:
+    """Return the name of the power-function average of a relative width."""
+    return f"ema_sigma_rel_{sigma_rel}"
 
 
 class TrainConfig(BaseModel):
@@ -134,6 +146,21 @@ class TrainConfig(BaseModel):
     ema_warmup: bool = Field(False, description="Use the decay 1-(1+n/inv_gamma)^-power instead of (1+n)/(10+n).")
     ema_inv_gamma: float = Field(1.0, gt=0, description="inv_gamma of the warm-up rule.")
     ema_power: float = Field(0.75, gt=0, description="power of the warm-up rule.")
+    ema_decays: list[float] = Field(
+        [],
+        description="Keep a moving average of each of these largest decays, in place of the one of ema_max_decay. "
+        "Previews draw with the first, which is the result; ema/DECAY/ in the run's folder holds each other one.",
+    )
+    ema_sigma_rels: list[float] = Field(
+        [],
+        description="Keep a power-function average of each of these relative widths (EDM2), after those of ema_decays.",
+    )
+    ema_snapshot_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Keep the power-function averages every so many steps and at the end, in 16 bits, for `python -m "
+        "flax_diffusion.post_hoc_ema`.",
+    )
 
     # Precision and memory
     mixed_precision: Literal["no", "bf16", "fp16"] = Field(
@@ -217,6 +244,37 @@ class TrainConfig(BaseModel):
     @classmethod
     def _no_as_yaml_reads_it(cls, value: Any) -> Any:
         return "no" if value is False or value in ("false", "off") else value
+
+    @property
+    def averages(self) -> list[str]:
+        """Names of the moving averages, the main one first; empty without averages."""
+        named = [f"ema_{decay}" for decay in self.ema_decays]
+        named += [average_of(sigma_rel) for sigma_rel in self.ema_sigma_rels]
+        return named or [SINGLE_AVERAGE] * self.use_ema
+
+    @model_validator(mode="after")
+    def _check_averages(self) -> TrainConfig:
+        for name, values, limit in (
+            ("ema_decays", self.ema_decays, 1.0),
+            ("ema_sigma_rels", self.ema_sigma_rels, MAX_SIGMA_REL),
+        ):
+            for value in values:
+                if not 0 < value < limit:
+                    raise ValueError(
+                        f"--{name} {value}: must be greater than 0 and less than {limit:.4g}: give another"
+                    )
+                if values.count(value) > 1:
+                    raise ValueError(f"--{name} {value} is there {values.count(value)} times: give it once")
+        named, largest = self.ema_decays or self.ema_sigma_rels, type(self).model_fields["ema_max_decay"].default
+        if named and self.ema_max_decay != largest:
+            raise ValueError(
+                f"--ema_max_decay {self.ema_max_decay} is the decay of --use_ema alone: put it among --ema_decays"
+            )
+        if self.ema_snapshot_steps and not self.ema_sigma_rels:
+            raise ValueError(
+                "--ema_snapshot_steps keeps power-function averages: add --ema_sigma_rels, such as 0.05 0.1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_buckets(self) -> TrainConfig:

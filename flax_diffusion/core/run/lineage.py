@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core.config.options import ONCE, TrainConfig
+from flax_diffusion.core.config.options import ONCE, SINGLE_AVERAGE, TrainConfig
 from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.images.transforms import ImageTransform, shown_size
 from flax_diffusion.core.data.sources.source import Source
@@ -27,6 +27,7 @@ _MEANING = {
     "base": "the weights of the model that it adapts",
     "lora": "its LoRA",
     "new_tokens": "its new word",
+    "averages": "its moving averages",
 }
 
 
@@ -63,6 +64,8 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
         made["prediction_type"] = spec.prediction_type
         if spec.objective_name is not None:
             made["objective"] = spec.objective_name
+    if config.averages not in ([], [SINGLE_AVERAGE]):
+        made["averages"] = config.averages
     return made | {"num_examples": num_examples, "seed": config.seed, "data": data_digest(source)}
 
 

@@ -13,6 +13,7 @@ import shlex
 import shutil
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import yaml
 from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend
 from flax_diffusion.core.checkpoints import folders
 from flax_diffusion.core.cli import command_line
-from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig
+from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig, average_of
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.errors import NonFiniteError
@@ -30,7 +31,7 @@ from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, wr
 from flax_diffusion.core.io.tracking import Tracker
 from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.preemption import Preempted, Preemption
-from flax_diffusion.core.run.rates import ema_decay
+from flax_diffusion.core.run.rates import ema_decays
 from flax_diffusion.core.run.saving import Saver
 from flax_diffusion.core.run.schedule import make_rate
 from flax_diffusion.core.run.start import MakeBackend, Start, open_inputs, prepare
@@ -104,7 +105,7 @@ class _Run:
         self.main = backend.process_index == 0
         self.rate_of = make_rate(config, start.schedule)
         self.first_step, self.nonfinite_steps = start.step, start.nonfinite_steps
-        self.taken = self.last_saved = start.step
+        self.taken = self.last_saved = self.last_kept = start.step
         self.pending: deque[tuple[int, float, np.ndarray, Any]] = deque()
         parent = folders.identity_of(start.resume_from) if start.resume_from and self.main else None
         self.saver = Saver(backend, output_dir, config.checkpoints_total_limit, parent)
@@ -167,8 +168,8 @@ class _Run:
         with self._loader(step - 1, 1) as loader:
             (batch,) = loader
         self.backend.set_step(step - 1)
-        handle = self.backend.put(batch)
-        metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), 0.0))
+        handle, no_decays = self.backend.put(batch), dict.fromkeys(self.config.averages, 0.0)
+        metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), no_decays))
         names = ", ".join(one["name"] for one in self._examples(batch["example_index"]))
         log.info(
             "the batch of step %d, with the weights of step %d: %s; of %s", step, self.first_step, _said(metrics), names
@@ -195,8 +196,10 @@ class _Run:
         for indices, batch in self._put_ahead(loader):
             done, step = self.taken, self.taken + 1
             rate = self.rate_of(done)
-            self.pending.append((step, rate, indices, self.backend.train_step(batch, rate, ema_decay(config, done))))
+            self.pending.append((step, rate, indices, self.backend.train_step(batch, rate, ema_decays(config, done))))
             self.taken = step
+            if config.ema_snapshot_steps and step % config.ema_snapshot_steps == 0:
+                self._keep_averages()  # before any checkpoint of this step, from which the run would go on without them
             if self.backend.should_stop(self.preemption.requested, step):
                 raise Preempted
             while len(self.pending) > READ_LAG:
@@ -232,6 +235,8 @@ class _Run:
 
     def _finish(self) -> None:
         """Save, export and sample at the end of the run."""
+        if self.config.ema_snapshot_steps and self.taken not in (self.first_step, self.last_kept):
+            self._keep_averages()
         self._save()
         self._export()
         if self.taken > self.first_step or not self.tracker.has_grid(self.taken):
@@ -325,9 +330,33 @@ class _Run:
         self.tracker.grid(step, self.preemption.interruptible(draw), self.preview.columns)
 
     def _export(self) -> None:
-        """Write the result of the run: a pipeline, an autoencoder, or adapters."""
+        """Write the result of the run: a pipeline, an autoencoder, or adapters; and those with the other averages."""
         self._drain()
         self.task.export(self.backend, self.spec, self.source, self.output_dir)
+        for average in self.config.averages[1:]:
+            folder = self.output_dir / output_folder.AVERAGES / average.removeprefix("ema_")
+            with self._with_average(average):
+                self._export_trained(folder)
+            if self.main:
+                writing.complete(folder, self.output_dir)
+
+    @contextmanager
+    def _with_average(self, name: str) -> Iterator[None]:
+        """Have the backend export a moving average by name."""
+        self.backend.average = name
+        try:
+            yield
+        finally:
+            self.backend.average = None
+
+    def _keep_averages(self) -> None:
+        """Keep the power-function averages of this step; losses are read first, as in `_save`."""
+        self._drain()
+        for sigma_rel in self.config.ema_sigma_rels:
+            folder = temporary_folder()
+            with self._with_average(average_of(sigma_rel)):
+                self.saver.keep_average(sigma_rel, self.taken, folder, self._export_trained)
+        self.last_kept = self.taken
 
     def _export_trained(self, folder: Path) -> None:
         """Write the models that train."""

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from flax_diffusion.core.backend import Backend
-from flax_diffusion.core.checkpoints import folders
+from flax_diffusion.core.checkpoints import folders, snapshots
 from flax_diffusion.core.config.options import CONFIG_FILE, Reads, TrainConfig, named_inputs
 from flax_diffusion.core.data.combined import folders_of
 from flax_diffusion.core.errors import CheckpointError, ConfigError, naming
@@ -20,12 +20,14 @@ from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
+AVERAGES = "ema"
+"""Folder for the results with the moving averages that are not the main one."""
 REPLACED = "replaced-run"
 """Folder for an earlier run that is to be overwritten, until the new one has saved a checkpoint."""
 
 _NOTHING, _FAILED = -1, -2  # instead of a step
 
-_RESULTS = ("model_index.json", LORA_FILE, EMBEDDINGS_FILE)
+_RESULTS = ("model_index.json", LORA_FILE, EMBEDDINGS_FILE, snapshots.FOLDER)
 
 
 def check(output_dir: Path, config: TrainConfig) -> None:
@@ -143,7 +145,7 @@ def prepare(output_dir: Path, config: TrainConfig, resume_from: Path | None, bac
     """Make room for a run that is about to begin, once its inputs are open and checked.
 
     An earlier run that is to be overwritten moves to `REPLACED`. Checkpoints that are newer than the one to resume from
-    are set aside. The files of a killed save are deleted.
+    are set aside. Later snapshots of averages, and the files of a killed save, are deleted.
 
     Args:
         output_dir: Folder of the run.
@@ -161,6 +163,7 @@ def prepare(output_dir: Path, config: TrainConfig, resume_from: Path | None, bac
                     folders.abandon(folder).name,
                 )  # fmt: skip
         folders.clear_leftovers(output_dir)
+        snapshots.forget_after(output_dir, folders.step_of(resume_from) if resume_from else 0)
     backend.all_processes(True)
 
 
@@ -168,7 +171,7 @@ def _replace(output_dir: Path, config: TrainConfig) -> None:
     aside = output_dir / REPLACED  # it may hold part of this run, whose move was cut off, or an earlier run
     saved = (folders.committed, folders.damaged, folders.abandoned)
     left = [folder for of_kind in saved for folder in of_kind(output_dir)]
-    left += [output_dir / name for name in (CONFIG_FILE, *_RESULTS, "samples", *sorted(subfolders()))]
+    left += [output_dir / name for name in (CONFIG_FILE, *_RESULTS, "samples", AVERAGES, *sorted(subfolders()))]
     for path in left:
         if path.exists():
             move(path, unused(aside / path.name))

@@ -1,4 +1,4 @@
-"""Learning rate and EMA decay: the numbers that depend only on the step.
+"""Learning rate and EMA decays: the numbers that depend only on the step.
 
 They are computed here, once per step, in Python floats, and passed to the train step of either backend. So both
 backends use the same digits, a change of schedule compiles nothing anew, and resuming needs only the step.
@@ -10,7 +10,8 @@ import math
 from collections.abc import Callable
 from typing import get_args
 
-from flax_diffusion.core.config.options import LrScheduler, TrainConfig
+from flax_diffusion.core.checkpoints.power_ema import decay_of, exponent_of
+from flax_diffusion.core.config.options import SINGLE_AVERAGE, LrScheduler, TrainConfig
 from flax_diffusion.core.errors import ConfigError, unknown
 
 POLYNOMIAL_END = 1e-7
@@ -80,20 +81,29 @@ def _piecewise(rules: str) -> Callable[[int], float]:
     return lambda step: next((value for until, value in limits if step < until), final)
 
 
-def ema_decay(config: TrainConfig, step: int) -> float:
-    """Compute the decay of the moving average by either rule of Diffusers' `EMAModel`.
+def ema_decays(config: TrainConfig, step: int) -> dict[str, float]:
+    """Compute the decays of the moving averages.
 
     Args:
-        config: The options of the moving average.
+        config: The options of the moving averages.
         step: The optimizer step, 0 for the first.
 
     Returns:
-        The decay; 0 at the first step, which copies the weights.
+        The decay by name of the average, in the order of `config.averages`. It is 0 at the first step, which copies
+        the weights.
     """
+    single = [config.ema_max_decay] if config.averages == [SINGLE_AVERAGE] else []
+    decays = [_decay(config, step, largest) for largest in config.ema_decays or single]
+    decays += [decay_of(exponent_of(sigma_rel), step + 1) for sigma_rel in config.ema_sigma_rels]
+    return dict(zip(config.averages, decays, strict=True))
+
+
+def _decay(config: TrainConfig, step: int, largest: float) -> float:
+    """Compute a decay by either rule of Diffusers' `EMAModel`."""
     if step <= 0:
         return 0.0
     if config.ema_warmup:
         decay = 1.0 - (1.0 + step / config.ema_inv_gamma) ** -config.ema_power
     else:
         decay = (1.0 + step) / (10.0 + step)
-    return min(decay, config.ema_max_decay)
+    return min(decay, largest)

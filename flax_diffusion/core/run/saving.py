@@ -13,9 +13,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from flax_diffusion.core.backend import Backend
-from flax_diffusion.core.checkpoints import folders
+from flax_diffusion.core.checkpoints import folders, snapshots
 from flax_diffusion.core.errors import CheckpointError
-from flax_diffusion.core.io.files import is_local, walk
+from flax_diffusion.core.io.files import is_local, remove_tree, walk
 from flax_diffusion.core.run import output_folder
 
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
@@ -65,6 +65,30 @@ class Saver:
         except _SAVE_ERRORS as error:
             raise self._failed(error) from error
         self._sealing = self._pool.submit(self._complete, folder)
+
+    def keep_average(self, sigma_rel: float, step: int, scratch: Path, write_models: Callable[[Path], None]) -> None:
+        """Write a snapshot of a power-function average, and wait for it.
+
+        Args:
+            sigma_rel: Relative width of the average.
+            step: The optimizer step.
+            scratch: An empty folder on this machine, which is deleted.
+            write_models: Writes the models that train, with this average, to a folder.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        try:
+            write_models(scratch)
+            if self.backend.process_index == 0:
+                snapshots.write(scratch, self.output_dir, sigma_rel, step)
+        except _SAVE_ERRORS as error:
+            raise CheckpointError(
+                f"the average of --ema_sigma_rels {sigma_rel} at step {step} could not be kept in "
+                f"{self.output_dir / snapshots.FOLDER}: {_reason(error)}; " + folders.describe_newest(self.output_dir)
+            ) from error
+        finally:
+            remove_tree(scratch)
 
     def _check_space(self) -> None:
         # Checked before anything is written: the errors of the libraries on a full disk do not tell the reason.

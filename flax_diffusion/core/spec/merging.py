@@ -158,7 +158,7 @@ def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
 
 
 def checkpoint_arrays(folder: Path) -> dict[str, Arrays]:
-    """Read the trained weights of a checkpoint of either backend, or their averages if it has any.
+    """Read the trained weights of a checkpoint of either backend, or their main average if it has any.
 
     Args:
         folder: The checkpoint.
@@ -170,8 +170,9 @@ def checkpoint_arrays(folder: Path) -> dict[str, Arrays]:
         CheckpointError: If the folder is no checkpoint, or its files have changed since they were written.
     """
     require_whole(folder)
-    arrays, _ = portable.read(folder)
-    kind = "ema" if any(name.startswith("ema/") for name in arrays) else "params"
+    arrays, metadata = portable.read(folder)
+    kinds = {name.partition("/")[0] for name in arrays}
+    kind = next((average for average in metadata.get("averages", ["ema"]) if average in kinds), "params")
     found: dict[str, Arrays] = {}
     for name, array in arrays.items():
         if name.startswith(f"{kind}/"):

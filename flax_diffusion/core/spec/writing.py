@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,13 @@ import numpy as np
 
 from flax_diffusion.core.families.folders import CLASS_NAMES
 from flax_diffusion.core.io import model_files
-from flax_diffusion.core.io.files import write_json, written_folder
+from flax_diffusion.core.io.files import absolute, copy_file, is_local, walk, write_json, written_folder
 from flax_diffusion.core.spec import adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 CLASSES_FILE = "classes.json"
 """File in a run's folder with the names of its classes by number."""
+_INDEX = "model_index.json"
 
 
 def write_index(spec: PipelineSpec, folder: Path) -> None:
@@ -37,7 +40,38 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
         index[CLASS_NAMES] = _numbered(spec.classes)
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    write_json(folder / "model_index.json", index)
+    write_json(folder / _INDEX, index)
+
+
+def complete(folder: Path, pipeline: Path) -> None:
+    """Make a pipeline folder of one that holds other weights of some parts of a pipeline, if that is one itself.
+
+    Args:
+        folder: Folder with the parts that differ, one subfolder each.
+        pipeline: Folder of the pipeline. To its other parts the new folder has links that hold while both folders are
+            moved together; object stores get copies.
+    """
+    if not (pipeline / _INDEX).is_file():
+        return
+    for name in model_files.read_json(pipeline / _INDEX):
+        part, target = pipeline / name, folder / name
+        if part.is_dir() and not target.exists():
+            _link(part, target)
+    copy_file(pipeline / _INDEX, folder / _INDEX)
+
+
+def _link(part: Path, target: Path) -> None:
+    """Link a folder, or copy it where there are no links: in object stores, and on some file systems."""
+    if is_local(part) and is_local(target):
+        target.unlink(missing_ok=True)  # a link to what is not there any more
+        try:
+            target.symlink_to(os.path.relpath(absolute(part), absolute(target.parent)), target_is_directory=True)
+        except OSError:
+            shutil.copytree(part, target)
+        return
+    for name in walk(part):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(part / name, target / name)
 
 
 def save_vocabulary(spec: PipelineSpec, run: Path) -> None:

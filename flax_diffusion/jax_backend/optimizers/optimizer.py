@@ -1,6 +1,6 @@
 """The table of optimizers; gradient clipping, the moving average and fp16 loss scaling, as PyTorch computes them.
 
-Learning rate and EMA decay are arguments of the step (see `core.rates`), so no schedule is compiled in.
+Learning rate and EMA decays are arguments of the step (see `core.rates`), so no schedule is compiled in.
 """
 
 from __future__ import annotations
