@@ -1,4 +1,4 @@
-"""The class-conditional transformer over patches (DiT, and SiT, whose network it is), which upstream never had in Flax."""
+"""The class-conditional transformer over patches (DiT; SiT is the same network), which upstream never had in Flax."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -165,7 +165,9 @@ class FlaxDiTTransformer2DModel(PretrainedModel, nn.Module):
         x = unpatchified(dense(patch**2 * channels, config.layers, "proj_out_2")(x), grid, patch)
         return FlaxTransformer2DModelOutput(sample=x) if return_dict else (x,)
 
-    def save_pretrained(self, save_directory: str | Path, params: Mapping[str, Any], *args: Any, **options: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | Path, params: Mapping[str, Any], *args: Any, **options: Any
+    ) -> None:
         """Write config.json and safetensors that Diffusers loads; arguments and errors are those of the base class.
 
         Raises:
@@ -177,7 +179,6 @@ class FlaxDiTTransformer2DModel(PretrainedModel, nn.Module):
                 "keep the checkpoint or the pipeline of the run, which are read here"
             )
         super().save_pretrained(save_directory, params, *args, **options)
-
 
     def _blocks(self) -> BlockConfig:
         layers = LayerConfig(

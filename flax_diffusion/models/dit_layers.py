@@ -3,7 +3,6 @@
 Axes in shapes: B batch, L tokens, N heads, D channels per head, C channels of a token, h w patches in height and width.
 """
 
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -190,9 +189,7 @@ class TimeAndClass(nn.Module):
     def __call__(self, timesteps: jax.Array, class_labels: jax.Array) -> jax.Array:
         """Embed times (B,) and class indices (B,), to (B, C)."""
         layers, width = self.config.layers, self.config.width
-        sinusoids = timestep_embedding(
-            timesteps, TIME_CHANNELS, flip_sin_to_cos=True, freq_shift=1, dtype=layers.dtype
-        )
+        sinusoids = timestep_embedding(timesteps, TIME_CHANNELS, flip_sin_to_cos=True, freq_shift=1, dtype=layers.dtype)
         time = TimestepEmbedding(width, layers, name="timestep_embedder")(sinusoids)
         return time + LabelEmbedding(self.config, name="class_embedder")(class_labels)
 
@@ -368,5 +365,3 @@ def unpatchified(tokens: jax.Array, grid: tuple[int, int], patch: int) -> jax.Ar
     channels = features // patch**2
     pixels = tokens.reshape(batch, *grid, patch, patch, channels).transpose(0, 5, 1, 3, 2, 4)
     return pixels.reshape(batch, channels, *(side * patch for side in grid))
-
-

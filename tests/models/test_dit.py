@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import diffusers.models.embeddings
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from cases import QUICK, random_params
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel as TheirDiT
 from safetensors.numpy import load_file, save_file
 from test_models_parity import assert_close, double_timestep_embedding
 
@@ -47,6 +47,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 FILE = "diffusion_pytorch_model.safetensors"
 
 
+def made(**config: Any) -> Any:
+    return FlaxDiTTransformer2DModel(**config)
+
+
 def inputs(config: dict[str, Any], size: tuple[int, int] | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
     side = config["sample_size"]
@@ -54,22 +58,23 @@ def inputs(config: dict[str, Any], size: tuple[int, int] | None = None) -> tuple
     return sample, np.array([0, 3, 871]), np.array([4, 0, 5])
 
 
-def reference(config: dict[str, Any], folder: Path) -> torch.nn.Module:
+def reference(config: dict[str, Any], folder: Path) -> Any:
     """Write random weights, and load them by Diffusers' class."""
-    model = FlaxDiTTransformer2DModel(**config)
+    model = made(**config)
     model.save_pretrained(folder, random_params(model))
-    return diffusers.DiTTransformer2DModel.from_pretrained(folder).eval()  # pyright: ignore
+    return TheirDiT.from_pretrained(folder).eval()
 
 
 def flax_results(config: dict[str, Any], folder: Path, dtype: Any, size: Any = None) -> Any:
     """Return output, gradients of a random projection of it by PyTorch name, and the projection."""
+    model: Any
     model, params = FlaxDiTTransformer2DModel.from_pretrained(folder, dtype=dtype, param_dtype=dtype)
     given = inputs(config, size)
     shape = (*given[0].shape[:1], config.get("out_channels") or given[0].shape[1], *given[0].shape[2:])
     cotangent = np.random.default_rng(2).standard_normal(shape)
 
     def loss(params: Any) -> Any:
-        output = model.apply({"params": params}, *given).sample  # pyright: ignore
+        output = model.apply({"params": params}, *given).sample
         return jnp.vdot(jnp.asarray(cotangent, output.dtype), output), output
 
     gradients, output = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)(params)
@@ -120,7 +125,7 @@ def twin(config: dict[str, Any], folder: Path) -> Any:
 def test_twin(name: str, tmp_path: Path) -> None:
     """The twin computes the options too, in any shape; in training it drops no labels."""
     config = SMALL | (OPTIONS | CASES)[name]
-    model = FlaxDiTTransformer2DModel(**config)
+    model = made(**config)
     model.save_files(tmp_path, random_params(model))
     own = twin(config, tmp_path).train()
     compare(config, tmp_path, own, jnp.float32, 1e-5)
@@ -133,7 +138,7 @@ def test_twin(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("checkpointing", [True, "minimal"])
 def test_checkpointing_changes_no_gradient(checkpointing: Any) -> None:
     config = SMALL | OPTIONS["all"] | {"dropout": 0.3}
-    plain = FlaxDiTTransformer2DModel(**config)
+    plain = made(**config)
     params, key = random_params(plain), {"dropout": jax.random.key(3)}
 
     def gradients(model: Any) -> Any:
@@ -150,7 +155,7 @@ def test_checkpointing_changes_no_gradient(checkpointing: Any) -> None:
 
 def test_twin_checkpoints_its_blocks(tmp_path: Path) -> None:
     config = SMALL | OPTIONS["all"]
-    model = FlaxDiTTransformer2DModel(**config)
+    model = made(**config)
     model.save_files(tmp_path, random_params(model))
     cotangent = np.ones((3, 4, 8, 8))
     plain, again = twin(config, tmp_path), twin(config, tmp_path)
@@ -165,7 +170,7 @@ def test_twin_checkpoints_its_blocks(tmp_path: Path) -> None:
 def test_files_of_pytorch_and_of_the_twin(tmp_path: Path) -> None:
     """Diffusers' copies are one here and as many again in what either backend writes, tensor for tensor."""
     config = SMALL | {"out_channels": 8}
-    theirs = diffusers.DiTTransformer2DModel(**config)  # pyright: ignore[reportPrivateImportUsage]
+    theirs = TheirDiT(**config)
     for block in theirs.transformer_blocks[1:]:
         block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
     theirs.save_pretrained(tmp_path / "theirs")
@@ -183,9 +188,7 @@ def test_files_of_pytorch_and_of_the_twin(tmp_path: Path) -> None:
         own, their = (json.loads((tmp_path / folder / "config.json").read_text()) for folder in (name, "theirs"))
         assert keys <= own.keys()
         assert own == {key: value for key, value in their.items() if key != "_diffusers_version"}
-        _, info = diffusers.DiTTransformer2DModel.from_pretrained(  # pyright: ignore[reportPrivateImportUsage]
-            tmp_path / name, output_loading_info=True
-        )
+        _, info = TheirDiT.from_pretrained(tmp_path / name, output_loading_info=True)
         assert {key: list(value) for key, value in info.items() if value} == {}
     model.save_pretrained(tmp_path / "shards", params, max_shard_bytes=30_000)
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
@@ -210,7 +213,7 @@ def test_copies_that_differ_are_named(tmp_path: Path) -> None:
 
 def test_published_configs_of_the_old_class(tmp_path: Path) -> None:
     """DiT-XL/2 as it was published: its class was Transformer2DModel, which had more keys."""
-    model = FlaxDiTTransformer2DModel(**SMALL, out_channels=8)
+    model = made(**SMALL, out_channels=8)
     params = random_params(model)
     model.save_pretrained(tmp_path, params)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -235,9 +238,9 @@ MILLIONS = {"DiT-S/2": 33, "DiT-B/4": 131, "DiT-L/8": 459, "DiT-XL/2": 675, "SiT
 @pytest.mark.parametrize("name", MILLIONS)
 def test_names_and_shapes_of_the_papers_sizes(name: str) -> None:
     config = SIZES[name] | {"out_channels": 8}
-    shapes = weights.torch_shapes(FlaxDiTTransformer2DModel(**config).params_shape())
+    shapes = weights.torch_shapes(made(**config).params_shape())
     with torch.device("meta"):
-        theirs = diffusers.DiTTransformer2DModel(**config)  # pyright: ignore[reportPrivateImportUsage]
+        theirs = TheirDiT(**config)
         own = torch_modules.make(Component(kind="DiTTransformer2DModel", config=config))
     expected = {key: tuple(value.shape) for key, value in theirs.named_parameters()}
     written = with_copies((key, np.broadcast_to(np.float32(0), shape)) for key, shape in shapes.items())
@@ -257,9 +260,9 @@ def test_sizes() -> None:
 def test_first_weights_are_the_papers() -> None:
     """New blocks change nothing, a new model predicts zero, and both backends draw the same."""
     config = SMALL | {"num_attention_heads": 8}
-    model = FlaxDiTTransformer2DModel(**config)
+    model = made(**config)
     params = model.init_weights(7)
-    assert not np.asarray(model.apply({"params": params}, *inputs(config)).sample).any()  # pyright: ignore
+    assert not np.asarray(model.apply({"params": params}, *inputs(config)).sample).any()
     drawn = dict(weights.to_torch(params))
     own = torch_modules._draw(Component(kind="DiTTransformer2DModel", config=config), 7)
     for name, parameter in own.named_parameters():
@@ -275,7 +278,7 @@ def test_first_weights_are_the_papers() -> None:
 def test_options_are_refused_by_diffusers(name: str, tmp_path: Path) -> None:
     """`save_pretrained` does not write them; a run does, in a form that both backends open and Diffusers does not."""
     config = SMALL | OPTIONS[name]
-    model = FlaxDiTTransformer2DModel(**config)
+    model = made(**config)
     params = random_params(model)
     with pytest.raises(ConfigError, match=r"Diffusers' DiTTransformer2DModel has no such option"):
         model.save_pretrained(tmp_path / "no", params)
@@ -291,7 +294,7 @@ def test_options_are_refused_by_diffusers(name: str, tmp_path: Path) -> None:
     )
     jax.tree.map(np.testing.assert_array_equal, FlaxDiTTransformer2DModel.from_pretrained(tmp_path / "twin")[1], loaded)
     with pytest.raises(NotImplementedError, match="ada_norm_zero_with_options"):
-        diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "ours")  # pyright: ignore[reportPrivateImportUsage]
+        TheirDiT.from_pretrained(tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -308,10 +311,10 @@ def test_options_are_refused_by_diffusers(name: str, tmp_path: Path) -> None:
 )
 def test_configs_that_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        FlaxDiTTransformer2DModel(**(SMALL | {"attention_head_dim": 8} | changes))
+        made(**(SMALL | {"attention_head_dim": 8} | changes))
 
 
 def test_a_sample_that_does_not_fit() -> None:
-    model = FlaxDiTTransformer2DModel(**SMALL)
+    model = made(**SMALL)
     with pytest.raises(ConfigError, match=r"samples of 8x7 do not fit this transformer: .* multiples of 2"):
         model.init(jax.random.key(0), *inputs(SMALL, (8, 7)))

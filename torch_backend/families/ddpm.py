@@ -32,7 +32,5 @@ def predict(
 
 FAMILIES.register(
     "ddpm",
-    Family(
-        classes={"UNet2DModel": UNet2DModel, "AutoencoderKL": AutoencoderKL}, condition=condition, predict=predict
-    ),
+    Family(classes={"UNet2DModel": UNet2DModel, "AutoencoderKL": AutoencoderKL}, condition=condition, predict=predict),
 )

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key, Num
 
 
-def condition(
-    modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None = None
-) -> Int[Array, " B"]:
+def condition(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None = None) -> Int[Array, " B"]:
     """Return the class indices (B,) of a batch; a dropped label is the number of classes there."""
     return batch[CLASS_LABELS]
 
