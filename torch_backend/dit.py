@@ -18,7 +18,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flax_diffusion.core.families.dit import OPTIONS, WITH_OPTIONS
+from flax_diffusion.core.families.dit import OPTIONS, WITH_OPTIONS, check_config
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import write_json
 from flax_diffusion.core.spec import weight_files
@@ -134,6 +134,7 @@ class DiTTransformer2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         if norm_type not in ("ada_norm_zero", WITH_OPTIONS):
             raise ValueError(f"norm_type {norm_type!r} is not 'ada_norm_zero'")
+        check_config(self.config)
         width = num_attention_heads * attention_head_dim
         self.patch_size, self.out_channels = patch_size, out_channels or in_channels
         self.head_dim, self.rotary, self.gradient_checkpointing = attention_head_dim, rotary, False

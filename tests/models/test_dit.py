@@ -304,14 +304,20 @@ def test_options_are_refused_by_diffusers(name: str, tmp_path: Path) -> None:
         ({"attention_head_dim": 3}, "is 6: make it a multiple of 4"),
         ({"attention_head_dim": 6, "rotary": True}, "attention_head_dim=6: make it a multiple of 4"),
         ({"num_layers": 0}, "num_layers=0"),
-        ({"norm_type": "layer_norm"}, "does not support norm_type='layer_norm'"),
-        ({"activation_fn": "relu"}, "does not support activation_fn='relu'"),
+        ({"norm_type": "layer_norm"}, "norm_type.*'layer_norm'"),
         ({"qk_norm": "yes"}, "qk_norm is 'yes'"),
     ],
 )
 def test_configs_that_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        made(**(SMALL | {"attention_head_dim": 8} | changes))
+        made(**(SMALL | changes))
+    with pytest.raises(ConfigError, match=message):
+        torch_modules.make(Component(kind="DiTTransformer2DModel", config=SMALL | changes))
+
+
+def test_activations_that_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"does not support activation_fn='relu': choose one of 'gelu', .*'swiglu'"):
+        made(**SMALL, activation_fn="relu")
 
 
 def test_a_sample_that_does_not_fit() -> None:
