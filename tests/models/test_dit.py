@@ -320,6 +320,17 @@ def test_activations_that_are_refused() -> None:
         made(**SMALL, activation_fn="relu")
 
 
+def test_bfloat16_is_as_exact_as_its_rounding() -> None:
+    config = SMALL | OPTIONS["all"]
+    params = random_params(made(**config))
+    exact, rounded = (
+        np.asarray(made(**config, dtype=dtype).apply({"params": params}, *inputs(config)).sample)
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
+    assert rounded.dtype == jnp.bfloat16
+    assert np.linalg.norm(rounded.astype(np.float32) - exact) < 4 * 2**-8 * np.linalg.norm(exact)
+
+
 def test_a_sample_that_does_not_fit() -> None:
     model = made(**SMALL)
     with pytest.raises(ConfigError, match=r"samples of 8x7 do not fit this transformer: .* multiples of 2"):
