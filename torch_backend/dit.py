@@ -18,7 +18,7 @@ from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 from torch.nn import functional
 
-from flax_diffusion.core.families.dit import OPTIONS, WITH_OPTIONS
+from flax_diffusion.core.families.dit import OPTIONS, WITH_OPTIONS, check_config
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import write_json
 from flax_diffusion.core.spec import weight_files
@@ -134,6 +134,7 @@ class DiTTransformer2DModel(ModelMixin, ConfigMixin):
         super().__init__()
         if norm_type not in ("ada_norm_zero", WITH_OPTIONS):
             raise ValueError(f"norm_type {norm_type!r} is not 'ada_norm_zero'")
+        check_config(self.config)
         width = num_attention_heads * attention_head_dim
         self.patch_size, self.out_channels = patch_size, out_channels or in_channels
         self.head_dim, self.rotary, self.gradient_checkpointing = attention_head_dim, rotary, False
@@ -155,9 +156,10 @@ class DiTTransformer2DModel(ModelMixin, ConfigMixin):
                 norm_elementwise_affine=norm_elementwise_affine,
                 norm_eps=norm_eps,
             )
-            block.norm1 = SharedAdaLayerNormZero(width)
+            norm: Any = SharedAdaLayerNormZero(width)
+            block.norm1 = norm
             if rms_norm:
-                block.norm1.norm = nn.RMSNorm(width, ADA_EPS, elementwise_affine=False)
+                norm.norm = nn.RMSNorm(width, ADA_EPS, elementwise_affine=False)
                 block.norm3 = nn.RMSNorm(width, norm_eps, elementwise_affine=norm_elementwise_affine)
             if qk_norm:
                 block.attn1.norm_q = nn.RMSNorm(attention_head_dim, QK_EPS)
@@ -196,27 +198,31 @@ class DiTTransformer2DModel(ModelMixin, ConfigMixin):
             base = self.pos_embed.base_size
             options["turn"] = rotation((height, width), base, self.head_dim, hidden_states.device)
         x = self.pos_embed(hidden_states)
+        checkpointed = torch.is_grad_enabled() and self.gradient_checkpointing
+        recompute: Any = self._gradient_checkpointing_func if checkpointed else None
         for block in self.transformer_blocks:
             inputs = (x, None, None, None, told, options)
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, *inputs)
-            else:
-                x = block(*inputs)
+            x = block(*inputs) if recompute is None else recompute(block, *inputs)
         shift, scale = self.proj_out_1(functional.silu(told)).chunk(2, dim=1)
         x = self.norm_out(x) * (1 + scale[:, None]) + shift[:, None]
         x = self.proj_out_2(x).reshape(-1, height, width, patch, patch, self.out_channels)
         x = torch.einsum("nhwpqc->nchpwq", x).reshape(-1, self.out_channels, height * patch, width * patch)
         return Transformer2DModelOutput(sample=x) if return_dict else (x,)
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+    def save_pretrained(self, save_directory: str | Path, *, safe_serialization: bool = True) -> None:  # pyright: ignore
         """Write config.json and safetensors in which each block has its copy of the embedder, as Diffusers' class has.
 
         Where an option of ours is on, Diffusers' class refuses the config.
 
         Args:
             save_directory: Folder to write to; made if it does not exist.
-            options: Options of Diffusers' method, which are not used.
+            safe_serialization: Write safetensors; nothing else is written.
+
+        Raises:
+            ValueError: If pickled weights are asked for.
         """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False asks for pickled weights, which are not written: leave it out")
         folder, kind = Path(save_directory), type(self).__name__
         folder.mkdir(parents=True, exist_ok=True)
         config = {key: value for key, value in self.config.items() if not key.startswith("_") and key not in OPTIONS}

@@ -1,4 +1,4 @@
-"""The class-conditional transformer over patches (DiT, and SiT, whose network it is), which upstream never had in Flax."""
+"""The class-conditional transformer over patches (DiT; SiT is the same network), which upstream never had in Flax."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.families.dit import FORMER_KEYS, OPTIONS, WITH_OPTIONS, chosen_options
+from flax_diffusion.core.families.dit import FORMER_KEYS, OPTIONS, WITH_OPTIONS, check_config, chosen_options
 from flax_diffusion.core.typed import Checkpointing, Count, Size
 from flax_diffusion.models.dit_layers import (
     ADA_EPS,
@@ -95,20 +95,7 @@ class FlaxDiTTransformer2DModel(PretrainedModel, nn.Module):
     @staticmethod
     def check(config: Config) -> None:
         """Raise ConfigError where fields contradict each other."""
-        width = config.num_attention_heads * config.attention_head_dim
-        if width % 4:
-            raise ConfigError(
-                f"num_attention_heads={config.num_attention_heads} times attention_head_dim="
-                f"{config.attention_head_dim} is {width}: make it a multiple of 4, for the embeddings of the places"
-            )
-        if config.rotary and config.attention_head_dim % 4:
-            raise ConfigError(f"rotary with attention_head_dim={config.attention_head_dim}: make it a multiple of 4")
-        if not config.num_layers:
-            raise ConfigError("num_layers=0: make it 1 or more, as the first block embeds time and class")
-        if config.sample_size % config.patch_size:
-            raise ConfigError(
-                f"patch_size={config.patch_size} does not divide sample_size={config.sample_size}: change one of them"
-            )
+        check_config(config)
 
     @staticmethod
     def init_inputs(config: Config) -> tuple[Any, ...]:

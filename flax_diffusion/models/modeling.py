@@ -185,7 +185,7 @@ class PretrainedModel(FlaxCasts):
         return jax.eval_shape(lambda: init(jax.random.key(0), *inputs)["params"])
 
     def init_weights(self, rng: jax.Array | int) -> dict[str, Any]:
-        """Return newly initialised parameters, distributed as in the PyTorch class except that biases are zero.
+        """Return newly initialised parameters, distributed as `core.randomness.initial_weights` says for each class.
 
         Args:
             rng: JAX random key, or a seed. The weights are drawn on the host, which jitted code calls back.

@@ -25,7 +25,7 @@ def predict(
     timesteps: Num[Tensor, " B"],
     condition: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B C h w"]:
-    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,), of classes (B,) if there are any."""
+    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,), of classes (B,) or of none."""
     unet = modules.by_name["unet"]
     return unet(sample.to(unet.dtype), timesteps, class_labels=condition).sample
 

@@ -67,6 +67,24 @@ def chosen_options(config: Mapping[str, Any]) -> list[str]:
     return [name for name in OPTIONS if config.get(name)]
 
 
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError where values of a model's whole config contradict each other."""
+    heads, channels = config["num_attention_heads"], config["attention_head_dim"]
+    if heads * channels % 4:
+        raise ConfigError(
+            f"num_attention_heads={heads} times attention_head_dim={channels} is {heads * channels}: make it a "
+            "multiple of 4, for the embeddings of the places"
+        )
+    if config.get("rotary") and channels % 4:
+        raise ConfigError(f"rotary with attention_head_dim={channels}: make it a multiple of 4")
+    if not config["num_layers"]:
+        raise ConfigError("num_layers=0: make it 1 or more, as the first block embeds time and class")
+    if config["sample_size"] % config["patch_size"]:
+        raise ConfigError(
+            f"patch_size={config['patch_size']} does not divide sample_size={config['sample_size']}: change one of them"
+        )
+
+
 def learns_variance(transformer: Component) -> bool:
     """Return whether a second half of the predicted channels is of the variance.
 

@@ -16,9 +16,11 @@ ZERO = re.compile(r"controlnet_(down_blocks|mid_block|cond_embedding\.conv_out)\
 """Names of layers that start at zero: a new ControlNet changes nothing (Zhang et al. 2023, equation 3)."""
 DIT_ZERO = re.compile(r".*\.norm1\.linear\.|proj_out_[12]\.")
 DIT_NORMAL = re.compile(r".*\.norm1\.emb\.")
-"""Names of a DiT's layers that start at zero, so that new blocks change nothing, and that are drawn from N(0, 0.02²); the
-others are uniform within ±√(6 / (fan_in + fan_out)). From the code of Peebles and Xie, section 3.2 of whose paper,
-https://arxiv.org/abs/2212.09748, says why."""
+"""Names of a DiT's layers that start at zero, so that new blocks change nothing, and that are drawn from N(0, 0.02²).
+
+The others are uniform within ±√(6 / (fan_in + fan_out)). From the code of Peebles and Xie; section 3.2 of their paper,
+https://arxiv.org/abs/2212.09748, says why.
+"""
 
 
 def draw(seed: int, kind: str, config: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.ndarray:

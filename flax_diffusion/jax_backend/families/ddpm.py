@@ -27,7 +27,7 @@ def predict(
     condition: Int[Array, " B"] | None = None,
     dropout: Key[Array, ""] | None = None,
 ) -> Float[Array, "B C h w"]:
-    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,), of classes (B,) if there are any."""
+    """Return the UNet's prediction (B, C, h, w) for noisy samples at timesteps (B,), of classes (B,) or of none."""
     return modules.call("unet", params, dropout, sample, timesteps, condition)[0]
 
 
