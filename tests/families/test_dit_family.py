@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 from tiny import RUN, UNET, VAE
 
 from flax_diffusion.convert import convert
+from flax_diffusion.core.data.batches import CLASS_LABELS
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.families.dit import DIT_TRANSFORMER
-from flax_diffusion.core.families.family import CLASS_LABELS
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, open_pipeline
