@@ -180,7 +180,8 @@ def pictures(folder: Path, count: int = 6, size: int = 24) -> Path:
     for number in range(count):
         pixels = np.random.default_rng(number).integers(0, 256, (size, size + number, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
-        rows.append(json.dumps({"file_name": f"{number}.png", "text": f"a photo of a dog number {number}"}))
+        row = {"file_name": f"{number}.png", "text": f"a photo of a dog number {number}"}
+        rows.append(json.dumps(row | {"label": number % 2, "kind": "big" if number < 3 else "small"}))
     (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
     return folder
 

@@ -15,15 +15,14 @@ from tiny import RUN, UNET, VAE
 
 from flax_diffusion.convert import convert
 from flax_diffusion.core.data.batches import CLASS_LABELS
-from flax_diffusion.core.data.loader import Loader
-from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.families.dit import DIT_TRANSFORMER
+from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, open_pipeline
+from flax_diffusion.core.tasks.class_conditional import ClassConditionalConfig
 from flax_diffusion.core.tasks.task import task_of
-from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.modules import load_pretrained
 from flax_diffusion.models.weights import to_torch
@@ -46,33 +45,25 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def made(transformer: dict[str, Any], **options: Any) -> tuple[Any, Any, PipelineSpec]:
-    """Options, task and pipeline of a run on digits; no task of ours trains on their classes yet."""
-    config = UnconditionalConfig(**RUN | {"use_ema": True, "max_train_steps": STEPS} | options)
+    """Options, task and pipeline of a run on digits."""
+    given = RUN | {"unet": None, "transformer": transformer, "use_ema": True, "max_train_steps": STEPS}
+    config = ClassConditionalConfig(**given | {"class_dropout_prob": 0.3} | options)
     task: Any = task_of(config)
-    component = Component(kind=DIT_TRANSFORMER.name, config=transformer, training=Training.ALL)
-    return config, task, task.pipeline("DiTPipeline", {"transformer": component})
+    return config, task, task.make_spec(task.open_source())
 
 
 def batches(
     config: Any, task: Any, spec: PipelineSpec, dtype: str = "float64", devices: int = 1
 ) -> list[dict[str, Any]]:
-    source = open_source(dataset_name="digits", caption_column=None)
+    source = task.open_source()
     schedule = make_schedule(config, len(source), devices)
-    rng = np.random.default_rng(5)
-    loader = Loader(
-        source, task.make_example_fn(spec, dtype=dtype), seed=0, batch_size=schedule.batch_size,
-        accumulation=schedule.accumulation, num_steps=STEPS,
-    )  # fmt: skip
-    with loader:
-        return [
-            batch | {CLASS_LABELS: rng.integers(0, 11, batch["loss_weights"].shape).astype(np.int32)}
-            for batch in loader
-        ]
+    with assembly.make_loader(task, spec, source, schedule, num_steps=STEPS, dtype=dtype) as loader:
+        return list(loader)
 
 
 def trained(backend: Any, given: list[dict[str, Any]]) -> tuple[list[float], dict[str, np.ndarray]]:
     backend.init_state()
-    losses = [backend.read(backend.train_step(backend.put(batch), 1e-2, 0.9))["loss"] for batch in given]
+    losses = [backend.read(backend.train_step(backend.put(batch), 1e-2, {"ema": 0.9}))["loss"] for batch in given]
     return losses, backend.state_arrays()
 
 
@@ -105,13 +96,11 @@ def test_eight_devices_equal_one(gather: str) -> None:
     assert difference(state, other, "params", NO_GRADIENT) < 1e-4
 
 
-def test_class_conditional_unets_agree() -> None:
-    config = UnconditionalConfig(
-        **RUN | {"use_ema": True, "max_train_steps": STEPS, "unet": UNET | {"num_class_embeds": 11}}
-    )
-    task: Any = task_of(config)
+@pytest.mark.parametrize("objective", ["ddpm", "edm"])
+def test_class_conditional_unets_agree(objective: str) -> None:
     with jax.enable_x64(True):
-        spec = task.make_spec([])
+        config, task, spec = made({}, transformer=None, unet=UNET, objective=objective)
+        assert (spec.denoiser["num_class_embeds"], spec.null_class) == (11, 10)
         given = batches(config, task, spec)
         ours, state = trained(JaxBackend(config, spec, jax.devices()[:1], np.float64), given)
         theirs, other = trained(TorchBackend(config, spec, torch.float64), given)
@@ -134,7 +123,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PipelineSpec]
         ),
         "vae": Component(kind="AutoencoderKL", config=config, weights=str(folder)),
     }
-    spec = replace(task.pipeline("DiTPipeline", parts), settings={"id2label": {"0": "zero, nought", "1": "one"}})
+    spec = replace(task.pipeline("DiTPipeline", parts), classes=("zero, nought", "one", *"23456789"))
     return options, spec
 
 
@@ -147,13 +136,13 @@ def test_pipelines_are_opened_by_diffusers(latent: Any, tmp_path: Any) -> None:
         backend.export(tmp_path / name)
         writing.write_index(spec, tmp_path / name)
         pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / name)  # pyright: ignore[reportPrivateImportUsage]
-        assert pipeline.labels == {"nought": 0, "one": 1, "zero": 0}
+        assert pipeline.labels == {"nought": 0, "one": 1, "zero": 0} | {str(number): number for number in range(2, 10)}
         assert pipeline.transformer.config.out_channels == 8
         written[name] = pipeline.transformer.state_dict()
         made_here = pipeline(class_labels=[1], num_inference_steps=1, guidance_scale=1.0, output_type="np").images
         assert made_here.shape == (1, 16, 16, 1)
         again = open_pipeline(str(tmp_path / name))
-        assert (again.sample_shape, again.settings, again.vae_factor) == (spec.sample_shape, spec.settings, 2)
+        assert (again.sample_shape, again.classes, again.vae_factor) == (spec.sample_shape, spec.classes, 2)
         index = json.loads((tmp_path / name / "model_index.json").read_text())
         assert index["transformer"] == ["diffusers", "DiTTransformer2DModel"]
     assert written["jax"].keys() == written["torch"].keys()
@@ -250,4 +239,4 @@ def test_pipelines_are_converted(latent: Any, tmp_path: Any) -> None:
     for key, array in first.items():
         np.testing.assert_array_equal(last[key], array)
     index = json.loads((tmp_path / "three/model_index.json").read_text())
-    assert index["id2label"] == spec.settings["id2label"]
+    assert index["id2label"] == {str(number): name for number, name in enumerate(spec.classes)}

@@ -301,4 +301,4 @@ def files(folder):
 def described(spec):
     """A pipeline, as text."""
     parts = {name: repr(part) for name, part in spec.components.items()}
-    return spec.kind, parts, spec.scheduler, repr(spec.autoencoder_loss)
+    return spec.kind, parts, spec.scheduler, repr(spec.autoencoder_loss), spec.classes

@@ -77,6 +77,10 @@ def latent(w: Any) -> dict[str, Any]:
     return {"vae": str(w.vae), "unet": unet, "center_crop": True}
 
 
+def latent_classes(w: Any) -> dict[str, Any]:
+    return {"vae": str(w.vae), "transformer": folders.DIT | {"in_channels": 4}, "center_crop": True}
+
+
 def concept(w: Any, folder: Any, prompt: str) -> dict[str, Any]:
     return {"instance_data_dir": str(folder), "instance_prompt": prompt}
 
@@ -89,6 +93,7 @@ TABLE: dict[str, list[Row]] = {
     "pretrained_model_name_or_path": [
         Row(lambda w, _: str(w.other), "spec", tasks=TEXT),
         Row(lambda w, _: str(w.ddpm), "spec", {"unet": None}, tasks=("unconditional",)),
+        Row(lambda w, _: str(w.classes_ddpm), "spec", {"transformer": None}, tasks=("class_conditional",)),
         Row(lambda w, _: str(w.base), "spec", {"vae": None}, tasks=("autoencoder",)),
     ],
     "revision": [
@@ -96,6 +101,8 @@ TABLE: dict[str, list[Row]] = {
         Row("v2", ("asked", "spec"), {"pretrained_model_name_or_path": "me/ddpm", "unet": None},
             tasks=("unconditional",)),
         Row("v2", ("asked", "spec"), {"pretrained_model_name_or_path": "me/base", "vae": None}, tasks=("autoencoder",)),
+        Row("v2", ("asked", "spec"), {"pretrained_model_name_or_path": "me/classes_ddpm", "transformer": None},
+            tasks=("class_conditional",)),
     ],
     "variant": [
         Row("fp16", "spec", lambda w: {"pretrained_model_name_or_path": f"{w.base}-half"}, tasks=TEXT),
@@ -103,9 +110,13 @@ TABLE: dict[str, list[Row]] = {
             tasks=("unconditional",)),
         Row("fp16", "spec", lambda w: {"pretrained_model_name_or_path": f"{w.base}-half", "vae": None},
             tasks=("autoencoder",)),
+        Row("fp16", "spec", lambda w: {"pretrained_model_name_or_path": f"{w.classes_ddpm}-half", "transformer": None},
+            tasks=("class_conditional",)),
     ],
     "unet": [
         Row(folders.COLOUR_UNET | {"layers_per_block": 2}, "spec", tasks=("unconditional",)),
+        Row(folders.COLOUR_UNET, "spec", {"transformer": None, "unet": folders.COLOUR_UNET | {"layers_per_block": 2}},
+            tasks=("class_conditional",)),
         Row(CONDITION_UNET | {"in_channels": 3, "out_channels": 3, "layers_per_block": 2}, "spec", scratch,
             tasks=("text_to_image",)),
         Row(CONDITION_UNET, "refused", tasks=TUNED),
@@ -113,8 +124,19 @@ TABLE: dict[str, list[Row]] = {
     "vae": [
         Row(lambda w, _: str(w.vae), "spec", tasks=TEXT),
         Row(lambda w, _: str(w.vae), "spec", lambda w: {"unet": latent(w)["unet"]}, tasks=("unconditional",)),
+        Row(lambda w, _: str(w.vae), "spec", {"transformer": folders.DIT | {"in_channels": 4}},
+            tasks=("class_conditional",)),
         Row(VAE | {"layers_per_block": 2}, "spec", tasks=("autoencoder",)),
     ],
+    # Classes
+    "transformer": [Row(folders.DIT | {"num_layers": 2}, "spec")],
+    "label_column": [Row("kind", ("batch", "spec"))],
+    "class_dropout_prob": [Row(0.9, "batch")],
+    "new_class_embedding": [
+        Row(True, ("spec", "torch_built"),
+            lambda w: {"transformer": None, "pretrained_model_name_or_path": str(w.classes_ddpm)}),
+    ],
+    "validation_class_labels": [Row(["1"], "samples")],
     "text_encoder": [Row(TEXT_ENCODER | {"num_hidden_layers": 2}, "spec", scratch)],
     # What they change is in tests/families/test_stable_diffusion_xl.py.
     "text_encoder_2": [Row(TEXT_ENCODER, "refused")],
@@ -123,10 +145,11 @@ TABLE: dict[str, list[Row]] = {
                        Row(lambda w, _: str(w.tokenizer), "batch", {"initializer_token": "a"},
                            tasks=("textual_inversion",))],
     "noise_scheduler": [Row({"num_train_timesteps": 20, "beta_schedule": "scaled_linear"}, ("spec", "batch"))],
-    "ddpm_num_steps": [Row(10, "batch", tasks=("unconditional",)), Row(10, "batch", scratch, tasks=("text_to_image",)),
+    "ddpm_num_steps": [Row(10, "batch", tasks=("unconditional", "class_conditional")),
+                       Row(10, "batch", scratch, tasks=("text_to_image",)),
                        Row(10, "refused", tasks=TUNED)],
     "ddpm_beta_schedule": [
-        Row("squaredcos_cap_v2", "spec", tasks=("unconditional",)),
+        Row("squaredcos_cap_v2", "spec", tasks=("unconditional", "class_conditional")),
         Row("squaredcos_cap_v2", "spec", scratch, tasks=("text_to_image",)),
         Row("squaredcos_cap_v2", "refused", tasks=TUNED),
     ],
@@ -144,7 +167,7 @@ TABLE: dict[str, list[Row]] = {
     "dataset_config_name": [Row("cats", "asked", {"dataset_name": "me/pets", "train_data_dir": None})],
     "train_data_dir": [
         Row(lambda w, _: str(w.more), "batch",
-            tasks=("unconditional", "text_to_image", "textual_inversion", "autoencoder")),
+            tasks=("unconditional", "class_conditional", "text_to_image", "textual_inversion", "autoencoder")),
         Row(lambda w, _: str(w.paired_more), "batch", tasks=("controlnet",)),
         Row(lambda w, _: f"{w.data}:3", "batch", tasks=("unconditional", "text_to_image", "autoencoder")),
     ],
@@ -173,16 +196,19 @@ TABLE: dict[str, list[Row]] = {
     "skip_bad_images": [
         Row(True, "batch", lambda w: {"instance_data_dir": str(w.bad)}, tasks=("dreambooth",)),
         Row(True, "batch", lambda w: {"train_data_dir": str(w.bad)},
-            tasks=("unconditional", "text_to_image", "textual_inversion", "autoencoder")),
+            tasks=("unconditional", "class_conditional", "text_to_image", "textual_inversion", "autoencoder")),
         Row(True, "batch", lambda w: {"train_data_dir": str(w.bad), "conditioning_data_dir": str(w.data)},
             tasks=("controlnet",)),
     ],
     "cache_latents": [Row(True, "batch", latent, tasks=("unconditional",)),
+                      Row(True, "batch", latent_classes, tasks=("class_conditional",)),
                       Row(True, "batch", {"center_crop": True}, tasks=TEXT)],
     "pre_compute_text_embeddings": [Row(True, "batch")],
     "precomputed_dir": [
         Row(lambda w, _: str(w.folder / "kept"), "kept", lambda w: latent(w) | {"cache_latents": True},
             tasks=("unconditional",)),
+        Row(lambda w, _: str(w.folder / "kept"), "kept", lambda w: latent_classes(w) | {"cache_latents": True},
+            tasks=("class_conditional",)),
         Row(lambda w, _: str(w.folder / "kept"), "kept", {"cache_latents": True, "center_crop": True}, tasks=TEXT),
     ],
     "precomputed_dtype": [Row("bfloat16", "batch", {"pre_compute_text_embeddings": True})],
@@ -327,6 +353,10 @@ def base(task: str, w: Any) -> dict[str, Any]:
     return SHARED | {
         "unconditional": {
             "unet": folders.COLOUR_UNET, "validation_num_inference_steps": 2, "train_data_dir": str(w.data),
+        },
+        "class_conditional": {
+            "transformer": folders.DIT, "validation_num_inference_steps": 2, "train_data_dir": str(w.data),
+            "validation_class_labels": ["0"],
         },
         "text_to_image": text | {"train_data_dir": str(w.data)},
         "dreambooth": text | {"instance_data_dir": str(w.data), "instance_prompt": "a photo of sks dog"},

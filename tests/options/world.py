@@ -16,6 +16,9 @@ from tiny import ONE_BLOCK, UNET, VAE, paired_pictures, pictures, stable_diffusi
 
 from flax_diffusion.core.data.captions import train_tokenizer
 
+DIT = {
+    "in_channels": 3, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 4, "patch_size": 4,
+}  # fmt: skip
 COLOUR_UNET = UNET | ONE_BLOCK | {"in_channels": 3, "out_channels": 3}
 
 
@@ -33,12 +36,17 @@ def make(folder):
     world.pixels = stable_diffusion(folder / "pixels", length=48, unet={"in_channels": 3, "out_channels": 3})
     torch.manual_seed(0)
     DDPMPipeline(UNet2DModel(**COLOUR_UNET), DDPMScheduler()).save_pretrained(folder / "ddpm")
+    world.classes_ddpm = folder / "classes_ddpm"
+    DDPMPipeline(UNet2DModel(**COLOUR_UNET, num_class_embeds=6), DDPMScheduler()).save_pretrained(world.classes_ddpm)
+    index = json.loads((world.classes_ddpm / "model_index.json").read_text())
+    names = {str(number): str(number) for number in range(5)}
+    (world.classes_ddpm / "model_index.json").write_text(json.dumps(index | {"id2label": names}))
     world.control = folder / "control"
     unet = UNet2DConditionModel.from_pretrained(world.base / "unet")
     ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=[8, 16]).save_pretrained(world.control)
     world.ddpm, world.vae = folder / "ddpm", folder / "vae"
     AutoencoderKL(**VAE).save_pretrained(world.vae)
-    for name in ("base", "ddpm"):
+    for name in ("base", "ddpm", "classes_ddpm"):
         shutil.copytree(folder / name, folder / f"{name}-half")
         for path in (folder / f"{name}-half").rglob("*.safetensors"):
             shutil.copy(path, path.with_suffix(".fp16.safetensors"))
@@ -57,12 +65,17 @@ def make(folder):
     (world.words / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     world.columns = folder / "columns"
     world.columns.mkdir()
-    columns = {"image": [png(n) for n in range(4)], "picture": [png(n + 9) for n in range(4)], "text": ["a dog"] * 4}
+    columns = {
+        "image": [png(n) for n in range(4)],
+        "picture": [png(n + 9) for n in range(4)],
+        "text": ["a dog"] * 4,
+        "label": [0, 1] * 2,
+    }
     columns |= {"conditioning_image": columns["picture"], "edges": columns["image"]}
     pq.write_table(pa.table(columns), world.columns / "data.parquet")
     world.tokenizer = folder / "another_tokenizer"
     train_tokenizer(["quick brown foxes jump", "over lazy dogs"], 700, 48).save_pretrained(world.tokenizer)
-    kept = {name: columns[name] for name in ("image", "text", "conditioning_image")}
+    kept = {name: columns[name] for name in ("image", "text", "conditioning_image", "label")}
     world.table = datasets.Dataset.from_dict(kept).cast_column("image", datasets.Image())
     world.table = world.table.cast_column("conditioning_image", datasets.Image())
     return world

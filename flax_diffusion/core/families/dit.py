@@ -136,9 +136,7 @@ DIT = FAMILIES.register(
         title="a DiTPipeline",
         pipelines={
             "DiTPipeline": PipelineClass(
-                parts={"transformer": DIT_TRANSFORMER, "vae": AUTOENCODER_KL},
-                index={"vae": NOTHING},
-                settings={"id2label": {}},
+                parts={"transformer": DIT_TRANSFORMER, "vae": AUTOENCODER_KL}, index={"vae": NOTHING}
             )
         },
         class_table=ClassTable(key="num_embeds_ada_norm", counts_null=False),

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flax_diffusion.core.errors import WeightsError, naming
+from flax_diffusion.core.errors import WeightsError, naming, shown
 from flax_diffusion.core.families.family import FAMILIES, Family, family_of
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.objectives.old_schedulers import with_present_keys
@@ -99,28 +99,28 @@ def classes(index: Mapping[str, Any], denoiser: Component) -> tuple[str, ...]:
         denoiser: The model.
 
     Returns:
-        The names by number, numbers as texts where the index has none; empty where it is told no class.
+        The names by number, with the number for a class without a name; empty where it is told no class.
 
     Raises:
-        WeightsError: If the names are not those of as many classes as the model knows.
+        WeightsError: If there are names of classes that the model does not have.
 
     Reference:
         `id2label` of Diffusers' DiTPipeline.
     """
     table = family_of(index["_class_name"]).class_table
     rows = None if table is None else table.rows(denoiser)
-    if rows is None:
+    if table is None or rows is None:
         return ()
-    named = index.get(CLASS_NAMES)
-    if not named:
-        return tuple(map(str, range(rows)))
-    names = tuple(str(named.get(str(number))) for number in range(len(named))) if isinstance(named, dict) else ()
-    if len(names) not in (rows - 1, rows) or len(named) != len({*map(str, range(len(named)))} & {*named}):
+    named = index.get(CLASS_NAMES) or {}
+    has_null = not table.counts_null or len(named) == rows - 1
+    numbers = [str(number) for number in range(rows - has_null)]
+    wrong = [number for number in named if number not in numbers] if isinstance(named, dict) else [shown(named)]
+    if wrong:
         raise WeightsError(
-            f"model_index.json: {CLASS_NAMES} names {len(named)} classes, and the model has {rows} rows for them; it "
-            f"must map the numbers from 0 to {rows - 2} or {rows - 1} to names"
+            f"model_index.json: {CLASS_NAMES} has {wrong[0]}, and the model has {len(numbers)} classes: it must map "
+            f"numbers from 0 to {len(numbers) - 1} to names"
         )
-    return names
+    return tuple(str(named.get(number, number)) for number in numbers)
 
 
 def has_part(index: dict[str, Any], name: str) -> bool:
