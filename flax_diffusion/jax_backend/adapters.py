@@ -6,9 +6,11 @@ The models themselves have no code for adapters. An adapter is in the parameter 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -88,18 +90,75 @@ def interceptor(component: Component, *, train: bool) -> Any:
             known = next_call(jnp.where(new, 0, ids))
             rows = own["new_rows"].astype(known.dtype)[jnp.maximum(ids - new_tokens.first, 0)]
             return jnp.where(new[..., None], rows, known)
-        made = next_call(*args, **kwargs)
+        if lora is None or "lora_A" not in own:
+            return next_call(*args, **kwargs)
+        (x,) = args
+        down, up = (own[part]["kernel"] for part in ("lora_A", "lora_B"))
+        drops = train and lora.dropout > 0
+        # One product gives the gradient of x, unless the LoRA has another input, or the layer gathers its weights.
+        joint = not drops and own["kernel"].shape == (len(down), up.shape[1])
+        made = next_call(_rows(jax.lax.stop_gradient(x) if joint else x))
         alone = not isinstance(made, tuple)  # else the layer returns the parts of its output
         outs = [made] if alone else list(made)
-        if lora is not None and "lora_A" in own:
-            (x,) = args
-            x = x.astype(outs[0].dtype)
-            if train and lora.dropout:
-                x = drop(x, layer.make_rng("dropout"), lora.dropout)
-            down, up = (own[part]["kernel"].astype(x.dtype) for part in ("lora_A", "lora_B"))
-            low = x @ down
-            ups = jnp.split(up, len(outs), axis=-1)
-            outs = [out + (low @ up) * lora.scale for out, up in zip(outs, ups, strict=True)]
-        return outs[0] if alone else tuple(outs)
+        source, down, up, kernel = (array.astype(outs[0].dtype) for array in (x, down, up, own["kernel"]))
+        if drops:
+            source = drop(source, layer.make_rng("dropout"), lora.dropout)
+        kernels = jnp.split(kernel, len(outs), axis=-1) if joint else [None] * len(outs)
+        parts = zip(outs, kernels, jnp.split(up, len(outs), axis=-1), strict=True)
+        sums: list[jax.Array] = [
+            _add_product(lora.scale, out, _rows(source), weights, down, part) for out, weights, part in parts
+        ]
+        shaped = [rows.reshape(*x.shape[:-1], -1) for rows in sums]
+        return shaped[0] if alone else tuple(shaped)
 
     return call
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """Reshape (…, C) to (T, C)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _add_product(
+    scale: float, out: jax.Array, x: jax.Array, kernel: jax.Array | None, down: jax.Array, up: jax.Array
+) -> jax.Array:
+    """Add a LoRA's part to the output of its layer.
+
+    On a TPU a product that sums over the rank takes half as long as one that sums over 1280 channels. So the gradient
+    of `x` is one product, which sums over channels and rank together.
+
+    Args:
+        scale: Factor of the LoRA's part.
+        out: Output of the layer, (T, C').
+        x: Input of the LoRA, (T, C).
+        kernel: Weights of the layer, (C, C'), where `out` passes no gradient on to its input and the gradient of `x`
+            is to be that of both; None where `out` does.
+        down: First factor, (C, R).
+        up: Second factor, (R, C').
+
+    Returns:
+        out + scale · x · down · up, (T, C').
+    """
+    return _add_product_forward(scale, out, x, kernel, down, up)[0]
+
+
+def _add_product_forward(
+    scale: float, out: jax.Array, x: jax.Array, kernel: jax.Array | None, down: jax.Array, up: jax.Array
+) -> tuple[jax.Array, Any]:
+    low = x @ down
+    return out + low @ up * scale, (x, low, kernel, down, up)
+
+
+def _add_product_backward(scale: float, kept: Any, grad: jax.Array) -> tuple[Any, ...]:
+    x, low, kernel, down, up = kept
+    dlow = grad @ up.T * scale
+    # Else XLA computes the LoRA's gradients late, and what they need takes the fast memory of a TPU until then.
+    dlow, ddown, dup = jax.lax.optimization_barrier((dlow, x.T @ dlow, low.T @ grad * scale))
+    if kernel is None:
+        return grad, dlow @ down.T, None, ddown, dup
+    dx = jnp.concatenate([grad, dlow], axis=1) @ jnp.concatenate([kernel, down], axis=1).T
+    return grad, dx, jnp.zeros_like(kernel), ddown, dup
+
+
+_add_product.defvjp(_add_product_forward, _add_product_backward)

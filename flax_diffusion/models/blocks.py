@@ -6,6 +6,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from flax_diffusion.models.attention import (
     AddedKVAttention,
@@ -138,6 +139,16 @@ class DownBlock(nn.Module):
         return x, tuple(skips)
 
 
+def _joined(x: jax.Array, skip: jax.Array) -> jax.Array:
+    """Join two feature maps (B, H, W, …) along their channels."""
+    x = jnp.concatenate([x, skip], axis=-1)
+    if x.shape[0] > 1:
+        return x
+    # Of one picture XLA lays out rows along the lanes of a TPU where the channels do not fill them, and then takes
+    # longer to transpose the norm's result for the convolution than that runs.
+    return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 2, 3)))
+
+
 class UpBlock(nn.Module):
     """Residual blocks, each over the input and a skip connection, with attention if there is any, then an upsampler.
 
@@ -181,7 +192,7 @@ class UpBlock(nn.Module):
         resnet = _resnet(self.config)
         for i in range(self.layers):
             if skips is not None:
-                x = jnp.concatenate([x, skips[-1 - i]], axis=-1)
+                x = _joined(x, skips[-1 - i])
             x = resnet(self.features, self.config, name=f"resnets_{i}")(x, temb, deterministic)
             if self.attention is not None:
                 x = _attention(self.config, self.attention, i, x, context)
