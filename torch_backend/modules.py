@@ -275,6 +275,6 @@ def _draw(component: Component, seed: int) -> Any:
         if component.copied_from is not None:
             known = dict(load(component.copied_from).named_parameters())
             for name, parameter in module.named_parameters():
-                if name in known:
+                if name in known and known[name].shape == parameter.shape:
                     parameter.copy_(known[name])
     return module

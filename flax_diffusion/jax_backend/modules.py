@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
@@ -207,7 +208,11 @@ def first_weights(modules: Modules, name: str, seed: int) -> Params:
     if source is None:
         return drawn
     known = flatten_dict(load_pretrained(source))
-    return unflatten_dict({path: known.get(path, leaf) for path, leaf in flatten_dict(drawn).items()})
+    kept = {
+        path: known[path] if path in known and np.shape(known[path]) == np.shape(leaf) else leaf
+        for path, leaf in flatten_dict(drawn).items()
+    }
+    return unflatten_dict(kept)
 
 
 def load_pretrained(component: Component) -> Params:

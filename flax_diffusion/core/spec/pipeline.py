@@ -53,8 +53,8 @@ class Component:
         lora: LoRA that trains; None for none.
         new_tokens: New tokens whose rows train, behind the embedding table; None for none.
         overlay: Differences from the weights in the files; None for none.
-        copied_from: Model whose weights a new one starts with, by name; what that model lacks is drawn at random. None
-            to draw all.
+        copied_from: Model whose weights a new one starts with, by name; what that model lacks or has in another shape
+            is drawn at random. None to draw all.
         rate_factor: Factor on the learning rate.
     """
 

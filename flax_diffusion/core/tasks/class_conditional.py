@@ -20,7 +20,7 @@ from flax_diffusion.core.config.options import CONFIG_FILE, Reads
 from flax_diffusion.core.data.batches import ExampleFn, LabelDropout, Precomputed
 from flax_diffusion.core.data.sources.labels import LabelledSource, with_labels
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.errors import ConfigError, WeightsError, naming
+from flax_diffusion.core.errors import ConfigError, WeightsError, naming, unknown
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ClassTable, ModelClass, Role, family_of
 from flax_diffusion.core.spec import writing
@@ -171,8 +171,12 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         name = "transformer" if config.unet is None else "unet"
         kind = self._kind(name)
         model, given = family_of(kind).pipelines[kind].parts[name], getattr(config, name)
-        if isinstance(given, str):
-            given = model.sizes.get(given, given)
+        if isinstance(given, str) and given.partition("-")[0] in {size.partition("-")[0] for size in model.sizes}:
+            if given not in model.sizes:
+                raise unknown(f"--{name}", given, model.sizes)
+            given = model.sizes[given] | {
+                "in_channels": 3 if config.vae is None else frozen_vae(config.vae)["latent_channels"]
+            }
         return name, from_scratch(given, f"--{name}", model), kind, {}
 
     def _kind(self, name: str, found: str | None = None) -> str:
