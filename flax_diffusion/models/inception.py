@@ -7,7 +7,7 @@ The names of the parameters are those of pytorch-fid's file, `pt_inception-2015-
 
 Axes in shapes: B batch, H height, W width.
 
-References:
+Reference:
     Szegedy et al., https://arxiv.org/abs/1512.00567, for the blocks; Heusel et al., https://arxiv.org/abs/1706.08500,
     for the features.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -58,47 +58,47 @@ class _Conv(NamedTuple):
 
 
 _Branch = tuple[Any, ...]
-"""Steps one after another. A tuple of convolutions is taken side by side; "mean" and "max" pool, "half" to half size."""
+"""Steps one after another. Convolutions in a tuple are taken side by side; "mean", "max" and "half" pool."""
 
 
-def _stem(suffix: str, features: int, square: int = 1, stride: int = 1) -> _Conv:
-    return _Conv(suffix, features, square, square, stride)
+def _square(name: str, features: int, side: int = 1, stride: int = 1) -> _Conv:
+    return _Conv(name, features, side, side, stride)
 
 
 def _block_a(pooled: int) -> tuple[_Branch, ...]:
     return (
-        (_stem("branch1x1", 64),),
-        (_stem("branch5x5_1", 48), _stem("branch5x5_2", 64, 5)),
-        (_stem("branch3x3dbl_1", 64), _stem("branch3x3dbl_2", 96, 3), _stem("branch3x3dbl_3", 96, 3)),
-        ("mean", _stem("branch_pool", pooled)),
+        (_square("branch1x1", 64),),
+        (_square("branch5x5_1", 48), _square("branch5x5_2", 64, 5)),
+        (_square("branch3x3dbl_1", 64), _square("branch3x3dbl_2", 96, 3), _square("branch3x3dbl_3", 96, 3)),
+        ("mean", _square("branch_pool", pooled)),
     )
 
 
 def _block_c(inner: int) -> tuple[_Branch, ...]:
     return (
-        (_stem("branch1x1", 192),),
-        (_stem("branch7x7_1", inner), _Conv("branch7x7_2", inner, 1, 7), _Conv("branch7x7_3", 192, 7, 1)),
+        (_square("branch1x1", 192),),
+        (_square("branch7x7_1", inner), _Conv("branch7x7_2", inner, 1, 7), _Conv("branch7x7_3", 192, 7, 1)),
         (
-            _stem("branch7x7dbl_1", inner),
+            _square("branch7x7dbl_1", inner),
             _Conv("branch7x7dbl_2", inner, 7, 1),
             _Conv("branch7x7dbl_3", inner, 1, 7),
             _Conv("branch7x7dbl_4", inner, 7, 1),
             _Conv("branch7x7dbl_5", 192, 1, 7),
         ),
-        ("mean", _stem("branch_pool", 192)),
+        ("mean", _square("branch_pool", 192)),
     )
 
 
 def _block_e(pooling: str) -> tuple[_Branch, ...]:
     return (
-        (_stem("branch1x1", 320),),
-        (_stem("branch3x3_1", 384), (_Conv("branch3x3_2a", 384, 1, 3), _Conv("branch3x3_2b", 384, 3, 1))),
+        (_square("branch1x1", 320),),
+        (_square("branch3x3_1", 384), (_Conv("branch3x3_2a", 384, 1, 3), _Conv("branch3x3_2b", 384, 3, 1))),
         (
-            _stem("branch3x3dbl_1", 448),
-            _stem("branch3x3dbl_2", 384, 3),
+            _square("branch3x3dbl_1", 448),
+            _square("branch3x3dbl_2", 384, 3),
             (_Conv("branch3x3dbl_3a", 384, 1, 3), _Conv("branch3x3dbl_3b", 384, 3, 1)),
         ),
-        (pooling, _stem("branch_pool", 192)),
+        (pooling, _square("branch_pool", 192)),
     )
 
 
@@ -107,8 +107,8 @@ BLOCKS: dict[str, tuple[_Branch, ...]] = {
     "Mixed_5c": _block_a(64),
     "Mixed_5d": _block_a(64),
     "Mixed_6a": (
-        (_stem("branch3x3", 384, 3, 2),),
-        (_stem("branch3x3dbl_1", 64), _stem("branch3x3dbl_2", 96, 3), _stem("branch3x3dbl_3", 96, 3, 2)),
+        (_square("branch3x3", 384, 3, 2),),
+        (_square("branch3x3dbl_1", 64), _square("branch3x3dbl_2", 96, 3), _square("branch3x3dbl_3", 96, 3, 2)),
         ("half",),
     ),
     "Mixed_6b": _block_c(128),
@@ -116,12 +116,12 @@ BLOCKS: dict[str, tuple[_Branch, ...]] = {
     "Mixed_6d": _block_c(160),
     "Mixed_6e": _block_c(192),
     "Mixed_7a": (
-        (_stem("branch3x3_1", 192), _stem("branch3x3_2", 320, 3, 2)),
+        (_square("branch3x3_1", 192), _square("branch3x3_2", 320, 3, 2)),
         (
-            _stem("branch7x7x3_1", 192),
+            _square("branch7x7x3_1", 192),
             _Conv("branch7x7x3_2", 192, 1, 7),
             _Conv("branch7x7x3_3", 192, 7, 1),
-            _stem("branch7x7x3_4", 192, 3, 2),
+            _square("branch7x7x3_4", 192, 3, 2),
         ),
         ("half",),
     ),
@@ -192,7 +192,7 @@ def _half(x: jax.Array) -> jax.Array:
     return nn.max_pool(x, (3, 3), (2, 2))
 
 
-_AROUND = ((1, 1), (1, 1))
+_AROUND = cast(Any, ((1, 1), (1, 1)))  # Flax declares a name of a kind of padding only
 _POOLINGS = {
     "mean": lambda x: nn.avg_pool(x, (3, 3), padding=_AROUND, count_include_pad=False),
     "max": lambda x: nn.max_pool(x, (3, 3), padding=_AROUND),
@@ -299,7 +299,7 @@ def _fitted(stored: Mapping[str, np.ndarray], path: Path) -> InceptionWeights:
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise WeightsError(
-            f"{path} does not hold the Inception network of the FID: {'; '.join(problems[:3])}{more}; give pytorch-fid's "
-            "pt_inception-2015-12-05-6726825d.pth"
+            f"{path} does not hold the Inception network of the FID: {'; '.join(problems[:3])}{more}; "
+            "give pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
         )
     return InceptionWeights(unflatten_dict(params), checksum.hexdigest()[:16])
