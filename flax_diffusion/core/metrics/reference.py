@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -183,7 +183,7 @@ def save_reference(path: Path, reference: Reference) -> None:
 
 
 def _write(file: BinaryIO, arrays: Mapping[str, Any]) -> None:
-    np.savez(file, **{name: np.asarray(value) for name, value in arrays.items()})
+    np.savez(file, **cast(Any, {name: np.asarray(value) for name, value in arrays.items()}))
 
 
 def check_comparable(reference: Reference, kind: Kind, dimension: int, name: str) -> None:
