@@ -14,6 +14,7 @@ Reference:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -233,6 +234,7 @@ def _stored_name(path: tuple[str, ...]) -> str:
     return ".".join((*path[:-1], "weight" if path[-1] == "kernel" else path[-1]))
 
 
+@functools.cache
 def inception_shapes() -> dict[tuple[str, ...], tuple[int, ...]]:
     """Return the shape of every parameter in Linen's layout, by its path in the tree."""
     pixels = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)

@@ -12,7 +12,14 @@ from tqdm import tqdm
 
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.drawing.command import GenerateConfig
-from flax_diffusion.core.drawing.evaluation_options import EvaluateOptions, check_least, count_of, drawing, metrics_of
+from flax_diffusion.core.drawing.evaluation_options import (
+    EvaluateOptions,
+    check_least,
+    count_of,
+    drawing,
+    metrics_of,
+    shared,
+)
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.files import as_path, replacing, write_json
 from flax_diffusion.core.metrics import pictures
@@ -79,10 +86,10 @@ def run(config: EvaluateOptions, backend: Backend) -> list[Row]:
     """
     names = metrics_of(config)
     real = None if config.reference is None else _open_reference(config.reference)
+    extractor = backend.extractor(config)
     subject = _subject(config, backend)
     if subject.source is not None:
         check_least(names, subject.count, f"--images {config.images}")
-    extractor = backend.extractor(config)
     kind, dimension = _kind(subject, real, extractor)
     if isinstance(real, Archive):
         _check_archive(real, config, names, kind, dimension)

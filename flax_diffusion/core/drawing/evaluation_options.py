@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -45,7 +45,7 @@ class EvaluateOptions(BaseModel):
     num_images: int | None = Field(
         None, ge=2, description=f"Pictures to judge, in all. None: {_NUM_IMAGES} of a model, or all of a folder."
     )
-    guidance_scale: list[float] = Field(
+    guidance_scale: list[Annotated[float, Field(ge=0)]] = Field(
         [GenerateConfig.model_fields["guidance_scale"].default],
         description="Scales of classifier-free guidance, each judged by itself. 1 turns it off.",
     )

@@ -10,8 +10,11 @@ Errors are ValueError, or OSError from reading the file, as of `untrusted`.
 
 from __future__ import annotations
 
+import io
 import pickle
+import pickletools
 import zipfile
+import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +32,16 @@ _DTYPES = {
     "FloatStorage": "<f4", "DoubleStorage": "<f8", "HalfStorage": "<f2", "LongStorage": "<i8", "IntStorage": "<i4",
     "ShortStorage": "<i2", "CharStorage": "<i1", "ByteStorage": "<u1", "BoolStorage": "?",
 }  # fmt: skip
+_OPCODES = frozenset((
+    "PROTO", "FRAME", "STOP", "MARK", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE", "GET", "BINGET", "LONG_BINGET",
+    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE",
+    "BINSTRING", "SHORT_BINSTRING", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_LIST", "APPEND",
+    "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS", "GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD", "BINPERSID",
+))  # fmt: skip
+"""Steps of the pickles that tensors are in. Others make objects in more ways, or of a size that a few bytes state."""
 _BROKEN = (
     pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError, KeyError, TypeError, OverflowError,
-    MemoryError, RecursionError, UnicodeError, zipfile.BadZipFile, NotImplementedError,
+    MemoryError, RuntimeError, UnicodeError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 """What `pickle` and `zipfile` raise for files that are not whole, or were never what they seem."""
 
@@ -166,8 +176,7 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         folder = main.removesuffix("data.pkl")
         if f"{folder}byteorder" in members and archive.read(f"{folder}byteorder") != b"little":
             raise ValueError("its values have the higher byte first")
-        with archive.open(main) as pickled:
-            views = _views(_Unpickler(pickled).load())
+        views = _views(_load(io.BytesIO(archive.read(main))))
         values = {}
         for storage in {view.storage for view in views.values()}:
             member = members[f"{folder}data/{storage.key}"]
@@ -178,16 +187,16 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
 
 
 def _read_old(file: BinaryIO) -> dict[str, np.ndarray]:
-    start = [_Unpickler(file).load() for _ in range(2)]
+    start = [_load(file) for _ in range(2)]
     if start != [_MAGIC, _PROTOCOL]:
         raise ValueError("it does not begin as files of torch.save do")
-    system = _Unpickler(file).load()
+    system = _load(file)
     if not (isinstance(system, dict) and system.get("little_endian") is True):
         raise ValueError("its values have the higher byte first")
-    views = _views(_Unpickler(file).load())
+    views = _views(_load(file))
     storages = {view.storage.key: view.storage for view in views.values()}
     values: dict[str, np.ndarray] = {}
-    for key in _Unpickler(file).load():
+    for key in _load(file):
         if key not in storages:
             raise ValueError(f"its storage {shown(key)} belongs to no tensor")
         storage = storages[key]
@@ -198,6 +207,18 @@ def _read_old(file: BinaryIO) -> dict[str, np.ndarray]:
             raise EOFError("the values end too soon")
         values[key] = np.frombuffer(data, storage.dtype)
     return {name: view.of(values[view.storage.key]) for name, view in views.items()}
+
+
+def _load(file: BinaryIO) -> Any:
+    """Return what the next pickle of a file holds, once its steps are known to be harmless."""
+    start = file.tell()
+    for number, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+        if opcode.name not in _OPCODES:
+            raise ValueError(f"its pickle has the step {opcode.name}, which tensors do not need")
+        if opcode.name.endswith("PUT") and int(argument or 0) > number:  # pickle would make room for this many objects
+            raise ValueError(f"its pickle keeps object {argument} after {number} steps")
+    file.seek(start)
+    return _Unpickler(file).load()
 
 
 def _views(loaded: Any) -> dict[str, _View]:

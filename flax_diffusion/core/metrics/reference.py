@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from flax_diffusion.core.io.files import local_copy, replacing
 from flax_diffusion.core.metrics.statistics import Moments
 
 _PICTURES = "arr_0"  # of guided-diffusion's reference batches
-_NOT_NPZ = (ValueError, KeyError, EOFError, TypeError, MemoryError, zipfile.BadZipFile, NotImplementedError)
+_NOT_NPZ = (ValueError, KeyError, EOFError, TypeError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True, kw_only=True)
