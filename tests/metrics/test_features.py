@@ -24,7 +24,7 @@ def moments(feature, devices, batch_size, pictures=PICTURES, inception=None):
 
 def test_pixels():
     whole, features = moments("pixels", 1, 64)
-    np.testing.assert_array_equal(features, PICTURES.reshape(19, -1).astype(np.float32) / 255)
+    np.testing.assert_allclose(features, PICTURES.reshape(19, -1) / 255, rtol=1e-6)
     for devices, batch_size in ((8, 8), (8, 5), (2, 3)):
         other, same = moments("pixels", devices, batch_size)
         np.testing.assert_array_equal(same, features)

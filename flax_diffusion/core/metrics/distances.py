@@ -103,7 +103,10 @@ def kernel_distance(
 
 
 def _cubic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
+    kernel = x @ y.T
+    kernel /= x.shape[1]
+    kernel += 1
+    return kernel * kernel * kernel  # NumPy's powers take ten times as long
 
 
 class PrecisionRecall(NamedTuple):

@@ -107,7 +107,7 @@ def open_archive(path: Path) -> Archive:
         raise DataError(f"--reference {path}: does not exist; give an npz file or a folder of pictures")
     path = local_copy(path.parent, (path.name,)) / path.name
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             names = arrays.files
             statistics = _statistics(arrays, path) if {"mu", "sigma"} <= set(names) else None
         shape = None
