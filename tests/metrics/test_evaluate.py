@@ -2,12 +2,15 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from inception_reference import random_weights
 from PIL import Image
+from safetensors.torch import save_file
 from tiny import ONE_BLOCK, RUN, TEXT_RUN, UNET, stable_diffusion
 
 from flax_diffusion.core.data.sources.opening import open_source
@@ -16,6 +19,9 @@ from flax_diffusion.core.metrics import distances
 from flax_diffusion.core.metrics.statistics import Moments
 from flax_diffusion.evaluate import evaluate, main
 from flax_diffusion.generate import generate
+from flax_diffusion.jax_backend.features import FeatureExtractor
+from flax_diffusion.jax_backend.sharding import make_mesh
+from flax_diffusion.models.inception import read_inception
 from torch_backend.train import train
 
 PIXELS = {"features": "pixels", "num_inference_steps": 2}
@@ -141,6 +147,33 @@ def test_a_reference_alone(folders, capsys, tmp_path):
         ConfigError, match=r"holds no features, only their mean and covariance, and --metrics kid needs"
     ):
         evaluate(images=str(root / "drawn"), reference=str(file), features="pixels", metrics="kid")
+
+
+def test_inception(folders, tmp_path):
+    """The command gives the network's features to each metric; and another network's statistics are refused."""
+    root, made = folders
+    files = []
+    for seed in (0, 1):
+        files.append(str(tmp_path / f"{seed}.safetensors"))
+        save_file(random_weights(seed), files[-1])
+    kept = str(tmp_path / "real.npz")
+    few = {"images": str(root / "drawn"), "num_images": 12, "batch_size": 6, "inception": files[0]}
+    real = tmp_path / "real"
+    real.mkdir()
+    for number in range(12):
+        shutil.copy(root / f"real/{number:04d}.png", real)
+    (row,) = evaluate(**few, reference=str(real), metrics=["is", "fid", "recall"], save_reference=kept)
+    assert [*row] == ["pictures", "fid", "is", "is_std", "recall"]
+    extractor = FeatureExtractor("inception", make_mesh(-1, 1), 6, read_inception(files[0]))
+    (drawn, logits), (features, _) = extractor(made["drawn"][:12]), extractor(made["real"][:12])
+    moments = [Moments.of(drawn), Moments.of(features)]
+    expected = distances.frechet_distance(*(part for one in moments for part in (one.mean, one.covariance)))
+    assert row["fid"] == pytest.approx(expected, rel=1e-5)
+    assert (row["is"], row["is_std"]) == pytest.approx((*distances.inception_score(logits),), rel=1e-6)
+    assert evaluate(**few, reference=kept, metrics="fid")[0]["fid"] == pytest.approx(expected, rel=1e-5)
+    few["inception"] = files[1]
+    refused("real.npz: was made with other weights", reference=kept, **few)
+    refused("real.npz: is of the feature 'inception'", images=few["images"], reference=kept, features="pixels")
 
 
 def refused(message, error=ConfigError, **options):

@@ -169,8 +169,8 @@ def _check_archive(archive: Archive, config: EvaluateOptions, names: list[str], 
                 "needs them: give the real pictures, or a file made of them by --save_reference with that metric"
             )
         count = count if statistics.features is None or not themselves else len(statistics.features)
-        if config.save_reference is not None:
-            raise ConfigError(f"--save_reference {config.save_reference}: {name} holds statistics already; drop it")
+    if statistics is not None and config.save_reference is not None:
+        raise ConfigError(f"--save_reference {config.save_reference}: {name} holds statistics already; drop it")
     if count is not None:
         check_least(needs(names, "needs_reference"), count, f"--reference {name}")
 
@@ -203,24 +203,20 @@ def _reference(
     backend: Backend,
 ) -> Reference:
     """Return the statistics of the real pictures, which are computed where they are not there."""
+    statistics = None
     if isinstance(real, Archive):
         statistics, shape = real.statistics, real.pictures_shape
-        wants_features = bool(needs(names, "needs_features"))
-        if statistics is not None and not config.save_reference:
-            has_features = statistics.features is not None or not wants_features
-            if has_features or shape is None:
-                return statistics
+        lacks_features = statistics is None or (statistics.features is None and bool(needs(names, "needs_features")))
+        if statistics is not None and not lacks_features:
+            return statistics
         assert shape is not None
         count, batches = shape[0], real.batches(config.batch_size)
     else:
-        statistics, count = None, len(real)
-        batches = _read(real, config, kind, None, resize=True)
+        count, batches = len(real), _read(real, config, kind, None, resize=True)
     found = collect(_shown(batches, count, "real pictures", backend), extractor, count, names, real=True)
-    made = Reference.of(found.moments, kind, found.features)
-    if statistics is None or config.save_reference:
-        return made
-    # Published statistics are of all pictures, of which the file may hold a part.
-    return replace(statistics, features=made.features)
+    if statistics is not None:  # published ones are of all pictures, of which the file may hold a part
+        return replace(statistics, features=found.features)
+    return Reference.of(found.moments, kind, found.features)
 
 
 def _read(

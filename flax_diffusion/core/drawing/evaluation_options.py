@@ -195,8 +195,9 @@ def _check_unused(config: EvaluateOptions) -> None:
         if config.images is None and config.num_images is not None:
             raise ConfigError(f"--num_images {config.num_images}: no pictures are judged; drop it")
     in_file = config.reference is not None and config.reference.endswith(".npz")
-    if "image_interpolation_mode" in given and config.images is None and in_file:
-        raise ConfigError("--image_interpolation_mode is for pictures in folders, and there are none: drop it")
+    for name in ("resolution", "channels", "image_interpolation_mode"):
+        if name in given and config.images is None and in_file:
+            raise ConfigError(f"--{name} is for pictures in folders, and there are none: drop it")
 
 
 def _check_reference(config: EvaluateOptions, names: list[str]) -> None:
