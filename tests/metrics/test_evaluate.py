@@ -299,6 +299,10 @@ def test_mistakes_before_long_work(digits, text, folders, tmp_path, monkeypatch)
     refused(
         r"--num_images 1001: --images .* holds 1000", images=drawn, reference=real, features="pixels", num_images=1001
     )
+    refused(
+        "--features pixels: pictures of 65x65 pixels have 12675 values, more than the 12288 whose covariance",
+        images=drawn, reference=real, features="pixels", resolution=65,
+    )  # fmt: skip
     few = tmp_path / "few"
     few.mkdir()
     Image.new("RGB", (4, 4)).save(few / "a.png")

@@ -34,6 +34,8 @@ from flax_diffusion.core.metrics.reference import (
 )
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
+MAX_DIMENSION = 64 * 64 * 3
+"""Largest number of features; their covariance takes 1.2 GB."""
 Row = dict[str, float]
 """Values by column: the scale of guidance, where pictures are drawn, their number, and the metrics."""
 
@@ -136,7 +138,11 @@ def _subject(config: EvaluateOptions, backend: Backend) -> _Subject:
 
 
 def _kind(subject: _Subject, real: Archive | Source | None, extractor: Extractor) -> tuple[Kind, int]:
-    """Return what is judged, for comparing it with the reference, and the number of its features."""
+    """Return what is judged, for comparing it with the reference, and the number of its features.
+
+    Raises:
+        ConfigError: If its size is not known, or there are too many features.
+    """
     size, channels = subject.size, subject.channels
     if subject.spec is None and subject.source is None and isinstance(real, Archive) and real.pictures_shape:
         _, height, width, channels = real.pictures_shape
@@ -144,7 +150,13 @@ def _kind(subject: _Subject, real: Archive | Source | None, extractor: Extractor
     if size is None or channels is None:
         raise ConfigError("--save_reference: the npz file holds statistics already; give real pictures by --reference")
     kind = Kind(feature=extractor.feature, size=size, channels=channels, weights=extractor.weights)
-    return kind, extractor.dimension(size, channels)
+    dimension = extractor.dimension(size, channels)
+    if dimension > MAX_DIMENSION:
+        raise ConfigError(
+            f"--features {extractor.feature}: pictures of {size[1]}x{size[0]} pixels have {dimension} values, more than "
+            f"the {MAX_DIMENSION} whose covariance can be computed: use --features inception"
+        )
+    return kind, dimension
 
 
 def _check_archive(archive: Archive, config: EvaluateOptions, names: list[str], kind: Kind, dimension: int) -> None:
