@@ -153,8 +153,8 @@ def _kind(subject: _Subject, real: Archive | Source | None, extractor: Extractor
     dimension = extractor.dimension(size, channels)
     if dimension > MAX_DIMENSION:
         raise ConfigError(
-            f"--features {extractor.feature}: pictures of {size[1]}x{size[0]} pixels have {dimension} values, more than "
-            f"the {MAX_DIMENSION} whose covariance can be computed: use --features inception"
+            f"--features {extractor.feature}: pictures of {size[1]}x{size[0]} pixels have {dimension} values, more "
+            f"than the {MAX_DIMENSION} whose covariance can be computed: use --features inception"
         )
     return kind, dimension
 
