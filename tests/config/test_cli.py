@@ -122,7 +122,7 @@ def test_exit_status_and_stream(request):
     assert done.stderr == "error: command line: unknown option '--learning_rat'; did you mean '--learning_rate'?\n"
 
 
-@pytest.mark.parametrize("module", ["train", "generate"])
+@pytest.mark.parametrize("module", ["train", "generate", "evaluate"])
 def test_help_is_quick(module, request):
     command = [sys.executable, "-m", f"flax_diffusion.{module}", "--help"]
     times = []

@@ -44,7 +44,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def made(transformer: dict[str, Any], **options: Any) -> tuple[Any, Any, PipelineSpec]:
+def made(transformer: dict[str, Any] | None, **options: Any) -> tuple[Any, Any, PipelineSpec]:
     """Options, task and pipeline of a run on digits."""
     given = RUN | {"unet": None, "transformer": transformer, "use_ema": True, "max_train_steps": STEPS}
     config = ClassConditionalConfig(**given | {"class_dropout_prob": 0.3} | options)
@@ -99,7 +99,7 @@ def test_eight_devices_equal_one(gather: str) -> None:
 @pytest.mark.parametrize("objective", ["ddpm", "edm"])
 def test_class_conditional_unets_agree(objective: str) -> None:
     with jax.enable_x64(True):
-        config, task, spec = made({}, transformer=None, unet=UNET, objective=objective)
+        config, task, spec = made(None, unet=UNET, objective=objective)
         assert (spec.denoiser["num_class_embeds"], spec.null_class) == (11, 10)
         given = batches(config, task, spec)
         ours, state = trained(JaxBackend(config, spec, jax.devices()[:1], np.float64), given)

@@ -21,6 +21,7 @@ BELOW = {
     "randomness": {"io"},
     "objectives": {"io", "randomness"},
     "data": {"io", "randomness", "objectives"},
+    "metrics": {"io", "data"},
     "checkpoints": {"io"},
     "families": {"io", "objectives"},
     "spec": {"io", "randomness", "objectives", "data", "checkpoints", "families"},

@@ -1,0 +1,72 @@
+"""Drawing from a pipeline with JAX, whoever wants the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jax.sharding import Mesh
+
+from flax_diffusion.core.drawing import command
+from flax_diffusion.core.objectives import samplers
+from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules, load_pretrained, shapes
+from flax_diffusion.jax_backend.optimizers.optimizer import Params
+from flax_diffusion.jax_backend.sampling import Sampler
+from flax_diffusion.jax_backend.sharding import put_replicated
+from flax_diffusion.schedulers import scheduler_from_config
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A pipeline with its weights, from which pictures can be drawn several times."""
+
+    spec: PipelineSpec
+    sampler: Sampler
+    params: Params
+
+
+def open_spec(config: command.GenerateConfig) -> PipelineSpec:
+    """Read a pipeline's configs, and check that the options fit; see `command.open_checked`.
+
+    Args:
+        config: The options.
+
+    Raises:
+        UserError: If the model is no pipeline, or something does not fit it.
+    """
+    return command.open_checked(config, shapes)
+
+
+def open_pipeline(config: command.GenerateConfig, spec: PipelineSpec, mesh: Mesh) -> Pipeline:
+    """Load the weights of a pipeline onto all devices.
+
+    Args:
+        config: The options.
+        spec: The pipeline.
+        mesh: Devices over which a batch is split.
+
+    Raises:
+        UserError: If the weights or the scheduler do not fit.
+    """
+    modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
+    scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), kind=config.scheduler)
+    params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
+    return Pipeline(spec, Sampler(modules, scheduler, mesh), params)
+
+
+def pictures(pipeline: Pipeline, config: command.GenerateConfig) -> Iterator[np.ndarray]:
+    """Draw pictures, a batch at a time.
+
+    Args:
+        pipeline: The pipeline.
+        config: The options; those that chose and opened the pipeline are those that it was opened with.
+
+    Yields:
+        Pictures, uint8 (B, H, W, C).
+
+    Raises:
+        UserError: For options that the pipeline cannot draw with.
+    """
+    yield from pipeline.sampler.batches(pipeline.params, **command.sampler_options(config, pipeline.spec))
