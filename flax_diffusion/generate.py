@@ -10,7 +10,6 @@ import numpy as np
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import command
-from flax_diffusion.core.objectives import samplers
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -31,18 +30,11 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
 
 def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
     # JAX is imported only now, so that --help and mistakes in options are answered at once.
-    from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules, load_pretrained, shapes
-    from flax_diffusion.jax_backend.sampling import Sampler
-    from flax_diffusion.jax_backend.sharding import make_mesh, put_replicated
-    from flax_diffusion.schedulers import scheduler_from_config
+    from flax_diffusion.jax_backend import drawing
+    from flax_diffusion.jax_backend.sharding import make_mesh
 
-    spec = command.open_checked(config, shapes)
-    mesh = make_mesh(-1, 1)
-    modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
-    scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), kind=config.scheduler)
-    sampler = Sampler(modules, scheduler, mesh)
-    params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
-    return sampler.batches(params, **command.sampler_options(config, spec))
+    pipeline = drawing.open_pipeline(config, drawing.open_spec(config), make_mesh(-1, 1))
+    return drawing.pictures(pipeline, config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

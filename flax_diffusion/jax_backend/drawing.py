@@ -63,10 +63,10 @@ def pictures(pipeline: Pipeline, config: command.GenerateConfig) -> Iterator[np.
         pipeline: The pipeline.
         config: The options; those that chose and opened the pipeline are those that it was opened with.
 
-    Yields:
-        Pictures, uint8 (B, H, W, C).
+    Returns:
+        Batches of pictures, uint8 (B, H, W, C), each drawn when it is asked for.
 
     Raises:
-        UserError: For options that the pipeline cannot draw with.
+        UserError: For options that the pipeline cannot draw with, at once.
     """
-    yield from pipeline.sampler.batches(pipeline.params, **command.sampler_options(config, pipeline.spec))
+    return pipeline.sampler.batches(pipeline.params, **command.sampler_options(config, pipeline.spec))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
@@ -207,12 +206,10 @@ def first_weights(modules: Modules, name: str, seed: int) -> Params:
     source = modules.spec.components[name].copied_from
     if source is None:
         return drawn
-    known = flatten_dict(load_pretrained(source))
-    kept = {
-        path: known[path] if path in known and np.shape(known[path]) == np.shape(leaf) else leaf
-        for path, leaf in flatten_dict(drawn).items()
-    }
-    return unflatten_dict(kept)
+    known: dict[Any, Any] = flatten_dict(load_pretrained(source))
+    new: dict[Any, Any] = flatten_dict(drawn)
+    same = {path for path, leaf in new.items() if path in known and known[path].shape == leaf.shape}
+    return unflatten_dict({path: known[path] if path in same else leaf for path, leaf in new.items()})
 
 
 def load_pretrained(component: Component) -> Params:

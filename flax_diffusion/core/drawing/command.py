@@ -26,6 +26,8 @@ from flax_diffusion.core.spec.prompts import check_prompts, is_guided
 log = logging.getLogger(__name__)
 
 GRID = "grid.png"
+ALL = "all"
+"""The --class_label that stands for all classes."""
 PROMPT_GUIDANCE, CLASS_GUIDANCE = 7.5, 4.0
 """Usual scales of guidance, those of Diffusers' StableDiffusionPipeline and DiTPipeline."""
 _WRITTEN = re.compile(r"\d{5,}\.png")
@@ -46,7 +48,8 @@ class GenerateConfig(BaseModel):
     embeddings: list[str] = Field([], description="Files of textual inversion, each as PATH or PATH:WORD.")
     prompt: list[str] = Field([], description="Texts to draw. Each gets num_images images.")
     class_label: list[str] = Field(
-        [], description="Classes to draw, by name or number, for models of classes. Each gets num_images images."
+        [],
+        description="Classes to draw, by name or number, or `all`, for models of classes. Each gets num_images images.",
     )
     negative_prompt: str = Field("", description="Text to guide away from.")
     conditioning_image: list[str] = Field(
@@ -154,7 +157,7 @@ def sampler_options(config: GenerateConfig, spec: PipelineSpec) -> dict[str, Any
     """
     names = ("negative_prompt", "num_images", "num_inference_steps", "guidance_interval", "seed", "batch_size")
     options = {name: getattr(config, name) for name in names}
-    options |= {"prompts": config.prompt or config.class_label, "guidance_scale": _guidance(config, spec)}
+    options |= {"prompts": prompts_of(config, spec), "guidance_scale": guidance_scale(config, spec)}
     extra = read_given(spec, _pictures(config), len(config.prompt), config.seed)
     return options if extra is None else options | {"extra": extra}
 
@@ -167,12 +170,30 @@ def _check_prompts(config: GenerateConfig, spec: PipelineSpec) -> None:
     if spec.classes and config.negative_prompt:
         raise ConfigError(f"--negative_prompt: a {spec.kind} is told classes, and is guided away from any; drop it")
     with naming(f"--{given}") if spec.classes else nullcontext():
-        check_prompts(spec, getattr(config, given))
-    if not is_guided(spec, getattr(config, given), _guidance(config, spec)) and config.guidance_interval:
+        check_prompts(spec, prompts_of(config, spec))
+    if not is_guided(spec, prompts_of(config, spec), guidance_scale(config, spec)) and config.guidance_interval:
         raise ConfigError("--guidance_interval goes with a --guidance_scale above 1: add it, or drop the former")
 
 
-def _guidance(config: GenerateConfig, spec: PipelineSpec) -> float:
+def prompts_of(config: GenerateConfig, spec: PipelineSpec) -> list[str]:
+    """Return the prompts, or the classes by name or number, whose pictures are drawn.
+
+    Args:
+        config: The options.
+        spec: The pipeline.
+    """
+    if spec.classes and config.class_label == [ALL]:
+        return [str(number) for number in range(len(spec.classes))]
+    return config.class_label if spec.classes else config.prompt
+
+
+def guidance_scale(config: GenerateConfig, spec: PipelineSpec) -> float:
+    """Return the scale of guidance, which is the usual one where none is given.
+
+    Args:
+        config: The options.
+        spec: The pipeline.
+    """
     if config.guidance_scale is not None:
         return config.guidance_scale
     return CLASS_GUIDANCE if spec.classes else PROMPT_GUIDANCE

@@ -11,10 +11,11 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.drawing.command import GenerateConfig
+from flax_diffusion.core.drawing.command import GenerateConfig, guidance_scale, prompts_of
 from flax_diffusion.core.drawing.evaluation_options import (
     EvaluateOptions,
     check_least,
+    check_shares,
     count_of,
     drawing,
     metrics_of,
@@ -118,7 +119,8 @@ def _subject(config: EvaluateOptions, backend: Backend) -> _Subject:
     """Open what is judged, without drawing or reading it."""
     square = None if config.resolution is None else (config.resolution, config.resolution)
     if config.model is not None:
-        spec = backend.open_spec(drawing(config, config.guidance_scale[0]))
+        spec = backend.open_spec(drawing(config, next(iter(config.guidance_scale), None)))
+        check_shares(count_of(config), len(prompts_of(drawing(config), spec)))
         size = spec.size or (spec.resolution, spec.resolution)
         if square not in (None, size):
             raise ConfigError(
@@ -270,9 +272,10 @@ def _rows(
         resize = config.resolution is not None
         yield judged(_read(subject.source, config, kind, subject.count, resize=resize), "pictures")
     if subject.spec is not None:
-        draw = backend.drawer(drawing(config, config.guidance_scale[0]), subject.spec)
-        for scale in config.guidance_scale:
-            row = judged(draw(drawing(config, scale)), f"guidance {scale:g}")
+        shares = max(1, len(prompts_of(drawing(config), subject.spec)))
+        draw = backend.drawer(drawing(config), subject.spec)
+        for scale in config.guidance_scale or [guidance_scale(drawing(config), subject.spec)]:
+            row = judged(draw(drawing(config, scale, shares)), f"guidance {scale:g}")
             yield {"guidance_scale": scale, **row}
 
 

@@ -46,8 +46,8 @@ class EvaluateOptions(BaseModel):
         None, ge=2, description=f"Pictures to judge, in all. None: {_NUM_IMAGES} of a model, or all of a folder."
     )
     guidance_scale: list[Annotated[float, Field(ge=0)]] = Field(
-        [GenerateConfig.model_fields["guidance_scale"].default],
-        description="Scales of classifier-free guidance, each judged by itself. 1 turns it off.",
+        [],
+        description="Scales of classifier-free guidance, each judged by itself. 1 is none. None: that of generate.",
     )
     batch_size: int = Field(64, ge=1, description="Pictures that are drawn and judged at a time.")
     resolution: int | None = Field(
@@ -92,7 +92,7 @@ def options_of(values: dict[str, Any]) -> EvaluateOptions:
     Raises:
         ConfigError: For unknown names and wrong values.
     """
-    lists = ("metrics", "prompt", "lora", "embeddings")
+    lists = ("metrics", "prompt", "class_label", "lora", "embeddings")
     values = {name: [value] if name in lists and isinstance(value, str) else value for name, value in values.items()}
     if isinstance(values.get("guidance_scale"), int | float):
         values["guidance_scale"] = [values["guidance_scale"]]
@@ -129,20 +129,21 @@ def metrics_of(config: EvaluateOptions) -> list[str]:
     return [name for name in METRICS if name in names]
 
 
-def drawing(config: EvaluateOptions, guidance_scale: float) -> GenerateConfig:
+def drawing(config: EvaluateOptions, guidance_scale: float | None = None, shares: int = 1) -> GenerateConfig:
     """Return the options of drawing the pictures to judge.
 
     Args:
         config: The options, which name a model.
-        guidance_scale: One of the scales.
+        guidance_scale: One of the scales; None for that of `generate`.
+        shares: Number of the prompts or classes, which have equal shares of the pictures.
 
     Raises:
         ConfigError: For values that drawing does not take.
     """
     values = {name: shared(config, name) for name in _shared()}
-    each = count_of(config) // max(1, len(values["prompt"]))
     given = {"model": config.model, "guidance_scale": guidance_scale, "batch_size": config.batch_size}
-    return cast(GenerateConfig, command_line.build(GenerateConfig, values | given | {"num_images": each}, "evaluate"))
+    given["num_images"] = count_of(config) // shares
+    return cast(GenerateConfig, command_line.build(GenerateConfig, values | given, "evaluate"))
 
 
 def count_of(config: EvaluateOptions) -> int:
@@ -222,14 +223,27 @@ def _check_reference(config: EvaluateOptions, names: list[str]) -> None:
 
 
 def _check_counts(config: EvaluateOptions, names: list[str]) -> None:
-    prompts, count = shared(config, "prompt"), count_of(config)
-    if prompts and count % len(prompts):
-        raise ConfigError(
-            f"--num_images {count}: must be a multiple of the {len(prompts)} prompts, which have equal shares: "
-            f"{nearest_multiples(count, len(prompts))}"
-        )
+    count = count_of(config)
+    check_shares(count, len(shared(config, "prompt")))
     if config.num_images is not None or config.model is not None:
         check_least(names, count, f"--num_images {count}")
+
+
+def check_shares(count: int, shares: int) -> None:
+    """Refuse a number of pictures of which prompts or classes cannot have equal shares.
+
+    Args:
+        count: Number of pictures.
+        shares: Number of prompts or classes; 0 for none.
+
+    Raises:
+        ConfigError: If it is no multiple.
+    """
+    if shares and count % shares:
+        raise ConfigError(
+            f"--num_images {count}: must be a multiple of the {shares} prompts or classes, which have equal shares: "
+            f"{nearest_multiples(count, shares)}"
+        )
 
 
 def check_least(names: list[str], count: int, what: str) -> None:
