@@ -205,7 +205,7 @@ def test_mistakes_in_options(tmp_path):
         **both,
     )
     refused(
-        "--num_images 50000: must be a multiple of the 3 prompts, .*: 49998 or 50001",
+        "--num_images 50000: must be a multiple of the 3 prompts or classes, .*: 49998 or 50001",
         prompt=["a", "b", "c"],
         features="pixels",
         **both,

@@ -15,7 +15,7 @@ from flax_diffusion.core.data.sources.source import Labels
 from flax_diffusion.core.errors import ConfigError, UserError, WeightsError
 from flax_diffusion.core.objectives.objective import OBJECTIVES
 from flax_diffusion.core.spec.pipeline import open_pipeline
-from flax_diffusion.core.spec.prompts import guidance_scales
+from flax_diffusion.core.spec.prompts import class_number, guidance_scales
 from flax_diffusion.core.tasks.class_conditional import ClassConditionalConfig, ClassConditionalTask
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
@@ -66,7 +66,7 @@ def test_new_models_have_the_classes_of_the_data_and_the_null_class():
     spec = spec_of()
     assert (spec.kind, spec.denoiser["num_embeds_ada_norm"], spec.null_class) == ("DiTPipeline", 10, 10)
     assert spec.classes[7] == "seven"
-    assert (spec.class_of("seven"), spec.class_of("7")) == (7, 7)
+    assert (class_number(spec, "seven"), class_number(spec, "7")) == (7, 7)
     spec = spec_of(transformer=None, unet=SMALL_UNET)
     assert (spec.kind, spec.denoiser["num_class_embeds"], spec.null_class) == ("DDPMPipeline", 11, 10)
     spec = spec_of(transformer=None, unet=SMALL_UNET, class_dropout_prob=0, validation_guidance_scale=1)
@@ -119,7 +119,7 @@ def test_pretrained_models(known, monkeypatch):
     spec = spec_of(**options)
     assert (spec.classes[7], spec.null_class, len(spec.classes)) == ("seven", 10, 10)
     opened = open_pipeline(str(known))
-    assert (opened.class_of("number 7"), opened.class_of("digit 7"), opened.null_class) == (7, 7, 10)
+    assert (class_number(opened, "number 7"), class_number(opened, "digit 7"), opened.null_class) == (7, 7, 10)
     few = Labels(["cat", "dog"] * 898 + ["cat"], ["cat", "dog"])
     monkeypatch.setattr("flax_diffusion.core.data.sources.labels.labels_of", lambda *_: few)
     options["validation_class_labels"] = []

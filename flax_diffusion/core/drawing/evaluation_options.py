@@ -46,8 +46,7 @@ class EvaluateOptions(BaseModel):
         None, ge=2, description=f"Pictures to judge, in all. None: {_NUM_IMAGES} of a model, or all of a folder."
     )
     guidance_scale: list[Annotated[float, Field(ge=0)]] = Field(
-        [],
-        description="Scales of classifier-free guidance, each judged by itself. 1 is none. None: that of generate.",
+        [], description="Scales of classifier-free guidance, each judged by itself. 1 is none. None: that of generate."
     )
     batch_size: int = Field(64, ge=1, description="Pictures that are drawn and judged at a time.")
     resolution: int | None = Field(

@@ -12,7 +12,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
+from flax_diffusion.core.errors import WeightsError
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, Family, ModelClass, Role, family_of, model_class
 from flax_diffusion.core.io import model_files
@@ -156,31 +156,6 @@ class PipelineSpec:
         table = self.family.class_table
         rows = table.rows(self.denoiser) if table is not None and self.classes else None
         return len(self.classes) if rows == len(self.classes) + 1 else None
-
-    def class_of(self, label: str) -> int:
-        """Return the number of a class.
-
-        Args:
-            label: Its name, one of its names where that is a list with commas, or its number.
-
-        Raises:
-            ConfigError: If there is none, or if several have that name.
-        """
-        if label in self.classes:
-            found = [place for place, name in enumerate(self.classes) if name == label]
-        else:
-            found = [place for place, name in enumerate(self.classes) if label in name.split(", ")]
-        if not found and label.isdecimal() and int(label) < len(self.classes):
-            return int(label)
-        if len(found) == 1:
-            return found[0]
-        names = [name for several in self.classes for name in several.split(", ")]
-        said = (
-            f"several have that name: give its number, such as {found[0]}"
-            if found
-            else (f"must be a name, or a number from 0 to {len(self.classes) - 1}{nearest(label, names)}")
-        )
-        raise ConfigError(f"class {label}: {said}")
 
     @property
     def tokenize(self) -> TokenizePrompt | None:

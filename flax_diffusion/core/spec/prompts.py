@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from flax_diffusion.core.data.batches import CLASS_LABELS, size_numbers
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 
@@ -47,7 +47,7 @@ def told(
     check_prompts(spec, prompts)
     tokenize, family, arrays = spec.tokenize, spec.family, dict(extra or {})
     if spec.classes and prompts:
-        arrays[CLASS_LABELS] = np.array([spec.class_of(label) for label in prompts], np.int32)
+        arrays[CLASS_LABELS] = np.array([class_number(spec, label) for label in prompts], np.int32)
         away = {} if spec.null_class is None else {CLASS_LABELS: np.asarray(spec.null_class, np.int32)}
         return Told(prompts=arrays, away=away, zeroed=())
     if tokenize is None:
@@ -58,6 +58,30 @@ def told(
         arrays |= {name: np.stack([row] * len(prompts)) for name, row in size_numbers(size, (0, 0), size).items()}
     zeroed = not negative_prompt and bool(spec.setting("force_zeros_for_empty_prompt"))
     return Told(prompts=arrays, away=tokenize(negative_prompt), zeroed=family.prompt_arrays if zeroed else ())
+
+
+def class_number(spec: PipelineSpec, label: str) -> int:
+    """Return the number of a class.
+
+    Args:
+        spec: The pipeline, whose denoiser is told classes.
+        label: Its name, one of its names where that is a list with commas, or its number.
+
+    Raises:
+        ConfigError: If there is none, or if several have that name.
+    """
+    found = [place for place, name in enumerate(spec.classes) if name == label]
+    found = found or [place for place, name in enumerate(spec.classes) if label in name.split(", ")]
+    if not found and label.isdecimal() and int(label) < len(spec.classes):
+        return int(label)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"class {label}: {len(found)} have that name: give its number, such as {found[0]}")
+    names = [name for several in spec.classes for name in several.split(", ")]
+    raise ConfigError(
+        f"class {label}: must be a name, or a number from 0 to {len(spec.classes) - 1}{nearest(label, names)}"
+    )
 
 
 def check_prompts(spec: PipelineSpec, prompts: Sequence[str]) -> None:
@@ -75,7 +99,7 @@ def check_prompts(spec: PipelineSpec, prompts: Sequence[str]) -> None:
         fix = f"drop {wanted}" if prompts else f"give at least one {wanted}"
         raise ConfigError(f"a {spec.kind} with {len(prompts)} {'classes' if spec.classes else 'prompts'}: {fix}")
     for label in prompts if spec.classes else ():
-        spec.class_of(label)
+        class_number(spec, label)
 
 
 def is_guided(spec: PipelineSpec, prompts: Sequence[str], guidance_scale: float) -> bool:

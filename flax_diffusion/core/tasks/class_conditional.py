@@ -25,7 +25,7 @@ from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ClassTable, ModelClass, Role, family_of
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
-from flax_diffusion.core.spec.prompts import is_guided
+from flax_diffusion.core.spec.prompts import class_number, is_guided
 from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
 from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
@@ -121,7 +121,7 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         is_guided(spec, spec.classes[:1], self.config.validation_guidance_scale)
         for label in self.config.validation_class_labels:
             with naming("--validation_class_labels"):
-                spec.class_of(label)
+                class_number(spec, label)
         return spec
 
     def reopen_spec(self, run: Path) -> PipelineSpec:
