@@ -18,7 +18,7 @@ from flax_diffusion.core.data.sources.labels import with_labels
 from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
-from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset
+from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset
 
 
 def picture(path, value=0):

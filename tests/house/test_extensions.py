@@ -18,8 +18,8 @@ from pydantic import BaseModel, Field
 from flax_diffusion.core.families.ddpm import UNET_2D
 from flax_diffusion.core.families.family import FAMILIES, Family, PipelineClass
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Mixture, Objective
-from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset
-from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset
+from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.parts import from_scratch
 from flax_diffusion.core.tasks.task import TASKS
 

@@ -18,8 +18,8 @@ from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE, Lora, lora_layers
 from flax_diffusion.core.spec.pipeline import open_pipeline
+from flax_diffusion.core.tasks.common.text import UNET_TARGETS
 from flax_diffusion.core.tasks.task import TASKS, task_of
-from flax_diffusion.core.tasks.text import UNET_TARGETS
 from flax_diffusion.core.tasks.textual_inversion import TEMPLATES
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.modules import build_modules, load_pretrained

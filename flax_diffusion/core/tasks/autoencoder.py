@@ -25,7 +25,7 @@ from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import write_json
 from flax_diffusion.core.spec.pipeline import AutoencoderLoss, PipelineSpec, check_variant
-from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset, stand_in
 from flax_diffusion.core.tasks.parts import check_channels, check_resolution, from_scratch, pretrained, sized
 from flax_diffusion.core.tasks.task import TASKS, Preview, Task
 

@@ -26,8 +26,8 @@ from flax_diffusion.core.families.family import FAMILIES, ClassTable, ModelClass
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.prompts import class_number, is_guided
-from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
-from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import TASKS, Preview
 

@@ -25,10 +25,10 @@ from flax_diffusion.core.families.stable_diffusion import CONTROLNET, control_co
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, read_component
-from flax_diffusion.core.tasks.dataset import CaptionsConfig, CaptionsTask, stand_in
+from flax_diffusion.core.tasks.common.dataset import CaptionsConfig, CaptionsTask, stand_in
+from flax_diffusion.core.tasks.common.text import variant_of
 from flax_diffusion.core.tasks.parts import check_part, pretrained, vae_factor
 from flax_diffusion.core.tasks.task import TASKS, Preview
-from flax_diffusion.core.tasks.text import variant_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

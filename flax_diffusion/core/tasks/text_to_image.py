@@ -19,10 +19,10 @@ from flax_diffusion.core.errors import ConfigError, DataError, nearest
 from flax_diffusion.core.families.family import FAMILIES, ModelClass, Role
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
-from flax_diffusion.core.tasks.dataset import CaptionsConfig, CaptionsTask, stand_in
+from flax_diffusion.core.tasks.common.dataset import CaptionsConfig, CaptionsTask, stand_in
+from flax_diffusion.core.tasks.common.text import NEW_PIPELINE, LoraConfig, LoraTask, variant_of
 from flax_diffusion.core.tasks.parts import from_scratch, inpainting
 from flax_diffusion.core.tasks.task import TASKS, Preview
-from flax_diffusion.core.tasks.text import NEW_PIPELINE, LoraConfig, LoraTask, variant_of
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

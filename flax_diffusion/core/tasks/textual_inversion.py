@@ -19,9 +19,9 @@ from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec.adapters import NewTokens
 from flax_diffusion.core.spec.new_words import add_word
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
-from flax_diffusion.core.tasks.dataset import joined
+from flax_diffusion.core.tasks.common.dataset import joined
+from flax_diffusion.core.tasks.common.text import TextConfig, TextTask
 from flax_diffusion.core.tasks.task import TASKS
-from flax_diffusion.core.tasks.text import TextConfig, TextTask
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

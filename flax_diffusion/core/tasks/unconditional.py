@@ -12,8 +12,8 @@ from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.families.ddpm import DDPM, UNET_2D
 from flax_diffusion.core.spec.pipeline import PipelineSpec
-from flax_diffusion.core.tasks.dataset import DatasetConfig, open_dataset, stand_in
-from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import TASKS
 

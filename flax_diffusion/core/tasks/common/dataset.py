@@ -17,7 +17,7 @@ from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.data.sources.source import ExtraImages, Source
 from flax_diffusion.core.errors import ConfigError, naming
 from flax_diffusion.core.spec.pipeline import PipelineSpec
-from flax_diffusion.core.tasks.text import PromptsConfig, TextTask
+from flax_diffusion.core.tasks.common.text import PromptsConfig, TextTask
 
 
 def joined(value: Any) -> Any:

@@ -22,7 +22,7 @@ from flax_diffusion.core.io.files import as_path, local_copy
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.adapters import Lora
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
-from flax_diffusion.core.tasks.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.parts import check_part, check_pipeline, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import Preview
 

@@ -1,0 +1,1 @@
+"""What several tasks share: options, data, prompts, the training of a denoiser."""
