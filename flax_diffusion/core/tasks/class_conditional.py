@@ -37,8 +37,6 @@ _PREVIEWED = 10
 
 
 @with_defaults(
-    ema_max_decay=0.9999,
-    lr_scheduler="constant_with_warmup",
     adam_weight_decay=0.0,
     validation_epochs=None,
     eval_batch_size=4,
