@@ -120,9 +120,16 @@ def test_pretrained_models(known, monkeypatch):
     assert (spec.classes[7], spec.null_class, len(spec.classes)) == ("seven", 10, 10)
     opened = open_pipeline(str(known))
     assert (class_number(opened, "number 7"), class_number(opened, "digit 7"), opened.null_class) == (7, 7, 10)
+    names = [f"digit {number}, number {number}" for number in range(10)]
+    some = Labels([names[number % 3 + 2] for number in range(1797)], sorted(names[2:5], reverse=True))
+    monkeypatch.setattr("flax_diffusion.core.data.sources.labels.labels_of", lambda *_: some)
+    options["validation_class_labels"] = []
+    task = task_of(config(**options))
+    source = task.open_source()
+    assert source.labels[:4].tolist() == [2, 3, 4, 2]  # numbers of the model, by name
+    assert task.make_spec(source).classes == tuple(names)
     few = Labels(["cat", "dog"] * 898 + ["cat"], ["cat", "dog"])
     monkeypatch.setattr("flax_diffusion.core.data.sources.labels.labels_of", lambda *_: few)
-    options["validation_class_labels"] = []
     with pytest.raises(ConfigError, match=r"the data have 2 classes and the model knows 10: add --new_class_embedding"):
         spec_of(**options)
     new = spec_of(**options, new_class_embedding=True)
@@ -326,4 +333,6 @@ def test_a_plan_has_as_many_classes_as_the_model():
     source = task.described_source()
     assert len(source.classes) == 33
     assert task.make_spec(source).denoiser["num_embeds_ada_norm"] == 33
-    assert len(ClassConditionalTask(config()).described_source().classes) == 1000
+    task = ClassConditionalTask(config())
+    assert len(task.described_source().classes) == 1000
+    assert task.make_spec(task.described_source()).classes[0] == "seven"  # that is to be drawn

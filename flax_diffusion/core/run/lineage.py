@@ -23,7 +23,7 @@ _LOCATION_OPTIONS = ("output_dir", "logging_dir")
 """Options that say where a run is stored, not what it is."""
 
 _MEANING = {
-    "data": "the names of its pictures or their captions",
+    "data": "the names of its pictures, their captions or their classes",
     "base": "the weights of the model that it adapts",
     "lora": "its LoRA",
     "new_tokens": "its new word",
@@ -70,7 +70,7 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
 
 
 def data_digest(source: Source) -> str:
-    """Return a fingerprint of a dataset: a checksum of the names and captions of up to 64 examples.
+    """Return a fingerprint of a dataset: a checksum of the names, captions and classes of up to 64 examples.
 
     Two datasets of the same size are told apart by it.
     """
@@ -79,6 +79,8 @@ def data_digest(source: Source) -> str:
         try:
             record = source[index]
             digest.update(repr((PurePosixPath(record.name).name, record.caption)).encode())
+            if record.label is not None:
+                digest.update(repr(record.label).encode())
             if record.extra is not None:
                 digest.update(repr(PurePosixPath(record.extra.name).name).encode())
         except DataError:

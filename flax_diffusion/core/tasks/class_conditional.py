@@ -36,12 +36,7 @@ _PREVIEWED = 10
 """Most classes that are drawn during training where no option names some."""
 
 
-@with_defaults(
-    adam_weight_decay=0.0,
-    validation_epochs=None,
-    eval_batch_size=4,
-    output_dir="class-conditional-model",
-)
+@with_defaults(adam_weight_decay=0.0, validation_epochs=None, eval_batch_size=4, output_dir="class-conditional-model")
 class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
     """Images of given classes: `train class_conditional`. Trains a UNet2DModel or a DiTTransformer2DModel."""
 
@@ -103,14 +98,16 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
 
     def described_source(self) -> Source:
         """Return one picture in place of the data, for a plan, of as many classes as the model has."""
-        names = tuple(map(str, range(self._classes_of_model() or IMAGENET_CLASSES)))
-        return LabelledSource(super().described_source(), np.zeros(1, np.int32), names)
+        known, asked = self._classes_of_model(), self.config.validation_class_labels
+        count = len(known) if known else self._number_of_classes() or IMAGENET_CLASSES
+        names = [*dict.fromkeys([*asked, *map(str, range(count))])][:count]
+        return LabelledSource(super().described_source(), np.zeros(1, np.int32), known or tuple(names))
 
     def open_source(self) -> LabelledSource:
         """Open the dataset."""
         source = open_dataset(self.config)
         with naming("--train_data_dir" if self.config.train_data_dir else "--dataset_name"):
-            return with_labels(source, self.config.label_column)
+            return with_labels(source, self.config.label_column, self._classes_of_model())
 
     def make_spec(self, source: Source) -> PipelineSpec:
         """Read the configs of the pipeline to train, for the classes of the data."""
@@ -241,11 +238,16 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
             )
         return denoiser, known if numbered else found
 
-    def _classes_of_model(self) -> int | None:
-        """Return the number of classes that the config of the model says; None where it says none."""
-        _, denoiser, kind, index = self._denoiser()
-        if self.config.pretrained_model_name_or_path and not self.config.new_class_embedding:
-            return len(folders.classes(index, denoiser)) or None
+    def _classes_of_model(self) -> tuple[str, ...]:
+        """Return the names of the classes that the model knows; none where it is made for those of the data."""
+        if not self.config.pretrained_model_name_or_path or self.config.new_class_embedding:
+            return ()
+        _, denoiser, _, index = self._denoiser()
+        return folders.classes(index, denoiser)
+
+    def _number_of_classes(self) -> int | None:
+        """Return the number of classes that the config of a new model says; None where it says none."""
+        _, denoiser, kind, _ = self._denoiser()
         table = family_of(kind).class_table
         if table is None or table.key not in denoiser.config:
             return None

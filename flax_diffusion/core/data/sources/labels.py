@@ -35,13 +35,14 @@ class LabelledSource:
         return replace(self.source[index], label=int(self.labels[index]))
 
 
-def with_labels(source: Source, column: str | None) -> LabelledSource:
+def with_labels(source: Source, column: str | None, known: Sequence[str] = ()) -> LabelledSource:
     """Return pictures with their classes.
 
     Args:
         source: The pictures, of a kind that can tell classes.
         column: Column that holds the classes; None for `label` or, in folders without such a column, for the names of
             the folders that the pictures lie in.
+        known: Names of the classes of a model. Where these have all the names of the data, their numbers are taken.
 
     Raises:
         DataError: If a picture has no class, or one that is neither a name nor a number from 0.
@@ -53,6 +54,7 @@ def with_labels(source: Source, column: str | None) -> LabelledSource:
             raise DataError(f"{name}: its class is {shown(value)}; it must be a name or a number from 0", name)
     if any(isinstance(value, str) for value in values):
         names = sorted({str(value) for value in values}) if names is None else names
+        names = known if set(names) <= set(known) else names
         number = {name: place for place, name in enumerate(names)}
         numbers = [number[str(value)] for value in values]
     else:
