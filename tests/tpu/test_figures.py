@@ -36,7 +36,7 @@ ROWS = {
     "dreambooth": ("sd15", "v5e:1x1", DREAMBOOTH, {"GiB": 12}),
     "offload": ("sd15", "v5e:1x1", [*DREAMBOOTH, "--offload_optimizer"], {"GiB": 8}),
     "lora": ("sd15", "v5e:1x1", LORA, {"GiB": 6}),
-    "sdxl-lora": ("sdxl", "v5e:1x1", XL_LORA, {"GiB": 16}),
+    "sdxl-lora": ("sdxl", "v5e:1x1", XL_LORA, {"GiB": 16, "ms": 155}),
     "v5p": ("sd15", "v5p:2x2x1", EIGHT, {"GiB": 95}),
     "pod": ("sd15", "v5e:16x16", EIGHT, {"GiB": 16, "ms": 32, "GB": 25}),
 }
