@@ -66,7 +66,7 @@ def test_recipes_are_of_options_that_exist(recipe):
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ([], "no task: name one of unconditional, text_to_image"),
+        ([], "no task: name one of unconditional, class_conditional, text_to_image"),
         (["uncondtional"], "did you mean 'unconditional'?"),
         (["unconditional", "--dataset_name", "digits", "--learning_rat", "1"], "did you mean '--learning_rate'?"),
         (["unconditional", "--dataset_name", "digits", "--learning_rate=abc"], "--learning_rate: .*got 'abc'"),

@@ -224,7 +224,8 @@ def warned(caplog, config, device_count=1):
     spec = task_of(config).make_spec(source)
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        assembly.warn_of_vain_options(task_of(config), spec, make_schedule(config, len(source), device_count))
+        schedule = make_schedule(config, len(source), device_count)
+        assembly.warn_of_vain_options(task_of(config), spec, schedule, device_count)
     return [record.getMessage() for record in caplog.records]
 
 
@@ -270,6 +271,12 @@ def test_a_warm_up_that_does_not_end(caplog, scheduler, steps, says):
     )  # fmt: skip
     said = warned(caplog, config)
     assert [text.split(",")[0] for text in said] == [f"--lr_warmup_steps 10: the run ends after {steps} steps"] * says
+
+
+def test_sums_over_one_device(caplog):
+    config = parse("unconditional", "--reduce_dtype", "bf16", "--resolution", "32")
+    assert warned(caplog, config) == ["--reduce_dtype bf16: one device sums nothing over devices; drop it"]
+    assert warned(caplog, config, 8) == []
 
 
 def test_a_run_says_what_is_in_vain(caplog, model, tmp_path):

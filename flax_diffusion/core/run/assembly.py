@@ -20,8 +20,8 @@ from flax_diffusion.core.tasks.task import Task
 log = logging.getLogger(__name__)
 
 
-def warn_of_vain_options(task: Task[TrainConfig], spec: PipelineSpec, schedule: Schedule) -> None:
-    """Warn, once before training, of a warm-up that does not end and of prompts that the text encoder cuts off.
+def warn_of_vain_options(task: Task[TrainConfig], spec: PipelineSpec, schedule: Schedule, devices: int) -> None:
+    """Warn, once before training, of options that change nothing, and of prompts that the text encoder cuts off.
 
     The captions of a dataset, of which there may be millions, are checked by `check_source`.
 
@@ -29,8 +29,11 @@ def warn_of_vain_options(task: Task[TrainConfig], spec: PipelineSpec, schedule: 
         task: The task, with the run's options.
         spec: The pipeline, with its tokenizer.
         schedule: The run's steps.
+        devices: Number of devices.
     """
     config = task.config
+    if config.reduce_dtype != "fp32" and devices == 1:
+        log.warning("--reduce_dtype %s: one device sums nothing over devices; drop it", config.reduce_dtype)
     warms_up = config.lr_scheduler not in ("constant", "piecewise_constant")
     if warms_up and config.lr_warmup_steps >= schedule.total_steps:
         log.warning(

@@ -205,7 +205,7 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
     make_rate(config, schedule)  # this checks --lr_step_rules
     buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
     if main:
-        assembly.warn_of_vain_options(task, spec, schedule)
+        assembly.warn_of_vain_options(task, spec, schedule, backend.device_count)
     parameters = backend.init_state()
     if resume_from is not None:
         backend.check(resume_from)
