@@ -133,7 +133,7 @@ TABLE: dict[str, list[Row]] = {
     "label_column": [Row("kind", ("batch", "spec"))],
     "class_dropout_prob": [Row(0.9, "batch")],
     "new_class_embedding": [
-        Row(True, ("spec", "torch_built"),
+        Row(True, "spec",
             lambda w: {"transformer": None, "pretrained_model_name_or_path": str(w.classes_ddpm)}),
     ],
     "validation_class_labels": [Row(["1"], "samples")],
@@ -376,12 +376,17 @@ def channels(row: Row) -> tuple[str, ...]:
 
 
 def cases() -> Iterator[Any]:
-    """Task, option and the kind of channel. What makes models is the same for all tasks, and the gate looks at one."""
+    """Task, option and the kind of channel.
+
+    What makes models is the same for all tasks, and what `class_conditional` shares with `unconditional` is the same
+    code: the gate looks at one.
+    """
     looked_at = set()
+    shared = TASKS["unconditional"].config_class.model_fields
     for task, name in PAIRS:
         kinds = {channel in MODELS for row in rows(task, name) for channel in channels(row)}
         for models in sorted(kinds):
-            again = models and name in looked_at
+            again = (models and name in looked_at) or (task == "class_conditional" and name in shared)
             marks = [pytest.mark.acceptance] if again else []
             yield pytest.param(task, name, models, marks=marks, id=f"{task}-{name}-{'models' if models else 'run'}")
             looked_at |= {name} if models else set()
