@@ -104,6 +104,7 @@ def test_every_large_array_is_divided(published, data, fsdp):
         assert held <= 1.05 * sum(leaf.size for leaf in leaves) / count
 
 
+@pytest.mark.acceptance
 def test_several_averages_are_divided_over_all_devices():
     _, backend = losses(8, fsdp_parallelism=4, max_train_steps=2, ema_decays=[0.9], ema_sigma_rels=[0.1])
     assert [*backend.state.ema] == ["ema_0.9", "ema_sigma_rel_0.1"]

@@ -149,6 +149,7 @@ def test_a_reference_alone(folders, capsys, tmp_path):
         evaluate(images=str(root / "drawn"), reference=str(file), features="pixels", metrics="kid")
 
 
+@pytest.mark.acceptance
 def test_inception(folders, tmp_path):
     """The command gives the network's features to each metric; and another network's statistics are refused."""
     root, made = folders

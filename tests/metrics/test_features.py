@@ -41,6 +41,7 @@ def inception(tmp_path_factory):
     return read_inception(path)
 
 
+@pytest.mark.acceptance
 def test_inception_of_eight_devices_and_of_one(inception):
     one, features = moments("inception", 1, 4, PICTURES[:6], inception)
     eight, same = moments("inception", 8, 8, PICTURES[:6], inception)
