@@ -341,6 +341,7 @@ def test_the_inception_network_is_asked_for_first(digits, tmp_path):
     )  # fmt: skip
 
 
+@pytest.mark.acceptance
 def test_a_latent_model(tmp_path):
     """Pictures of a Stable Diffusion pipeline, at a size of its own."""
     model = stable_diffusion(tmp_path / "model")

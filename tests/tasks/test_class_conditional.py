@@ -315,6 +315,7 @@ def test_objectives_that_are_none(own, name, says):
         spec_of(objective=name)
 
 
+@pytest.mark.acceptance
 def test_a_resumed_run_is_the_same(tmp_path):
     """Bit for bit, with dropped labels."""
     whole = trained(output_dir=str(tmp_path / "whole"), class_dropout_prob=0.4)
