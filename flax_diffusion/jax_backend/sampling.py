@@ -144,13 +144,14 @@ class Sampler:
         state = put_replicated(jax.device_get(state), self.mesh)
         guided = guidance_scale is not None
         scales = guidance_scales(self.modules.spec, timesteps, guidance_scale or 1, guidance_interval)
+        weights = {scale: put_replicated(scale, self.mesh) for scale in np.unique(scales)}
         noises = self._noises(seed, indices, shape, len(timesteps))
         sample = next(noises) * np.asarray(state.init_noise_sigma)
         sample = self._put(sample.astype(np.float32))
         for timestep, scale, noise in zip(timesteps, scales, noises, strict=True):
-            step, weight = (put_replicated(number, self.mesh) for number in (timestep, scale))
+            step = put_replicated(timestep, self.mesh)
             placed = None if noise is None else self._put(noise)
-            state, sample = self._denoise(params, state, sample, step, condition, placed, weight, guided=guided)
+            state, sample = self._denoise(params, state, sample, step, condition, placed, weights[scale], guided=guided)
         return self._finish(params, sample)
 
     def _noises(self, seed: int, indices: np.ndarray, shape: tuple[int, ...], steps: int) -> Iterator[np.ndarray | Any]:

@@ -46,7 +46,7 @@ def told(
     """
     check_prompts(spec, prompts)
     tokenize, family, arrays = spec.tokenize, spec.family, dict(extra or {})
-    if spec.classes and prompts:
+    if spec.classes:
         arrays[CLASS_LABELS] = np.array([class_number(spec, label) for label in prompts], np.int32)
         away = {} if spec.null_class is None else {CLASS_LABELS: np.asarray(spec.null_class, np.int32)}
         return Told(prompts=arrays, away=away, zeroed=())
