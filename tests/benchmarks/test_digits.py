@@ -31,6 +31,12 @@ def train(request, backend, recipe, seed, out):
     return time.perf_counter() - start
 
 
+def judged(images):
+    """Whether each of 100 pictures of every digit is that digit, (10, 100), and how often the judge is right at all."""
+    judge, accuracy = svm()
+    return judge.predict(to_vectors(images) * 2 - 1).reshape(10, 100) == np.arange(10)[:, None], accuracy
+
+
 def test_the_measure_itself():
     pixels, _ = real_digits()
     half = np.random.default_rng(0).permutation(len(pixels))
@@ -70,8 +76,7 @@ def test_text_to_image(request, tmp_path, backend, seed):
     images = generate(
         tmp_path / "run", prompt=prompts, num_images=100, num_inference_steps=50, guidance_scale=2.0, batch_size=200
     )
-    judge, accuracy = svm()
-    right = judge.predict(to_vectors(images) * 2 - 1).reshape(10, 100) == np.arange(10)[:, None]
+    right, accuracy = judged(images)
     distance = frechet(to_vectors(images), real_digits()[0])
     print(f"\n{backend}, seed {seed}, text to image: {right.mean():.1%} of 1,000 are the prompted digit (bound 98%)")
     print(f"Fréchet distance {distance:.3f}, with guidance 2 (bound 0.4)")
@@ -90,11 +95,10 @@ def test_transformer_of_classes(request, tmp_path, backend, seed):
 
     def drawn(count, guidance_scale):
         options = {"num_images": count, "guidance_scale": guidance_scale, "num_inference_steps": 50, "batch_size": 500}
-        return to_vectors(generate(tmp_path / "run", class_label="all", **options))
+        return generate(tmp_path / "run", class_label="all", **options)
 
-    judge, accuracy = svm()
-    right = judge.predict(drawn(100, 2.0) * 2 - 1).reshape(10, 100) == np.arange(10)[:, None]
-    distance = frechet(drawn(179, 1.0), real_digits()[0])
+    right, accuracy = judged(drawn(100, 2.0))
+    distance = frechet(to_vectors(drawn(179, 1.0)), real_digits()[0])
     print(f"\n{backend}, seed {seed}, transformer: {right.mean():.1%} of 1,000 are of the class asked for (bound 98%)")
     print(f"Fréchet distance {distance:.3f} of 1,790 samples without guidance (bound 0.10)")
     print(f"training with compilation, samples and export: {seconds:.0f} s (bound 360 on two idle cores)")

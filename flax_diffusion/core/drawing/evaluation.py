@@ -119,7 +119,7 @@ def _subject(config: EvaluateOptions, backend: Backend) -> _Subject:
     """Open what is judged, without drawing or reading it."""
     square = None if config.resolution is None else (config.resolution, config.resolution)
     if config.model is not None:
-        spec = backend.open_spec(drawing(config, next(iter(config.guidance_scale), None)))
+        spec = backend.open_spec(drawing(config, max(config.guidance_scale, default=None)))
         check_shares(count_of(config), len(prompts_of(drawing(config), spec)))
         size = spec.size or (spec.resolution, spec.resolution)
         if square not in (None, size):

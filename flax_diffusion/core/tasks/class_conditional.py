@@ -6,6 +6,7 @@ matching; Ho and Salimans, https://arxiv.org/abs/2207.12598, for the null class.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +134,7 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
             classes: Names of the classes of the data.
         """
         config = self.config
-        name, denoiser, kind, index = self._denoiser()
+        name, denoiser, kind, index = self._denoiser
         table = family_of(kind).class_table
         assert table is not None
         if config.pretrained_model_name_or_path:
@@ -149,8 +150,9 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
             components[vae] = pretrained(config, vae, parts[vae], train=False)
         return replace(self.pipeline(kind, components), classes=tuple(classes))
 
+    @functools.cached_property
     def _denoiser(self) -> tuple[str, Component, str, dict[str, Any]]:
-        """Return the denoiser's component name and config, the class of its pipeline, and a pretrained one's index."""
+        """The denoiser's component name and config, the class of its pipeline, and a pretrained one's index."""
         config = self.config
         known = [family for family in FAMILIES.values() if family.class_table]
         if config.pretrained_model_name_or_path:
@@ -242,12 +244,12 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         """Return the names of the classes that the model knows; none where it is made for those of the data."""
         if not self.config.pretrained_model_name_or_path or self.config.new_class_embedding:
             return ()
-        _, denoiser, _, index = self._denoiser()
+        _, denoiser, _, index = self._denoiser
         return folders.classes(index, denoiser)
 
     def _number_of_classes(self) -> int | None:
         """Return the number of classes that the config of a new model says; None where it says none."""
-        _, denoiser, kind, _ = self._denoiser()
+        _, denoiser, kind, _ = self._denoiser
         table = family_of(kind).class_table
         if table is None or table.key not in denoiser.config:
             return None

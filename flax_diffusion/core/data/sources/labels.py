@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -128,7 +128,7 @@ def of_folders(root: Path, files: Sequence[str], pictures_in: Callable[[Path], S
     Raises:
         DataError: If a picture lies in no folder, or a folder holds none.
     """
-    parts = [PurePosixPath(file).parts[:-1] for file in files]
+    parts = [file.split("/")[:-1] for file in files]
     first = {part[0] for part in parts if part}
     if len(first) == 1 and is_split(*first) and all(len(part) > 1 for part in parts):
         root, parts = root / first.pop(), [part[1:] for part in parts]
@@ -139,8 +139,9 @@ def of_folders(root: Path, files: Sequence[str], pictures_in: Callable[[Path], S
             "the pictures of each class into a folder, or give --label_column"
         )
     values = [part[0] for part in parts]
+    met = set(values)
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    empty = [name for name in names if name not in set(values) and not pictures_in(root / name)]
+    empty = [name for name in names if name not in met and not pictures_in(root / name)]
     if empty:
         raise DataError(f"{root / empty[0]}: is the folder of a class and holds no pictures; add some, or remove it")
     return Labels(values, names)
