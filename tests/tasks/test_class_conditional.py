@@ -91,6 +91,10 @@ def test_new_models_have_the_classes_of_the_data_and_the_null_class():
             {"transformer": None, "unet": SMALL_UNET | {"num_class_embeds": 10}},
             "num_class_embeds 10, and data of 10 classes: must be 11, or left out, to have a row for the null class",
         ),
+        (
+            {"transformer": None, "unet": SMALL_UNET | {"class_embed_type": "timestep"}},
+            "UNet with class_embed_type 'timestep': only a UNet with a table of classes can be told the class",
+        ),
         ({"transformer": DIT | {"patch_size": 3}}, "--resolution 8: must be a multiple of 3"),
         (
             {"validation_class_labels": ["eleven"]},
@@ -111,6 +115,9 @@ def test_an_unconditional_run_refuses_a_model_of_classes():
         ConfigError, match="num_class_embeds 4: is told the class of each picture; train it by the task"
     ):
         task.make_spec(task.open_source())
+    options = UnconditionalConfig(**RUN | {"unet": SMALL_UNET | {"class_embed_type": "identity"}})
+    with pytest.raises(ConfigError, match="UNet with class_embed_type 'identity': only a UNet with a table of classes"):
+        task_of(options).make_spec(task.open_source())
 
 
 def test_pretrained_models(known, monkeypatch):

@@ -96,6 +96,12 @@ class Component:
         """Channels of the sample that a denoiser takes, and those that it predicts."""
         return self.model.channels(self)
 
+    @property
+    def fills_in(self) -> bool:
+        """Whether a denoiser fills in pictures: it takes the sample, a mask, and what the mask leaves."""
+        given, predicted = self.channels
+        return given == 2 * predicted + 1
+
     def __getitem__(self, key: str) -> Any:
         return self.config.get(key, getattr(self.model.schema, key, None))
 
@@ -259,9 +265,8 @@ class PipelineSpec:
 
     @property
     def fills_in(self) -> bool:
-        """Whether the denoiser fills in pictures: it takes the sample, a mask, and what the mask leaves."""
-        given, predicted = self.denoiser.channels
-        return given == 2 * predicted + 1
+        """Whether the denoiser fills in pictures."""
+        return self.denoiser.fills_in
 
     @property
     def size_factor(self) -> int:

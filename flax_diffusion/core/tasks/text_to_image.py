@@ -159,18 +159,19 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
 
     def check_channels(self, denoiser: Component) -> None:
         """Raise ConfigError for a UNet that does not take what it is to be given."""
-        given, channels = denoiser["in_channels"], denoiser["out_channels"]
-        if self.config.inpainting and given != 2 * channels + 1:
-            raise ConfigError(
-                f"--inpainting: the UNet has in_channels {given} and out_channels {channels}, and must take "
-                f"{2 * channels + 1}, or {channels} to be widened; use another UNet"
-            )
-        if not self.config.inpainting and given == 2 * channels + 1:
+        given, channels = denoiser.channels
+        if self.config.inpainting:
+            if not denoiser.fills_in:
+                raise ConfigError(
+                    f"--inpainting: the UNet has in_channels {given} and out_channels {channels}, and must take "
+                    f"{2 * channels + 1}, or {channels} to be widened; use another UNet"
+                )
+        elif denoiser.fills_in:
             raise ConfigError(
                 f"UNet with in_channels {given} and out_channels {channels}: it fills in pictures; add --inpainting, "
                 "or use a UNet that has both equal"
             )
-        if not self.config.inpainting:
+        else:
             super().check_channels(denoiser)
 
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
