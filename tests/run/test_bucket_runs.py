@@ -207,6 +207,15 @@ def test_runs_on_pairs(things, tmp_path, backend, encoded):
     assert weights(part) == weights(once)
 
 
+def test_small_pictures_of_pairs_are_named_once(things, tmp_path, caplog):
+    """Also those of the class, each of which is in several pairs."""
+    things |= {"class_data_dir": str(pictures(tmp_path / "small", 3, size=10)), "num_class_images": 3}
+    start(things, "run", task="dreambooth", max_train_steps=1)
+    said = [record.getMessage() for record in caplog.records if "smaller than their bucket" in record.getMessage()]
+    assert len(said) == 1
+    assert re.match(r"3 of 7 pictures are smaller than their bucket, and are enlarged: \S*0\.png, \S*1", said[0])
+
+
 def test_only_the_first_process_tells(options, caplog):
     caplog.set_level("INFO")
     task = task_of(command_line.merge("text_to_image", {}, options, ""))

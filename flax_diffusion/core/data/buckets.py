@@ -26,6 +26,7 @@ _LEAST = 0.75
 """Smallest share of the pixels of a square of the resolution."""
 _UNREADABLE = (2**20, 2**20)
 """Width and height that stand for those of a picture that cannot be read: a square that is not called small."""
+_NAMED = 4  # of which `first_few` shows three, and says that there are more
 _READERS = 16  # threads that read headers, most of whose time is waiting where these are in an object store
 
 
@@ -160,7 +161,10 @@ def make_order(
     count: int | None = None,
     main: bool = True,
 ) -> Bucketed:
-    """Read the sizes of all pictures, divide them over buckets, and say how many are in each.
+    """Read the sizes of all pictures, divide them over buckets, and log how many are in each.
+
+    The pictures that are smaller than their bucket are named, unless each example has a second one: `warn_of_small`
+    names both, once both are there.
 
     Args:
         source: The pictures whose shapes decide.
@@ -180,33 +184,55 @@ def make_order(
         pictures = np.resize(pictures, (count, 2))  # which repeats them
     members = divide(pictures, sizes, step_examples)
     filled = [(size, own) for size, own in zip(sizes, members, strict=True) if len(own) >= step_examples]
-    if main:
-        _tell(source, pictures, filled, "pictures" if count is None else "pairs of pictures")
-    return Bucketed(
+    order = Bucketed(
         sizes=[size for size, _ in filled], members=[own for _, own in filled], step_examples=step_examples, seed=seed
     )
+    if main:
+        what = "pictures" if count is None else "pairs of pictures"
+        told = ", ".join(f"{shown_size(size)} {len(own)}" for size, own in filled)
+        log.info("%d buckets, each compiled when it is first met, and their %s: %s", len(filled), what, told)
+        if count is None:
+            small = _small(pictures, order, 1)
+            _warn([example_name(source, index) for index in small[:_NAMED]], len(small), len(source))
+    return order
 
 
-def _tell(
-    source: Source, pictures: np.ndarray, filled: Sequence[tuple[tuple[int, int], np.ndarray]], what: str
-) -> None:
-    """Log how many examples each bucket has, and which pictures are smaller than theirs.
+def warn_of_small(source: Source, order: Bucketed, rows: int, *, skip_bad_images: bool) -> None:
+    """Read the sizes of all pictures, and name those that are smaller than their bucket.
 
     Args:
-        source: The pictures.
-        pictures: Widths and heights of the examples' pictures, (N, 2).
-        filled: Height and width of each bucket, and the indices of its examples.
-        what: Name of the examples.
+        source: All examples of the run, of which several can have the same picture.
+        order: Their order.
+        rows: Records of an example.
+        skip_bad_images: As in `read_sizes`.
+
+    Raises:
+        DataError: If a picture cannot be read.
     """
-    told = ", ".join(f"{shown_size(size)} {len(own)}" for size, own in filled)
-    log.info("%d buckets, each compiled when it is first met, and their %s: %s", len(filled), what, told)
-    small = {
-        int(index) % len(source)
-        for (height, width), own in filled
-        for index in own[(pictures[own, 0] < width) | (pictures[own, 1] < height)]
-    }
+    pictures = read_sizes(source, skip_bad_images=skip_bad_images)
+    names = [example_name(source, index) for index in range(len(source))]
+    small = dict.fromkeys(names[index] for index in _small(pictures, order, rows))
+    _warn(list(small), len(small), len(set(names)))
+
+
+def _small(pictures: np.ndarray, order: Bucketed, rows: int) -> list[int]:
+    """Return the indices of the records whose pictures are smaller than their bucket, in ascending order.
+
+    Args:
+        pictures: Widths and heights of the records' pictures, (N, 2).
+        order: The order of the examples.
+        rows: Records of an example.
+    """
+    found: list[int] = []
+    for (height, width), own in zip(order.sizes, order.members, strict=True):
+        records = (own[:, None] * rows + np.arange(rows)).ravel()
+        found += records[(pictures[records, 0] < width) | (pictures[records, 1] < height)].tolist()
+    return sorted(found)
+
+
+def _warn(names: list[str], small: int, count: int) -> None:
+    """Log the names of pictures that are smaller than their bucket, of which there are `small` among `count`."""
     if small:
         log.warning(
-            "%d of %d pictures are smaller than their bucket, and are enlarged: %s",
-            len(small), len(source), first_few([example_name(source, index) for index in sorted(small)[:4]]),
-        )  # fmt: skip
+            "%d of %d pictures are smaller than their bucket, and are enlarged: %s", small, count, first_few(names)
+        )

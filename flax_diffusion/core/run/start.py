@@ -12,6 +12,7 @@ from typing import Any
 from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.data import buckets as bucketing
 from flax_diffusion.core.data import store
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.check import check_source
@@ -160,7 +161,7 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
             schedule = make_schedule(task.config, task.count_examples(source), backend.device_count)
             buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
         backend.init_state()
-        precompute(task, spec, task.complete_source(source, backend), backend, as_path(folder), buckets)
+        precompute(task, spec, _completed(task, source, backend, buckets), backend, as_path(folder), buckets)
         backend.all_processes(True)  # else a process that is done would leave the others alone
 
     preemption.interruptible(work)
@@ -209,8 +210,24 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
     parameters = backend.init_state()
     if resume_from is not None:
         backend.check(resume_from)
-    source = task.complete_source(source, backend)
+    source = _completed(task, source, backend, buckets)
     made = precompute(task, spec, source, backend, scratch, buckets)
     if resume_from is not None:
         backend.restore(resume_from)
     return Start(source, made, buckets, schedule, parameters, identity, resume_from, step, seen, nonfinite)
+
+
+def _completed(task: Task[TrainConfig], source: Source, backend: Backend, buckets: Bucketed | None) -> Source:
+    """Return the examples, with those that the models draw; of pairs, log which pictures are smaller than their bucket.
+
+    Args:
+        task: The task, with the run's options.
+        source: The examples, without those that the models draw.
+        backend: The backend, with the weights loaded.
+        buckets: Order of the examples; None without buckets.
+    """
+    source = task.complete_source(source, backend)
+    if buckets is not None and task.rows_per_example > 1 and backend.process_index == 0:
+        skips = task.config.skip_bad_images
+        bucketing.warn_of_small(source, buckets, task.rows_per_example, skip_bad_images=skips)
+    return source
