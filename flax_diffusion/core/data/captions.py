@@ -89,6 +89,10 @@ class Tokenize:
         padding = [self.pad_id] * (self.length - len(ids))
         return np.array(padding + ids if self.pads_left else ids + padding, np.int32)
 
+    def count(self, caption: str) -> int:
+        """Return the number of a caption's tokens, with those before and after it, also where they do not fit."""
+        return len(self.before) + len(self._tokens(caption)[0]) + len(self.after)
+
     def cut_off(self, caption: str) -> str:
         """Return the part of a caption that does not fit, from the start of a word cut in two; "" if all of it fits."""
         tokens, places = self._tokens(caption)
@@ -143,6 +147,10 @@ class TokenizePrompt:
     def length(self) -> int:
         """Number of ids, of the tokenizer that returns the fewest."""
         return min(tokenize.length for tokenize in self.by_array.values())
+
+    def count(self, prompt: str) -> int:
+        """Return the number of a prompt's tokens, of the tokenizer that makes the most."""
+        return max(tokenize.count(prompt) for tokenize in self.by_array.values())
 
     def cut_off(self, prompt: str) -> str:
         """Return the longest part of a prompt that does not fit a tokenizer; "" if all of it fits all of them."""

@@ -30,7 +30,7 @@ from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.buckets import parse_sizes
 from flax_diffusion.core.data.extra import no_draw
-from flax_diffusion.core.data.images.decoding import decode
+from flax_diffusion.core.data.images.decoding import checksum, decode
 from flax_diffusion.core.data.images.transforms import ImageTransform, sized_name
 from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Record, Source, first_few
@@ -297,7 +297,7 @@ class _Pictures:
                 if not isinstance(image, (bytes, np.ndarray, Image.Image)):
                     version = version_of(image)
                     digest = known.get((name, version))
-                digest = digest or _digest(record)
+                digest = digest or checksum(record)
             except (DataError, OSError):  # encoding it says why
                 return replace(picture, row=Row(f"unreadable {name}", name))
             return replace(picture, row=Row(sized_name(digest, picture.size), name, version))
@@ -369,18 +369,6 @@ class _Pictures:
             else:
                 self.bad.add(row.name, self.reasons.get(row.name, _NOT_FINITE.format(row.name)))
         return good
-
-
-def _digest(record: Record) -> str:
-    """Return a checksum of a picture's file, or of the pixels of one that is in memory."""
-    image = record.image
-    if isinstance(image, bytes):
-        return hashlib.sha256(image).hexdigest()[:32]
-    if isinstance(image, (np.ndarray, Image.Image)):
-        picture = decode(record)
-        return hashlib.sha256(repr(picture.size).encode() + picture.tobytes()).hexdigest()[:32]
-    with image.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
 
 
 def _digest_in(row: Row) -> str:

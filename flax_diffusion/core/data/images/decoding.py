@@ -1,5 +1,6 @@
 """From an image file of any kind to 8-bit RGB, or an error that names the file."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -21,6 +22,7 @@ MAX_SIDE = 2**20
 """Largest side in pixels. Memory for resizing grows with the long side, and no real picture is longer."""
 HEADER_BYTES = 2**16
 """Bytes at the start of a file that most often hold its header."""
+_CHECKSUM_DIGITS = 32
 _WHITE = (255, 255, 255, 255)
 # Starts of files that are often mistaken for pictures that can be read here: offset, bytes, description.
 _OTHER_KINDS = (
@@ -96,6 +98,28 @@ def size_of(record: Record) -> tuple[int, int]:
         image = source if isinstance(source, Image.Image) else _open(png.without_text(_content(source)))
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
         return (image.height, image.width) if turned else image.size
+
+
+def checksum(record: Record) -> str:
+    """Return a checksum of a record's picture file, or of the pixels of one that is in memory, as 32 digits.
+
+    Args:
+        record: A record of a source.
+
+    Raises:
+        DataError: As `decode`, for a picture in memory.
+        OSError: If the file cannot be read.
+    """
+    image = record.image
+    if isinstance(image, bytes):
+        whole = hashlib.sha256(image)
+    elif isinstance(image, (np.ndarray, Image.Image)):
+        picture = decode(record)
+        whole = hashlib.sha256(repr(picture.size).encode() + picture.tobytes())
+    else:
+        with image.open("rb") as stream:
+            whole = hashlib.file_digest(stream, "sha256")
+    return whole.hexdigest()[:_CHECKSUM_DIGITS]
 
 
 def check_header(record: Record) -> None:

@@ -1,0 +1,1 @@
+"""What a dataset holds, before it is trained on."""
