@@ -1,4 +1,4 @@
-"""What Stable Diffusion costs on TPUs: `python -m pytest -m tpu_compile tests/tpu/test_figures.py`.
+"""What Stable Diffusion and SiT cost on TPUs: `python -m pytest -m tpu_compile tests/tpu/test_figures.py`.
 
 Their compiler says it. Each row compiles the whole step, for ten to twenty minutes on two cores.
 """
@@ -24,6 +24,7 @@ DREAMBOOTH += ["--with_prior_preservation", "--class_data_dir", ".", "--class_pr
 DREAMBOOTH += ["--train_batch_size", "1", "--gradient_checkpointing", "--use_8bit_adam"]
 AGAIN = [*TUNE, "--train_batch_size", "8", "--gradient_checkpointing"]
 XL_LORA = [*TUNE, "--resolution", "1024", "--lora_rank", "16", "--train_batch_size", "1"]
+SIT = ["class_conditional", "--config", "configs/imagenet256_sit_xl2.yaml"]
 EIGHT, SIXTEEN = ([*TUNE, "--train_batch_size", batch, "--fsdp_parallelism", "4"] for batch in ("8", "16"))
 
 ROWS = {
@@ -38,9 +39,15 @@ ROWS = {
     "lora": ("sd15", "v5e:1x1", LORA, {"GiB": 6}),
     "sdxl-lora": ("sdxl", "v5e:1x1", XL_LORA, {"GiB": 16, "ms": 155}),
     "v5p": ("sd15", "v5p:2x2x1", EIGHT, {"GiB": 95}),
+    "sit-xl2": ("", "v5e:4x4", SIT, {"GiB": 16, "ms": 7.3}),
+    "sit-xl2-slice": ("", "v5e:16x16", [*SIT, "--global_batch_size", "2048"], {"GiB": 16, "ms": 7.3}),
     "pod": ("sd15", "v5e:16x16", EIGHT, {"GiB": 16, "ms": 32, "GB": 25}),
 }
-"""Pipeline, slice, flags and bounds: memory per device, and milliseconds and bytes accessed per image."""
+"""Pipeline ("" for a model from scratch in latents), slice, flags and bounds.
+
+The bounds are of memory per device, and of milliseconds and bytes accessed per image. For SiT-XL/2, 7.3 ms are an MFU of
+50%.
+"""
 
 SAID = {
     "images": r"([\d.]+) images of \S+ per device",
@@ -86,10 +93,10 @@ def figures(request, tmp_path_factory):
     def measure(row):
         version, topology, flags, _ = ROWS[row]
         environment = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "JAX_PLATFORMS")}
-        model = described(request, version, tmp_path_factory.mktemp("figures") / "model")
-        size = [] if "--resolution" in flags else ["--resolution", "512"]
-        command = [sys.executable, "-m", "tpu.plan", *flags, "--topology", topology, *size]
-        command += ["--mixed_precision", "bf16", "--pretrained_model_name_or_path", str(model)]
+        model = described(request, version or "sd15", tmp_path_factory.mktemp("figures") / "model")
+        command = [sys.executable, "-m", "tpu.plan", *flags, "--topology", topology, "--mixed_precision", "bf16"]
+        command += ["--pretrained_model_name_or_path", str(model)] if version else ["--vae", str(model / "vae")]
+        command += [] if {"--resolution", "--config"} & set(flags) else ["--resolution", "512"]
         ran = subprocess.run(command, cwd=request.config.rootpath, env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-2000:]
         return {name: float(re.search(pattern, ran.stdout)[1]) for name, pattern in SAID.items()}
