@@ -15,8 +15,8 @@ def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
     """Train a model, as the command line does.
 
     Args:
-        task: `unconditional`, `text_to_image`, `dreambooth`, `textual_inversion` or `autoencoder`.
-        config: Path of a YAML recipe; None for none.
+        task: Name of the task, one of `core.tasks.task.TASKS`.
+        config: Path of a YAML recipe, or the name of an installed one; None for none.
         options: Values of the command line's flags, by name; they override the recipe.
 
     Returns:

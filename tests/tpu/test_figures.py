@@ -45,8 +45,8 @@ ROWS = {
 }
 """Pipeline ("" for a model from scratch in latents), slice, flags and bounds.
 
-The bounds are of memory per device, and of milliseconds and bytes accessed per image. For SiT-XL/2, 7.3 ms are an MFU of
-50%.
+The bounds are of memory per device, and of milliseconds and bytes accessed per image. For SiT-XL/2, 7.3 ms are an MFU
+of 50%.
 """
 
 SAID = {

@@ -27,8 +27,8 @@ from flax_diffusion.core.cli.spellings import (
     unknown_option,
 )
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.config.recipes import recipe_file, recipes
 from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
-from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.io.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
 from flax_diffusion.core.tasks.task import TASKS, Task
 
@@ -107,7 +107,7 @@ def read_yaml(path: str | Path) -> Recipe:
     """Read a recipe, which is a YAML mapping of option to value.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or the name of an installed recipe.
 
     Returns:
         The values by option.
@@ -116,7 +116,7 @@ def read_yaml(path: str | Path) -> Recipe:
         ConfigError: If the file is missing, is not YAML, is larger than any recipe, or is not a mapping.
     """
     try:
-        text = read_text(as_path(path), MAX_YAML_BYTES)
+        text = read_text(recipe_file(path), MAX_YAML_BYTES)
         values, written = parse_yaml(text), parse_yaml(text, words=True)
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror or error}") from error
@@ -241,8 +241,10 @@ def parse_train(argv: Sequence[str], prog: str, complete: Complete | None = None
     """
     first = Parser(prog=prog, add_help=False)
     first.add_argument("task", nargs="?")
-    first.add_argument("--config")
+    first.add_argument("--config", nargs="?", const="")
     leading, _ = first.parse_known_args(_leading_words(argv))
+    if leading.config == "":
+        raise ConfigError(f"--config: name a file, or one of the recipes {', '.join(recipes())}")
     from_file = read_yaml(leading.config) if leading.config else {}
     task = leading.task or from_file.get("task")
     if leading.task and from_file.get("task", leading.task) != leading.task:
@@ -250,7 +252,7 @@ def parse_train(argv: Sequence[str], prog: str, complete: Complete | None = None
 
     parser = Parser(prog=prog, description=_description(), usage=f"{prog} TASK [--config FILE.yaml] [flags]")
     parser.add_argument("task", nargs="?", metavar="TASK", help="one of: " + ", ".join(TASKS))
-    parser.add_argument("--config", metavar="FILE.yaml", help="Recipe; flags override it.")
+    parser.add_argument("--config", metavar="FILE.yaml", help="Recipe: a file or a name; flags override it.")
     if task is None and not {"-h", "--help"} & set(argv):
         raise ConfigError(f"no task: name one of {', '.join(TASKS)}, e.g. `{prog} unconditional --dataset_name digits`")
     model = _task_config(str(task)) if task else TrainConfig
