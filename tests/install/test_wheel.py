@@ -59,7 +59,7 @@ def test_a_recipe_by_name_in_an_empty_folder(installed):
         (["trane"], "error: command 'trane' is unknown; use one of train, generate"),
         (["train", "--config"], "error: --config: name a file, or one of the recipes butterflies_128, digits_"),
         (["train", "--config", "digits_uncond"], "No such file, and no recipe of that name; did you mean"),
-        (["plan", "--config", "configs/sd15.yaml"], "--config sd15 is the installed recipe of that name"),
+        (["plan", "--config", "configs/sd15.yaml"], "the installed recipe of that name is --config sd15"),
     ],
 )
 def test_mistakes_are_one_line(installed, words, says):
