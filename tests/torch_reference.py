@@ -22,6 +22,8 @@ MODULES = {
     "DPMSolverMultistepScheduler": "scheduling_dpmsolver_multistep",
     "FlowMatchEulerDiscreteScheduler": "scheduling_flow_match_euler_discrete",
     "EDMEulerScheduler": "scheduling_edm_euler",
+    "EDMDPMSolverMultistepScheduler": "scheduling_edm_dpmsolver_multistep",
+    "FlowMatchHeunDiscreteScheduler": "scheduling_flow_match_heun_discrete",
 }
 SHAPE = (2, 3, 4, 4)
 
@@ -37,22 +39,23 @@ class _WideTorch:
 
 @contextlib.contextmanager
 def exact_roots() -> Iterator[None]:
-    """Within: square roots of float32 tensors are correctly rounded.
+    """Within: square roots, powers and logarithms of float32 tensors are correctly rounded.
 
-    On x86 PyTorch takes them, and `** 0.5`, from MKL, which is off by one unit in the last place in a sixth of the
+    On x86 PyTorch takes them from MKL, which is off by one unit in the last place in a sixth of the
     entries, and by how much depends on the processor. Nothing else stands between its tables and ours.
     """
-    root, power = torch.Tensor.sqrt, torch.Tensor.__pow__
+    root, power, log = torch.Tensor.sqrt, torch.Tensor.__pow__, torch.log
 
     def exact(self: torch.Tensor) -> torch.Tensor:
         return root(self.double()).to(self.dtype)
 
     torch.Tensor.sqrt = exact
-    torch.Tensor.__pow__ = lambda self, n: exact(self) if n == 0.5 else power(self, n)
+    torch.log = lambda x: log(x.double()).to(x.dtype)
+    torch.Tensor.__pow__ = lambda self, n: power(self.double(), n).to(self.dtype)
     try:
         yield
     finally:
-        torch.Tensor.sqrt, torch.Tensor.__pow__ = root, power
+        torch.Tensor.sqrt, torch.Tensor.__pow__, torch.log = root, power, log
 
 
 def make(name: str, **config: Any) -> Any:

@@ -17,9 +17,11 @@ from torch.overrides import TorchFunctionMode
 
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.objectives.noise_schedule import timesteps_with_signal
-from flax_diffusion.core.objectives.samplers import SAMPLERS, class_name, with_signal
+from flax_diffusion.core.objectives.objective import objective_of
+from flax_diffusion.core.objectives.samplers import DRAWING, OF_BETAS, OWN, class_name, in_place
 from flax_diffusion.core.randomness.streams import sampling_noise
 from flax_diffusion.core.spec.prompts import guidance_scales, is_guided, told
+from torch_backend import schedulers
 from torch_backend.modules import Modules
 
 if TYPE_CHECKING:
@@ -38,18 +40,23 @@ def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> An
     Raises:
         ConfigError: For a class that does not draw images here, or values that it does not accept.
     """
-    name = SAMPLERS[kind] if kind else class_name(config)
-    if name not in SAMPLERS.values():
-        raise ConfigError(f"scheduler {name} does not draw images here; use one of {', '.join(SAMPLERS.values())}")
-    if kind == "dpm++":
-        config = with_signal(config)
+    own = objective_of(config)
+    if own.loss is not None:
+        raise ConfigError(
+            f"--objective {own.name}: its loss and its samples are written in JAX: use python -m flax_diffusion.train, "
+            "and .generate"
+        )
+    name, values = in_place(config, kind) if kind else (class_name(config), config)
+    if name not in DRAWING:
+        raise ConfigError(f"scheduler {name} does not draw images here; use one of {', '.join(DRAWING)}")
+    made_by = getattr(schedulers if name in OWN else diffusers, name)
     try:
-        made = getattr(diffusers, name).from_config(config)
+        made = made_by.from_config(values)
     except (ValueError, NotImplementedError) as error:
         reason = _NAME_OF_CLASS.sub(r"\1", str(error)).rstrip(".")
         fix = "choose another --scheduler" if kind else "correct its scheduler_config.json"
         raise ConfigError(f"scheduler {name} does not take this config: {reason}; {fix}") from error
-    if name == SAMPLERS["dpm++"]:
+    if name == OF_BETAS["dpm++"] and not made.config["use_flow_sigmas"]:
         # Diffusers' class does not check this, and goes through negative timesteps.
         timesteps_with_signal(made.alphas_cumprod.numpy(), made.config["lambda_min_clipped"])
     return made

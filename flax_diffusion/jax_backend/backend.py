@@ -79,9 +79,8 @@ class JaxBackend:
         self.modules = self.program.modules
         # Scheduler options are checked here, before any weight is read.
         if spec.scheduler:
-            self._sampler = Sampler(
-                self.modules, scheduler_from_config(samplers.sampler_config(spec.scheduler)), self.mesh
-            )
+            own, values = self.modules.objective, samplers.sampler_config(spec.scheduler)
+            self._sampler = Sampler(self.modules, None if own else scheduler_from_config(values), self.mesh)
         self._encode = jax.jit(self.modules.encode_images)
         self._condition = jax.jit(self.modules.condition)
         self._posterior = jax.jit(self.modules.posterior)

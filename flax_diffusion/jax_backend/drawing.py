@@ -51,7 +51,8 @@ def open_pipeline(config: command.GenerateConfig, spec: PipelineSpec, mesh: Mesh
         UserError: If the weights or the scheduler do not fit.
     """
     modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
-    scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), kind=config.scheduler)
+    values = samplers.sampler_config(spec.scheduler, config.scheduler)
+    scheduler = None if modules.objective else scheduler_from_config(values, kind=config.scheduler)
     params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
     return Pipeline(spec, Sampler(modules, scheduler, mesh), params)
 

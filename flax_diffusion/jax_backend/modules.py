@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from flax_diffusion.core.families.family import Role
+from flax_diffusion.core.objectives.objective import Objective
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.weight_files import in_memory
 from flax_diffusion.core.typed import Checkpointing
@@ -44,12 +45,14 @@ class Modules:
         by_name: The modules by component name.
         mesh: Devices over which batches are split. Attention chooses its kernel by them; None for any devices.
         block_gather: How layers gather their weights; None where the weights are whole, or jit's arrays.
+        objective: What the denoiser learns, where that has a loss and samples of its own; else None.
     """
 
     spec: PipelineSpec
     by_name: dict[str, Any]
     mesh: Mesh | None = None
     block_gather: BlockGather | None = None
+    objective: Objective | None = None
 
     def encode_images(
         self, params: Params, pixels: Float[Array, "B C H W"], noise: Float[Array, "B C h w"] | None
@@ -162,6 +165,7 @@ def build_modules(
     *,
     gradient_checkpointing: Checkpointing = False,
     mesh: Mesh | None = None,
+    options: Any = None,
 ) -> Modules:
     """Make the modules of a pipeline, without weights.
 
@@ -170,6 +174,7 @@ def build_modules(
         dtype: Dtype of the computation. A VAE whose config says `force_upcast` (SDXL's) computes in float32 at least.
         gradient_checkpointing: Activations that the backward pass computes again, in models that gradients go through.
         mesh: Devices over which batches are split; None for any.
+        options: Options of a run, which have those of the objective; None for the objective's defaults.
 
     Raises:
         ConfigError: For a config field that the Flax modules do not support.
@@ -183,7 +188,9 @@ def build_modules(
         return class_of(component.kind).from_config(component.config, **options)
 
     by_name = {name: make(component) for name, component in spec.components.items()}
-    return Modules(spec=spec, by_name=by_name, mesh=mesh)
+    own = spec.objective if spec.scheduler and spec.objective.loss else None
+    objective = own.from_scheduler(spec.scheduler, options or own.options()) if own else None
+    return Modules(spec=spec, by_name=by_name, mesh=mesh, objective=objective)
 
 
 def shapes(spec: PipelineSpec) -> dict[str, dict[str, tuple[int, ...]]]:

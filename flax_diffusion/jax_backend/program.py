@@ -64,7 +64,9 @@ class Program:
     def __init__(self, config: TrainConfig, spec: PipelineSpec, mesh: Mesh, dtype: Any = jnp.float32):
         self.spec, self.mesh, self.dtype = spec, mesh, dtype
         compute = dtype if config.mixed_precision == "no" else COMPUTE_DTYPES[config.mixed_precision]
-        self.modules = build_modules(spec, compute, gradient_checkpointing=config.gradient_checkpointing, mesh=mesh)
+        self.modules = build_modules(
+            spec, compute, gradient_checkpointing=config.gradient_checkpointing, mesh=mesh, options=config
+        )
         self.exchange = Exchange(mesh, SUM_DTYPES[config.reduce_dtype])
         self.optimizer = make_optimizer(config)
         self.create_state = functools.partial(

@@ -21,7 +21,7 @@ from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.jax_backend.processes import to_host
 from flax_diffusion.jax_backend.sharding import batch_sharding, put, put_replicated
-from flax_diffusion.schedulers import FlaxDDPMScheduler
+from flax_diffusion.schedulers import FlaxDDPMScheduler, FlaxFlowMatchSDEScheduler
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Num, UInt8
@@ -32,14 +32,17 @@ class Sampler:
 
     Args:
         modules: The pipeline's modules.
-        scheduler: A scheduler of `flax_diffusion.schedulers`.
+        scheduler: A scheduler of `flax_diffusion.schedulers`; None for an objective that draws by itself.
         mesh: Devices over which a batch is split.
     """
 
     def __init__(self, modules: Modules, scheduler: Any, mesh: Mesh):
         self.modules, self.scheduler, self.mesh = modules, scheduler, mesh
-        algorithm = str(scheduler.config.get("algorithm_type", ""))
-        self.stochastic = isinstance(scheduler, FlaxDDPMScheduler) or algorithm.startswith("sde")
+        self._whole = jax.jit(self._by_objective, static_argnames="guided")
+        algorithm = "" if scheduler is None else str(scheduler.config.get("algorithm_type", ""))
+        self.stochastic = isinstance(scheduler, FlaxDDPMScheduler | FlaxFlowMatchSDEScheduler) or algorithm.startswith(
+            "sde"
+        )
         self._denoise = jax.jit(self._denoise_step, static_argnames="guided", donate_argnames=("state", "sample"))
         self._condition = jax.jit(self._told, static_argnames="zeroed")
         self._finish = jax.jit(functools.partial(to_uint8, modules))
@@ -138,6 +141,11 @@ class Sampler:
         seed: int,
     ) -> jax.Array:
         shape = self.modules.spec.sample_shape
+        if self.modules.objective is not None:
+            drawn = np.stack([sampling_noise(seed, indices, step, shape) for step in range(num_inference_steps)])
+            noise = put(drawn.astype(np.float32), batch_sharding(self.mesh))
+            scale = put_replicated(np.float32(guidance_scale or 1), self.mesh)
+            return self._finish(params, self._whole(params, noise, condition, scale, guided=guidance_scale is not None))
         state = self.scheduler.create_state()
         state = self.scheduler.set_timesteps(state, num_inference_steps, shape=(len(indices), *shape))
         timesteps = np.asarray(state.timesteps)
@@ -153,6 +161,42 @@ class Sampler:
             placed = None if noise is None else self._put(noise)
             state, sample = self._denoise(params, state, sample, step, condition, placed, weights[scale], guided=guided)
         return self._finish(params, sample)
+
+    def _by_objective(
+        self,
+        params: Params,
+        noise: Float[Array, "N B C h w"],
+        condition: Any,
+        guidance_scale: Float[Array, ""],
+        *,
+        guided: bool,
+    ) -> Float[Array, "B C h w"]:
+        """Return the samples that the objective itself draws, (B, C, h, w)."""
+        objective = self.modules.objective
+        assert objective is not None
+        assert objective.sample is not None
+
+        def model(x: Float[Array, "B C h w"], t: Float[Array, " B"]) -> Float[Array, "B C h w"]:
+            return self._guided(params, x, t, condition, guidance_scale if guided else None)
+
+        return objective.sample(model, noise)
+
+    def _guided(
+        self,
+        params: Params,
+        x: Float[Array, "B C h w"],
+        timesteps: Num[Array, " B"],
+        condition: Any,
+        guidance_scale: Float[Array, ""] | None,
+    ) -> Float[Array, "B C h w"]:
+        """Return the prediction, guided unless the scale is None; the condition then has two halves."""
+        if guidance_scale is not None:
+            x, timesteps = jnp.concatenate([x, x]), jnp.concatenate([timesteps, timesteps])
+        predicted = self.modules.predict(params, x, timesteps, condition).astype(x.dtype)
+        if guidance_scale is None:
+            return predicted
+        without, with_prompt = jnp.split(predicted, 2)
+        return without + guidance_scale * (with_prompt - without)
 
     def _noises(self, seed: int, indices: np.ndarray, shape: tuple[int, ...], steps: int) -> Iterator[np.ndarray | Any]:
         """Yield the starting noise, then one noise per step, which is None where the scheduler is deterministic."""
@@ -173,13 +217,8 @@ class Sampler:
         guided: bool,
     ) -> tuple[Any, Float[Array, "B C h w"]]:
         model_input = self.scheduler.scale_model_input(state, sample, timestep)
-        if guided:
-            model_input = jnp.concatenate([model_input, model_input])
-        steps = jnp.broadcast_to(timestep, (model_input.shape[0],))
-        predicted = self.modules.predict(params, model_input, steps, condition).astype(sample.dtype)
-        if guided:
-            without, with_prompt = jnp.split(predicted, 2)
-            predicted = without + guidance_scale * (with_prompt - without)
+        steps = jnp.broadcast_to(timestep, (len(model_input),))
+        predicted = self._guided(params, model_input, steps, condition, guidance_scale if guided else None)
         options = {} if noise is None else {"variance_noise": noise}
         output = self.scheduler.step(state, predicted, timestep, sample, **options)
         return output.state, output.prev_sample

@@ -17,6 +17,7 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_diffusion.core.config.options import SINGLE_AVERAGE
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.jax_backend.adapters import merge
 from flax_diffusion.jax_backend.exchange import Exchange, dtype_of
 from flax_diffusion.jax_backend.modules import Modules
@@ -28,6 +29,7 @@ from flax_diffusion.jax_backend.optimizers.optimizer import (
     where_finite,
 )
 from flax_diffusion.jax_backend.sharding import partitions, update_partitions
+from flax_diffusion.models.norms import forward_derivatives
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 
 if TYPE_CHECKING:
@@ -106,12 +108,7 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
     Reference:
         `core.objectives.objective`, for input, target and weight.
     """
-    if "posterior" in batch:
-        posterior = FlaxDiagonalGaussianDistribution.of(batch["posterior"][:, 0], batch["posterior"][:, 1])
-        clean = modules.sample_latents(posterior, batch["latent_noise"])
-    else:
-        clean = modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
-    noise = batch["noise"]
+    clean, noise = _clean(modules, params, batch), batch["noise"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = _mixed(batch, "input", clean, added)
     condition = modules.condition(params, batch, dropout)
@@ -120,6 +117,50 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
     wide = jnp.promote_types(predicted.dtype, jnp.float32)
     error = jnp.square(predicted.astype(wide) - target.astype(wide)).mean(axis=(1, 2, 3))
     return jnp.mean(error * batch["loss_weights"])
+
+
+def _clean(modules: Modules, params: Params, batch: Batch) -> Float[Array, "B C h w"]:
+    """Return what is noised: pixels, or scaled latents."""
+    if "posterior" in batch:
+        posterior = FlaxDiagonalGaussianDistribution.of(batch["posterior"][:, 0], batch["posterior"][:, 1])
+        return modules.sample_latents(posterior, batch["latent_noise"])
+    return modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
+
+
+def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
+    """Compute the weighted loss of an objective that has a loss of its own.
+
+    Args:
+        modules: The pipeline's modules, with the objective.
+        params: Weights of all components, trained and frozen.
+        batch: As of `denoising_loss`, but with the fields of what the objective draws in place of `Mixture`'s.
+        key: Key of the dropout masks, and of the loss.
+
+    Returns:
+        Σ_i w_i · loss_i / B, in float32 at least.
+
+    Reference:
+        `core.objectives.objective.Objective.loss`.
+    """
+    objective = modules.objective
+    assert objective is not None
+    assert objective.loss is not None
+    dropout, own = jax.random.split(key)
+    condition = modules.condition(params, batch, dropout)
+
+    def model(x: Float[Array, "B C h w"], t: Float[Array, " B"]) -> Float[Array, "B C h w"]:
+        with forward_derivatives():
+            predicted = modules.predict(params, x, t, condition, dropout)
+        return predicted.astype(jnp.promote_types(predicted.dtype, jnp.float32))
+
+    given = batch | {"clean": _clean(modules, params, batch)}
+    losses = objective.loss(model, given, own)
+    if losses.shape != batch["loss_weights"].shape:
+        raise ConfigError(
+            f"--objective: the loss of {objective.name} has shape {losses.shape}; it must be that of the batch's "
+            f"examples, {batch['loss_weights'].shape}: take the mean over an example's pixels"
+        )
+    return jnp.mean(losses * batch["loss_weights"])
 
 
 def _mixed(
@@ -189,7 +230,8 @@ def loss_and_gradients(
     Returns:
         The loss, and the gradients in the dtypes of the weights, divided as the moments are.
     """
-    loss_of, mesh = modules.family.loss or denoising_loss, exchange.mesh
+    loss_of = modules.family.loss or (denoising_loss if modules.objective is None else objective_loss)
+    mesh = exchange.mesh
     divided, divided_frozen = partitions(params, mesh), partitions(frozen, mesh)
     update = update_partitions(params, mesh)
 
@@ -266,7 +308,7 @@ def train_step(
     Args:
         state: The state, which the caller donates.
         frozen: Weights that do not train.
-        batch: Batch of `denoising_loss`, or of the family's own loss, with a leading axis A.
+        batch: Batch of `denoising_loss`, or of the family's or the objective's own loss, with a leading axis A.
         rates: The scalar learning_rate, and ema_decays, a scalar by name of the moving average.
         modules: The pipeline's modules.
         exchange: The devices.

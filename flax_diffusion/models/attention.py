@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh
 
 from flax_diffusion.models import flash
 from flax_diffusion.models.layers import GroupNorm, HalvedDense, LayerConfig, conv, dense, layer_norm
-from flax_diffusion.models.norms import widen
+from flax_diffusion.models.norms import derivable, widen
 from flax_diffusion.models.remat import checkpointed
 
 # Upstream's Dual transformer splits the context into 77 text tokens and 257 image tokens, in this order.
@@ -229,7 +229,7 @@ class GEGLU(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, L, C) to (B, L, features)."""
-        return gated_gelu(*HalvedDense(2 * self.features, self.config, name="proj")(x))
+        return derivable(gated_gelu)(*HalvedDense(2 * self.features, self.config, name="proj")(x))
 
 
 class FeedForward(nn.Module):

@@ -16,7 +16,7 @@ from flax.linen.dtypes import promote_dtype
 
 from flax_diffusion.core.typed import Checkpointing
 from flax_diffusion.models.dropout import Dropout
-from flax_diffusion.models.norms import group_norm
+from flax_diffusion.models.norms import derivable, group_norm
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -143,7 +143,8 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), (channels,), self.config.param_dtype)
         bias = self.param("bias", nn.initializers.zeros_init(), (channels,), self.config.param_dtype)
         act = None if self.act is None else ACTIVATIONS[self.act]
-        y: jax.Array = group_norm(x.astype(self.config.dtype), scale, bias, self.config.groups, self.eps, act)
+        norm = derivable(group_norm)
+        y: jax.Array = norm(x.astype(self.config.dtype), scale, bias, self.config.groups, self.eps, act)
         return y.astype(self.config.dtype)
 
 

@@ -1,13 +1,32 @@
 """Group normalisation that reads its input as often as it must, and keeps nothing else for the backward pass."""
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 Activation = Callable[[jax.Array], jax.Array]
+
+_FORWARD = contextvars.ContextVar("forward_derivatives", default=False)
+
+
+@contextlib.contextmanager
+def forward_derivatives() -> Iterator[None]:
+    """Within: gradients that are written out give way to JAX's own, so that `jax.jvp` goes through the models too."""
+    token = _FORWARD.set(True)
+    try:
+        yield
+    finally:
+        _FORWARD.reset(token)
+
+
+def derivable(function: Any) -> Any:
+    """Return a function of `jax.custom_vjp`, or within `forward_derivatives` the plain function of the same values."""
+    return function.fun if _FORWARD.get() else function
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -9,18 +9,24 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_diffusion.core.errors import ConfigError, nearest
-from flax_diffusion.core.objectives.samplers import with_signal
+from flax_diffusion.core.objectives.samplers import in_place
 from flax_diffusion.schedulers.common import CommonSchedulerState, FlaxScheduler
 from flax_diffusion.schedulers.config import SchedulerConfig, read_config
 from flax_diffusion.schedulers.ddim import DDIMSchedulerState, FlaxDDIMScheduler
 from flax_diffusion.schedulers.ddpm import DDPMSchedulerState, FlaxDDPMScheduler
 from flax_diffusion.schedulers.dpm_solver import DPMSolverMultistepSchedulerState, FlaxDPMSolverMultistepScheduler
+from flax_diffusion.schedulers.edm_dpm_solver import (
+    EDMDPMSolverMultistepSchedulerState,
+    FlaxEDMDPMSolverMultistepScheduler,
+)
 from flax_diffusion.schedulers.edm_euler import EDMEulerSchedulerState, FlaxEDMEulerScheduler
 from flax_diffusion.schedulers.euler import EulerDiscreteSchedulerState, FlaxEulerDiscreteScheduler
 from flax_diffusion.schedulers.flow_match import (
     FlaxFlowMatchEulerDiscreteScheduler,
     FlowMatchEulerDiscreteSchedulerState,
 )
+from flax_diffusion.schedulers.flow_match_sde import FlaxFlowMatchSDEScheduler
+from flax_diffusion.schedulers.heun import FlaxEDMHeunScheduler, FlaxFlowMatchHeunDiscreteScheduler, HeunState
 from flax_diffusion.schedulers.karras_ve import FlaxKarrasVeScheduler, KarrasVeSchedulerState
 from flax_diffusion.schedulers.lms import FlaxLMSDiscreteScheduler, LMSDiscreteSchedulerState
 from flax_diffusion.schedulers.mixin import FlaxKarrasDiffusionSchedulers, FlaxSchedulerMixin
@@ -48,8 +54,14 @@ SCHEDULERS: dict[str, type[FlaxScheduler]] = {
     "flow_match": FlaxFlowMatchEulerDiscreteScheduler,
     "edm": FlaxEDMEulerScheduler,
 }
-"""Samplers that draw in place of each other, by their names for `--scheduler`."""
+"""The first scheduler of each method, by its name for `--scheduler`; other models have others of the same name."""
 
+_OTHERS = (
+    FlaxFlowMatchHeunDiscreteScheduler,
+    FlaxFlowMatchSDEScheduler,
+    FlaxEDMHeunScheduler,
+    FlaxEDMDPMSolverMultistepScheduler,
+)
 _SAMPLE_BY_PARTS = (FlaxKarrasVeScheduler, FlaxScoreSdeVeScheduler)
 
 
@@ -60,9 +72,9 @@ def scheduler_from_config(
 
     Args:
         config: The configuration as a mapping, or the folder or file that holds `scheduler_config.json`.
-        kind: "ddpm", "ddim", "pndm", "euler", "lms", "dpm++", "flow_match" or "edm"; None for the class in
-            `_class_name`. "dpm++" on a cosine schedule starts at λ = −5.1 unless the configuration says otherwise, as
-            Diffusers' documentation advises.
+        kind: One of `samplers.SAMPLERS`: the class of this name that draws from models with the configuration; None for
+            the class in `_class_name`. "dpm++" on a cosine schedule starts at λ = −5.1 unless the configuration says
+            otherwise, as Diffusers' documentation advises.
         dtype: Dtype of the tables, float32 or float64.
 
     Returns:
@@ -73,13 +85,11 @@ def scheduler_from_config(
         ConfigError: If the class name is missing or not supported, or a kind, key or value is unknown.
     """
     values = read_config(config) if isinstance(config, (str, Path)) else config
+    classes = {cls.torch_class_name: cls for cls in (*SCHEDULERS.values(), *_OTHERS, *_SAMPLE_BY_PARTS)}
     if kind is not None:
-        if kind not in SCHEDULERS:
-            raise ConfigError(f"scheduler {kind!r} is unknown; use one of {', '.join(SCHEDULERS)}")
-        values = with_signal(values) if kind == "dpm++" else values
-        return SCHEDULERS[kind].from_config(values, dtype=dtype)
+        name, values = in_place(values, kind)
+        return classes[name].from_config(values, dtype=dtype)
     name = values.get("_class_name")
-    classes = {cls.torch_class_name: cls for cls in (*SCHEDULERS.values(), *_SAMPLE_BY_PARTS)}
     if name is None:
         raise ConfigError(f"the scheduler config has no _class_name; add one of {', '.join(classes)}")
     found = classes.get(str(name).removeprefix("Flax"))
@@ -96,6 +106,7 @@ __all__ = [
     "DDIMSchedulerState",
     "DDPMSchedulerState",
     "DPMSolverMultistepSchedulerState",
+    "EDMDPMSolverMultistepSchedulerState",
     "EDMEulerSchedulerState",
     "EulerDiscreteSchedulerState",
     "FlaxDDIMScheduler",
@@ -104,10 +115,14 @@ __all__ = [
     "FlaxDDPMSchedulerOutput",
     "FlaxDPMSolverMultistepScheduler",
     "FlaxDPMSolverMultistepSchedulerOutput",
+    "FlaxEDMDPMSolverMultistepScheduler",
     "FlaxEDMEulerScheduler",
+    "FlaxEDMHeunScheduler",
     "FlaxEulerDiscreteScheduler",
     "FlaxEulerDiscreteSchedulerOutput",
     "FlaxFlowMatchEulerDiscreteScheduler",
+    "FlaxFlowMatchHeunDiscreteScheduler",
+    "FlaxFlowMatchSDEScheduler",
     "FlaxKarrasDiffusionSchedulers",
     "FlaxKarrasVeOutput",
     "FlaxKarrasVeScheduler",
@@ -121,6 +136,7 @@ __all__ = [
     "FlaxScoreSdeVeScheduler",
     "FlaxSdeVeOutput",
     "FlowMatchEulerDiscreteSchedulerState",
+    "HeunState",
     "KarrasVeSchedulerState",
     "LMSDiscreteSchedulerState",
     "PNDMSchedulerState",

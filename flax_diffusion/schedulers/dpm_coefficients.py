@@ -43,23 +43,23 @@ def alpha_sigma(sigmas: Levels, flow: bool | None) -> tuple[Levels, Levels]:
 
 
 def update_coefficients(
-    sigmas: np.ndarray, algorithm_type: str, solver_type: str, solver_order: int, flow: bool | None
+    alpha: np.ndarray, sigma: np.ndarray, algorithm_type: str, solver_type: str, solver_order: int
 ) -> np.ndarray:
     """Return the coefficients of every step at every order.
 
     Args:
-        sigmas: Noise levels, (steps + 1,); the last may be 0 for the "++" algorithms.
+        alpha: Share α of x0 in the samples before each step and after the last, (steps + 1,).
+        sigma: That of the noise, likewise; the last may be 0 for the "++" algorithms.
         algorithm_type: One of the four in the table above.
         solver_type: "midpoint" or "heun".
         solver_order: Highest order, 1 to 3.
-        flow: Whether the noise levels are those of flow matching.
 
     Returns:
         Coefficients of the sample, of the outputs from newest to oldest, and of the noise, float64
         (solver_order, steps, 5). NaN where a step is too early for the order, or where a last level of 0 leaves the
         order undefined.
     """
-    alpha, sigma = alpha_sigma(sigmas.astype(np.float64), flow)
+    alpha, sigma = alpha.astype(np.float64), sigma.astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         lam = np.log(alpha) - np.log(sigma)
         h = np.diff(lam)

@@ -32,6 +32,7 @@ from flax_diffusion.schedulers.common import (
     velocity,
 )
 from flax_diffusion.schedulers.dpm_coefficients import alpha_sigma, update_coefficients
+from flax_diffusion.schedulers.dpm_memory import SolverState, remembering, solver_state
 from flax_diffusion.schedulers.timesteps import (
     check_inference_steps,
     check_shape,
@@ -39,25 +40,6 @@ from flax_diffusion.schedulers.timesteps import (
     require_timesteps,
     schedule_index,
 )
-
-# Trajectories of fewer steps than this end with lower orders under `lower_order_final`.
-_FEW_STEPS = 15
-
-
-class SolverState(struct.PyTreeNode):
-    """Method and memory of one trajectory.
-
-    Attributes:
-        coefficients: Coefficients of the sample, three outputs and the noise, (order, steps, 5).
-        highest_order: Highest order that each step may have, int32 (steps,).
-        steps_taken: Number of steps taken, which is the number of outputs remembered, int32.
-        outputs: Converted model outputs of the last two steps, newest first, (2, B, C, …).
-    """
-
-    coefficients: Array
-    highest_order: Array
-    steps_taken: Array
-    outputs: Array
 
 
 class DPMSolverMultistepSchedulerState(struct.PyTreeNode):
@@ -212,25 +194,13 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         shift = self.flow_shift if mu is None else math.exp(mu)
         timesteps, sigmas = self._schedule(num_inference_steps, shift)
         steps = len(timesteps)
-        coefficients = update_coefficients(
-            sigmas, self.algorithm_type, self.solver_type, self.solver_order, self.use_flow_sigmas
-        )
-        highest = np.full(steps, self.solver_order)
-        few = self.lower_order_final and steps < _FEW_STEPS
-        if few and steps >= 2:
-            highest[-2] = min(2, self.solver_order)
-        if few or self.euler_at_final or self.final_sigmas_type == "zero":
-            highest[-1] = 1
+        alpha, sigma = alpha_sigma(sigmas.astype(np.float64), self.use_flow_sigmas)
+        coefficients = update_coefficients(alpha, sigma, self.algorithm_type, self.solver_type, self.solver_order)
         return state.replace(
             timesteps=jnp.asarray(timesteps, jnp.int32),
             sigmas=jnp.asarray(sigmas, self.dtype),
             step_index=jnp.asarray(-1, jnp.int32),
-            solver=SolverState(
-                coefficients=jnp.asarray(coefficients, self.dtype),
-                highest_order=jnp.asarray(highest, jnp.int32),
-                steps_taken=jnp.asarray(0, jnp.int32),
-                outputs=jnp.zeros((2, *shape), self.dtype),
-            ),
+            solver=solver_state(coefficients, self, shape),
             num_inference_steps=steps,
         )
 
@@ -315,15 +285,10 @@ class FlaxDPMSolverMultistepScheduler(BetaScheduler):
         x, raw = at_least_float32(sample, model_output)
         index = next_index(state.timesteps, state.step_index, timestep)
         output = self._convert_output(raw, x, table_at(state.sigmas, index))
-        order = jnp.minimum(solver.steps_taken + 1, solver.highest_order[index])
-        weights = solver.coefficients[order - 1].at[index].get(mode="fill", fill_value=jnp.nan)
-        previous = weights[0] * x + weights[1] * output
-        previous = previous + weights[2] * solver.outputs[0] + weights[3] * solver.outputs[1]
+        noise = None
         if self.algorithm_type.startswith("sde-"):
             noise = step_noise(key, variance_noise, x, f"{self.algorithm_type} sampling")
-            previous = previous + weights[4] * noise
-        outputs = jnp.stack([output.astype(solver.outputs.dtype), solver.outputs[0]])
-        solver = solver.replace(steps_taken=solver.steps_taken + 1, outputs=outputs)
+        previous, solver = remembering(solver, index, x, output, noise)
         state = state.replace(step_index=index + 1, solver=solver)
         return step_result(previous, sample, state, return_dict)
 

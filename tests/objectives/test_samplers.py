@@ -47,7 +47,7 @@ def test_every_scheduler_of_diffusers_with_betas_is_known():
     with_betas = {
         name for name in names if "beta_start" in inspect.signature(getattr(diffusers, name).__init__).parameters
     }
-    assert with_betas <= set(OTHERS) | set(samplers.SAMPLERS.values()) | NO_COMMON_BETAS
+    assert with_betas <= set(OTHERS) | set(samplers.OF_BETAS.values()) | NO_COMMON_BETAS
 
 
 @pytest.mark.parametrize("given", [{}, {"beta_schedule": "scaled_linear", "beta_start": 0.001}])
@@ -76,7 +76,7 @@ def test_the_nearest_sampler_takes_a_whole_config_of_another_class(name, caplog)
 
 
 def test_a_sampler_that_is_here_stays_as_it_is(caplog):
-    for name in samplers.SAMPLERS.values():
+    for name in samplers.OF_BETAS.values():
         config = {"_class_name": name, "beta_end": 0.01}
         assert samplers.sampler_config(config) == config
     assert not caplog.text
@@ -198,8 +198,8 @@ def test_no_function_takes_an_unknown_value_for_the_last_one():
         lambda: common.predict_noise("x", one, one, one),
         lambda: timesteps.spaced_timesteps("x", 2, 10, 0),
         lambda: sigmas.sigma_after_last("x", levels),
-        lambda: dpm_coefficients.update_coefficients(levels, "x", "midpoint", 2, False),
-        lambda: dpm_coefficients.update_coefficients(levels, "dpmsolver++", "x", 2, False),
+        lambda: dpm_coefficients.update_coefficients(levels, levels, "x", "midpoint", 2),
+        lambda: dpm_coefficients.update_coefficients(levels, levels, "dpmsolver++", "x", 2),
         lambda: noise_schedule.betas("x"),
         lambda: noise_schedule.min_snr_weights(np.array([0.5]), 5, "x"),
         lambda: ImageTransform(resolution=2, resize_mode="x")(Image.new("RGB", (4, 4)), np.random.default_rng),  # pyright: ignore

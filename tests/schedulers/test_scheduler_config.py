@@ -116,7 +116,7 @@ def test_config_access() -> None:
             lambda: scheduler_from_config({"_class_name": "EulerDiscretScheduler"}),
             "did you mean 'EulerDiscreteScheduler'",
         ),
-        (lambda: scheduler_from_config({}, "heun"), "'heun' is unknown; use one of ddpm, ddim"),
+        (lambda: scheduler_from_config({}, "haun"), "'haun' is unknown; use one of ddpm, ddim.*did you mean 'heun'"),
         (lambda: scheduler_from_config({"beta_strat": 1}, "ddim"), "'beta_strat'.*; did you mean 'beta_start'"),
         (lambda: FlaxDDPMScheduler(prediction_type="epsilom"), "'epsilom'; it must be .* mean 'epsilon'"),
         (lambda: FlaxDDIMScheduler(beta_schedule="sigmoid"), "FlaxDDIMScheduler: beta_schedule is 'sigmoid'"),

@@ -19,6 +19,7 @@ from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.drawing.pictures import OPTIONS, check_given, read_given
 from flax_diffusion.core.errors import ConfigError, naming, nearest_multiples
 from flax_diffusion.core.io.files import as_path, replacing
+from flax_diffusion.core.objectives.objective import find
 from flax_diffusion.core.spec.merging import Shapes, with_adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.spec.prompts import check_prompts, is_guided
@@ -74,8 +75,17 @@ class GenerateConfig(BaseModel):
         description="Lowest and highest noise level at which samples are guided: shares of the training timesteps, "
         "from 0 for no noise to 1; of EDM, sigmas. None: all.",
     )
-    scheduler: Literal["ddpm", "ddim", "pndm", "euler", "lms", "dpm++", "flow_match", "edm"] | None = Field(
-        None, description="Sampler. None: the pipeline's own."
+    objective: str | None = Field(
+        None,
+        description="Objective of your own that the model was trained by, as module:Class, where the model's folder "
+        "names a scheduler of its own.",
+    )
+    scheduler: Literal["ddpm", "ddim", "pndm", "euler", "lms", "dpm++", "flow_match", "edm", "heun", "sde"] | None = (
+        Field(
+            None,
+            description="Sampler. None: the pipeline's own. heun, of flow matching and EDM, evaluates the model twice "
+            "in each step but the last; sde, of flow matching, adds noise in each step but the last.",
+        )
     )
     batch_size: int = Field(16, ge=1, description="Images drawn at a time. The images do not depend on it.")
     mixed_precision: Literal["no", "bf16", "fp16"] = Field("no", description="Precision of the computation.")
@@ -125,7 +135,14 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
     Raises:
         UserError: If the model is no pipeline, or something does not fit it.
     """
+    asked = find(config.objective) if config.objective else None
     spec = open_model(config.model, shapes, config.revision, config.variant)
+    if asked is not None and asked is not spec.objective:
+        raise ConfigError(
+            f"--objective {config.objective}: this model was trained by {spec.objective.name}; name that one, or none"
+        )
+    if spec.objective.sample is not None and config.guidance_interval:
+        raise ConfigError(f"--guidance_interval: {spec.objective.name} draws by its own sample, all of it; drop it")
     spec.family.check_drawing(spec)
     _check_prompts(config, spec)
     check_given(spec, _pictures(config), len(config.prompt))

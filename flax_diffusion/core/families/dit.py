@@ -117,6 +117,51 @@ def _check(spec: PipelineSpec) -> None:
         )
 
 
+CARD = """---
+library_name: diffusers
+tags: [text-to-image, class-conditional, flow-matching]
+---
+
+# Pictures of {count} classes, by a transformer and flow matching
+
+Diffusers' `DiTPipeline` draws from models that predict noise. This one predicts a velocity, and is drawn from by plain
+classes of Diffusers, here in {steps} steps of Euler's method without guidance. `folder` is this folder.
+
+```python
+import torch, diffusers
+labels = torch.tensor([0, 1, 2, 3]) % {count}  # {names}
+model = diffusers.DiTTransformer2DModel.from_pretrained(folder, subfolder="transformer").eval()
+scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+x = torch.randn(len(labels), {shape})
+scheduler.set_timesteps({steps})
+with torch.no_grad():
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t.expand(len(x)), labels).sample, t, x).prev_sample
+{decode}```
+
+With guidance, on JAX or PyTorch: `python -m flax_diffusion.generate --model FOLDER --class_label all`.
+"""
+"""Model card of a pipeline of flow matching."""
+
+_DECODED = """    vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
+    x = vae.decode(x / vae.config.scaling_factor).sample
+"""
+
+
+def _card(spec: PipelineSpec) -> str | None:
+    """Return the model card of a pipeline whose parts Diffusers draws with, and its DiTPipeline does not."""
+    if spec.objective.name != "flow_matching" or chosen_options(spec.denoiser.config) or learns_variance(spec.denoiser):
+        return None
+    names = " ".join(spec.classes[:4]) + (" …" if len(spec.classes) > 4 else "")
+    return CARD.format(
+        count=len(spec.classes),
+        names=" ".join(names.split()),
+        shape=", ".join(map(str, spec.sample_shape)),
+        steps=50,
+        decode=_DECODED if spec.vae else "",
+    )
+
+
 DIT_TRANSFORMER = ModelClass(
     name="DiTTransformer2DModel",
     role=Role.DENOISER,
@@ -141,5 +186,6 @@ DIT = FAMILIES.register(
         },
         class_table=ClassTable(key="num_embeds_ada_norm", counts_null=False),
         check=_check,
+        card=_card,
     ),
 )

@@ -156,6 +156,8 @@ class Family:
         check_index: Raises WeightsError for a model_index.json of a pipeline that has not all parts.
         check: Raises ConfigError for parts that do not go together in training.
         check_drawing: Raises ConfigError for a pipeline that cannot be drawn from.
+        card: Returns the text of a pipeline's model card, where plain Diffusers needs more than one call to draw from
+            it; else None.
     """
 
     name: str
@@ -176,6 +178,7 @@ class Family:
     check_index: Callable[[Mapping[str, Any]], None] = _nothing_to_check
     check: Callable[[PipelineSpec], None] = _nothing_to_check
     check_drawing: Callable[[PipelineSpec], None] = _nothing_to_check
+    card: Callable[[PipelineSpec], str | None] = lambda _: None
 
     @property
     def models(self) -> dict[str, ModelClass]:

@@ -48,7 +48,8 @@ class NoiseSpec:
 
         drawn = {"loss_weights": np.ones((), np.float32)}
         if self.objective is not None:
-            drawn |= self.objective.draw(rng(Stream.TIMESTEP))._asdict()
+            fields = self.objective.draw(rng(Stream.TIMESTEP))._asdict()
+            drawn |= {name: np.asarray(number) for name, number in fields.items()}
             drawn["noise"] = normal(Stream.NOISE, self.shape)
         if self.noise_offset:
             drawn["noise"] += np.float32(self.noise_offset) * normal(Stream.OFFSET, (self.shape[0], 1, 1))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import isabstract
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -81,6 +81,9 @@ class Objective(ABC):
 
     `--objective my_module:Sphere` trains with it, on both backends. What else is here may be overridden.
 
+    An objective whose loss is not linear in x and ε has a method `loss`, and, as no sampler here then draws from its
+    models, a method `sample`; see there. Both are written in JAX, and PyTorch refuses the objective.
+
     Args:
         dtype: Dtype of the numbers.
     """
@@ -91,6 +94,23 @@ class Objective(ABC):
     """The options that go with this objective alone; those of a run have it as a base class."""
     schedulers: ClassVar[tuple[str, ...]]
     """PyTorch's classes of schedulers whose models are trained so; the first is the one that a new model gets."""
+
+    loss: ClassVar[Callable[..., Any] | None] = None
+    """None, or a method `loss(self, model, batch, key)` in JAX, which returns the losses of B examples, (B,).
+
+    `model(x, t)` returns the prediction (B, C, h, w) of the weights that train, for x (B, C, h, w) and times (B,), in
+    float32 at least. It knows the condition of the batch. It can be differentiated, and taken by `jax.jvp`.
+    `batch` holds clean and noise, both (B, C, h, w), and what `draw` returned, by the names of its fields, each (B,).
+    `draw` may return another named tuple than `Mixture`, with any scalars, of which one is called loss_weights: the
+    losses are multiplied by these, and their mean trains. `key` is a PRNG key of the step, the same on every device.
+    """
+    sample: ClassVar[Callable[..., Any] | None] = None
+    """None, or a method `sample(self, model, noise)` in JAX, which returns samples x, (B, C, h, w).
+
+    `model` is that of `loss`, with guidance where it is asked for. `noise` (N, B, C, h, w) is independent standard
+    normal noise, of which N is --num_inference_steps. The class names a scheduler of its own in `schedulers`, that no
+    other sampler draws from; `generate` and `evaluate` are told the objective by --objective.
+    """
 
     def __init__(self, dtype: DTypeLike = np.float32):
         self.dtype: Any = dtype
@@ -189,7 +209,28 @@ def find(name: str) -> type[Objective]:
         raise ConfigError(f"--objective {name}: {attribute} has no {' and no '.join(lacking) or 'draw'}; add it")
     if OBJECTIVES.get(found.name, found) is not found:
         raise ConfigError(f"--objective {name}: there is another objective of the name {found.name}; rename it")
+    _check_own(name, found)
     return OBJECTIVES.register(found.name, found)
+
+
+def _check_own(name: str, found: type[Objective]) -> None:
+    """Raise ConfigError for a class of the user's whose loss and samples do not go together.
+
+    Args:
+        name: What the user calls it.
+        found: The class.
+    """
+    if (found.loss is None) != (found.sample is None):
+        has, lacks = ("loss", "sample") if found.sample is None else ("sample", "loss")
+        raise ConfigError(f"--objective {name}: {found.__name__} has a method {has} and no {lacks}; add it")
+    if found.loss is None:
+        return
+    for other in OBJECTIVES.values():
+        if taken := sorted({*found.schedulers} & {*other.schedulers}) if other is not found else []:
+            raise ConfigError(
+                f"--objective {name}: {found.__name__} draws by its own sample, and models of {taken[0]} are those of "
+                f"{other.name}: put a name of its own in schedulers, such as {found.__name__}Scheduler"
+            )
 
 
 def objective_of(scheduler: Mapping[str, Any]) -> type[Objective]:
@@ -206,7 +247,7 @@ def objective_of(scheduler: Mapping[str, Any]) -> type[Objective]:
     if found not in known:
         raise ConfigError(
             f"scheduler {found}: is not among those whose models train here, which are {', '.join(known)}"
-            f"{nearest(found, known)}"
+            f"{nearest(found, known)}; of an objective of your own, give --objective module:Class"
         )
     return next(objective for objective in OBJECTIVES.values() if found in objective.schedulers)
 

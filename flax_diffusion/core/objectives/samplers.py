@@ -16,19 +16,43 @@ from flax_diffusion.core.typed import check_values
 
 log = logging.getLogger(__name__)
 
-SAMPLERS = {
+OF_BETAS = {
     "ddpm": "DDPMScheduler",
     "ddim": "DDIMScheduler",
     "pndm": "PNDMScheduler",
     "euler": "EulerDiscreteScheduler",
     "lms": "LMSDiscreteScheduler",
     "dpm++": "DPMSolverMultistepScheduler",
-    "flow_match": "FlowMatchEulerDiscreteScheduler",
-    "edm": "EDMEulerScheduler",
 }
-"""Diffusers' class names of the schedulers that draw images here, by their names for `--scheduler`."""
+"""Class names of the schedulers that draw from models with betas, by their names for `--scheduler`."""
 
-_OWN_BETAS = ("ddpm", "ddim", "pndm", "euler", "lms", "dpm++")
+_OF_FLOWS = {
+    "flow_match": "FlowMatchEulerDiscreteScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
+    "heun": "FlowMatchHeunDiscreteScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "sde": "FlowMatchSDEScheduler",
+}
+_OF_EDM = {
+    "edm": "EDMEulerScheduler",
+    "euler": "EDMEulerScheduler",
+    "heun": "EDMHeunScheduler",
+    "dpm++": "EDMDPMSolverMultistepScheduler",
+}
+_BY_TRAINED = {"FlowMatchEulerDiscreteScheduler": _OF_FLOWS, "EDMEulerScheduler": _OF_EDM}
+"""Schedulers that models are trained by without betas, and those that draw from such models."""
+
+SAMPLERS = tuple(dict.fromkeys([*OF_BETAS, *_OF_FLOWS, *_OF_EDM]))
+"""All names for `--scheduler`."""
+
+DRAWING = tuple(dict.fromkeys([*OF_BETAS.values(), *_OF_FLOWS.values(), *_OF_EDM.values()]))
+"""Classes of all schedulers that draw images here."""
+
+OWN = ("FlowMatchSDEScheduler", "EDMHeunScheduler")
+"""Those that Diffusers has no class for."""
+
+_SPACED = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Keys of flow matching by which Euler's method alone chooses its noise levels."""
 
 _STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012}
 _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -50,9 +74,9 @@ _OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "UnCLIPScheduler": ("ddpm", {"beta_schedule": "squaredcos_cap_v2"}),
     "UniPCMultistepScheduler": ("dpm++", {}),
 }
-"""Diffusers' other schedulers with betas: the nearest one in `SAMPLERS`, and default betas that differ from DDPM's."""
+"""Diffusers' other schedulers with betas: the nearest one in `OF_BETAS`, and default betas that differ from DDPM's."""
 
-WITH_BETAS = (*(SAMPLERS[name] for name in _OWN_BETAS), *_OTHERS)
+WITH_BETAS = (*OF_BETAS.values(), *_OTHERS)
 """All schedulers whose models are trained by betas."""
 
 _SHARED = (
@@ -141,9 +165,9 @@ def sampler_config(config: Mapping[str, Any], chosen: str | None = None) -> dict
     if config.get("stochastic_sampling"):
         raise ConfigError("scheduler config: stochastic_sampling draws noise of its own in each step: set it to false")
     if name in _OTHERS:
-        stand_in = SAMPLERS[_OTHERS[name][0]]
-    elif name == SAMPLERS["pndm"] and prediction_type(config) == "sample":
-        stand_in = SAMPLERS["ddim"]
+        stand_in = OF_BETAS[_OTHERS[name][0]]
+    elif name == OF_BETAS["pndm"] and prediction_type(config) == "sample":
+        stand_in = OF_BETAS["ddim"]
     else:
         return dict(config)
     if chosen is None:
@@ -154,12 +178,54 @@ def sampler_config(config: Mapping[str, Any], chosen: str | None = None) -> dict
 
 def _check_chosen(chosen: str, config: Mapping[str, Any]) -> None:
     """Raise ConfigError for a sampler whose models are trained by another objective than this one."""
-    own = objective_of(config)
-    known = [name for name, kind in SAMPLERS.items() if kind in own.schedulers]
+    known = _drawing(config)
+    if objective_of(config).sample is not None:
+        raise ConfigError(
+            f"--scheduler {chosen}: this model was trained by {objective_of(config).name}, which draws by its own "
+            "sample: drop it"
+        )
     if chosen in SAMPLERS and chosen not in known:
         raise ConfigError(
-            f"--scheduler {chosen}: this model was trained by {own.name}, which is drawn from with {' or '.join(known)}"
+            f"--scheduler {chosen}: this model was trained by {objective_of(config).name}, which is drawn from with "
+            f"{' or '.join(known)}"
         )
+
+
+def _drawing(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the classes of schedulers that draw from a model, by their names for `--scheduler`."""
+    return _BY_TRAINED.get(str(config.get("_class_name")).removeprefix("Flax"), OF_BETAS)
+
+
+def in_place(config: Mapping[str, Any], kind: str) -> tuple[str, dict[str, Any]]:
+    """Return the class of a sampler by its name, and a model's config in the keys of that class.
+
+    Args:
+        config: Scheduler config of a model; one without a class is of betas, where there is such a sampler.
+        kind: One of `SAMPLERS`.
+
+    Raises:
+        ConfigError: For an unknown name, or one of other models.
+    """
+    if kind not in SAMPLERS:
+        raise unknown("scheduler", kind, SAMPLERS)
+    groups = [_drawing(config), OF_BETAS, _OF_FLOWS, _OF_EDM]
+    known = groups[0] if config.get("_class_name") else next(group for group in groups if kind in group)
+    if kind not in known:
+        raise ConfigError(f"scheduler {kind!r}: does not draw from this model; use one of {', '.join(known)}")
+    if kind == "dpm++" and known is OF_BETAS:
+        return known[kind], with_signal(config)
+    if known is not _OF_FLOWS or known[kind] == known["euler"]:
+        return known[kind], dict(config)
+    for key in _SPACED:
+        if config.get(key):
+            raise ConfigError(
+                f"scheduler {kind!r} has no {key}, which the model's config sets: use 'euler', or drop it"
+            )
+    steps, shift = config.get("num_train_timesteps", 1000), config.get("shift", 1.0)
+    if kind == "dpm++":
+        flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+        return known[kind], flow | {"num_train_timesteps": steps, "flow_shift": shift}
+    return known[kind], {"num_train_timesteps": steps, "shift": shift}
 
 
 def with_signal(config: Mapping[str, Any]) -> dict[str, Any]:
