@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,7 +29,7 @@ from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, load
 from torch_backend.names import file_name
 from torch_backend.optimizers import OPTIMIZERS, make_optimizer
 from torch_backend.sampling import Sampler, scheduler_from_config, to_uint8
-from torch_backend.train_step import Loss, update_ema
+from torch_backend.train_step import Loss, loss_of, update_ema
 
 EIGHT_BIT_TABLES = ("absmax", "qmap")
 """Arrays that bitsandbytes keeps beside its moments; a small parameter has none."""
@@ -168,6 +168,17 @@ class TorchBackend:
             metrics["loss_scale"] = torch.tensor(scale.scale)
             self.placement.hold_loss_scale()
         return metrics
+
+    def validation_loss(self, average: str | None) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+        """Return the loss without dropout, with the weights or a moving average of them."""
+        modules = self._evaluated(None if average is None else self.averages[average])
+
+        def loss(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            with torch.no_grad(), self.accelerator.autocast():
+                losses = torch.stack([loss_of(modules, micro) for micro in batch])
+                return {"loss": self.accelerator.reduce(losses.mean(), reduction="mean")}
+
+        return loss
 
     def set_step(self, step: int) -> None:
         """Set the number of steps taken."""
