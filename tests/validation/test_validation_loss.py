@@ -185,8 +185,11 @@ def of_task(case, world):
 @pytest.mark.parametrize(
     "case",
     [
-        "unconditional", "class_conditional", "lora", "dreambooth", "textual_inversion", "autoencoder",
-        *(pytest.param(case, marks=pytest.mark.acceptance) for case in ("text_to_image", "controlnet", "inpainting")),
+        "unconditional", "class_conditional", "textual_inversion", "autoencoder",
+        *(
+            pytest.param(case, marks=pytest.mark.acceptance)
+            for case in ("text_to_image", "lora", "dreambooth", "controlnet", "inpainting")
+        ),
     ],
 )  # fmt: skip
 def test_every_task_has_it_on_both_backends(case, world, tmp_path):
