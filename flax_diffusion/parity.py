@@ -11,7 +11,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -56,6 +56,8 @@ class Row:
         grad_norm_torch: Gradient norm on PyTorch.
         params: Largest relative difference of the weights after the step.
         ema: Largest relative difference of the moving averages after the step.
+        validation: Largest relative difference of the validation losses after the last step; None elsewhere, and where
+            no picture is held out.
     """
 
     step: int
@@ -65,6 +67,7 @@ class Row:
     grad_norm_torch: float
     params: float
     ema: float
+    validation: float | None = None
 
     @property
     def loss(self) -> float:
@@ -126,6 +129,8 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
 
     from flax_diffusion.core.run import assembly, rates
     from flax_diffusion.core.run.precompute import precompute
+    from flax_diffusion.core.validation.held_out import divide, held_out, with_held_out
+    from flax_diffusion.core.validation.loss import ValidationLoss
     from flax_diffusion.jax_backend.backend import JaxBackend
     from torch_backend.backend import TorchBackend
 
@@ -134,6 +139,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
         task.precomputed_dir = None  # what is kept there may be of another precision
         source = task.open_source()
         spec = task.make_spec(source)
+        source, validation = divide(task, source)
         for name, component in spec.components.items():
             if component.is_trained and component.config.get("dropout"):
                 raise ConfigError(
@@ -151,15 +157,28 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
             backend.init_state()
         schedule = make_schedule(config, task.count_examples(source), 1)
         buckets = assembly.make_buckets(task, spec, source, schedule)
+        examples = held_out(validation, buckets, skip_bad_images=config.skip_bad_images)
         source = task.complete_source(source, ours)
         rate = make_rate(config, schedule)
         with tempfile.TemporaryDirectory() as folder:
-            made = precompute(task, spec, source, ours, Path(folder), buckets)
+            pictures, sizes = with_held_out(source, buckets, task.rows_per_example, examples)
+            made = precompute(task, spec, pictures, ours, Path(folder), sizes)
+            judges = []
+            if examples is not None:
+                judges = [
+                    ValidationLoss(task, spec, examples, made, backend, schedule.batch_size, dtype)
+                    for backend in backends
+                ]
             options: dict[str, Any] = {"num_steps": steps, "made": made, "dtype": dtype, "buckets": buckets}
             with assembly.make_loader(task, spec, source, schedule, **options) as loader:
                 for done, batch in enumerate(loader):
                     leave_out = NO_GRADIENT if dtype == "float32" else None
-                    yield _row(backends, batch, done, rate(done), rates.ema_decays(config, done), leave_out)
+                    row = _row(backends, batch, done, rate(done), rates.ema_decays(config, done), leave_out)
+                    if judges and done + 1 == steps:
+                        a, b = (judge() for judge in judges)
+                        apart = max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-300) for name in a)
+                        row = replace(row, validation=apart)
+                    yield row
 
 
 def _row(
@@ -195,11 +214,14 @@ def verdict(rows: Sequence[Row], dtype: str) -> tuple[bool, str]:
     """
     bounds = BOUNDS[dtype]
     loss = max(row.loss for row in rows)
+    validation = rows[-1].validation
     state = max(max(row.params, row.ema) for row in rows)
-    equal = loss <= bounds["loss"] and state <= bounds["state"]
+    equal = loss <= bounds["loss"] and state <= bounds["state"] and (validation is None or validation <= bounds["loss"])
+    of_validation = "" if validation is None else f", validation losses within {validation:.1e}"
     return equal, (
-        f"{'EQUAL' if equal else 'DIFFERENT'} in {dtype} over {len(rows)} steps: losses within {loss:.1e} "
-        f"(bound {bounds['loss']:.0e}), weights and averages within {state:.1e} (bound {bounds['state']:.0e})"
+        f"{'EQUAL' if equal else 'DIFFERENT'} in {dtype} over {len(rows)} steps: losses within {loss:.1e}"
+        f"{of_validation} (bound {bounds['loss']:.0e}), weights and averages within {state:.1e} "
+        f"(bound {bounds['state']:.0e})"
     )
 
 

@@ -30,5 +30,8 @@ class Idle:
     def check(self, folder):
         pass
 
+    def validation_loss(self, average):
+        return lambda batch: {"loss": 1.0}
+
     def release(self, name):
         pass

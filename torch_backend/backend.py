@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, broadcast
-from torch import Tensor, nn
+from torch import Tensor
 
 from flax_diffusion.core.backend import Batch
 from flax_diffusion.core.checkpoints import portable
@@ -25,11 +24,12 @@ from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
-from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, load, make
+from torch_backend.evaluation import evaluated, finished, on_device
+from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, load
 from torch_backend.names import file_name
 from torch_backend.optimizers import OPTIMIZERS, make_optimizer
 from torch_backend.sampling import Sampler, scheduler_from_config, to_uint8
-from torch_backend.train_step import Loss, update_ema
+from torch_backend.train_step import Loss, loss_of, update_ema
 
 EIGHT_BIT_TABLES = ("absmax", "qmap")
 """Arrays that bitsandbytes keeps beside its moments; a small parameter has none."""
@@ -168,6 +168,17 @@ class TorchBackend:
             metrics["loss_scale"] = torch.tensor(scale.scale)
             self.placement.hold_loss_scale()
         return metrics
+
+    def validation_loss(self, average: str | None) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+        """Return the loss without dropout, with the weights or a moving average of them."""
+        modules = self._evaluated(None if average is None else self.averages[average])
+
+        def loss(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+            with torch.no_grad(), self.accelerator.autocast():
+                losses = torch.stack([loss_of(modules, micro) for micro in batch])
+                return {"loss": self.accelerator.reduce(losses.mean(), reduction="mean")}
+
+        return loss
 
     def set_step(self, step: int) -> None:
         """Set the number of steps taken."""
@@ -330,11 +341,7 @@ class TorchBackend:
 
     def trained_arrays(self) -> portable.Arrays:
         """Return the trained weights, averaged if there is an average, by component and PyTorch name."""
-        whole_of = {
-            name: self.placement.weight(parameter) if self.ema is None else whole(self.ema[name])
-            for name, parameter in self._parameters().items()
-        }
-        return {name: value.detach().cpu().numpy() for name, value in whole_of.items()}
+        return {name: value.detach().cpu().numpy() for name, value in self._whole(self.ema)}
 
     def encode(self, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
         """Encode images to scaled latents."""
@@ -351,50 +358,34 @@ class TorchBackend:
         for name, component in self.spec.components.items():
             if only_trained and not component.is_trained:
                 continue
-            finished = self._finished(name) if component.is_trained else None  # every process may have a part of it
+            trained = None
+            if component.is_trained:  # of which every process may have a part
+                trained = finished(name, component, self._whole(self.ema))
             if self.process_index == 0:
-                module = load(component) if finished is None else finished
+                module = load(component) if trained is None else trained
                 module.save_pretrained(folder / name, safe_serialization=True)
 
-    @torch.no_grad()
-    def _finished(self, name: str) -> Any:
-        """Return a new module of a trained component on the host, with its averaged weights if there are any."""
-        component = self.spec.components[name]
-        module = make(component)
-        targets = {f"{name}/{file_name(component.kind, inside)}": p for inside, p in module.named_parameters()}
-        for full, parameter in self._parameters().items():
-            if full in targets:
-                value = self.placement.weight(parameter) if self.ema is None else whole(self.ema[full])
-                targets[full].copy_(value)
-        return module
+    def _whole(self, ema: Mapping[str, Tensor] | None) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole weights, or those of an average, by portable name; every process must go through all of them."""
+        for name, parameter in self._parameters().items():
+            yield name, self.placement.weight(parameter) if ema is None else whole(ema[name])
 
     @contextmanager
     def _sampling_modules(self) -> Iterator[Modules]:
         """Yield modules with the moving average if there is one; the modules that train are not changed."""
-        with self._released_on_device(), torch.no_grad(), self.accelerator.autocast():
-            trained = [name for name, component in self.spec.components.items() if component.is_trained]
-            yield replace(self.modules, by_name=self.modules.by_name | {name: self._averaged(name) for name in trained})
+        released = on_device(self.modules, self._released, self.device)
+        with released, torch.no_grad(), self.accelerator.autocast():
+            yield self._evaluated(self.ema)
 
-    def _averaged(self, name: str) -> Any:
-        """Copy a component that trains, in evaluation mode, around the same tensors or those of the average."""
-        if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what FSDP wraps cannot be called
-            return self._finished(name).to(self.device).eval()
-        module = self.modules.by_name[name]
-        average = {} if self.ema is None else {id(p): self.ema[full] for full, p in self._parameters().items()}
-        tensors = [*module.parameters(), *module.buffers()]
-        shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-        shared |= {
-            id(p): nn.Parameter(average[id(p)], requires_grad=False) for p in module.parameters() if id(p) in average
-        }
-        return copy.deepcopy(module, shared).eval()
-
-    @contextmanager
-    def _released_on_device(self) -> Iterator[None]:
-        """Have the frozen components that were released on the device for a while."""
-        for name in self._released:
-            self.modules.by_name[name].to(self.device)
-        try:
-            yield
-        finally:
-            for name in self._released:
-                self.modules.by_name[name].to("cpu")
+    def _evaluated(self, ema: Mapping[str, Tensor] | None) -> Modules:
+        """Return the modules in evaluation mode, around the weights or an average of them."""
+        parameters, by_name = self._parameters(), {}
+        average = {} if ema is None else {id(p): ema[full] for full, p in parameters.items()}
+        for name, component in self.spec.components.items():
+            if not component.is_trained:
+                continue
+            if self.accelerator.distributed_type == DistributedType.FSDP:  # a part of what it wraps cannot be called
+                by_name[name] = finished(name, component, self._whole(ema)).to(self.device).eval()
+            else:
+                by_name[name] = evaluated(self.modules.by_name[name], average)
+        return replace(self.modules, by_name=self.modules.by_name | by_name)

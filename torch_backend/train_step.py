@@ -39,9 +39,12 @@ class Loss(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Compute the loss of a batch of the family's `loss`, or of `denoising_loss`, in float32 at least."""
-        modules = self._modules_of[0]
-        loss_of = modules.family.loss or denoising_loss
-        return loss_of(modules, batch)
+        return loss_of(self._modules_of[0], batch)
+
+
+def loss_of(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
+    """Return the loss of a micro-batch: that of the family, or `denoising_loss`."""
+    return (modules.family.loss or denoising_loss)(modules, batch)
 
 
 def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, ""]:

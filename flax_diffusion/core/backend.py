@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,6 +93,17 @@ class Backend(Protocol):
 
         Returns:
             A handle for `read`.
+        """
+        ...
+
+    def validation_loss(self, average: str | None) -> Callable[[Any], Any]:
+        """Return a function that starts to compute the loss of a batch, without dropout; it changes no state.
+
+        It takes a handle from `put`, and returns one for `read`, which then has the `loss` alone. It is of the present
+        weights, so the next step ends its use.
+
+        Args:
+            average: Name of the moving average to compute with; None for the weights themselves.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,19 @@ class JaxBackend:
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.program.step(self.state, self.frozen, batch, rates)
         return metrics
+
+    def validation_loss(self, average: str | None) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
+        """Return the compiled loss, with the weights or a moving average of them."""
+        params = self.state.params
+        if average is not None:
+            assert self.state.ema is not None
+            params = self.program.as_params(self.state.ema[average])
+
+        def loss(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+            with jax.transfer_guard("disallow"):
+                return {"loss": self.program.validation_loss(params, self.frozen, batch)}
+
+        return loss
 
     def set_step(self, step: int) -> None:
         """Set the number of steps taken."""

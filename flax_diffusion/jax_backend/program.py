@@ -24,7 +24,7 @@ from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, Modules, build_mo
 from flax_diffusion.jax_backend.optimizers.offload import on_host
 from flax_diffusion.jax_backend.optimizers.optimizer import Params, make_optimizer
 from flax_diffusion.jax_backend.sharding import batch_sharding, partitions, replicated, state_shardings
-from flax_diffusion.jax_backend.train_step import TrainState, create_state, train_step
+from flax_diffusion.jax_backend.train_step import TrainState, create_state, train_step, validation_loss
 
 SUM_DTYPES = {"fp32": None, "bf16": jnp.bfloat16}
 """Dtype in which gradients are summed over devices, by --reduce_dtype; None for that of the weights."""
@@ -72,15 +72,19 @@ class Program:
         self.create_state = functools.partial(
             create_state, optimizer=self.optimizer, averages=config.averages, fp16=config.mixed_precision == "fp16"
         )
+        in_step: dict[str, Any] = {
+            "modules": self._gathering_layers() if config.fsdp_gather == "block" else self.modules,
+            "exchange": self.exchange,
+            "unroll": mesh.devices.flat[0].platform == "cpu",
+        }
+        self._validation_loss = functools.partial(validation_loss, **in_step)
         self._step = functools.partial(
             train_step,
-            modules=self._gathering_layers() if config.fsdp_gather == "block" else self.modules,
-            exchange=self.exchange,
+            **in_step,
             optimizer=self.optimizer,
             max_grad_norm=config.max_grad_norm,
             rate_factors={name: part.rate_factor for name, part in spec.components.items()},
             seed=config.seed,
-            unroll=mesh.devices.flat[0].platform == "cpu",
             skip_nonfinite=config.skip_nonfinite > 0,
         )
         self._offload, self._averages = config.offload_optimizer, config.averages
@@ -147,6 +151,17 @@ class Program:
             out_shardings=(shardings, replicated(self.mesh)),
             compiler_options=self._compiler_options(self.mesh.devices.flat[0].platform),
         )
+
+    @functools.cached_property
+    def validation_loss(self) -> Any:
+        """The jitted loss without dropout, a function of (params, frozen, batch)."""
+        options = COMPILER_OPTIONS.get(self.mesh.devices.flat[0].platform, {})
+        return jax.jit(self._validation_loss, out_shardings=replicated(self.mesh), compiler_options=options)
+
+    @functools.cached_property
+    def as_params(self) -> Any:
+        """The jitted function that returns a moving average divided as the weights are."""
+        return jax.jit(lambda average: average, out_shardings=jax.tree.map(lambda one: one.sharding, self.state.params))
 
     def _compiler_options(self, platform: str) -> dict[str, Any]:
         return COMPILER_OPTIONS.get(platform, {}) | (OFFLOADING.get(platform, {}) if self._offload else {})

@@ -91,7 +91,7 @@ def create_state(
     )
 
 
-def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[Array, ""]) -> Float[Array, ""]:
+def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[Array, ""] | None) -> Float[Array, ""]:
     """Compute the weighted denoising loss of a micro-batch.
 
     Args:
@@ -100,7 +100,7 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
         batch: Images as pixel_values (B, C, H, W) or as the posterior (B, 2, C, h, w) of their latents, noise
             (B, C, h, w), the fields of the objective's `Mixture`, each (B,), and where the pipeline needs them
             latent_noise (B, C, h, w), perturbation (B, C, h, w), and what its family conditions on.
-        dropout: Key of the dropout masks.
+        dropout: Key of the dropout masks; None in evaluation.
 
     Returns:
         Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
@@ -257,6 +257,34 @@ def loss_and_gradients(
     run = exchange.shard_map(on_device, (divided, divided_frozen, images, PartitionSpec()), (PartitionSpec(), returned))
     loss, grads = run(params, frozen, batch, scalars)
     return loss, jax.lax.with_sharding_constraint(grads, jax.tree.map(lambda spec: NamedSharding(mesh, spec), update))
+
+
+def validation_loss(
+    params: Params, frozen: Params, batch: Batch, *, modules: Modules, exchange: Exchange, unroll: bool
+) -> Float[Array, ""]:
+    """Return the mean loss of the micro-batches, over all devices and without dropout.
+
+    Args:
+        params: The trained weights, or a moving average of them, divided as weights are.
+        frozen: Weights that do not train.
+        batch: As in `train_step`.
+        modules: The pipeline's modules.
+        exchange: The devices.
+        unroll: As in `sum_over_micro_batches`.
+    """
+    loss_of, mesh = modules.family.loss or denoising_loss, exchange.mesh
+    divided, divided_frozen = partitions(params, mesh), partitions(frozen, mesh)
+
+    def on_device(params: Params, frozen: Params, batch: Batch) -> Float[Array, ""]:
+        whole = merge(_whole(modules, exchange, frozen, divided_frozen), _whole(modules, exchange, params, divided))
+        count = batch["loss_weights"].shape[0]
+        loss = sum_over_micro_batches(
+            lambda micro: loss_of(modules, whole, micro, None), (batch,), unroll=unroll or count == 1
+        )
+        return exchange.mean(loss / count)
+
+    images = PartitionSpec(None, mesh.axis_names)
+    return exchange.shard_map(on_device, (divided, divided_frozen, images), PartitionSpec())(params, frozen, batch)
 
 
 def _whole(modules: Modules, exchange: Exchange, parts: Params, specs: Params) -> Params:

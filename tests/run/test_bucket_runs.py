@@ -16,6 +16,7 @@ from flax_diffusion.core.data.buckets import make_order
 from flax_diffusion.core.run import assembly, precompute
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.tasks.task import task_of
+from flax_diffusion.core.validation.held_out import with_held_out
 
 BACKENDS = ("flax_diffusion", "torch_backend")
 QUICK_ON_PYTORCH = (pytest.param("flax_diffusion", marks=pytest.mark.acceptance), "torch_backend")
@@ -143,7 +144,8 @@ def loaded(options, task="text_to_image", epochs=1, **changes):
     schedule = make_schedule(task.config, task.count_examples(source), 1)
     order = assembly.make_buckets(task, spec, source, schedule)
     source = task.complete_source(source, backend)
-    made = precompute.precompute(task, spec, source, backend, Path(options["output_dir"]), order)
+    pictures, sizes = with_held_out(source, order, task.rows_per_example, None)
+    made = precompute.precompute(task, spec, pictures, backend, Path(options["output_dir"]), sizes)
     steps = order.steps * epochs
     with assembly.make_loader(task, spec, source, schedule, num_steps=steps, made=made, buckets=order) as loader:
         return [{name: array[0] for name, array in batch.items()} for batch in loader]

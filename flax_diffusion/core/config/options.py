@@ -208,6 +208,23 @@ class TrainConfig(BaseModel):
         description="Images in the grid (per prompt).",
     )
 
+    # Loss on pictures that do not train
+    validation_split: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the pictures of the training data that are kept out of training, to compute the loss on.",
+    )
+    validation_loss_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Compute the loss on the validation pictures every so many steps, and at the end. None: only at "
+        "the end.",
+    )
+    max_validation_samples: int | None = Field(
+        None, ge=1, description="Use only the first so many of the validation pictures."
+    )
+
     # Output
     output_dir: str = Field("ddpm-model-64", description="Folder of the run.")
     overwrite_output_dir: bool = Field(
@@ -274,6 +291,20 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 "--ema_snapshot_steps keeps power-function averages: add --ema_sigma_rels, such as 0.05 0.1"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_validation(self) -> TrainConfig:
+        own = "validation_data_dir" in type(self).model_fields  # which not every task has
+        folder = getattr(self, "validation_data_dir", None)
+        if folder is not None and self.validation_split:
+            raise ValueError("--validation_data_dir and --validation_split exclude each other: drop one")
+        for name in ("validation_loss_steps", "max_validation_samples"):
+            if getattr(self, name) is not None and not (folder or self.validation_split):
+                raise ValueError(
+                    f"--{name} is of pictures that do not train: add --validation_split, such as 0.05"
+                    + (", or --validation_data_dir" if own else "")
+                )
         return self
 
     @model_validator(mode="after")

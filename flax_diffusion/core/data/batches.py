@@ -13,7 +13,7 @@ from flax_diffusion.core.data.images.transforms import EightBit, ImageTransform,
 from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
-from flax_diffusion.core.randomness.streams import Stream, example_rng
+from flax_diffusion.core.randomness.streams import Stream, rngs_of
 
 SIZE_NUMBERS = "time_ids"
 """Array of a batch with what SDXL's UNet is told of each picture's size; see `size_numbers`."""
@@ -158,6 +158,16 @@ class ExampleFn:
         if not 0 <= self.proportion_empty_prompts <= 1:
             raise ValueError(f"proportion_empty_prompts is {self.proportion_empty_prompts}; it must be in [0, 1]")
 
+    def for_validation(self) -> "ExampleFn":
+        """Return the maker of validation examples: nothing is mirrored, left out or disturbed on purpose."""
+        return replace(
+            self,
+            transform=replace(self.transform, random_flip=False),
+            noise=replace(self.noise, input_perturbation=0.0),
+            proportion_empty_prompts=0.0,
+            labels=self.labels and replace(self.labels, probability=0.0),
+        )
+
     def __call__(
         self, source: Source, seed: int, epoch: int, index: int, size: tuple[int, int] | None = None
     ) -> dict[str, np.ndarray]:
@@ -201,10 +211,7 @@ class ExampleFn:
         Raises:
             DataError: If the picture cannot be decoded, or has no caption or class where these are told.
         """
-
-        def rng(stream: Stream) -> np.random.Generator:
-            return example_rng(seed, stream, epoch, index)
-
+        rng = rngs_of(seed, epoch, index)
         transform, noise = self.transform, self.noise
         if size is not None:
             transform = replace(transform, size=size)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import NamedTuple
 
+import numpy as np
+
 from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.data.sources.labels import joined, labels_of
 from flax_diffusion.core.data.sources.source import Labels, Record, Source
@@ -103,6 +105,12 @@ class CombinedSource:
         place = index - (self.ends[part - 1] if part else 0)
         record, caption = source[place % len(source)], self.captions[part]
         return record if caption is None else replace(record, caption=caption)
+
+    def pictures(self) -> np.ndarray:
+        """Return the number of each example's picture, int64 (N,), which is that of the first example with it."""
+        starts = [0, *self.ends[:-1]]
+        each = zip(starts, self.sources, self.repeats, strict=True)
+        return np.concatenate([start + np.tile(np.arange(len(own)), times) for start, own, times in each])
 
     def labels(self, column: str | None) -> Labels:
         """Return the classes of all pictures, as each source tells them.

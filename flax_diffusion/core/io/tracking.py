@@ -6,6 +6,7 @@ import io
 import math
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from flax_diffusion.core.io.files import copy_files, is_local, replacing, temporary_folder
+from flax_diffusion.core.io.metrics_file import METRICS_FILE, MetricsFile
 
 EVENT_FILES = "events.out.tfevents.*"
 """Glob of TensorBoard's file names."""
@@ -147,6 +149,7 @@ class Tracker:
         self._bar = tqdm(
             total=total_steps, initial=first_step, disable=not main, unit="step", dynamic_ncols=True, file=sys.stderr
         )
+        self._metrics = MetricsFile(output_dir / METRICS_FILE, first_step, writes=main)
         self._last = time.perf_counter()
 
     def step(self, step: int, metrics: dict[str, float], images: int) -> None:
@@ -169,6 +172,24 @@ class Tracker:
             refresh=False,
         )
         self._bar.update()
+
+    def judged(self, step: int, values: dict[str, float], of: str) -> None:
+        """Report what a run is worth at a step.
+
+        Args:
+            step: The optimizer step.
+            values: Values by name.
+            of: What they were computed of, for the line that says them.
+        """
+        self._metrics.add(step, values)
+        if self._board:
+            self._board.scalars(values, step)
+        self.say(f"step {step}, {of}: {', '.join(f'{name} {value:.6g}' for name, value in values.items())}")
+        self._last = time.perf_counter()
+
+    def has_judged(self, step: int, names: Iterable[str]) -> bool:
+        """Return whether values of a step have been reported, in this start of the run or before."""
+        return self._metrics.has(step, names)
 
     def advance(self) -> None:
         """Count a step without reporting anything about it."""

@@ -6,12 +6,19 @@ epoch, and NumPy counts up the low words while it draws. So no draw depends on t
 devices, hosts or workers, or on where a run was interrupted.
 """
 
+import math
+from collections.abc import Callable
 from enum import IntEnum
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 _WORD = 2**64
+
+VALIDATION_EPOCH = 2**63
+"""Epoch that validation examples draw from. No training comes to it."""
+_GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Stream(IntEnum):
@@ -32,6 +39,7 @@ class Stream(IntEnum):
     MASK = 12  # what an inpainting model has to fill in
     MASKED_LATENT = 13  # the sample from the autoencoder's posterior of the rest
     DROPOUT_LABEL = 14
+    HELD_OUT = 15  # the order in which pictures are kept for validation; epoch and index are 0
 
 
 class _NoEntropy(np.random.bit_generator.ISeedSequence):
@@ -73,6 +81,67 @@ def example_rng(seed: int, stream: Stream, epoch: int, index: int) -> np.random.
         "uinteger": 0,
     }
     return np.random.Generator(philox)
+
+
+def rngs_of(seed: int, epoch: int, index: int) -> Callable[[Stream], np.random.Generator]:
+    """Return the function that gives the generators of an example, by stream.
+
+    In validation the times of the examples are spread evenly over their distribution: example i takes its share of it
+    at frac(i · 0.618… + a share drawn by the seed), whose first n values lie apart from each other for every n.
+
+    Args:
+        seed: Seed of the run.
+        epoch: Pass over the data, from 0; or `VALIDATION_EPOCH`.
+        index: Index of the example in its source, from 0.
+
+    Reference:
+        Kingma et al., https://arxiv.org/abs/2107.00630, appendix I.1, for times that are spread; Roberts 2018, "The
+        unreasonable effectiveness of quasirandom sequences", for the sequence.
+    """
+
+    def rng(stream: Stream) -> np.random.Generator:
+        made = example_rng(seed, stream, epoch, index)
+        if epoch != VALIDATION_EPOCH or stream is not Stream.TIMESTEP:
+            return made
+        first = example_rng(seed, stream, epoch, _WORD - 1).random()
+        return _Spread(made, (first + index * _GOLDEN) % 1)
+
+    return rng
+
+
+class _Spread(np.random.Generator):
+    """A generator whose first draw is at a given share of its distribution.
+
+    That of other methods than these three is a usual one.
+    """
+
+    def __init__(self, rng: np.random.Generator, share: float):
+        super().__init__(rng.bit_generator)
+        self._share: float | None = share
+
+    def _first(self, size: Any) -> float | None:
+        share, self._share = self._share, None
+        return share if size is None else None
+
+    def random(self, size: Any = None, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Draw from 0..1, without 1."""
+        share = self._first(size)
+        return super().random(size, *args, **options) if share is None else share
+
+    def standard_normal(self, size: Any = None, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Draw from the standard normal distribution."""
+        share = self._first(size)
+        if share is None:
+            return super().standard_normal(size, *args, **options)
+        return NormalDist().inv_cdf(min(max(share, 1e-12), 1 - 1e-12))
+
+    def integers(self, low: Any, high: Any = None, size: Any = None, *args: Any, **options: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Draw a whole number from low, or 0, to high, or low, without the latter."""
+        share = self._first(size)
+        if share is None:
+            return super().integers(low, high, size, *args, **options)
+        first, end = (0, low) if high is None else (low, high)
+        return first + int(share * (end - first))
 
 
 def sampling_noise(seed: int, indices: np.ndarray, step: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -38,6 +38,8 @@ from flax_diffusion.core.run.start import MakeBackend, Start, open_inputs, prepa
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
+from flax_diffusion.core.validation.judge import Judge
+from flax_diffusion.core.validation.loss import ValidationLoss
 
 log = logging.getLogger(__name__)
 
@@ -62,9 +64,9 @@ def fit(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempti
     """
     config, preemption = task.config, preemption or Preemption()
     output_dir = as_path(config.output_dir)
-    source, spec, backend = open_inputs(task, make_backend, preemption, trains=True)
+    source, validation, spec, backend = open_inputs(task, make_backend, preemption, trains=True)
     scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
-    start = preemption.interruptible(lambda: prepare(task, spec, source, backend, scratch))
+    start = preemption.interruptible(lambda: prepare(task, spec, source, validation, backend, scratch))
     if config.repeat_step is None:
         output_folder.prepare(output_dir, config, start.resume_from, backend)
     run = _Run(task, spec, backend, preemption, output_dir, start)
@@ -118,6 +120,10 @@ class _Run:
             main=self.main and trains,
         )
         self.preview = task.make_preview(spec, self.source)
+        self.judges: list[Judge] = []
+        if start.validation is not None:
+            examples, batch_size = start.validation, start.schedule.batch_size
+            self.judges.append(ValidationLoss(task, spec, examples, start.made, backend, batch_size))
 
     def close(self) -> None:
         """Let a running save end, and close the log."""
@@ -136,6 +142,8 @@ class _Run:
             cut_off = self.first_step and left > 0 and self._wants_sample(self.first_step)
             if cut_off and not self.tracker.has_grid(self.first_step):  # the run ended while it drew this
                 self._sample(self.first_step)
+            if self.first_step and left > 0:  # likewise
+                self._judge()
             with self._loader(self.first_step, max(0, left)) as loader:
                 self._steps(loader)
             if loader.skipped:
@@ -207,6 +215,7 @@ class _Run:
             self.saver.raise_if_failed()
             if step == self.schedule.total_steps:
                 break
+            self._judge()
             if step % config.checkpointing_steps == 0:
                 self._save()
             if self._wants_sample(step):
@@ -237,6 +246,7 @@ class _Run:
         """Save, export and sample at the end of the run."""
         if self.config.ema_snapshot_steps and self.taken not in (self.first_step, self.last_kept):
             self._keep_averages()
+        self._judge(at_end=True)
         self._save()
         self._export()
         if self.taken > self.first_step or not self.tracker.has_grid(self.taken):
@@ -328,6 +338,14 @@ class _Run:
         self._drain()
         draw = functools.partial(self.preview.draw, self.backend)
         self.tracker.grid(step, self.preemption.interruptible(draw), self.preview.columns)
+
+    def _judge(self, *, at_end: bool = False) -> None:
+        """Report what the run is worth now, by each judge whose turn it is, unless that is known."""
+        for judge in self.judges:
+            due = at_end or (judge.every is not None and self.taken % judge.every == 0)
+            if due and not self.tracker.has_judged(self.taken, judge.names):
+                self._drain()
+                self.tracker.judged(self.taken, self.preemption.interruptible(judge), judge.of)
 
     def _export(self) -> None:
         """Write the result of the run: a pipeline, an autoencoder, or adapters; and those with the other averages."""

@@ -32,7 +32,6 @@ from flax_diffusion.core.data.buckets import parse_sizes
 from flax_diffusion.core.data.extra import no_draw
 from flax_diffusion.core.data.images.decoding import checksum, decode
 from flax_diffusion.core.data.images.transforms import ImageTransform, sized_name
-from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.sources.source import Record, Source, first_few
 from flax_diffusion.core.data.store import Row, Store, Writer
 from flax_diffusion.core.errors import DataError, NonFiniteError
@@ -56,17 +55,17 @@ def precompute(
     source: Source,
     backend: Backend,
     scratch: Path,
-    buckets: Bucketed | None = None,
+    sizes: Mapping[int, tuple[int, int]] | None = None,
 ) -> Precomputed:
     """Compute what the options ask for and is not there yet, and free the models that made it.
 
     Args:
         task: The task, with the run's options.
         spec: The pipeline.
-        source: All examples of the run.
+        source: All pictures of the run, those for validation among them.
         backend: The backend of this process, with the models loaded.
         scratch: Folder for what is not kept; each process writes its own files.
-        buckets: Order of the examples, where they are divided over buckets; None where they are not.
+        sizes: Height and width in pixels of each that a step takes, by its index; None for squares of all of them.
 
     Returns:
         The tables of what was computed.
@@ -84,7 +83,7 @@ def precompute(
         for name in spec.names_of(Role.TEXT_ENCODER):
             backend.release(name)
     if task.caches_latents:
-        wanted = _wanted(source, bad, buckets, task.rows_per_example)
+        wanted = _wanted(source, bad, sizes)
         tables = _Pictures(task, spec, source, backend, scratch, wanted, bad).tables()
         made = replace(made, posteriors=tables.get(POSTERIORS, {}), sizes=tables.get(SIZES))
         backend.release(spec.vae_name)
@@ -218,20 +217,20 @@ class _Picture:
     size: tuple[int, int] | None
 
 
-def _wanted(source: Source, bad: BadExamples | None, buckets: Bucketed | None, rows: int) -> dict[str, _Picture]:
+def _wanted(
+    source: Source, bad: BadExamples | None, sizes: Mapping[int, tuple[int, int]] | None
+) -> dict[str, _Picture]:
     """Return the pictures of a run at the sizes that it has them, by their `sized_name`.
 
     Args:
         source: All examples of the run.
         bad: The bad examples found so far; None where one ends the run.
-        buckets: Order of the examples; None without buckets.
-        rows: Records of an example.
+        sizes: As in `precompute`.
     """
-    sizes = None if buckets is None else buckets.size_of_each()
     wanted = {}
     for index, record in _records(source, bad):
-        if sizes is None or index // rows in sizes:  # else a step takes none of its bucket
-            size = None if sizes is None else sizes[index // rows]
+        if sizes is None or index in sizes:  # else a step takes none of its bucket
+            size = None if sizes is None else sizes[index]
             name = sized_name(record.name, size)
             wanted[name] = _Picture(Row(name, record.name), index, size)
     return wanted

@@ -27,6 +27,7 @@ from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
+from flax_diffusion.core.validation.held_out import HeldOut, divide, held_out, with_held_out
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Start:
         source: All examples.
         made: What was computed before training.
         buckets: Order of the examples, where they are divided over buckets; None where they are not.
+        validation: Examples that do not train; None for none.
         schedule: The run's steps.
         parameters: Number of trained parameters.
         identity: What a checkpoint must have in common with a run that resumes from it.
@@ -51,6 +53,7 @@ class Start:
     source: Source
     made: Precomputed
     buckets: Bucketed | None
+    validation: HeldOut | None
     schedule: Schedule
     parameters: int
     identity: dict[str, Any]
@@ -66,7 +69,7 @@ MakeBackend = Callable[[TrainConfig, PipelineSpec], Backend]
 
 def open_inputs(
     task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption, *, trains: bool
-) -> tuple[Source, PipelineSpec, Backend]:
+) -> tuple[Source, Source | None, PipelineSpec, Backend]:
     """Open the data and read the configs of the models, but no weights.
 
     Args:
@@ -76,25 +79,26 @@ def open_inputs(
         trains: Whether the run's folder is written.
 
     Returns:
-        The examples without those that the models draw, the pipeline, and the backend of this process.
+        The examples that train, without those that the models draw; those for validation, or None; the pipeline; and
+        the backend of this process.
 
     Raises:
         UserError: For input that cannot be used.
         Preempted: If it is told to end.
     """
 
-    def read() -> tuple[Source, PipelineSpec]:
+    def read() -> tuple[Source, Source | None, PipelineSpec]:
         check_count(task.config.dataloader_num_workers)
         if trains:
             output_folder.check(as_path(task.config.output_dir), task.config)
         _check_folder(task)
         source = task.open_source()
-        return source, task.make_spec(source)
+        return *divide(task, source), task.make_spec(source)
 
-    source, spec = preemption.interruptible(read)
+    source, validation, spec = preemption.interruptible(read)
     backend = make_backend(task.config, spec)
     preemption.single_process = backend.process_count == 1
-    return source, spec, backend
+    return source, validation, spec, backend
 
 
 def _check_folder(task: Task[TrainConfig]) -> None:
@@ -123,10 +127,14 @@ def _check_folder(task: Task[TrainConfig]) -> None:
         raise ConfigError(f"--precomputed_dir {folder}: {error}; delete its folder, or name another one") from error
 
 
-def _check_data(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend) -> None:
+def _check_data(
+    task: Task[TrainConfig], spec: PipelineSpec, source: Source, validation: Source | None, backend: Backend
+) -> None:
     skips, tokenize = task.config.skip_bad_images, spec.tokenize if task.checks_captions else None
     main = backend.process_index == 0
-    check_source(source, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
+    for own in (source, validation):
+        if own is not None:
+            check_source(own, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
 
 
 def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption | None = None) -> Path:
@@ -151,17 +159,20 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
             f"precompute {task.name}: there is no folder to fill: add --precomputed_dir FOLDER, with --cache_latents "
             "or --pre_compute_text_embeddings"
         )
-    source, spec, backend = open_inputs(task, make_backend, preemption, trains=False)
+    source, validation, spec, backend = open_inputs(task, make_backend, preemption, trains=False)
     main = backend.process_index == 0
 
     def work() -> None:
-        _check_data(task, spec, source, backend)
+        _check_data(task, spec, source, validation, backend)
         buckets = None
         if task.config.bucket_resolutions:  # of which a run's steps say how pictures are divided over them
             schedule = make_schedule(task.config, task.count_examples(source), backend.device_count)
             buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
+        examples = held_out(validation, buckets, skip_bad_images=task.config.skip_bad_images)
         backend.init_state()
-        precompute(task, spec, _completed(task, source, backend, buckets), backend, as_path(folder), buckets)
+        complete = _completed(task, source, backend, buckets)
+        pictures, sizes = with_held_out(complete, buckets, task.rows_per_example, examples)
+        precompute(task, spec, pictures, backend, as_path(folder), sizes)
         backend.all_processes(True)  # else a process that is done would leave the others alone
 
     preemption.interruptible(work)
@@ -170,13 +181,21 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
     return as_path(folder)
 
 
-def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend, scratch: Path) -> Start:
+def prepare(
+    task: Task[TrainConfig],
+    spec: PipelineSpec,
+    source: Source,
+    validation: Source | None,
+    backend: Backend,
+    scratch: Path,
+) -> Start:
     """Check the checkpoint to resume from, load the weights, and compute what can be computed before training.
 
     Args:
         task: The task, with the run's options.
         spec: The pipeline.
         source: The examples, without those that the models draw.
+        validation: The examples for validation; None for none.
         backend: The backend of this process.
         scratch: Folder for what is computed before training.
 
@@ -190,7 +209,7 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
     output_dir = as_path(config.output_dir)
     shared_folder(output_dir, backend, "--output_dir")
     main = backend.process_index == 0
-    _check_data(task, spec, source, backend)
+    _check_data(task, spec, source, validation, backend)
     num_examples = task.count_examples(source)
     identity = lineage.identity(task.name, config, spec, source, num_examples)
     resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
@@ -205,16 +224,18 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
     schedule = make_schedule(config, num_examples, backend.device_count, step, seen)
     make_rate(config, schedule)  # this checks --lr_step_rules
     buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
+    examples = held_out(validation, buckets, skip_bad_images=config.skip_bad_images)
     if main:
         assembly.warn_of_vain_options(task, spec, schedule, backend.device_count)
     parameters = backend.init_state()
     if resume_from is not None:
         backend.check(resume_from)
     source = _completed(task, source, backend, buckets)
-    made = precompute(task, spec, source, backend, scratch, buckets)
+    pictures, sizes = with_held_out(source, buckets, task.rows_per_example, examples)
+    made = precompute(task, spec, pictures, backend, scratch, sizes)
     if resume_from is not None:
         backend.restore(resume_from)
-    return Start(source, made, buckets, schedule, parameters, identity, resume_from, step, seen, nonfinite)
+    return Start(source, made, buckets, examples, schedule, parameters, identity, resume_from, step, seen, nonfinite)
 
 
 def _completed(task: Task[TrainConfig], source: Source, backend: Backend, buckets: Bucketed | None) -> Source:

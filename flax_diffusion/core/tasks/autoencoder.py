@@ -67,6 +67,10 @@ class AutoencoderTask(Task[AutoencoderConfig]):
         """Open the dataset."""
         return open_dataset(self.config)
 
+    def open_validation(self, source: Source) -> Source | None:
+        """Open the dataset for validation, if there is one."""
+        return None if self.config.validation_data_dir is None else open_dataset(self.config, validation=True)
+
     def make_spec(self, source: Source) -> PipelineSpec:
         """Read the config of the autoencoder."""
         config = self.config

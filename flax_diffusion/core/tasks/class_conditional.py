@@ -20,7 +20,7 @@ from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import CONFIG_FILE, Reads
 from flax_diffusion.core.data.batches import ExampleFn, LabelDropout, Precomputed
 from flax_diffusion.core.data.sources.labels import LabelledSource, with_labels
-from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.data.sources.source import Source, first_few
 from flax_diffusion.core.errors import ConfigError, WeightsError, naming, unknown
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ClassTable, ModelClass, Role, family_of
@@ -109,6 +109,24 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         source = open_dataset(self.config)
         with naming("--train_data_dir" if self.config.train_data_dir else "--dataset_name"):
             return with_labels(source, self.config.label_column, self._classes_of_model())
+
+    def open_validation(self, source: Source) -> LabelledSource | None:
+        """Open the dataset for validation, if there is one, whose classes are among those of the data."""
+        config = self.config
+        if config.validation_data_dir is None:
+            return None
+        assert isinstance(source, LabelledSource)
+        found = open_dataset(config, validation=True)
+        with naming("--validation_data_dir"):
+            labelled = with_labels(found, config.label_column, source.classes)
+        known, numbers = source.classes, tuple(str(number) for number in range(len(labelled.classes)))
+        if labelled.classes != known and (labelled.classes != numbers or len(numbers) > len(known)):
+            strange = [name for name in labelled.classes if name not in known] or list(labelled.classes[len(known) :])
+            raise ConfigError(
+                f"--validation_data_dir {config.validation_data_dir}: has the class {strange[0]}, which the training "
+                f"data lack, whose classes are {first_few(list(known))}: take it away"
+            )
+        return labelled
 
     def make_spec(self, source: Source) -> PipelineSpec:
         """Read the configs of the pipeline to train, for the classes of the data."""

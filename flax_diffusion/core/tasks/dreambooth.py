@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm import tqdm
@@ -168,7 +168,7 @@ class DreamBoothTask(LoraTask[DreamBoothConfig]):
         if not self.config.with_prior_preservation:
             return source
         draw_missing(self.config, backend)
-        return _open_pairs(self.config, cast(CombinedSource, source))
+        return _open_pairs(self.config, source)
 
     @property
     def prompts(self) -> dict[str, list[str]]:
@@ -214,7 +214,7 @@ def _options(config: DreamBoothConfig, whose: str) -> list[str]:
     return [f"--concepts.{number}.{whose}_data_dir" for number in range(len(config.concepts))]
 
 
-def _open_pairs(config: DreamBoothConfig, instances: CombinedSource) -> PairedSource:
+def _open_pairs(config: DreamBoothConfig, instances: Source) -> PairedSource:
     """Pair the pictures with those of their classes, of which each folder must hold enough by now."""
     concepts, most = config.all_concepts, config.num_class_images
     classes = CombinedSource(

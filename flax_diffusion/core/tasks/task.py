@@ -96,6 +96,17 @@ class Task(ABC, Generic[C]):
             UserError: If they cannot be used.
         """
 
+    def open_validation(self, source: Source) -> Source | None:
+        """Open the examples of a validation folder; None where the options name none.
+
+        Args:
+            source: The examples of `open_source`.
+
+        Raises:
+            UserError: If they cannot be used, or are of another kind than those.
+        """
+        return None
+
     def count_examples(self, source: Source) -> int:
         """Return the number of examples per epoch, including those that `complete_source` adds."""
         return len(source)

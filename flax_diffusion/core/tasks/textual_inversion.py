@@ -12,14 +12,14 @@ from pydantic import Field, field_validator, model_validator
 
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads
-from flax_diffusion.core.data.combined import CombinedSource, folders_of, open_uncaptioned
+from flax_diffusion.core.data.combined import CombinedSource, Folder, folders_of, open_uncaptioned
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError, naming
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec.adapters import NewTokens
 from flax_diffusion.core.spec.new_words import add_word
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
-from flax_diffusion.core.tasks.common.dataset import joined
+from flax_diffusion.core.tasks.common.dataset import ValidationConfig, joined
 from flax_diffusion.core.tasks.common.text import TextConfig, TextTask
 from flax_diffusion.core.tasks.task import TASKS
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
     max_train_steps=5000,
     output_dir="text-inversion-model",
 )
-class TextualInversionConfig(TextConfig):
+class TextualInversionConfig(ValidationConfig, TextConfig):
     """A new word for a thing or a style, without other changes: `train textual_inversion`."""
 
     train_data_dir: Annotated[str | None, Reads.DATA_FOLDERS] = Field(
@@ -106,10 +106,21 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
             folders = folders_of(str(config.train_data_dir))
         if all(one.repeats for one in folders) and config.repeats != type(config).model_fields["repeats"].default:
             raise ConfigError(f"--repeats {config.repeats}: all folders of {option} have their own; drop one of both")
+        return self._prompted(option, folders, config.repeats)
+
+    def open_validation(self, source: Source) -> Source | None:
+        """Open the pictures for validation, if there are any, each with all prompts that the word may stand in."""
+        option, text = "--validation_data_dir", self.config.validation_data_dir
+        if text is None:
+            return None
+        with naming(option):
+            return self._prompted(option, folders_of(text), 1)
+
+    def _prompted(self, option: str, folders: list[Folder], repeats: int) -> CombinedSource:
         return CombinedSource(
             [open_uncaptioned(option, one.name) for one in folders],
             [self.templated_prompts] * len(folders),
-            [one.repeats or config.repeats for one in folders],
+            [one.repeats or repeats for one in folders],
         )
 
     @property

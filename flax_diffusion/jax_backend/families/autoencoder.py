@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key
 
 
-def loss(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""]) -> Float[Array, ""]:
+def loss(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None) -> Float[Array, ""]:
     """Return the autoencoder's loss of a micro-batch: reconstruction, and the posterior's divergence from a normal one.
 
     Args:

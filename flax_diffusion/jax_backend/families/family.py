@@ -42,14 +42,14 @@ class Family:
             masks, None in evaluation. None: it is told nothing.
         predict: Returns the denoiser's prediction (B, C, h, w), of `(modules, params, sample, timesteps, condition,
             dropout)`: sample (B, C, h, w), timesteps (B,).
-        loss: Returns the loss, a scalar, of `(modules, params, batch, dropout)`; None for the denoising loss of
-            `train_step`.
+        loss: Returns the loss, a scalar, of `(modules, params, batch, dropout)`, dropout as of `condition`: the mean
+            over the examples of each one's, times its `loss_weights`. None: the denoising loss of `train_step`.
     """
 
     classes: Mapping[str, Any]
     condition: Callable[..., Any] = _no_condition
     predict: Callable[..., jax.Array] = _no_denoiser
-    loss: Callable[[Modules, Params, Batch, jax.Array], jax.Array] | None = None
+    loss: Callable[[Modules, Params, Batch, jax.Array | None], jax.Array] | None = None
 
 
 FAMILIES: Registry[Family] = Registry("family", ["flax_diffusion.jax_backend.families"], GROUP)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core.data.sources.source import Labels, Record, Source, first_few
+from flax_diffusion.core.data.sources.source import Labels, Record, Source, first_few, pictures_of
 from flax_diffusion.core.data.sources.splits import is_split
 from flax_diffusion.core.errors import DataError, shown
 
@@ -33,6 +33,10 @@ class LabelledSource:
 
     def __getitem__(self, index: int) -> Record:
         return replace(self.source[index], label=int(self.labels[index]))
+
+    def pictures(self) -> np.ndarray:
+        """Return the number of each example's picture; see `source.pictures_of`."""
+        return pictures_of(self.source)
 
 
 def with_labels(source: Source, column: str | None, known: Sequence[str] = ()) -> LabelledSource:

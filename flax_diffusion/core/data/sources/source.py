@@ -72,7 +72,8 @@ class Source(Protocol):
     """Sequence of records with random access. Picklable, and cheap to open again in a worker process.
 
     One that can tell the classes of its pictures has a method `labels` too, of the name of a column or None for
-    `DEFAULT_LABEL_COLUMN`, which returns `Labels`.
+    `DEFAULT_LABEL_COLUMN`, which returns `Labels`. One that has a picture more than once has a method `pictures`; see
+    `pictures_of`.
     """
 
     def __len__(self) -> int: ...
@@ -156,6 +157,31 @@ def whole_caption(caption: str | list[str | None] | None, name: str) -> str | li
     if len(texts) < len(caption):
         raise DataError(f"{name} has a null among its captions; remove it", name)
     return texts
+
+
+def pictures_of(source: Source) -> np.ndarray:
+    """Return the number of each example's picture, int64 (N,): that of the first example that has it."""
+    tell = getattr(source, "pictures", None)
+    return np.arange(len(source)) if tell is None else tell()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the examples of a source.
+
+    Attributes:
+        source: The source.
+        indices: Indices of its examples, int64 (N,).
+    """
+
+    source: Source
+    indices: np.ndarray = field(repr=False)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.source[int(self.indices[index])]
 
 
 def first_few(names: list[str]) -> str:

@@ -30,7 +30,17 @@ def joined(value: Any) -> Any:
     return ",".join(value)
 
 
-class DatasetConfig(TrainConfig):
+class ValidationConfig(TrainConfig):
+    """Options of tasks that may have a folder of pictures for validation."""
+
+    validation_data_dir: Annotated[str | None, Reads.DATA_FOLDERS] = Field(
+        None, description="Folder of pictures to compute the loss on, as those of train_data_dir. Several likewise."
+    )
+
+    _join_validation = field_validator("validation_data_dir", mode="before")(joined)
+
+
+class DatasetConfig(ValidationConfig):
     """Options of tasks that train on a dataset."""
 
     dataset_name: Annotated[str | None, Reads.DATA] = Field(
@@ -89,6 +99,13 @@ class CaptionsTask(TextTask[K]):
         """Open the dataset."""
         return open_dataset(self.config, self.config.caption_column, self.extra_images)
 
+    def open_validation(self, source: Source) -> Source | None:
+        """Open the dataset for validation, if there is one."""
+        config = self.config
+        if config.validation_data_dir is None:
+            return None
+        return open_dataset(config, config.caption_column, self.extra_images, validation=True)
+
     def make_example_fn(
         self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32
     ) -> ExampleFn:
@@ -97,38 +114,53 @@ class CaptionsTask(TextTask[K]):
         return replace(super().make_example_fn(spec, made, dtype), proportion_empty_prompts=share)
 
 
-def open_dataset(config: DatasetConfig, caption_column: str | None = None, extra: ExtraImages | None = None) -> Source:
-    """Open the dataset that the options name.
+def open_dataset(
+    config: DatasetConfig,
+    caption_column: str | None = None,
+    extra: ExtraImages | None = None,
+    *,
+    validation: bool = False,
+) -> Source:
+    """Open the dataset that the options name, or the one for validation.
 
     Args:
         config: The options.
         caption_column: Column that holds the captions; None for pictures without.
         extra: Place of the second picture of each example; None for one picture each.
+        validation: Whether to open that of --validation_data_dir.
 
     Raises:
         DataError: If it cannot be used.
     """
+    option, place = "--train_data_dir", config.train_data_dir
+    if validation:
+        option, place = "--validation_data_dir", config.validation_data_dir
+        if extra is not None and extra.folder is not None:
+            raise ConfigError(
+                f"{option} {place}: --{extra.folder_option} has no pictures for these: use --validation_split, or put "
+                f"them beside the others, in the column of --{extra.option}"
+            )
 
     def opened(folder: str | None) -> Source:
         return open_source(
-            dataset_name=config.dataset_name,
-            dataset_config_name=config.dataset_config_name,
+            dataset_name=None if validation else config.dataset_name,
+            dataset_config_name=None if validation else config.dataset_config_name,
             train_data_dir=folder,
             image_column=config.image_column,
             caption_column=caption_column,
-            max_train_samples=config.max_train_samples,
+            max_train_samples=None if validation else config.max_train_samples,
             cache_dir=config.cache_dir,
             extra=extra,
         )
 
-    if config.train_data_dir is None:
+    if place is None:
         with naming("--dataset_name"):
             return opened(None)
-    with naming("--train_data_dir"):
-        folders = folders_of(config.train_data_dir)
-    if len(folders) > 1:
+    with naming(option):
+        folders = folders_of(place)
+    if len(folders) > 1 and not validation:
         _check_several(config, extra)
-    with naming("--train_data_dir"):
+    with naming(option):
         sources = [opened(one.name) for one in folders]
     if len(folders) == 1 and folders[0].repeats is None:
         return sources[0]
