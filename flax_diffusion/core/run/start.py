@@ -16,6 +16,7 @@ from flax_diffusion.core.data import store
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.order import Bucketed
+from flax_diffusion.core.data.shards.latents import LatentSource
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import CheckpointError, ConfigError
@@ -24,6 +25,7 @@ from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.precompute import EMBEDDINGS, POSTERIORS, precompute
 from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
+from flax_diffusion.core.run.shards import latents as shards
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 
@@ -87,7 +89,9 @@ def open_inputs(
         if trains:
             output_folder.check(as_path(task.config.output_dir), task.config)
         _check_folder(task)
-        source = task.open_source()
+        if task.latents_dir is not None and not trains:
+            _check_writable(as_path(task.latents_dir), "--latents_dir")
+        source = task.open_source() if trains else task.open_pictures()
         return source, task.make_spec(source)
 
     source, spec = preemption.interruptible(read)
@@ -108,28 +112,39 @@ def _check_folder(task: Task[TrainConfig]) -> None:
     if task.precomputed_dir is None:
         return
     folder = as_path(task.precomputed_dir)
+    _check_writable(folder, "--precomputed_dir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if is_local(folder):
-            tempfile.TemporaryFile(dir=folder).close()
         for kind in (EMBEDDINGS, POSTERIORS):
             store.read_keys(folder, kind)
-    except OSError as error:
-        raise ConfigError(
-            f"--precomputed_dir {folder}: cannot be written ({error.strerror or error}); name another folder"
-        ) from error
     except ValueError as error:
         raise ConfigError(f"--precomputed_dir {folder}: {error}; delete its folder, or name another one") from error
 
 
+def _check_writable(folder: Path, option: str) -> None:
+    """Make a folder, and raise ConfigError, with the option's name, if it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_local(folder):
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{option} {folder}: cannot be written ({error.strerror or error}); name another folder"
+        ) from error
+
+
 def _check_data(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend) -> None:
+    if task.latents_dir is not None and isinstance(source, LatentSource):
+        shards.check(task, spec, source)
+        return
     skips, tokenize = task.config.skip_bad_images, spec.tokenize if task.checks_captions else None
     main = backend.process_index == 0
     check_source(source, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
 
 
 def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption | None = None) -> Path:
-    """Compute what can be computed before training into the folder of `--precomputed_dir`, and train nothing.
+    """Compute what can be computed before training into its folder, and train nothing.
+
+    The folder is that of `--latents_dir` or `--precomputed_dir`.
 
     Args:
         task: The task, with the run's options.
@@ -144,11 +159,11 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
         Preempted: If it is told to end. The shards that are written then stay.
     """
     preemption = preemption or Preemption()
-    folder = task.precomputed_dir
+    folder = task.latents_dir or task.precomputed_dir
     if folder is None:
         raise ConfigError(
             f"precompute {task.name}: there is no folder to fill: add --precomputed_dir FOLDER, with --cache_latents "
-            "or --pre_compute_text_embeddings"
+            "or --pre_compute_text_embeddings, or in class_conditional --latents_dir FOLDER"
         )
     source, spec, backend = open_inputs(task, make_backend, preemption, trains=False)
     main = backend.process_index == 0
@@ -160,6 +175,9 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
             schedule = make_schedule(task.config, task.count_examples(source), backend.device_count)
             buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
         backend.init_state()
+        if task.latents_dir is not None:
+            shards.write_latents(task, spec, task.complete_source(source, backend), backend)
+            return
         precompute(task, spec, task.complete_source(source, backend), backend, as_path(folder), buckets)
         backend.all_processes(True)  # else a process that is done would leave the others alone
 

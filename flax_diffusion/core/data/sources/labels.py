@@ -34,6 +34,11 @@ class LabelledSource:
     def __getitem__(self, index: int) -> Record:
         return replace(self.source[index], label=int(self.labels[index]))
 
+    def described(self, index: int) -> Record:
+        """Return an example, without its picture where the source can tell the rest of it at once."""
+        describe = getattr(self.source, "described", self.source.__getitem__)
+        return replace(describe(index), label=int(self.labels[index]))
+
 
 def with_labels(source: Source, column: str | None, known: Sequence[str] = ()) -> LabelledSource:
     """Return pictures with their classes.
