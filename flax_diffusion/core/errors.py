@@ -3,7 +3,8 @@
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 def nearest(name: object, known: Iterable[str]) -> str:
@@ -22,6 +23,28 @@ def shown(value: object) -> str:
     """Return a value as text for a message, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+_SHOWN_DIFFERENCES = 3
+
+
+def differences(was: Any, now: Any, name: str = "") -> list[str]:
+    """List where two JSON values differ, such as "picture resolution 16 → 24".
+
+    Args:
+        was: The first value.
+        now: The second one.
+        name: What the values are, the start of each text.
+    """
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        names = list(dict.fromkeys([*was, *now]))
+        return [text for one in names for text in differences(was.get(one), now.get(one), f"{name} {one}".strip())]
+    return [] if was == now else [f"{name} {shown(was)} → {shown(now)}"]
+
+
+def first_differences(texts: list[str]) -> str:
+    """Join the first three texts of `differences` for a message."""
+    return "; ".join(texts[:_SHOWN_DIFFERENCES]) + ("; …" if len(texts) > _SHOWN_DIFFERENCES else "")
 
 
 SECRET = re.compile(r"(?<=://)[^/\s@]+(?=@)|\bhf_[A-Za-z0-9]{20,}")

@@ -2,16 +2,19 @@
 
 import io
 import os
+import tarfile
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from fake_gcs import Store
 from PIL import Image
 from safetensors.numpy import load, save_file
-from tiny import losses, pictures, stable_diffusion
+from tiny import VAE, losses, pictures, stable_diffusion
 
 from flax_diffusion.convert import convert
 from flax_diffusion.core.checkpoints import folders, snapshots
@@ -221,6 +224,37 @@ def test_commands_from_store_to_store(bucket, tmp_path, monkeypatch):
     for command in (lambda: convert(base, "http://host/a"), lambda: generate_main([*words, "--output_dir", "ftp://a"])):
         with pytest.raises(ConfigError, match="paths of object stores start with gs:// or s3://"):
             command()
+
+
+def test_latents_in_shards(bucket, tmp_path, monkeypatch):
+    """Of tar shards in the store; a run copies the shards as it reads them."""
+    torch.manual_seed(0)
+    AutoencoderKL(**VAE).save_pretrained(tmp_path / "vae")
+    options = {
+        "transformer": {"in_channels": 4, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8},
+        "vae": str(tmp_path / "vae"), "resolution": 16, "center_crop": True, "train_batch_size": 2,
+        "max_train_steps": 3, "validation_num_inference_steps": 1, "eval_batch_size": 1,
+    }  # fmt: skip
+    data = pictures(tmp_path / "data")
+    for shard in range(2):
+        target = io.BytesIO()
+        with tarfile.open(fileobj=target, mode="w") as opened:
+            for number in range(3 * shard, 3 * shard + 3):
+                opened.add(data / f"{number}.png", f"{number}.png")
+                label = tarfile.TarInfo(f"{number}.cls")
+                label.size = 1
+                opened.addfile(label, io.BytesIO(b"%d" % (number % 2)))
+        as_path(f"{bucket}/tars/{shard:03}.tar").write_bytes(target.getvalue())
+    monkeypatch.setattr("flax_diffusion.core.run.shards.latents.SHARD_BYTES", 4 * 2176)
+    pattern = bucket + "/tars/{000..001}.tar"
+    made = {"latents_dir": f"{bucket}/latents", "cache_dir": str(tmp_path / "cache"), "train_data_dir": pattern}
+    folder = precompute("class_conditional", **options | made)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "latents-00000-of-00002.array_record", "latents-00001-of-00002.array_record", "manifest.json",
+    ]  # fmt: skip
+    kept = torch_train("class_conditional", **options, latents_dir=str(folder), output_dir=str(tmp_path / "kept"))
+    read = options | {"cache_latents": True, "train_data_dir": f"{bucket}/tars", "cache_dir": str(tmp_path / "cache")}
+    assert losses(torch_train("class_conditional", **read, output_dir=str(tmp_path / "read"))) == losses(kept)
 
 
 def test_latents_and_embeddings_that_are_kept(bucket, tmp_path, monkeypatch, caplog):

@@ -131,6 +131,9 @@ TABLE: dict[str, list[Row]] = {
     # Classes
     "transformer": [Row(folders.DIT | {"num_layers": 2}, "spec")],
     "label_column": [Row("kind", ("batch", "spec"))],
+    # What they change is in tests/run/test_latents.py.
+    "latents_dir": [Row(lambda w, _: str(w.data), "refused", {"center_crop": True})],
+    "latents_dtype": [Row("bfloat16", "refused")],
     "class_dropout_prob": [Row(0.9, "batch")],
     "new_class_embedding": [
         Row(True, "spec",

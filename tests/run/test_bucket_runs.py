@@ -15,6 +15,7 @@ from flax_diffusion.core.data import batches, store
 from flax_diffusion.core.data.buckets import make_order
 from flax_diffusion.core.run import assembly, precompute
 from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.shards import encoding
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.validation.held_out import with_held_out
 
@@ -53,13 +54,13 @@ def things(options, tmp_path):
 @pytest.fixture
 def encoded(monkeypatch):
     """Names of the pictures that were encoded."""
-    names, decode = [], precompute.decode
+    names, decode = [], encoding.decode
 
     def read(record):
         names.append(Path(record.name).name)
         return decode(record)
 
-    monkeypatch.setattr(precompute, "decode", read)
+    monkeypatch.setattr(encoding, "decode", read)
     return names
 
 

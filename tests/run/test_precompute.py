@@ -19,6 +19,7 @@ from flax_diffusion.core.data import batches, store
 from flax_diffusion.core.data.captions import train_tokenizer
 from flax_diffusion.core.errors import ConfigError, DataError, NonFiniteError
 from flax_diffusion.core.run import precompute
+from flax_diffusion.core.run.shards import encoding
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.train import train
@@ -82,13 +83,13 @@ class Counted:
 
     def __init__(self, monkeypatch):
         self.calls, self.pictures, self.prompts = 0, [], []
-        decode, posteriors = precompute.decode, {}
+        decode, posteriors = encoding.decode, {}
 
         def read(record):
             self.pictures.append(Path(record.name).name)
             return decode(record)
 
-        monkeypatch.setattr(precompute, "decode", read)
+        monkeypatch.setattr(encoding, "decode", read)
         for kind in (JaxBackend, TorchBackend):
             posteriors[kind], embed = kind.posteriors, kind.embed_prompts
 

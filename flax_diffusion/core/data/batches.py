@@ -219,11 +219,13 @@ class ExampleFn:
         record = source[index]
         embeddings, posteriors = self.made.embeddings, self.made.posteriors
         place: Placement | None = None
-        if posteriors is None:
+        if record.posterior is not None:
+            example: dict[str, np.ndarray | EightBit] = {"posterior": record.posterior[int(transform.flips(rng))]}
+        elif posteriors is None:
             image = decode(record)
             place = transform.place(image.size, rng)
             pixels = transform.cut(image, place, channels=transform.channels, interpolation=transform.interpolation)
-            example: dict[str, np.ndarray | EightBit] = {"pixel_values": eight_bit(pixels)}
+            example = {"pixel_values": eight_bit(pixels)}
         elif (name := sized_name(record.name, size)) in posteriors:
             example = {"posterior": posteriors[name][int(transform.flips(rng))]}
         else:

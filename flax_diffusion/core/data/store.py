@@ -19,13 +19,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from flax_diffusion.core.errors import shown
-from flax_diffusion.core.io.files import is_local, local_copy, replacing, write_json
+from flax_diffusion.core.errors import differences, first_differences
+from flax_diffusion.core.io.files import local_copy, names_in, replacing, write_json
 from flax_diffusion.core.io.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,6 @@ _FORMAT = 1  # a number in the manifest; another one has another fingerprint
 _CHECKSUM_DIGITS = 16
 _MAX_HEADER_BYTES = 2**27
 _THREADS = 4
-_SHOWN_DIFFERENCES = 3
 _BFLOAT16 = "BF16"
 _DTYPES = {"F32": "<f4", "F64": "<f8", "I32": "<i4", _BFLOAT16: "<u2"}
 """NumPy's dtypes of the file's. NumPy has no bfloat16: its bits are read as integers, then widened."""
@@ -102,7 +102,7 @@ class Table(Mapping[str, np.ndarray]):
             # As a plain array, whose rows are taken in a fraction of the time.
             self._maps[part] = np.asarray(np.memmap(file, _DTYPES[dtype], "r", offset, shape))
         row = self._maps[part][number - self.starts[part]]
-        return _widened(row) if self.shards[part][1] == _BFLOAT16 else row
+        return widened(row) if self.shards[part][1] == _BFLOAT16 else row
 
     def __contains__(self, name: object) -> bool:
         return name in self.places
@@ -207,7 +207,7 @@ class Writer:
 
     def _stored(self, array: np.ndarray) -> np.ndarray:
         if self._bfloat16 and array.dtype.kind == "f":
-            return _narrowed(array.astype(np.float32))
+            return narrowed(array.astype(np.float32))
         return np.array(array)
 
 
@@ -229,14 +229,14 @@ def _serialized(arrays: Mapping[str, np.ndarray], rows: Sequence[Row]) -> bytes:
     return b"".join([len(head).to_bytes(8, "little"), head, *(array.tobytes() for array in arrays.values())])
 
 
-def _narrowed(array: np.ndarray) -> np.ndarray:
+def narrowed(array: np.ndarray) -> np.ndarray:
     """Return the bits of the nearest bfloat16 of float32 numbers, uint16; of two that are as near, the even one."""
     bits = np.ascontiguousarray(array).view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype("<u2")
 
 
-def _widened(bits: np.ndarray) -> np.ndarray:
+def widened(bits: np.ndarray) -> np.ndarray:
     """Return float32 numbers from the bits of bfloat16."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
@@ -247,17 +247,7 @@ def _checksum(content: bytes) -> str:
 
 def shard_names(folder: Path) -> list[str]:
     """Return the names of the shards in a folder, in order; none where there is no folder."""
-    if not is_local(folder):
-        _forget_listings(folder)  # in which shards that other processes wrote are missing
-    if not folder.is_dir():
-        return []
-    return sorted(path.name for path in folder.iterdir() if path.match(SHARDS))
-
-
-def _forget_listings(folder: Any) -> None:
-    from etils.epath import backend
-
-    backend.fsspec_backend.fs(str(folder)).invalidate_cache()
+    return [name for name in names_in(folder) if fnmatch(name, SHARDS)]
 
 
 def open_shard(file: Path) -> Shard:
@@ -382,19 +372,10 @@ def write_manifest(parent: Path, kind: str, key: Mapping[str, Any]) -> None:
     if folder in others:
         return
     if others:
-        told = {other: _differences(was, key) for other, was in others.items()}
+        told = {other: differences(was, key) for other, was in others.items()}
         nearest = min(told, key=lambda other: len(told[other]))
-        more = "; …" if len(told[nearest]) > _SHOWN_DIFFERENCES else ""
         log.info(
             "%s are made anew in %s, because they differ from those in %s: %s",
-            kind, folder, nearest.name, "; ".join(told[nearest][:_SHOWN_DIFFERENCES]) + more,
+            kind, folder, nearest.name, first_differences(told[nearest]),
         )  # fmt: skip
     write_json(folder / MANIFEST, {"format": _FORMAT, "kind": kind, "key": key})
-
-
-def _differences(was: Any, now: Any, name: str = "") -> list[str]:
-    """List where two JSON values differ, such as "picture resolution 16 → 24"."""
-    if isinstance(was, Mapping) and isinstance(now, Mapping):
-        names = list(dict.fromkeys([*was, *now]))
-        return [text for one in names for text in _differences(was.get(one), now.get(one), f"{name} {one}".strip())]
-    return [] if was == now else [f"{name} {shown(was)} → {shown(now)}"]

@@ -44,7 +44,7 @@ def inspect(task: Task[TrainConfig], *, report_dir: str | None, limit: int | Non
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"--report_dir {folder}: cannot be made ({error.strerror}); name another") from error
-    source = task.open_source()
+    source = task.open_pictures()
     spec = task.make_spec(source)
     found = examine(source, spec.tokenize if task.checks_captions else None, limit)
     if not found.good:

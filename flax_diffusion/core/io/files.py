@@ -82,6 +82,24 @@ def copy_file(source: Path, target: Path) -> None:
         shutil.copyfileobj(readable, writable)
 
 
+def read_range(file: Path, start: int, length: int) -> bytes:
+    """Return some bytes of a file, fewer at its end.
+
+    Args:
+        file: The file, on this machine or in an object store, of which no more is then read.
+        start: Number of the first byte.
+        length: Number of bytes.
+    """
+    if not is_local(file):
+        from etils.epath import backend
+
+        store: Any = backend.fsspec_backend.fs(os.fspath(file))
+        return store.cat_file(os.fspath(file), start=start, end=start + length)
+    with file.open("rb", buffering=0) as stream:
+        stream.seek(start)
+        return stream.read(length)
+
+
 def copy_files(source: Path, target: Path) -> None:
     """Copy the files of a folder, but not its subfolders, to another folder, which must exist."""
     for file in source.iterdir():
@@ -114,6 +132,15 @@ def local_copy(folder: Path, patterns: tuple[str, ...] = ("*",)) -> Path:
                 copy_file(file, partial)
             versions[file.name] = version
     return target
+
+
+def names_in(folder: Path) -> list[str]:
+    """Return the names in a folder, in order, with what other processes have just written; none where it is not."""
+    if not is_local(folder):
+        from etils.epath import backend
+
+        cast(Any, backend.fsspec_backend.fs(os.fspath(folder))).invalidate_cache()
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
 
 
 def lies_in(inner: str, outer: str) -> bool:

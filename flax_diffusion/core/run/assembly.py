@@ -87,7 +87,7 @@ def make_loader(
     if buckets is not None:  # a run that took other batches before goes on with a whole one
         start_example = start_example // schedule.step_examples * schedule.step_examples
     make = task.make_example_fn(spec, made, dtype)
-    decodes = make.made.posteriors is None or make.extra is not None
+    kept = task.latents_dir is not None or make.made.posteriors is not None
     return Loader(
         source,
         make.unscaled,
@@ -99,7 +99,7 @@ def make_loader(
         start_example=start_example,
         num_steps=num_steps,
         # What is kept comes faster from this process than through a pipe.
-        num_workers=config.dataloader_num_workers if decodes else 0,
+        num_workers=0 if kept and make.extra is None else config.dataloader_num_workers,
         skip_bad_images=config.skip_bad_images,
         rows=task.rows_per_example,
         order=buckets,

@@ -59,7 +59,8 @@ def train(
         task: Name of the task.
         config: Path of a YAML recipe; None for none.
         options: Values by flag; they override the recipe.
-        only_precompute: Whether to end with what is computed before training, in the folder of `--precomputed_dir`.
+        only_precompute: Whether to end with what is computed before training, in the folder of
+            `--latents_dir` or `--precomputed_dir`.
 
     Returns:
         The output folder, or that of what was computed.
@@ -122,7 +123,7 @@ def _run(
         except Preempted:
             if only_precompute:
                 log.info("ended by %s; what was written stays: give the same command again", preemption.signal_name)
-                return as_path(str(task.precomputed_dir))
+                return as_path(str(task.latents_dir or task.precomputed_dir))
             log.info("ended by %s before the first step; nothing had to be saved", preemption.signal_name)
             return as_path(config.output_dir)
         except Exception as error:

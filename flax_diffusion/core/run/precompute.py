@@ -29,15 +29,15 @@ from flax_diffusion.core.data import store
 from flax_diffusion.core.data.bad import BadExamples, example_name
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.buckets import parse_sizes
-from flax_diffusion.core.data.extra import no_draw
-from flax_diffusion.core.data.images.decoding import checksum, decode
-from flax_diffusion.core.data.images.transforms import ImageTransform, sized_name
+from flax_diffusion.core.data.images.decoding import checksum
+from flax_diffusion.core.data.images.transforms import sized_name
 from flax_diffusion.core.data.sources.source import Record, Source, first_few
 from flax_diffusion.core.data.store import Row, Store, Writer
-from flax_diffusion.core.errors import DataError, NonFiniteError
+from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import as_path, remove_tree, version_of
 from flax_diffusion.core.run import lineage
+from flax_diffusion.core.run.shards.encoding import Encoder
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 
@@ -45,7 +45,6 @@ log = logging.getLogger(__name__)
 
 PROMPTS_AT_A_TIME = 64
 EMBEDDINGS, POSTERIORS, SIZES = "embeddings", "posteriors", "sizes"
-_NOT_FINITE = "the latents of {} are not finite: check the picture, or the autoencoder's precision"
 _READERS = 16  # threads that read pictures, most of whose time is waiting where these are in an object store
 
 
@@ -82,7 +81,9 @@ def precompute(
         made = replace(made, embeddings=_embeddings(task, spec, _prompts(task, source, bad), backend, scratch))
         for name in spec.names_of(Role.TEXT_ENCODER):
             backend.release(name)
-    if task.caches_latents:
+    if task.latents_dir is not None:
+        backend.release(spec.vae_name)
+    elif task.caches_latents:
         wanted = _wanted(source, bad, sizes)
         tables = _Pictures(task, spec, source, backend, scratch, wanted, bad).tables()
         made = replace(made, posteriors=tables.get(POSTERIORS, {}), sizes=tables.get(SIZES))
@@ -259,8 +260,7 @@ class _Pictures:
     bad: BadExamples | None
 
     def __post_init__(self) -> None:
-        self.transform: ImageTransform = self.task.make_transform(self.spec)
-        self.reasons: dict[str, str] = {}  # why this process could not read a picture, by its name
+        self.encoder = Encoder(self.task, self.task.make_transform(self.spec), self.source, self.backend, self.bad)
 
     def tables(self) -> Mapping[str, Mapping[str, np.ndarray]]:
         """Return posteriors and sizes by name, and compute those that are not there."""
@@ -268,7 +268,7 @@ class _Pictures:
         def key() -> dict[str, Any]:
             config = self.task.config
             buckets = parse_sizes(config.bucket_resolutions, config.resolution, self.spec.size_factor)
-            return lineage.posteriors_key(self.spec, config, self.transform, buckets)
+            return lineage.posteriors_key(self.spec, config, self.encoder.transform, buckets)
 
         place = _Place.of(self.task, POSTERIORS, key, self.scratch, self.backend)
         there = Store(place.folder)
@@ -318,56 +318,21 @@ class _Pictures:
 
     def _encode_size(self, size: tuple[int, int] | None, pictures: list[_Picture], writer: Writer, kept: bool) -> None:
         """Compute and write the posteriors of pictures of one size; see `_encode`."""
-        backend, config, transform = self.backend, self.task.config, self.transform
-        upright = replace(transform, random_flip=False, size=size)
-        shape = (transform.channels, *upright.target)
-        nothing = np.full(shape, np.nan, np.float32)  # for a picture that cannot be read, as every process then knows
-
-        def read(picture: _Picture) -> tuple[np.ndarray, tuple[int, int]]:
-            try:
-                pixels, place = upright(decode(self.source[picture.index]), no_draw)
-                return pixels, place.original
-            except DataError as error:
-                if self.bad is None:
-                    raise
-                self.reasons[picture.row.name] = str(error)
-                return nothing, (0, 0)
-
-        share = config.train_batch_size * (backend.device_count // backend.process_count)
-        at_once, start = share * backend.process_count, share * backend.process_index
+        share, processes = self.encoder.share, self.backend.process_count
+        at_once, start = share * processes, share * self.backend.process_index
         with ThreadPoolExecutor() as pool:
             for first in range(0, len(pictures), at_once):
                 several = pictures[first : first + at_once]
-                mine = [*pool.map(read, several[start : start + share])]
-                pixels = np.stack([*(one for one, _ in mine), *[nothing] * (share - len(mine))])
-                orientations = [pixels, np.ascontiguousarray(pixels[..., ::-1])] if transform.random_flip else [pixels]
-                posteriors = np.stack([backend.posteriors(each) for each in orientations], axis=1)
+                made = self.encoder([(one.row.name, one.index) for one in several[start : start + share]], pool, size)
                 rows = [one.row for one in several]
-                good = self._good(rows, posteriors)
-                if kept or backend.process_count == 1:
+                good = self.encoder.good([row.name for row in rows], made.posteriors)
+                if kept or processes == 1:
                     good = [index for index in good if start <= index < start + share]
-                    sizes = np.array([mine[index - start][1] for index in good], np.int32).reshape(-1, 2)
-                    arrays = {POSTERIORS: posteriors[good], SIZES: sizes}
+                    sizes = np.array([made.sizes[index - start] for index in good], np.int32).reshape(-1, 2)
+                    arrays = {POSTERIORS: made.posteriors[good], SIZES: sizes}
                 else:  # the sizes of the pictures that other processes read are not known here
-                    arrays = {POSTERIORS: posteriors[good]}
+                    arrays = {POSTERIORS: made.posteriors[good]}
                 writer.add([rows[index] for index in good], arrays)
-
-    def _good(self, rows: list[Row], posteriors: np.ndarray) -> list[int]:
-        """Return the indices of the pictures that were read and whose posteriors are finite.
-
-        Raises:
-            NonFiniteError: If one is not, and none may be skipped.
-            DataError: If too many are not.
-        """
-        good = []
-        for index, row in enumerate(rows):
-            if np.isfinite(posteriors[index]).all():
-                good.append(index)
-            elif self.bad is None:
-                raise NonFiniteError(_NOT_FINITE.format(row.name))
-            else:
-                self.bad.add(row.name, self.reasons.get(row.name, _NOT_FINITE.format(row.name)))
-        return good
 
 
 def _digest_in(row: Row) -> str:

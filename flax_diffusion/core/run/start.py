@@ -17,7 +17,8 @@ from flax_diffusion.core.data import store
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.order import Bucketed
-from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.data.shards.latents import LatentSource
+from flax_diffusion.core.data.sources.source import Part, Source
 from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.io.files import as_path, is_local
@@ -25,6 +26,7 @@ from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.precompute import EMBEDDINGS, POSTERIORS, precompute
 from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
+from flax_diffusion.core.run.shards import latents as shards
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 from flax_diffusion.core.validation.held_out import HeldOut, divide, held_out, with_held_out
@@ -92,6 +94,10 @@ def open_inputs(
         if trains:
             output_folder.check(as_path(task.config.output_dir), task.config)
         _check_folder(task)
+        if task.latents_dir is not None and not trains:  # which gets all of the pictures; a run divides them
+            _check_writable(as_path(task.latents_dir), "--latents_dir")
+            source = task.open_pictures()
+            return source, None, task.make_spec(source)
         source = task.open_source()
         return *divide(task, source), task.make_spec(source)
 
@@ -113,23 +119,33 @@ def _check_folder(task: Task[TrainConfig]) -> None:
     if task.precomputed_dir is None:
         return
     folder = as_path(task.precomputed_dir)
+    _check_writable(folder, "--precomputed_dir")
+    try:
+        for kind in (EMBEDDINGS, POSTERIORS):
+            store.read_keys(folder, kind)
+    except ValueError as error:
+        raise ConfigError(f"--precomputed_dir {folder}: {error}; delete its folder, or name another one") from error
+
+
+def _check_writable(folder: Path, option: str) -> None:
+    """Make a folder, and raise ConfigError, with the option's name, if it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if is_local(folder):
             tempfile.TemporaryFile(dir=folder).close()
-        for kind in (EMBEDDINGS, POSTERIORS):
-            store.read_keys(folder, kind)
     except OSError as error:
         raise ConfigError(
-            f"--precomputed_dir {folder}: cannot be written ({error.strerror or error}); name another folder"
+            f"{option} {folder}: cannot be written ({error.strerror or error}); name another folder"
         ) from error
-    except ValueError as error:
-        raise ConfigError(f"--precomputed_dir {folder}: {error}; delete its folder, or name another one") from error
 
 
 def _check_data(
     task: Task[TrainConfig], spec: PipelineSpec, source: Source, validation: Source | None, backend: Backend
 ) -> None:
+    whole = source.source if isinstance(source, Part) else source
+    if isinstance(whole, LatentSource):
+        shards.check(task, spec, whole)
+        return
     skips, tokenize = task.config.skip_bad_images, spec.tokenize if task.checks_captions else None
     main = backend.process_index == 0
     for own in (source, validation):
@@ -138,7 +154,9 @@ def _check_data(
 
 
 def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption | None = None) -> Path:
-    """Compute what can be computed before training into the folder of `--precomputed_dir`, and train nothing.
+    """Compute what can be computed before training into its folder, and train nothing.
+
+    The folder is that of `--latents_dir` or `--precomputed_dir`.
 
     Args:
         task: The task, with the run's options.
@@ -153,11 +171,11 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
         Preempted: If it is told to end. The shards that are written then stay.
     """
     preemption = preemption or Preemption()
-    folder = task.precomputed_dir
+    folder = task.latents_dir or task.precomputed_dir
     if folder is None:
         raise ConfigError(
             f"precompute {task.name}: there is no folder to fill: add --precomputed_dir FOLDER, with --cache_latents "
-            "or --pre_compute_text_embeddings"
+            "or --pre_compute_text_embeddings, or in class_conditional --latents_dir FOLDER"
         )
     source, validation, spec, backend = open_inputs(task, make_backend, preemption, trains=False)
     main = backend.process_index == 0
@@ -170,6 +188,9 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
             buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
         examples = held_out(validation, buckets, skip_bad_images=task.config.skip_bad_images)
         backend.init_state()
+        if task.latents_dir is not None:
+            shards.write_latents(task, spec, task.complete_source(source, backend), backend)
+            return
         complete = _completed(task, source, backend, buckets)
         pictures, sizes = with_held_out(complete, buckets, task.rows_per_example, examples)
         precompute(task, spec, pictures, backend, as_path(folder), sizes)

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -19,11 +19,13 @@ from pydantic import Field, model_validator
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import CONFIG_FILE, Reads
 from flax_diffusion.core.data.batches import ExampleFn, LabelDropout, Precomputed
+from flax_diffusion.core.data.shards.latents import LatentSource, open_latents
 from flax_diffusion.core.data.sources.labels import LabelledSource, with_labels
 from flax_diffusion.core.data.sources.source import Source, first_few
 from flax_diffusion.core.errors import ConfigError, WeightsError, naming, unknown
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ClassTable, ModelClass, Role, family_of
+from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.prompts import class_number, is_guided
@@ -51,6 +53,14 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
         description="Column that holds the classes, as numbers from 0 or names. None: `label`, or in a folder without "
         "such a column the names of its folders.",
     )
+    latents_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
+        None,
+        description="Folder of latents, here or gs://, that precompute fills from the pictures, in ArrayRecord shards, "
+        "and train reads in their place.",
+    )
+    latents_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Dtype in which precompute stores them. bfloat16 takes half of the space."
+    )
     class_dropout_prob: float = Field(
         0.1, ge=0, lt=1, description="Share of the classes that are replaced by the null class, which guidance needs."
     )
@@ -61,6 +71,27 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
         [], description="Classes to draw during training, by name or number. None: the first ten."
     )
     validation_guidance_scale: float = Field(4.0, ge=0, description="Guidance scale of these samples.")
+
+    @property
+    def other_data(self) -> str | None:
+        """The folder of latents."""
+        return self.latents_dir
+
+    @model_validator(mode="after")
+    def _check_latents(self) -> ClassConditionalConfig:
+        if self.latents_dir is None:
+            if self.latents_dtype != "float32":
+                raise ValueError(f"--latents_dtype {self.latents_dtype} is of latents in shards: add --latents_dir")
+            return self
+        for name in ("cache_latents", "bucket_resolutions", "validation_data_dir"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} computes what is in --latents_dir, or is not in it: drop one of them")
+        if not (self.center_crop or self.resize_mode == "stretch"):
+            raise ValueError(
+                "--latents_dir holds each picture once, and crops at random would differ from epoch to epoch: add "
+                "--center_crop, or --resize_mode stretch"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_model(self) -> ClassConditionalConfig:
@@ -104,8 +135,31 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         names = [*dict.fromkeys([*asked, *map(str, range(count))])][:count]
         return LabelledSource(super().described_source(), np.zeros(1, np.int32), known or tuple(names))
 
-    def open_source(self) -> LabelledSource:
+    def __init__(self, config: ClassConditionalConfig):
+        super().__init__(config)
+        self.latents_dir, self.latents_dtype = config.latents_dir, config.latents_dtype
+        self.caches_latents = config.cache_latents or config.latents_dir is not None
+
+    def open_source(self) -> LabelledSource | LatentSource:
+        """Open the latents, or the dataset."""
+        config = self.config
+        if config.latents_dir is None:
+            return self.open_pictures()
+        for name in ("train_data_dir", "dataset_name"):
+            if getattr(config, name):
+                raise ConfigError(
+                    f"--{name} {getattr(config, name)}: training reads --latents_dir {config.latents_dir} in place of "
+                    "pictures: drop one of them"
+                )
+        with naming("--latents_dir"):
+            return open_latents(as_path(config.latents_dir), self._classes_of_model(), config.max_train_samples)
+
+    def open_pictures(self) -> LabelledSource:
         """Open the dataset."""
+        if not (self.config.train_data_dir or self.config.dataset_name):
+            raise ConfigError(
+                "precompute class_conditional: latents are made of pictures: give --train_data_dir or --dataset_name"
+            )
         source = open_dataset(self.config)
         with naming("--train_data_dir" if self.config.train_data_dir else "--dataset_name"):
             return with_labels(source, self.config.label_column, self._classes_of_model())
@@ -130,7 +184,7 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
 
     def make_spec(self, source: Source) -> PipelineSpec:
         """Read the configs of the pipeline to train, for the classes of the data."""
-        assert isinstance(source, LabelledSource)
+        assert isinstance(source, LabelledSource | LatentSource)
         spec = self.checked(self.read_pipeline(source.classes))
         is_guided(spec, spec.classes[:1], self.config.validation_guidance_scale)
         for label in self.config.validation_class_labels:

@@ -60,6 +60,10 @@ class Task(ABC, Generic[C]):
     """Whether pictures are encoded once, before training."""
     precomputed_dir: str | None = None
     """Folder that keeps what is computed before training for later runs; None for none."""
+    latents_dir: str | None = None
+    """Folder of latents that a run reads in place of pictures, and that `precompute` fills; None for none."""
+    latents_dtype: str = "float32"
+    """Dtype in which these are stored, "float32" or "bfloat16"."""
     precomputed_dtype: str = "float32"
     """Dtype in which the embeddings of prompts are stored, "float32" or "bfloat16"."""
     makes_tokenizer: bool = False
@@ -106,6 +110,14 @@ class Task(ABC, Generic[C]):
             UserError: If they cannot be used, or are of another kind than those.
         """
         return None
+
+    def open_pictures(self) -> Source:
+        """Open the pictures of which latents are made, also where `open_source` opens latents in their place.
+
+        Raises:
+            UserError: If they cannot be used.
+        """
+        return self.open_source()
 
     def count_examples(self, source: Source) -> int:
         """Return the number of examples per epoch, including those that `complete_source` adds."""

@@ -13,6 +13,7 @@ from flax_diffusion.core.data.sources.metadata import METADATA_FILES, Caption, r
 from flax_diffusion.core.data.sources.source import (
     DEFAULT_IMAGE_COLUMN,
     DEFAULT_LABEL_COLUMN,
+    IMAGE_EXTENSIONS,
     ExtraImages,
     Labels,
     Record,
@@ -24,12 +25,6 @@ from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import absolute, lies_in, walk
 from flax_diffusion.core.io.untrusted import read_text
 
-IMAGE_EXTENSIONS = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm",
-    ".jfif", ".jpe", ".apng", ".avifs", ".dib", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx", ".pbm", ".pnm",
-    ".mpo",
-)  # fmt: skip
-"""Extensions that Pillow knows of the formats that `images.decode` reads; .mpo is a JPEG followed by more pictures."""
 UNREAD_EXTENSIONS = (
     ".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".psd", ".xcf", ".ai", ".eps", ".pdf", ".tga", ".ico", ".icns",
     ".dds", ".exr", ".hdr", ".pfm", ".qoi", ".pcx", ".sgi", ".dng", ".raw", ".cr2", ".cr3", ".nef", ".arw",
@@ -97,7 +92,9 @@ def open_folder(
     split: str = "train",
     extra: ExtraImages | None = None,
 ) -> Source:
-    """Open a folder of images or of Parquet files, or one Parquet file.
+    """Open a folder of images, of Parquet files or of tar shards, or one such file.
+
+    Tar shards may be named by a pattern such as `shards/train-{0000..0127}.tar`.
 
     Subfolders are searched, but links to folders are not followed, and hidden files are left out. If the README.md
     lists the files of each split, those of `split` are taken (see `cards.files_of`). Otherwise, if folders or names of
@@ -108,11 +105,12 @@ def open_folder(
     no metadata, the caption of each image is the content of its .txt file, in the order of the file names.
 
     Args:
-        root: The folder or the Parquet file.
-        image_column: Column of the picture in Parquet and in metadata, where `image` means `file_name`.
+        root: The folder, the file or the pattern.
+        image_column: Column of the picture in Parquet and in metadata, where `image` means `file_name`; in tar shards
+            what the names of pictures end in.
         caption_column: Column of the caption. None for no captions: then every image is taken and metadata is not read.
         max_samples: Number of examples to take, from the first; None for all.
-        cache_dir: Folder for unpacked Parquet; None for the user's cache folder.
+        cache_dir: Folder for unpacked Parquet and indices of tar shards; None for the user's cache folder.
         config_name: Configuration in the README.md; None for its default one.
         split: Split to take if there are several.
         extra: Place of the second picture of each example; None for one picture each. Second pictures that lie in the
@@ -127,37 +125,44 @@ def open_folder(
     Reference:
         Hugging Face's imagefolder, for the names in metadata.
     """
-    from flax_diffusion.core.data.sources.parquet import open_parquet
+    from flax_diffusion.core.data.sources import parquet, tar
 
-    if not root.exists():
-        raise DataError(f"{root} does not exist; give a folder of images or of Parquet files")
-    if root.is_file():
-        if root.suffix.lower() != ".parquet":
-            raise DataError(f"{root} is a file; give a folder or a .parquet file")
+    open_kind = {".parquet": parquet.open_parquet, ".tar": tar.open_tars}
+    named = [root] if root.is_file() else [] if root.exists() else tar.named_by(root)
+    if not named and not root.exists():
+        raise DataError(f"{root} does not exist; give a folder of images, of Parquet files or of tar shards")
+    if named:
+        if root.suffix.lower() not in open_kind:
+            raise DataError(f"{root} is a file; give a folder, or a .parquet or .tar file")
         if config_name is not None:
             raise DataError(f"--dataset_config_name {config_name}: {root} is one file; leave it out")
-        return open_parquet([root], image_column, caption_column, max_samples, cache_dir, extra)
+        return open_kind[root.suffix.lower()](named, image_column, caption_column, max_samples, cache_dir, extra)
 
     links: list[str] = []
     files = _files(root, links)
-    named = files_of(root, files, config_name, split)
-    wanted, split_to_choose = (files, split) if named is None else (named, None)
+    listed = files_of(root, files, config_name, split)
+    wanted, split_to_choose = (files, split) if listed is None else (listed, None)
     images = _images(wanted)
-    tables = [name for name in wanted if name.lower().endswith(".parquet")]
+    found = {kind: [name for name in wanted if name.lower().endswith(kind)] for kind in open_kind}
+    tables = [name for names in found.values() for name in names]
     if tables and images:
+        kinds = "Parquet files" if found[".parquet"] else "tar shards"
         raise DataError(
-            f"{root} holds both images and Parquet files ({first_few(tables)}); "
+            f"{root} holds both images and {kinds} ({first_few(tables)}); "
             "keep them in folders of their own, and metadata in metadata.jsonl or metadata.csv"
         )
+    if all(found.values()):
+        raise DataError(f"{root} holds both Parquet files and tar shards ({first_few(found['.tar'])}); give one folder")
     _warn_of_left_out(root, wanted, links)
     if tables:
         tables = of_split(root, tables, split_to_choose)
         paths = [root / name for name in tables]
-        return open_parquet(paths, image_column, caption_column, max_samples, cache_dir, extra)
+        open_paths = open_kind[".parquet" if found[".parquet"] else ".tar"]
+        return open_paths(paths, image_column, caption_column, max_samples, cache_dir, extra)
     metadata = [name for name in wanted if os.path.basename(name) in METADATA_FILES]
     if not images and not metadata:
         raise DataError(
-            f"{root} holds no images; looked for {' '.join(IMAGE_EXTENSIONS)} and .parquet{_found(files, links)}"
+            f"{root} holds no images; looked for {' '.join(IMAGE_EXTENSIONS)}, .parquet and .tar{_found(files, links)}"
         )
     if not metadata and image_column != DEFAULT_IMAGE_COLUMN:
         raise DataError(f"--image_column {image_column}: {root} holds pictures and no columns; leave it out")

@@ -38,6 +38,11 @@ class LabelledSource:
         """Return the number of each example's picture; see `source.pictures_of`."""
         return pictures_of(self.source)
 
+    def described(self, index: int) -> Record:
+        """Return an example, without its picture where the source can tell the rest of it at once."""
+        describe = getattr(self.source, "described", self.source.__getitem__)
+        return replace(describe(index), label=int(self.labels[index]))
+
 
 def with_labels(source: Source, column: str | None, known: Sequence[str] = ()) -> LabelledSource:
     """Return pictures with their classes.

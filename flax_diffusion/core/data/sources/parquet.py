@@ -57,9 +57,7 @@ class ParquetSource:
         with lock:  # the reader is not safe to share between threads
             batch = reader.get_batch(number)
         row = index - int(self.batches[number])
-        part = int(np.searchsorted(self.starts, index, side="right")) - 1
-        file = self.files[part]
-        name = f"{file} row {index - int(self.starts[part])}"
+        file, name = self._file_of(index), self.name_of(index)
         try:
             image = batch.column("image")[row].as_py()
             caption = batch.column("caption")[row].as_py() if "caption" in batch.schema.names else None
@@ -70,6 +68,14 @@ class ParquetSource:
         if self.extra_column is not None:
             second = Record(_image(extra, file, name, self.extra_column), None, f"{name} {self.extra_column}")
         return Record(_image(image, file, name, "image"), whole_caption(caption, name), name, extra=second)
+
+    def name_of(self, index: int) -> str:
+        """Return the name of an example, for messages."""
+        part = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return f"{self.files[part]} row {index - int(self.starts[part])}"
+
+    def _file_of(self, index: int) -> Path:
+        return self.files[int(np.searchsorted(self.starts, index, side="right")) - 1]
 
     def labels(self, column: str | None) -> Labels:
         """Return the classes of the rows, by the names that Hugging Face's `datasets` has written for them.
@@ -139,15 +145,8 @@ def open_parquet(
     Raises:
         DataError: If a file is not Parquet, a column is missing or of another type, or a caption is missing.
     """
-    columns = {"image": image_column} | ({} if caption_column is None else {"caption": caption_column})
-    options = {role: f"{role}_column" for role in columns}
-    if extra is not None:
-        extra.refuse_folder(str(files[0]))
-        columns["extra"], options["extra"] = extra.column, extra.option
-    counts = [_check(file, columns, options) for file in files]
-    starts = np.minimum(np.cumsum([0, *counts]), max_samples or sum(counts))
-    if starts[-1] == 0:
-        raise DataError(f"{first_few([str(file) for file in files])} holds no rows")
+    starts = count_rows(files, image_column, caption_column, max_samples, extra)
+    columns = _columns(image_column, caption_column, extra)
     arrow_file = _unpacked(files, columns, starts, cache_dir)
     reader, lock = _reader(arrow_file)
     with lock:
@@ -155,7 +154,43 @@ def open_parquet(
     return ParquetSource(arrow_file, files, starts, np.cumsum([0, *sizes]), None if extra is None else extra.column)
 
 
-@lru_cache(maxsize=8)
+def count_rows(
+    files: list[Path], image_column: str, caption_column: str | None, max_samples: int | None, extra: ExtraImages | None
+) -> np.ndarray:
+    """Check the columns of Parquet files, and return the first row of each file and the number of rows.
+
+    Args:
+        files: The files, in order.
+        image_column: As of `open_parquet`.
+        caption_column: As of `open_parquet`.
+        max_samples: As of `open_parquet`.
+        extra: As of `open_parquet`.
+
+    Returns:
+        The numbers, int64 (files + 1,).
+
+    Raises:
+        DataError: As `open_parquet`.
+    """
+    columns = _columns(image_column, caption_column, extra)
+    options = {role: f"{role}_column" for role in columns}
+    if extra is not None:
+        extra.refuse_folder(str(files[0]))
+        options["extra"] = extra.option
+    counts = [_check(file, columns, options) for file in files]
+    starts = np.minimum(np.cumsum([0, *counts]), max_samples or sum(counts))
+    if starts[-1] == 0:
+        raise DataError(f"{first_few([str(file) for file in files])} holds no rows")
+    return starts
+
+
+def _columns(image_column: str, caption_column: str | None, extra: ExtraImages | None) -> dict[str, str]:
+    """Return the columns by role."""
+    columns = {"image": image_column} | ({} if caption_column is None else {"caption": caption_column})
+    return columns if extra is None else columns | {"extra": extra.column}
+
+
+@lru_cache(maxsize=256)
 def _reader(path: Path) -> tuple[pa.RecordBatchFileReader, Lock]:
     return pa.ipc.open_file(pa.memory_map(str(path))), Lock()
 

@@ -13,18 +13,26 @@ from flax_diffusion.core.errors import DataError
 
 DEFAULT_IMAGE_COLUMN = "image"
 DEFAULT_LABEL_COLUMN = "label"
+IMAGE_EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm",
+    ".jfif", ".jpe", ".apng", ".avifs", ".dib", ".j2c", ".j2k", ".jpc", ".jpf", ".jpx", ".pbm", ".pnm",
+    ".mpo",
+)  # fmt: skip
+"""Extensions that Pillow knows of the formats that `images.decode` reads; .mpo is a JPEG followed by more pictures."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One example as it is stored, with its picture not decoded yet."""
 
-    image: bytes | Path | Image.Image | np.ndarray  # encoded file, its path, decoded, or uint8 (H, W[, 3 or 4])
+    # Encoded file, its path, decoded, or uint8 (H, W[, 3 or 4]); b"" where there is a posterior in its place.
+    image: bytes | Path | Image.Image | np.ndarray
     caption: str | list[str] | None
     name: str  # for messages
     weight: float = 1.0  # weight of the loss
     extra: "Record | None" = None  # a second picture of the example: what a ControlNet follows, or a mask
     label: int | None = None  # number of its class
+    posterior: np.ndarray | None = None  # of its latents and perhaps their mirror image's, (1 or 2, 2, c, h, w)
 
 
 @dataclass(frozen=True, kw_only=True)

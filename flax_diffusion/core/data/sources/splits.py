@@ -16,6 +16,8 @@ from flax_diffusion.core.errors import DataError
 
 log = logging.getLogger(__name__)
 
+SHARDS = (".parquet", ".tar")
+"""Extensions of files of many examples, whose names alone may tell splits apart."""
 _WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -44,7 +46,7 @@ def of_split(root: Path, names: Sequence[str], split: str | None) -> list[str]:
 
     Args:
         root: The dataset's folder, for messages.
-        names: Names of pictures or Parquet files, relative to it.
+        names: Names of pictures, Parquet files or tar shards, relative to it.
         split: Split to choose, such as `train`; None for all files, whatever their names are.
 
     Returns:
@@ -55,7 +57,7 @@ def of_split(root: Path, names: Sequence[str], split: str | None) -> list[str]:
     """
     if split is None:
         return list(names)
-    of = [_by_folder(name, split) or (_by_name(name) if name.lower().endswith(".parquet") else None) for name in names]
+    of = [_by_folder(name, split) or (_by_name(name) if name.lower().endswith(SHARDS) else None) for name in names]
     if not any(of):
         # A picture may show a train or a test: names mean splits only if every picture's name has one.
         of = [_by_name(name) for name in names]

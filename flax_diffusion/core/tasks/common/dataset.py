@@ -49,18 +49,26 @@ class DatasetConfig(ValidationConfig):
     dataset_config_name: str | None = Field(None, description="Configuration of that dataset.")
     train_data_dir: Annotated[str | None, Reads.DATA_FOLDERS] = Field(
         None,
-        description="Folder of images (with metadata.jsonl/.csv, .txt captions or none) or of .parquet files. Several: "
+        description="Folder of images (with metadata.jsonl/.csv, .txt captions or none), of .parquet files or of "
+        "tar shards, also as shards/train-{0000..0127}.tar. Several: "
         "photos:10,drawings:2, where each picture of photos occurs ten times in an epoch.",
     )
     image_column: str = Field("image", description="Column that holds the images.")
     max_train_samples: int | None = Field(None, ge=1, description="Use only the first so many examples.")
-    cache_dir: str | None = Field(None, description="Folder for downloads from the Hub.")
+    cache_dir: str | None = Field(
+        None, description="Folder for downloads from the Hub, unpacked Parquet and indices of tar shards."
+    )
 
     _join = field_validator("train_data_dir", mode="before")(joined)
 
+    @property
+    def other_data(self) -> str | None:
+        """Place of data that stand in for a dataset; None for none."""
+        return None
+
     @model_validator(mode="after")
     def _check_data(self) -> DatasetConfig:
-        if not self.dataset_name and not self.train_data_dir:
+        if not self.other_data and not self.dataset_name and not self.train_data_dir:
             raise ValueError("no data: give --dataset_name (a Hub id or `digits`) or --train_data_dir (a folder)")
         if self.dataset_name and self.dataset_name != "imagefolder" and self.train_data_dir:
             raise ValueError("--dataset_name and --train_data_dir exclude each other: drop one")

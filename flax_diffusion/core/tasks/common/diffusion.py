@@ -117,9 +117,10 @@ class DiffusionTask(Task[D]):
 
     def checked(self, spec: PipelineSpec) -> PipelineSpec:
         """Return a pipeline that can be trained with the options that say what is made before."""
-        if self.config.cache_latents and spec.vae is None:
+        if self.caches_latents and spec.vae is None:
+            option = "cache_latents" if self.config.cache_latents else "latents_dir"
             raise ConfigError(
-                "--cache_latents: the model trains on pixels, there is no autoencoder; drop it, or give a --vae"
+                f"--{option}: the model trains on pixels, there is no autoencoder; drop it, or give a --vae"
             )
         return spec
 

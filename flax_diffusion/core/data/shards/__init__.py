@@ -1,0 +1,1 @@
+"""Examples in shards: what their files hold, and how they are read."""
