@@ -113,7 +113,7 @@ def test_some_are_held_out_for_validation(options, tmp_path):
     ours = train(options | held, tmp_path / "shards")
     assert losses(ours) == losses(expected)
     assert (ours / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
-    with pytest.raises(ConfigError, match="vae"):
+    with pytest.raises(ConfigError, match="autoencoder weights"):
         train(options | held | {"vae": autoencoder(tmp_path / "other", 1)}, tmp_path / "refused")
 
 
