@@ -127,14 +127,14 @@ def _clean(modules: Modules, params: Params, batch: Batch) -> Float[Array, "B C 
     return modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
 
 
-def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, ""]:
+def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Array, ""] | None) -> Float[Array, ""]:
     """Compute the weighted loss of an objective that has a loss of its own.
 
     Args:
         modules: The pipeline's modules, with the objective.
         params: Weights of all components, trained and frozen.
         batch: As of `denoising_loss`, but with the fields of what the objective draws in place of `Mixture`'s.
-        key: Key of the dropout masks, and of the loss.
+        key: Key of the dropout masks, and of the loss. None in evaluation, without dropout and with a fixed key.
 
     Returns:
         Σ_i w_i · loss_i / B, in float32 at least.
@@ -145,7 +145,7 @@ def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Arra
     objective = modules.objective
     assert objective is not None
     assert objective.loss is not None
-    dropout, own = jax.random.split(key)
+    dropout, own = (None, jax.random.key(0)) if key is None else jax.random.split(key)
     condition = modules.condition(params, batch, dropout)
 
     def model(x: Float[Array, "B C h w"], t: Float[Array, " B"]) -> Float[Array, "B C h w"]:
@@ -161,6 +161,11 @@ def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Arra
             f"examples, {batch['loss_weights'].shape}: take the mean over an example's pixels"
         )
     return jnp.mean(losses * batch["loss_weights"])
+
+
+def loss_function(modules: Modules) -> Callable[[Modules, Params, Batch, Any], Float[Array, ""]]:
+    """Return the loss of a micro-batch: that of the family, of the objective, or `denoising_loss`."""
+    return modules.family.loss or (denoising_loss if modules.objective is None else objective_loss)
 
 
 def _mixed(
@@ -230,8 +235,7 @@ def loss_and_gradients(
     Returns:
         The loss, and the gradients in the dtypes of the weights, divided as the moments are.
     """
-    loss_of = modules.family.loss or (denoising_loss if modules.objective is None else objective_loss)
-    mesh = exchange.mesh
+    loss_of, mesh = loss_function(modules), exchange.mesh
     divided, divided_frozen = partitions(params, mesh), partitions(frozen, mesh)
     update = update_partitions(params, mesh)
 
@@ -272,7 +276,7 @@ def validation_loss(
         exchange: The devices.
         unroll: As in `sum_over_micro_batches`.
     """
-    loss_of, mesh = modules.family.loss or denoising_loss, exchange.mesh
+    loss_of, mesh = loss_function(modules), exchange.mesh
     divided, divided_frozen = partitions(params, mesh), partitions(frozen, mesh)
 
     def on_device(params: Params, frozen: Params, batch: Batch) -> Float[Array, ""]:
