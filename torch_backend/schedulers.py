@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import EDMEulerScheduler
+from diffusers import EDMEulerScheduler  # pyright: ignore[reportPrivateImportUsage]  (made at run time)
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
