@@ -1,5 +1,7 @@
 """Two processes of four devices each, which meet as the hosts of a pod do: the same run as one process."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -14,6 +16,11 @@ from flax_diffusion.jax_backend.processes import connect
 from flax_diffusion.train import train
 
 
+def judged(folder):
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def check(request, folder, task, options, changes):
     """Runs it in one process on one device and in two on eight, and compares all that they leave."""
     one = train(task, **options | changes | {"fsdp_parallelism": 1, "output_dir": str(folder / "one")})
@@ -21,6 +28,8 @@ def check(request, folder, task, options, changes):
     codes, logs = together(request, folder, 2, options | changes | {"task": task, "output_dir": str(two)})
     assert codes == [0, 0], logs
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    for ours, theirs in zip(judged(two), judged(one), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
     assert sorted(path.name for path in two.iterdir()) == sorted(path.name for path in one.iterdir())
     samples = sorted(path.name for path in (one / "samples").iterdir())
     assert sorted(path.name for path in (two / "samples").iterdir()) == samples
@@ -43,7 +52,9 @@ def check(request, folder, task, options, changes):
 
 def test_two_processes_equal_one(request, tmp_path):
     options = RUN | {"global_batch_size": 8, "max_train_steps": 3, "use_ema": True, "unet": UNET | ONE_BLOCK}
+    options |= {"validation_split": 0.25, "validation_loss_steps": 2}
     check(request, tmp_path, "unconditional", options, {"fsdp_parallelism": 8})
+    assert [row["step"] for row in judged(tmp_path / "two")] == [2, 3]
 
 
 @pytest.mark.acceptance

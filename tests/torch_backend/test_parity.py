@@ -48,8 +48,9 @@ def make_config(task, **options):
     "case", [pytest.param(case, marks=() if case == "everything" else pytest.mark.acceptance) for case in CASES]
 )
 def test_unconditional_float64(case):
-    rows = list(compare(make_config("unconditional", **CASES[case]), STEPS))
+    rows = list(compare(make_config("unconditional", validation_split=0.2, **CASES[case]), STEPS))
     assert len(rows) == STEPS
+    assert [row.validation is None for row in rows] == [True] * (STEPS - 1) + [False]
     assert rows[-1].loss_jax != rows[0].loss_jax
     equal, line = verdict(rows, "float64")
     assert equal, line
@@ -57,7 +58,9 @@ def test_unconditional_float64(case):
 
 @pytest.mark.acceptance
 def test_text_to_image_float64():
-    equal, line = verdict(list(compare(make_config("text_to_image", noise_offset=0.1), STEPS)), "float64")
+    equal, line = verdict(
+        list(compare(make_config("text_to_image", noise_offset=0.1, validation_split=0.2), STEPS)), "float64"
+    )
     assert equal, line
 
 

@@ -19,6 +19,7 @@ from flax_diffusion.core.validation.held_out import HeldOut, divide
 from flax_diffusion.core.validation.loss import ValidationLoss
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.train_step import denoising_loss
+from flax_diffusion.parity import Row, verdict
 from torch_backend.backend import TorchBackend
 
 EIGHT = jax.devices()
@@ -241,3 +242,10 @@ def test_a_damaged_file_of_metrics_is_told(tmp_path):
         MetricsFile(path, 2, writes=True)
     MetricsFile(path, 0, writes=True).add(1, {"validation_loss": float("nan")})  # of a new run
     assert path.read_text() == '{"step": 1, "validation_loss": null}\n'
+
+
+@pytest.mark.parametrize(("apart", "equal"), [(0.0, True), (1e-8, False), (float("nan"), False), (None, True)])
+def test_parity_judges_it(apart, equal):
+    found, line = verdict([Row(1, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, apart)], "float64")
+    assert found == equal
+    assert ("validation losses within" in line) == (apart is not None)

@@ -35,14 +35,14 @@ class ValidationOrder:
 
     The last batch of a bucket is filled up with its last example.
 
+    Attributes:
+        indices: Index of the example at each position, int64 (batches · batch_size,).
+        counts: Whether the example at a position counts, bool; those that fill up do not.
+
     Args:
         count: Number of examples.
         batch_size: Examples per batch, over all devices.
         sizes: Size of each example's bucket; None without buckets.
-
-    Attributes:
-        indices: Index of the example at each position, int64 (batches · batch_size,).
-        counts: Whether the example at a position counts, bool; those that fill up do not.
     """
 
     def __init__(self, count: int, batch_size: int, sizes: Sequence[Size] | None):
