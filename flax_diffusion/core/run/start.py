@@ -133,11 +133,15 @@ def _check_writable(folder: Path, option: str) -> None:
 
 
 def _check_data(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend: Backend) -> None:
+    main = backend.process_index == 0
     if task.latents_dir is not None and isinstance(source, LatentSource):
         shards.check(task, spec, source)
         return
+    if task.stream_of(source) is not None:
+        if main:
+            log.info("examples are streamed: each is checked when it is read")
+        return
     skips, tokenize = task.config.skip_bad_images, spec.tokenize if task.checks_captions else None
-    main = backend.process_index == 0
     check_source(source, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
 
 
@@ -222,6 +226,7 @@ def prepare(task: Task[TrainConfig], spec: PipelineSpec, source: Source, backend
     schedule = make_schedule(config, num_examples, backend.device_count, step, seen)
     make_rate(config, schedule)  # this checks --lr_step_rules
     buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
+    assembly.make_stream(task, source, schedule, backend.process_count)
     if main:
         assembly.warn_of_vain_options(task, spec, schedule, backend.device_count)
     parameters = backend.init_state()

@@ -105,13 +105,19 @@ class CaptionsTask(TextTask[K]):
         return replace(super().make_example_fn(spec, made, dtype), proportion_empty_prompts=share)
 
 
-def open_dataset(config: DatasetConfig, caption_column: str | None = None, extra: ExtraImages | None = None) -> Source:
+def open_dataset(
+    config: DatasetConfig,
+    caption_column: str | None = None,
+    extra: ExtraImages | None = None,
+    stream_shards: int | None = None,
+) -> Source:
     """Open the dataset that the options name.
 
     Args:
         config: The options.
         caption_column: Column that holds the captions; None for pictures without.
         extra: Place of the second picture of each example; None for one picture each.
+        stream_shards: Number of shards that are read at a time; None for all.
 
     Raises:
         DataError: If it cannot be used.
@@ -127,6 +133,7 @@ def open_dataset(config: DatasetConfig, caption_column: str | None = None, extra
             max_train_samples=config.max_train_samples,
             cache_dir=config.cache_dir,
             extra=extra,
+            stream_shards=stream_shards,
         )
 
     if config.train_data_dir is None:
@@ -134,6 +141,8 @@ def open_dataset(config: DatasetConfig, caption_column: str | None = None, extra
             return opened(None)
     with naming("--train_data_dir"):
         folders = folders_of(config.train_data_dir)
+    if stream_shards is not None and (len(folders) > 1 or folders[0].repeats is not None):
+        raise ConfigError(f"--stream_shards {stream_shards} goes with one folder of shards: name one, without repeats")
     if len(folders) > 1:
         _check_several(config, extra)
     with naming("--train_data_dir"):
