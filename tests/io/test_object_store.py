@@ -245,6 +245,8 @@ def test_latents_in_shards(bucket, tmp_path, monkeypatch):
                 label.size = 1
                 opened.addfile(label, io.BytesIO(b"%d" % (number % 2)))
         as_path(f"{bucket}/tars/{shard:03}.tar").write_bytes(target.getvalue())
+        (tmp_path / "tars").mkdir(exist_ok=True)
+        (tmp_path / f"tars/{shard:03}.tar").write_bytes(target.getvalue())
     monkeypatch.setattr("flax_diffusion.core.run.shards.latents.SHARD_BYTES", 4 * 2176)
     pattern = bucket + "/tars/{000..001}.tar"
     made = {"latents_dir": f"{bucket}/latents", "cache_dir": str(tmp_path / "cache"), "train_data_dir": pattern}
@@ -255,6 +257,12 @@ def test_latents_in_shards(bucket, tmp_path, monkeypatch):
     kept = torch_train("class_conditional", **options, latents_dir=str(folder), output_dir=str(tmp_path / "kept"))
     read = options | {"cache_latents": True, "train_data_dir": f"{bucket}/tars", "cache_dir": str(tmp_path / "cache")}
     assert losses(torch_train("class_conditional", **read, output_dir=str(tmp_path / "read"))) == losses(kept)
+    streamed = options | {"stream_shards": 2, "cache_dir": str(tmp_path / "cache")}
+    found = [
+        losses(torch_train("class_conditional", **streamed, train_data_dir=name, output_dir=str(tmp_path / where)))
+        for where, name in (("there", f"{bucket}/tars"), ("here", str(tmp_path / "tars")))
+    ]
+    assert found[0] == found[1]
 
 
 def test_latents_and_embeddings_that_are_kept(bucket, tmp_path, monkeypatch, caplog):

@@ -134,6 +134,7 @@ TABLE: dict[str, list[Row]] = {
     # What they change is in tests/run/test_latents.py.
     "latents_dir": [Row(lambda w, _: str(w.data), "refused", {"center_crop": True})],
     "latents_dtype": [Row("bfloat16", "refused")],
+    "stream_shards": [Row(1, "batch", lambda w: {"train_data_dir": str(w.columns)})],
     "class_dropout_prob": [Row(0.9, "batch")],
     "new_class_embedding": [
         Row(True, "spec",

@@ -6,7 +6,7 @@ give the position to start at.
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.util import Finalize
@@ -45,6 +45,7 @@ class _MicroBatches:
     rows: int
     length: int
     scales: bool
+    ahead: Callable[[int, int], None] | None
 
     def __len__(self) -> int:
         return self.length
@@ -53,6 +54,8 @@ class _MicroBatches:
         """Return the arrays, and the name and the error message of each bad example that was skipped."""
         skipped: list[tuple[str, str]] = []
         first = self.start_example + (index * self.process_count + self.process_index) * self.batch_size
+        if self.ahead is not None:
+            self.ahead(first, self.batch_size)
         places = [first + place for place in range(self.batch_size)]
         examples = [self._example(place, row, skipped) for place in places for row in range(self.rows)]
         batch = stacked(examples)
@@ -102,6 +105,8 @@ class Loader:
         skip_bad_images: Whether the next good example takes the place of one that cannot be used; otherwise that is
             an error.
         rows: Records that make one example. Each is a row of the batch, which so has `rows * batch_size` rows.
+        ahead: Called with the first position and the number of examples of each micro-batch before it is made, to bring
+            what it needs; None for nothing.
 
     Raises:
         DataError: If the source is empty.
@@ -126,6 +131,7 @@ class Loader:
         prefetch: int = 2,
         skip_bad_images: bool = False,
         rows: int = 1,
+        ahead: Callable[[int, int], None] | None = None,
     ):
         if len(source) == 0:
             raise DataError("the dataset holds no examples")
@@ -146,6 +152,7 @@ class Loader:
             # Python's own limit on a length stands for no end.
             length=sys.maxsize if num_steps is None else num_steps * accumulation,
             scales=num_workers == 0,
+            ahead=ahead,
         )
         self._options = grain.ReadOptions(
             num_threads=num_threads, prefetch_buffer_size=max(prefetch, num_threads) if num_threads else 0

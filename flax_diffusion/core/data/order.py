@@ -6,7 +6,7 @@ batch. With buckets, whose pictures have several shapes, see `Bucketed`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol
@@ -171,3 +171,102 @@ class Bucketed:
     @functools.cached_property
     def _epochs(self) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Streamed:
+    """Order in which examples come from a few shards at a time.
+
+    Each epoch mixes the shards, and the examples of each shard, and divides this row of examples into `lanes` parts of
+    one length, of which each fills its own rows of every batch, one shard after the other. So a batch has examples of
+    `lanes` shards, a host that makes some rows reads the shards of their lanes alone, and the order does not depend on
+    the hosts. Fewer than `lanes` examples, others in each epoch, are left out.
+
+    Attributes:
+        counts: Number of examples of each shard.
+        lanes: Number of lanes, which divides `batch_examples`.
+        batch_examples: Examples per micro-batch of all processes.
+        seed: Seed of the run.
+    """
+
+    counts: tuple[int, ...] = field(repr=False)
+    lanes: int
+    batch_examples: int
+    seed: int
+
+    def at(self, position: int) -> Place:
+        """Return what is at a position of the stream, from 0."""
+        batch, row = divmod(position, self.batch_examples)
+        lane, own = divmod(row, self._rows)
+        return self._of_lane(lane, batch * self._rows + own)[0]
+
+    def following(self, place: Place, attempt: int) -> int:
+        """Return the index of the example that follows in the same shard; see `Order.following`."""
+        shard = int(np.searchsorted(self._starts, place.index, side="right")) - 1
+        start = int(self._starts[shard])
+        return start + (place.index - start + attempt) % self.counts[shard]
+
+    def shards_of(self, first: int, count: int) -> list[int]:
+        """Return the shards of some positions: those that are read there, then those that follow them in their lanes.
+
+        Args:
+            first: The first position.
+            count: Number of positions, all in one micro-batch.
+        """
+        batch, row = divmod(first, self.batch_examples)
+        lanes = range(row // self._rows, (row + count - 1) // self._rows + 1)
+        now, soon = [], []
+        for lane in lanes:
+            place = batch * self._rows
+            _, shard, left = self._of_lane(lane, place)
+            now.append(shard)
+            soon.append(self._of_lane(lane, place + left)[1])
+        return list(dict.fromkeys([*now, *soon]))
+
+    @property
+    def lane_examples(self) -> int:
+        """Examples of a lane in an epoch."""
+        return sum(self.counts) // self.lanes
+
+    @property
+    def _rows(self) -> int:
+        return self.batch_examples // self.lanes
+
+    def _of_lane(self, lane: int, number: int) -> tuple[Place, int, int]:
+        """Return what a lane reads, from which shard, and after how many examples it goes on to another.
+
+        Args:
+            lane: Number of the lane.
+            number: Number in the lane's stream, from 0.
+        """
+        epoch, place = divmod(number, self.lane_examples)
+        shards, ends = self._epoch(epoch)
+        row = lane * self.lane_examples + place
+        which = int(np.searchsorted(ends, row, side="right"))
+        shard = int(shards[which])
+        inside = row - int(ends[which]) + self.counts[shard]
+        left = min(int(ends[which]) - row, self.lane_examples - place)
+        return Place(epoch, int(self._starts[shard] + self._mixed(epoch, shard)[inside])), shard, left
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum([0, *self.counts])[:-1]
+
+    @functools.cached_property
+    def _epoch(self) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+        """Function that returns the shards of an epoch in order, (S,), and the number of examples up to each."""
+
+        def mixed(epoch: int) -> tuple[np.ndarray, np.ndarray]:
+            shards = example_rng(self.seed, Stream.SHUFFLE, epoch, 0).permutation(len(self.counts))
+            return shards, np.cumsum(np.asarray(self.counts)[shards])
+
+        return lru_cache(maxsize=4)(mixed)
+
+    @functools.cached_property
+    def _mixed(self) -> Callable[[int, int], np.ndarray]:
+        """Function that returns the examples of a shard in an epoch's order, by their numbers in it."""
+
+        def mixed(epoch: int, shard: int) -> np.ndarray:
+            return example_rng(self.seed, Stream.SHUFFLE, epoch, shard + 1).permutation(self.counts[shard])
+
+        return lru_cache(maxsize=4 * self.lanes)(mixed)

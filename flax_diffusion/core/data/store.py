@@ -238,7 +238,9 @@ def narrowed(array: np.ndarray) -> np.ndarray:
 
 def widened(bits: np.ndarray) -> np.ndarray:
     """Return float32 numbers from the bits of bfloat16."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return wide.view(np.float32)
 
 
 def _checksum(content: bytes) -> str:

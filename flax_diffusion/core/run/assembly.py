@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import numpy as np
@@ -11,8 +12,9 @@ from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data import buckets as bucketing
 from flax_diffusion.core.data.batches import Precomputed
 from flax_diffusion.core.data.loader import Loader
-from flax_diffusion.core.data.order import Bucketed
+from flax_diffusion.core.data.order import Bucketed, Streamed
 from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.run.schedule import Schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
@@ -84,7 +86,8 @@ def make_loader(
         dtype: Dtype of the objective's numbers.
     """
     config = task.config
-    if buckets is not None:  # a run that took other batches before goes on with a whole one
+    streamed = make_stream(task, source, schedule, process_count)
+    if buckets is not None or streamed is not None:  # a run that took other batches before goes on with a whole one
         start_example = start_example // schedule.step_examples * schedule.step_examples
     make = task.make_example_fn(spec, made, dtype)
     kept = task.latents_dir is not None or make.made.posteriors is not None
@@ -102,8 +105,45 @@ def make_loader(
         num_workers=0 if kept and make.extra is None else config.dataloader_num_workers,
         skip_bad_images=config.skip_bad_images,
         rows=task.rows_per_example,
-        order=buckets,
+        order=buckets or streamed,
+        ahead=None if streamed is None else functools.partial(_fetch, task, source, streamed),
     )
+
+
+def _fetch(task: Task[TrainConfig], source: Source, order: Streamed, first: int, count: int) -> None:
+    stream = task.stream_of(source)
+    assert stream is not None
+    stream.fetch(order.shards_of(first, count))
+
+
+def make_stream(task: Task[TrainConfig], source: Source, schedule: Schedule, process_count: int = 1) -> Streamed | None:
+    """Return the order of examples whose shards are streamed; None where they are not.
+
+    Args:
+        task: The task, with the run's options.
+        source: The examples.
+        schedule: The run's steps.
+        process_count: Number of processes in the run.
+
+    Raises:
+        ConfigError: If the batch, or the processes, cannot be divided over the shards that are read at a time.
+    """
+    stream = task.stream_of(source)
+    if stream is None:
+        return None
+    lanes, batch, counts = stream.lanes, schedule.batch_size, stream.counts
+    fitting = [one for one in range(1, batch + 1) if batch % one == 0 and one % process_count == 0]
+    fitting = [one for one in fitting if one <= len(counts)]
+    if lanes not in fitting:
+        near = min(fitting, key=lambda one: abs(one - lanes), default=None)
+        advice = "give another batch" if near is None else f"the nearest that fits: {near}"
+        raise ConfigError(
+            f"--stream_shards {lanes}: must divide the {batch} pictures of a batch, be a multiple of "
+            f"the {process_count} processes, and be at most the {len(counts)} shards that there are; {advice}"
+        )
+    if sum(counts) < lanes:
+        raise ConfigError(f"--stream_shards {lanes}: there are {sum(counts)} examples; drop it")
+    return Streamed(counts=counts, lanes=lanes, batch_examples=batch, seed=task.config.seed)
 
 
 def make_buckets(

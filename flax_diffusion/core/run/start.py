@@ -142,13 +142,16 @@ def _check_writable(folder: Path, option: str) -> None:
 def _check_data(
     task: Task[TrainConfig], spec: PipelineSpec, source: Source, validation: Source | None, backend: Backend
 ) -> None:
+    main = backend.process_index == 0
     whole = source.source if isinstance(source, Part) else source
     if isinstance(whole, LatentSource):
         shards.check(task, spec, whole)
         return
+    streams = task.stream_of(source) is not None
+    if streams and main:
+        log.info("examples are streamed: each is checked when it is read")
     skips, tokenize = task.config.skip_bad_images, spec.tokenize if task.checks_captions else None
-    main = backend.process_index == 0
-    for own in (source, validation):
+    for own in (None if streams else source, validation):
         if own is not None:
             check_source(own, skip_bad_images=skips, all_processes=backend.all_processes, main=main, tokenize=tokenize)
 
@@ -246,6 +249,7 @@ def prepare(
     make_rate(config, schedule)  # this checks --lr_step_rules
     buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
     examples = held_out(validation, buckets, skip_bad_images=config.skip_bad_images)
+    assembly.make_stream(task, source, schedule, backend.process_count)
     if main:
         assembly.warn_of_vain_options(task, spec, schedule, backend.device_count)
     parameters = backend.init_state()

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -33,6 +33,9 @@ from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset
 from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import TASKS, Preview
+
+if TYPE_CHECKING:
+    from flax_diffusion.core.data.shards.streaming import StreamedSource
 
 IMAGENET_CLASSES = 1000
 _PREVIEWED = 10
@@ -60,6 +63,12 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
     )
     latents_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Dtype in which precompute stores them. bfloat16 takes half of the space."
+    )
+    stream_shards: int | None = Field(
+        None,
+        ge=1,
+        description="Read so many tar or Parquet shards at a time, mixed with each other, so that not all "
+        "need be on the disk. None: mix all examples.",
     )
     class_dropout_prob: float = Field(
         0.1, ge=0, lt=1, description="Share of the classes that are replaced by the null class, which guidance needs."
@@ -90,6 +99,28 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
             raise ValueError(
                 "--latents_dir holds each picture once, and crops at random would differ from epoch to epoch: add "
                 "--center_crop, or --resize_mode stretch"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> ClassConditionalConfig:
+        if self.stream_shards is None:
+            return self
+        given = [name for name in ("cache_latents", "bucket_resolutions") if getattr(self, name)]
+        if given:
+            raise ValueError(
+                f"--{given[0]} reads all pictures before the first step, and --stream_shards a few at a time: drop one"
+                + (", or compute latents by precompute with --latents_dir" if given[0] == "cache_latents" else "")
+            )
+        if self.validation_split:
+            raise ValueError(
+                f"--validation_split {self.validation_split} takes single pictures out of the data, and --stream_shards "
+                "reads whole shards: give --validation_data_dir"
+            )
+        if self.dataloader_num_workers:
+            raise ValueError(
+                f"--dataloader_num_workers {self.dataloader_num_workers}: threads read the shards of --stream_shards: "
+                "give 0"
             )
         return self
 
@@ -145,7 +176,7 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         config = self.config
         if config.latents_dir is None:
             return self.open_pictures()
-        for name in ("train_data_dir", "dataset_name"):
+        for name in ("train_data_dir", "dataset_name", "stream_shards"):
             if getattr(config, name):
                 raise ConfigError(
                     f"--{name} {getattr(config, name)}: training reads --latents_dir {config.latents_dir} in place of "
@@ -160,7 +191,7 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
             raise ConfigError(
                 "precompute class_conditional: latents are made of pictures: give --train_data_dir or --dataset_name"
             )
-        source = open_dataset(self.config)
+        source = open_dataset(self.config, stream_shards=self.config.stream_shards)
         with naming("--train_data_dir" if self.config.train_data_dir else "--dataset_name"):
             return with_labels(source, self.config.label_column, self._classes_of_model())
 
@@ -181,6 +212,13 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
                 f"data lack, whose classes are {first_few(list(known))}: take it away"
             )
         return labelled
+
+    def stream_of(self, source: Source) -> StreamedSource | None:
+        """Return the shards that a run streams, among its examples; None where it streams none."""
+        if self.config.stream_shards is None:
+            return None
+        assert isinstance(source, LabelledSource)
+        return cast("StreamedSource", source.source)
 
     def make_spec(self, source: Source) -> PipelineSpec:
         """Read the configs of the pipeline to train, for the classes of the data."""

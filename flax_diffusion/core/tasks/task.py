@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -20,6 +20,9 @@ from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.registry import Registry
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
+
+if TYPE_CHECKING:
+    from flax_diffusion.core.data.shards.streaming import StreamedSource
 
 C = TypeVar("C", bound=TrainConfig, covariant=True)
 
@@ -118,6 +121,14 @@ class Task(ABC, Generic[C]):
             UserError: If they cannot be used.
         """
         return self.open_source()
+
+    def stream_of(self, source: Source) -> StreamedSource | None:
+        """Return the shards that a run streams, among its examples; None where it streams none.
+
+        Args:
+            source: The examples of `open_source`.
+        """
+        return None
 
     def count_examples(self, source: Source) -> int:
         """Return the number of examples per epoch, including those that `complete_source` adds."""

@@ -47,6 +47,7 @@ _STORED = {"float32": "<f4", "bfloat16": "<u2"}
 """NumPy's dtypes of the file's. NumPy has no bfloat16: its bits are read as integers, then widened."""
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 _ONE_BY_ONE = "group_size:1,uncompressed"  # each record can be read alone; latents are noise to a compressor
+_CHUNK_HEAD_BYTES = 512  # of what ArrayRecord writes around a record, and more
 _OPENING = threading.Lock()
 _COMMAND = "`python -m flax_diffusion.precompute` with the options that it was made with"
 
@@ -257,17 +258,17 @@ class LatentSource:
     def __getitem__(self, index: int) -> Record:
         part = bisect.bisect_right(self._starts, index) - 1
         place = index - self._starts[part]
-        file = self._file(part)
-        where = f"{file} record {place}"
         try:
             made = self.manifest.layout.unpacked(self._reader(part).read([place])[0])
         except (RuntimeError, ValueError, IndexError) as error:
+            where = f"{self._file(part)} record {place}"
             raise DataError(
                 f"{where} cannot be read ({error}): copy the shard again, or delete it and compute it again "
                 f"by {_COMMAND}",
                 where,
             ) from error
         if not 0 <= made.label < len(self.numbers):
+            where = f"{self._file(part)} record {place}"
             raise DataError(
                 f"{where}: its class is {made.label}, and the classes are 0 to {len(self.numbers) - 1}: compute the "
                 "latents again",
@@ -304,7 +305,7 @@ class LatentSource:
         file = self._file(part)
         local = local_copy(self.manifest.folder, (file.name,)) / file.name
         reader = _array_record().ArrayRecordReader(
-            str(local), _RANDOM_ACCESS, file_reader_buffer_size=self.manifest.layout.record_bytes
+            str(local), _RANDOM_ACCESS, file_reader_buffer_size=self.manifest.layout.record_bytes + _CHUNK_HEAD_BYTES
         )
         if reader.num_records() != records[part]:  # the package takes a file that was cut off for an empty one
             raise ValueError(f"it has {reader.num_records()} records, and its manifest says {records[part]}")

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -91,6 +91,7 @@ def open_folder(
     config_name: str | None = None,
     split: str = "train",
     extra: ExtraImages | None = None,
+    stream_shards: int | None = None,
 ) -> Source:
     """Open a folder of images, of Parquet files or of tar shards, or one such file.
 
@@ -115,6 +116,7 @@ def open_folder(
         split: Split to take if there are several.
         extra: Place of the second picture of each example; None for one picture each. Second pictures that lie in the
             folder are no examples of their own.
+        stream_shards: Number of shards that are read at a time, so that not all are on this machine; None for all.
 
     Returns:
         The source.
@@ -127,7 +129,11 @@ def open_folder(
     """
     from flax_diffusion.core.data.sources import parquet, tar
 
-    open_kind = {".parquet": parquet.open_parquet, ".tar": tar.open_tars}
+    open_kind: dict[str, Callable[..., Source]] = {".parquet": parquet.open_parquet, ".tar": tar.open_tars}
+    if stream_shards is not None:
+        from flax_diffusion.core.data.shards import streaming
+
+        open_kind = streaming.openers(stream_shards)
     named = [root] if root.is_file() else [] if root.exists() else tar.named_by(root)
     if not named and not root.exists():
         raise DataError(f"{root} does not exist; give a folder of images, of Parquet files or of tar shards")
@@ -159,6 +165,8 @@ def open_folder(
         paths = [root / name for name in tables]
         open_paths = open_kind[".parquet" if found[".parquet"] else ".tar"]
         return open_paths(paths, image_column, caption_column, max_samples, cache_dir, extra)
+    if stream_shards is not None:
+        raise DataError(f"--stream_shards {stream_shards}: {root} holds no tar or Parquet shards; drop it")
     metadata = [name for name in wanted if os.path.basename(name) in METADATA_FILES]
     if not images and not metadata:
         raise DataError(

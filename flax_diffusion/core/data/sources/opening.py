@@ -31,6 +31,7 @@ def open_source(
     cache_dir: str | Path | None = None,
     split: str = "train",
     extra: ExtraImages | None = None,
+    stream_shards: int | None = None,
 ) -> Source:
     """Open a set of training images and check everything that can be checked without decoding a picture.
 
@@ -46,6 +47,8 @@ def open_source(
         split: Split to take, of a Hub dataset or of a folder that has several (see `splits.of_split`).
         extra: Place of the second picture of each example; None for one picture each. The digits' column
             `conditioning_image` is their coarse shape (see `coarse_shape`).
+        stream_shards: Number of tar or Parquet shards that are read at a time, so that not all are on this machine;
+            None for all.
 
     Returns:
         The source, with at least one record, in an order that is the same in every run.
@@ -80,7 +83,10 @@ def open_source(
             config_name=dataset_config_name,
             split=split,
             extra=extra,
+            stream_shards=stream_shards,
         )
+    if stream_shards is not None:
+        raise DataError(f"--stream_shards {stream_shards}: {dataset_name} is not in shards; drop it")
     if dataset_name is None:
         raise DataError("no training data named; give --dataset_name or --train_data_dir")
     if dataset_name == "digits":

@@ -169,7 +169,7 @@ class TarSource:
         made = self._opened.get(part)
         if made is None:
             index = self.indices[part]
-            table = index if isinstance(index, pa.Table) else pa.ipc.open_file(pa.memory_map(str(index))).read_all()
+            table = pa.ipc.open_file(pa.memory_map(str(index))).read_all() if isinstance(index, Path) else index
             made = self._opened.setdefault(part, {name: table.column(name) for name in table.column_names})
         return made
 

@@ -127,6 +127,7 @@ def open_dataset(
     caption_column: str | None = None,
     extra: ExtraImages | None = None,
     *,
+    stream_shards: int | None = None,
     validation: bool = False,
 ) -> Source:
     """Open the dataset that the options name, or the one for validation.
@@ -135,6 +136,7 @@ def open_dataset(
         config: The options.
         caption_column: Column that holds the captions; None for pictures without.
         extra: Place of the second picture of each example; None for one picture each.
+        stream_shards: Number of shards that are read at a time; None for all.
         validation: Whether to open that of --validation_data_dir.
 
     Raises:
@@ -159,6 +161,7 @@ def open_dataset(
             max_train_samples=None if validation else config.max_train_samples,
             cache_dir=config.cache_dir,
             extra=extra,
+            stream_shards=stream_shards,
         )
 
     if place is None:
@@ -166,6 +169,8 @@ def open_dataset(
             return opened(None)
     with naming(option):
         folders = folders_of(place)
+    if stream_shards is not None and (len(folders) > 1 or folders[0].repeats is not None):
+        raise ConfigError(f"--stream_shards {stream_shards} goes with one folder of shards: name one, without repeats")
     if len(folders) > 1 and not validation:
         _check_several(config, extra)
     with naming(option):
