@@ -114,8 +114,8 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
             )
         if self.validation_split:
             raise ValueError(
-                f"--validation_split {self.validation_split} takes single pictures out of the data, and --stream_shards "
-                "reads whole shards: give --validation_data_dir"
+                f"--validation_split {self.validation_split} takes single pictures out of the data, and "
+                "--stream_shards reads whole shards: give --validation_data_dir"
             )
         if self.dataloader_num_workers:
             raise ValueError(
