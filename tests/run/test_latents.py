@@ -4,6 +4,7 @@ import importlib
 import json
 import pickle
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from tiny import VAE, losses
 
 from flax_diffusion.core.data.shards import latents as files
 from flax_diffusion.core.data.shards.latents import Layout, open_latents
+from flax_diffusion.core.data.sources.folders import FolderSource
 from flax_diffusion.core.errors import ConfigError, DataError
+from flax_diffusion.core.run import lineage
 from flax_diffusion.core.run.shards import latents as writing
 from flax_diffusion.core.tasks.class_conditional import ClassConditionalConfig
 from flax_diffusion.core.tasks.task import task_of
@@ -371,6 +374,23 @@ def test_two_processes_write_what_one_does(options, tmp_path, monkeypatch):
     pair = Parts(0), Parts(1)
     assert written(tmp_path / "two", *pair) == written(tmp_path / "one", Alone(0))
     assert pair[0].rounds == pair[1].rounds
+
+
+def test_each_picture_is_read_once(options, tmp_path, monkeypatch):
+    """Which for those in an object store is what costs."""
+    task = task_of(ClassConditionalConfig(**options))
+    source = task.open_pictures()
+    spec, real, reads = task.make_spec(source), FolderSource.__getitem__, Counter()
+
+    def read(folder, index):
+        reads[index] += 1
+        return real(folder, index)
+
+    monkeypatch.setattr(FolderSource, "__getitem__", read)
+    monkeypatch.setattr(lineage, "data_digest", lambda _: "")
+    (tmp_path / "latents").mkdir()
+    writing.write_latents(task, spec, source, Alone(0))
+    assert reads == Counter(range(COUNT))
 
 
 @pytest.mark.acceptance

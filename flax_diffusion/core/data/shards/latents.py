@@ -151,7 +151,7 @@ def _array_record() -> Any:
     except ImportError as error:  # there is none for Windows
         raise ConfigError(
             f"--latents_dir: the package array_record is missing ({error}): pip install array_record, which is there "
-            "for Linux and macOS, or use --precomputed_dir"
+            "for Linux and Macs of Apple's chips, or use --precomputed_dir"
         ) from error
 
 

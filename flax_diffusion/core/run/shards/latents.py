@@ -7,11 +7,12 @@ with the shards that have none, and all notes are deleted once the manifest is t
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from flax_diffusion.core.data.shards.latents import (
     write_shard,
 )
 from flax_diffusion.core.data.sources.labels import LabelledSource
-from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.data.sources.source import Record, Source
 from flax_diffusion.core.errors import ConfigError, DataError
 from flax_diffusion.core.io.files import as_path, names_in, replacing, write_json
 from flax_diffusion.core.io.untrusted import parse_json, read_text
@@ -183,6 +184,35 @@ def _agree(missing: list[int], backend: Backend) -> None:
         raise DataError("the shards of --latents_dir differ between the processes of this run: give the command again")
 
 
+class _Held:
+    """Pictures of which those of a batch are held, so that each is read once.
+
+    Args:
+        source: The pictures.
+    """
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._records: dict[int, Record] = {}
+
+    def read(self, indices: Sequence[int], pool: ThreadPoolExecutor) -> None:
+        """Read some pictures, which are held in place of the ones before; those that cannot be read are not."""
+
+        def read(index: int) -> Record | None:
+            with contextlib.suppress(DataError):  # it is raised again where the picture is used
+                return self._source[index]
+            return None
+
+        found = zip(indices, pool.map(read, indices), strict=True)
+        self._records = {index: record for index, record in found if record is not None}
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._records.get(index) or self._source[index]
+
+
 def _computed(shards: dict[int, range], encoder: Encoder, layout: Layout) -> Iterator[tuple[int, list[bytes]]]:
     """Yield the number and the records of each shard of this process.
 
@@ -191,6 +221,8 @@ def _computed(shards: dict[int, range], encoder: Encoder, layout: Layout) -> Ite
         encoder: The encoder.
         layout: Form of the records.
     """
+    held = _Held(encoder.source)
+    encoder = replace(encoder, source=held)
     backend, share = encoder.backend, encoder.share
     numbers = sorted(shards)
     parts = [numbers[index :: backend.process_count] for index in range(backend.process_count)]
@@ -201,11 +233,12 @@ def _computed(shards: dict[int, range], encoder: Encoder, layout: Layout) -> Ite
             records: list[bytes] = []
             for first in range(0, len(shards[number]), share):
                 indices = shards[number][first : first + share]
-                pictures = [(example_name(encoder.source, index), index) for index in indices]
+                held.read(indices, pool)
+                pictures = [(example_name(held, index), index) for index in indices]
                 made = encoder(pictures, pool).posteriors[start : start + share]
                 left -= 1
                 for place in encoder.good([name for name, _ in pictures], made):
-                    records.append(_record(encoder.source, pictures[place], made[place], layout))
+                    records.append(_record(held, pictures[place], made[place], layout))
             yield number, records
         for _ in range(left):  # the other processes are not done, and encode together with this one
             encoder([], pool)
