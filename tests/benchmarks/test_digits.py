@@ -111,7 +111,7 @@ def test_transformer_of_classes(request, tmp_path, backend, seed):
 def test_consistency(request, tmp_path):
     """In one step, by an objective with a loss of its own, which JAX alone has."""
     seconds = train(request, "flax_diffusion", "digits_consistency", 0, tmp_path / "run")
-    options = {"objective": "configs.consistency:Consistency", "class_label": "all", "batch_size": 500}
+    options = {"objective": "flax_diffusion.recipes.consistency:Consistency", "class_label": "all", "batch_size": 500}
     images = generate(tmp_path / "run", **options, num_images=179, num_inference_steps=1, guidance_scale=1.0)
     distance = frechet(to_vectors(images), real_digits()[0])
     judge, _ = svm()

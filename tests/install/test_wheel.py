@@ -41,7 +41,8 @@ def test_the_wheel_holds_code_and_recipes_alone(request, wheel):
     packages = {name.partition("/")[0] for name in names if ".dist-info" not in name}
     assert packages == {"flax_diffusion", "torch_backend", "tpu"}
     held = {name.removeprefix("flax_diffusion/recipes/") for name in names if "/recipes/" in name}
-    assert held == {path.name for path in (request.config.rootpath / "configs").glob("*.yaml")}
+    configs = request.config.rootpath / "configs"
+    assert held == {path.name for kind in ("*.yaml", "*.py") for path in configs.glob(kind)}
 
 
 def test_a_recipe_by_name_in_an_empty_folder(installed):
