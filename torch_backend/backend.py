@@ -25,6 +25,7 @@ from flax_diffusion.core.spec.pipeline import PipelineSpec
 from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
 from torch_backend.evaluation import evaluated, finished, on_device
+from torch_backend.features import extractor
 from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, load
 from torch_backend.names import file_name
 from torch_backend.optimizers import OPTIMIZERS, make_optimizer
@@ -48,6 +49,7 @@ class TorchBackend:
     """
 
     command = "python -m torch_backend.train"
+    extractor = staticmethod(extractor)
 
     def __init__(self, config: TrainConfig, spec: PipelineSpec, dtype: torch.dtype = torch.float32):
         self.check_options(config)
@@ -315,6 +317,11 @@ class TorchBackend:
                 batch_size=batch_size,
                 extra=extra,
             )
+
+    def draw(self, **options: Any) -> Iterator[np.ndarray]:
+        """Draw images as `sample` does, a batch at a time."""
+        with self._sampling_modules() as modules:
+            yield from Sampler(modules, self._scheduler, self.device).batches(**options)
 
     @torch.no_grad()
     def embed_prompts(self, prompts: list[str]) -> dict[str, np.ndarray]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from flax_diffusion.core.checkpoints.portable import Arrays
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.io.files import write_text
+
+if TYPE_CHECKING:
+    from flax_diffusion.core.metrics.judging import Extractor
 
 Batch = dict[str, np.ndarray]
 """Arrays of one optimizer step on the host, shaped (accumulation, images of this process, …)."""
@@ -241,6 +244,30 @@ class Backend(Protocol):
 
         Returns:
             Images, uint8 (prompts x num_images, H, W, C), or (num_images, H, W, C) where there are no prompts.
+        """
+        ...
+
+    def draw(self, **options: Any) -> Iterator[np.ndarray]:
+        """Draw images as `sample` does, a batch at a time.
+
+        Args:
+            options: Arguments of `sample`.
+
+        Yields:
+            Images, uint8 (N, H, W, C), in the order of `sample`.
+        """
+        ...
+
+    def extractor(self, feature: str, inception: str | None, batch_size: int) -> Extractor:
+        """Return what computes features of pictures for the metrics.
+
+        Args:
+            feature: Name of the feature.
+            inception: File of the Inception network's weights; None where the feature needs none.
+            batch_size: Pictures at a time.
+
+        Raises:
+            UserError: For a feature that this backend does not have, or weights that cannot be read.
         """
         ...
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from flax_diffusion.core.io.torch_names import from_torch_layout
 from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.jax_backend import adapters
+from flax_diffusion.jax_backend.features import FeatureExtractor
 from flax_diffusion.jax_backend.modules import first_weights, load_pretrained
 from flax_diffusion.jax_backend.optimizers.optimizer import OPTIMIZERS, Params
 from flax_diffusion.jax_backend.processes import all_processes, broadcast_from_first, to_host
@@ -32,6 +33,7 @@ from flax_diffusion.jax_backend.program import Program
 from flax_diffusion.jax_backend.sampling import Sampler, to_uint8
 from flax_diffusion.jax_backend.sharding import make_mesh, put, put_batch, put_replicated, state_shardings
 from flax_diffusion.jax_backend.train_step import TrainState
+from flax_diffusion.models.inception import read_inception
 from flax_diffusion.schedulers import scheduler_from_config
 
 log = logging.getLogger(__name__)
@@ -290,6 +292,15 @@ class JaxBackend:
             batch_size=batch_size,
             extra=extra,
         )
+
+    def draw(self, **options: Any) -> Iterator[np.ndarray]:
+        """Draw images as `sample` does, a batch at a time."""
+        return self._sampler.batches(self._all_params(), **options)
+
+    def extractor(self, feature: str, inception: str | None, batch_size: int) -> FeatureExtractor:
+        """Return what computes features of pictures, over all devices."""
+        weights = None if inception is None else read_inception(inception)
+        return FeatureExtractor(feature, self.mesh, batch_size, weights)
 
     def trained_arrays(self) -> portable.Arrays:
         """Return the trained weights, averaged if there is an average, by component and PyTorch name."""

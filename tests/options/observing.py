@@ -31,6 +31,7 @@ from flax_diffusion.jax_backend.backend import JaxBackend
 from torch_backend import distribution
 from torch_backend import options as torch_options
 from torch_backend.backend import TorchBackend
+from torch_backend.features import PixelFeatures
 
 DEVICES = jax.devices()
 """All eight; tests see the first of them only."""
@@ -101,6 +102,12 @@ class Recorder(Idle):
         self.sampled.append(asked | {"extra": told})
         count = asked["num_images"] * max(1, len(asked["prompts"]))
         return np.zeros((count, 16, 16, 3), np.uint8)
+
+    def draw(self, **asked):
+        yield self.sample(**asked)
+
+    def extractor(self, feature, inception, batch_size):
+        return PixelFeatures()
 
     def export(self, folder, *, only_trained=False):
         self.exported.append(self.steps)

@@ -81,6 +81,13 @@ def latent_classes(w: Any) -> dict[str, Any]:
     return {"vae": str(w.vae), "transformer": folders.DIT | {"in_channels": 4}, "center_crop": True}
 
 
+def judged(w: Any) -> dict[str, Any]:
+    return {
+        "evaluate_steps": 2, "evaluate_features": "pixels", "evaluate_reference": str(w.data),
+        "evaluate_num_images": 10,
+    }  # fmt: skip
+
+
 def concept(w: Any, folder: Any, prompt: str) -> dict[str, Any]:
     return {"instance_data_dir": str(folder), "instance_prompt": prompt}
 
@@ -326,6 +333,15 @@ TABLE: dict[str, list[Row]] = {
     ],
     "validation_loss_steps": [Row(1, "files", {"validation_split": 0.4})],
     "max_validation_samples": [Row(1, "batch", {"validation_split": 0.4})],
+    "evaluate_steps": [Row(1, "files", judged)],
+    "evaluate_metrics": [Row(["fid", "precision"], "files", judged)],
+    "evaluate_features": [Row("inception", "refused", judged)],
+    "evaluate_inception": [Row("weights.pth", "refused", judged)],
+    "evaluate_reference": [Row(lambda w, _: str(w.more), "files", judged)],
+    "evaluate_num_images": [Row(20, "samples", judged)],
+    "evaluate_num_inference_steps": [Row(3, "samples", judged)],
+    "evaluate_batch_size": [Row(2, "samples", judged)],
+    "evaluate_guidance_scale": [Row([1.0, 2.0], "samples", judged)],
     "validation_num_inference_steps": [Row(3, "samples")],
     "validation_prompts": [Row(["a <new> thing"], "samples")],
     "validation_guidance_scale": [Row(3.0, "samples")],

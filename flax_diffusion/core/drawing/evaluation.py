@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -74,6 +75,48 @@ class _Subject:
     source: Source | None = None
 
 
+class Evaluation:
+    """Pictures to judge and what they are compared with, both checked before anything is drawn or read.
+
+    Args:
+        config: The options.
+        backend: Draws and computes features.
+
+    Attributes:
+        names: Names of the metrics, in the order of the table.
+        count: Number of pictures to judge; 0 where only a reference is made.
+
+    Raises:
+        UserError: For input that cannot be used.
+    """
+
+    def __init__(self, config: EvaluateOptions, backend: Backend):
+        self.names = metrics_of(config)
+        self._config, self._backend = config, backend
+        self._real = None if config.reference is None else _open_reference(config.reference)
+        self._extractor = backend.extractor(config)
+        self._subject = _subject(config, backend)
+        self.count = self._subject.count
+        if self._subject.source is not None:
+            check_least(self.names, self.count, f"--images {config.images}")
+        self._kind, dimension = _kind(self._subject, self._real, self._extractor)
+        if isinstance(self._real, Archive):
+            _check_archive(self._real, config, self.names, self._kind, dimension)
+        elif self._real is not None:
+            check_least(needs(self.names, "needs_reference"), len(self._real), f"--reference {config.reference}")
+
+    @functools.cached_property
+    def reference(self) -> Reference | None:
+        """Statistics of the real pictures, which are computed where they are not there; None where none are needed."""
+        if self._real is None:
+            return None
+        return _reference(self._real, self._config, self.names, self._kind, self._extractor, self._backend)
+
+    def rows(self) -> list[Row]:
+        """Judge the pictures: a row for each scale of guidance, or one for pictures that were there."""
+        return [*_rows(self._config, self.names, self._subject, self.reference, self._extractor, self._backend)]
+
+
 def run(config: EvaluateOptions, backend: Backend) -> list[Row]:
     """Judge pictures, as the command line does.
 
@@ -87,23 +130,13 @@ def run(config: EvaluateOptions, backend: Backend) -> list[Row]:
     Raises:
         UserError: For input that cannot be used.
     """
-    names = metrics_of(config)
-    real = None if config.reference is None else _open_reference(config.reference)
-    extractor = backend.extractor(config)
-    subject = _subject(config, backend)
-    if subject.source is not None:
-        check_least(names, subject.count, f"--images {config.images}")
-    kind, dimension = _kind(subject, real, extractor)
-    if isinstance(real, Archive):
-        _check_archive(real, config, names, kind, dimension)
-    elif real is not None:
-        check_least(needs(names, "needs_reference"), len(real), f"--reference {config.reference}")
+    evaluation = Evaluation(config, backend)
     for option in ("save_reference", "output"):
         _check_writable(option, getattr(config, option), backend)
-    reference = None if real is None else _reference(real, config, names, kind, extractor, backend)
+    reference = evaluation.reference
     if reference is not None and config.save_reference is not None and backend.is_main:
         save_reference(as_path(config.save_reference), reference)
-    rows = [*_rows(config, names, subject, reference, extractor, backend)]
+    rows = evaluation.rows()
     if config.output is not None and backend.is_main:
         about = {"model": config.model, "images": config.images, "reference": config.reference}
         given = {name: value for name, value in about.items() if value is not None}

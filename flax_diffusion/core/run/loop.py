@@ -124,6 +124,8 @@ class _Run:
         if start.validation is not None:
             examples, batch_size = start.validation, start.schedule.batch_size
             self.judges.append(ValidationLoss(task, spec, examples, start.made, backend, batch_size))
+        if start.drawn is not None:
+            self.judges.append(start.drawn)
 
     def close(self) -> None:
         """Let a running save end, and close the log."""

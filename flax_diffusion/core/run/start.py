@@ -29,6 +29,7 @@ from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
 from flax_diffusion.core.run.shards import latents as shards
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
+from flax_diffusion.core.validation.drawn import DrawnPictures
 from flax_diffusion.core.validation.held_out import HeldOut, divide, held_out, with_held_out
 
 log = logging.getLogger(__name__)
@@ -43,6 +44,7 @@ class Start:
         made: What was computed before training.
         buckets: Order of the examples, where they are divided over buckets; None where they are not.
         validation: Examples that do not train; None for none.
+        drawn: Judge of pictures that are drawn; None for none.
         schedule: The run's steps.
         parameters: Number of trained parameters.
         identity: What a checkpoint must have in common with a run that resumes from it.
@@ -56,6 +58,7 @@ class Start:
     made: Precomputed
     buckets: Bucketed | None
     validation: HeldOut | None
+    drawn: DrawnPictures | None
     schedule: Schedule
     parameters: int
     identity: dict[str, Any]
@@ -252,6 +255,8 @@ def prepare(
     assembly.make_stream(task, source, schedule, backend.process_count)
     if main:
         assembly.warn_of_vain_options(task, spec, schedule, backend.device_count)
+    evaluated = task.evaluation()
+    drawn = None if evaluated is None else DrawnPictures(evaluated, task, spec, backend)
     parameters = backend.init_state()
     if resume_from is not None:
         backend.check(resume_from)
@@ -260,7 +265,9 @@ def prepare(
     made = precompute(task, spec, pictures, backend, scratch, sizes)
     if resume_from is not None:
         backend.restore(resume_from)
-    return Start(source, made, buckets, examples, schedule, parameters, identity, resume_from, step, seen, nonfinite)
+    return Start(
+        source, made, buckets, examples, drawn, schedule, parameters, identity, resume_from, step, seen, nonfinite
+    )
 
 
 def _completed(task: Task[TrainConfig], source: Source, backend: Backend, buckets: Bucketed | None) -> Source:

@@ -31,6 +31,7 @@ from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.prompts import class_number, is_guided
 from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset, stand_in
 from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.common.evaluation import EvaluationConfig, evaluation_options
 from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import TASKS, Preview
 
@@ -43,7 +44,7 @@ _PREVIEWED = 10
 
 
 @with_defaults(adam_weight_decay=0.0, validation_epochs=None, eval_batch_size=4, output_dir="class-conditional-model")
-class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
+class ClassConditionalConfig(DiffusionConfig, DatasetConfig, EvaluationConfig):
     """Images of given classes: `train class_conditional`. Trains a UNet2DModel or a DiTTransformer2DModel."""
 
     transformer: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
@@ -67,8 +68,7 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
     stream_shards: int | None = Field(
         None,
         ge=1,
-        description="Read so many tar or Parquet shards at a time, mixed with each other, so that not all "
-        "need be on the disk. None: mix all examples.",
+        description="Read so many tar or Parquet shards at a time, mixed with each other. None: mix all examples.",
     )
     class_dropout_prob: float = Field(
         0.1, ge=0, lt=1, description="Share of the classes that are replaced by the null class, which guidance needs."
@@ -80,6 +80,10 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig):
         [], description="Classes to draw during training, by name or number. None: the first ten."
     )
     validation_guidance_scale: float = Field(4.0, ge=0, description="Guidance scale of these samples.")
+
+    evaluate_guidance_scale: list[Annotated[float, Field(ge=0)]] = Field(
+        [1.0], min_length=1, description="Scales of guidance, each judged by itself; 1 is none."
+    )
 
     @property
     def other_data(self) -> str | None:
@@ -377,6 +381,10 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         config = self.config
         labels = config.validation_class_labels or [str(number) for number in range(len(spec.classes))][:_PREVIEWED]
         return self._samples(labels, config.validation_guidance_scale, config.eval_batch_size)
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """Return what the run evaluates, by option of `evaluate`: pictures of all classes."""
+        return evaluation_options(self.config, class_label=["all"])
 
 
 def _denoiser_of(kind: str) -> tuple[str, ModelClass]:

@@ -210,6 +210,10 @@ class Task(ABC, Generic[C]):
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
         """Return the preview of progress; None for none."""
 
+    def evaluation(self) -> dict[str, Any] | None:
+        """Return what a run evaluates while it trains, by option of `evaluate`; None for nothing."""
+        return None
+
     def export_trained(
         self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
     ) -> None:

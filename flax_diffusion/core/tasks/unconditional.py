@@ -14,6 +14,7 @@ from flax_diffusion.core.families.ddpm import DDPM, UNET_2D
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset, stand_in
 from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.common.evaluation import EvaluationConfig, evaluation_options
 from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import TASKS
 
@@ -35,7 +36,7 @@ TUTORIAL_UNET: dict[str, Any] = {
     validation_num_inference_steps=1000,
     save_model_epochs=10,
 )
-class UnconditionalConfig(DiffusionConfig, DatasetConfig):
+class UnconditionalConfig(DiffusionConfig, DatasetConfig, EvaluationConfig):
     """Images from noise alone: `train unconditional`."""
 
 
@@ -86,6 +87,10 @@ class UnconditionalTask(DiffusionTask[UnconditionalConfig]):
         if config.vae:
             components["vqvae"] = frozen_vae(config.vae)
         return self.pipeline("LDMPipeline" if config.vae else "DDPMPipeline", components)
+
+    def evaluation(self) -> dict[str, Any] | None:
+        """Return what the run evaluates, by option of `evaluate`."""
+        return evaluation_options(self.config)
 
 
 TASKS.register(UnconditionalTask.name, UnconditionalTask)
