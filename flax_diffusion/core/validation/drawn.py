@@ -14,7 +14,7 @@ from flax_diffusion.core.drawing import command, evaluation_options
 from flax_diffusion.core.drawing.command import GenerateConfig
 from flax_diffusion.core.drawing.evaluation import Evaluation
 from flax_diffusion.core.drawing.evaluation_options import EvaluateOptions
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.errors import ConfigError, DataError, WeightsError
 from flax_diffusion.core.metrics.judging import Extractor
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.common.evaluation import EVERY, PREFIX
@@ -31,7 +31,7 @@ class DrawnPictures:
         backend: The backend of this process.
 
     Raises:
-        ConfigError: For options that do not go together, or real pictures that do not fit, before anything is drawn.
+        UserError: For options that do not go together, or real pictures that do not fit, before anything is drawn.
     """
 
     def __init__(self, options: dict[str, Any], task: Task[Any], spec: PipelineSpec, backend: training.Backend):
@@ -39,9 +39,9 @@ class DrawnPictures:
         try:
             config = evaluation_options.options_of(options | {"model": task.config.output_dir})
             self._evaluation = Evaluation(config, _Drawing(spec, backend))
-        except ConfigError as error:
+        except (ConfigError, DataError, WeightsError) as error:
             names = "|".join(sorted(options, key=len, reverse=True))
-            raise ConfigError(re.sub(rf"--({names})\b", rf"--{PREFIX}\1", str(error))) from error
+            raise type(error)(re.sub(rf"--({names})\b", rf"--{PREFIX}\1", str(error))) from error
         self._scales = config.guidance_scale
         self.names = [name + end for end in self._ends for name in self._evaluation.names]
         self.of = f"{self._evaluation.count} drawn pictures"
