@@ -1,6 +1,6 @@
 """Pictures in tar and Parquet shards that are not all on this machine at a time.
 
-A shard is brought here when one of its examples is first read, or ahead of that, and removed once others need its place.
+A shard is brought here before one of its examples is first read, and removed once others need its place.
 What is brought is a copy of a tar shard in an object store, and the unpacked rows of a Parquet shard.
 """
 
