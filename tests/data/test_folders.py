@@ -276,7 +276,7 @@ def test_broken_metadata(tmp_path, name, content, message):
 
 def test_a_file_is_no_folder(tmp_path):
     write(tmp_path, ["a.png"])
-    with pytest.raises(DataError, match=r"is a file; give a folder or a \.parquet file"):
+    with pytest.raises(DataError, match=r"is a file; give a folder, or a \.parquet or \.tar file"):
         open_folder(tmp_path / "a.png")
 
 

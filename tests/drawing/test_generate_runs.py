@@ -75,6 +75,7 @@ def same(images, expected, *, apart=None):
         assert np.abs(images.astype(int) - apart).max() > 3
 
 
+@pytest.mark.acceptance
 def test_lora_run_and_its_checkpoint(model, lora, tmp_path):
     plain = torch_generate(model, prompt=PROMPT, **DRAW)
     end = torch_generate(convert(model, tmp_path / "end", lora=[str(lora)]), prompt=PROMPT, **DRAW)

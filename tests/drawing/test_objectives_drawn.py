@@ -5,6 +5,7 @@ import json
 import diffusers
 import numpy as np
 import pytest
+from proofs import proof
 from tiny import RUN
 
 from flax_diffusion.core.errors import ConfigError
@@ -39,7 +40,7 @@ def test_models_of_other_objectives(tmp_path, objective):
             generate(out, scheduler=wrong, **options)
 
 
-@pytest.mark.parametrize("train", [jax_train, torch_train])
+@pytest.mark.parametrize("train", [proof(jax_train), torch_train])
 def test_another_objective_for_a_pretrained_model(tmp_path, train):
     """The new scheduler takes the place of the old one; the objective of the one that is there needs no saying."""
     base = jax_train("unconditional", **RUN, report_to="none", output_dir=str(tmp_path / "base"))

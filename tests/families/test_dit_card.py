@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from jax.sharding import Mesh
+from proofs import proof
 from tiny import RUN, VAE
 
 from flax_diffusion.core.drawing import command
@@ -33,7 +34,7 @@ def floats(folder, labels, shape, steps):
     return np.concatenate([*drawing.pictures(pipeline, config)])
 
 
-@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("latent", [False, proof(True)])
 def test_its_lines_draw_what_generate_draws(tmp_path, latent):
     from diffusers import AutoencoderKL
 

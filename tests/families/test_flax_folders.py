@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from proofs import proof
 from tiny import pictures
 
 import flax_diffusion.generate
@@ -121,7 +122,7 @@ def test_a_variant_is_not_looked_for_in_msgpack(own, caplog):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["half", "safe", "img2img"])
+@pytest.mark.parametrize("name", [proof("half"), "safe", proof("img2img")])
 def test_they_draw_and_train(release, tmp_path, name, backend, caplog):
     """Drawn from the same weights, pictures are the plain pipeline's; PyTorch opens what is written."""
     from diffusers import StableDiffusionPipeline

@@ -41,6 +41,7 @@ def test_one_of_sixty_captions(tmp_path, backend, start, monkeypatch):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
+@pytest.mark.acceptance
 def test_a_run_without_the_bad_caption(tmp_path):
     """Which the tokenizer that is made of the captions passes over, too."""
     from flax_diffusion.train import train

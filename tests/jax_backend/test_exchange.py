@@ -20,6 +20,7 @@ from flax_diffusion.jax_backend.program import SUM_DTYPES, Program
 from flax_diffusion.jax_backend.sharding import make_mesh
 
 
+@pytest.mark.acceptance
 def test_dropout_and_gathering_by_layers():
     """A run draws the same masks on any devices; layers that gather their weights compute the same."""
     options = {"unet": RUN["unet"] | ONE_BLOCK | {"dropout": 0.3}, "max_train_steps": 3}

@@ -8,6 +8,7 @@ import diffusers
 import jax
 import numpy as np
 import pytest
+from proofs import proof
 from tiny import pictures, stable_diffusion
 
 import flax_diffusion.generate
@@ -90,7 +91,7 @@ def test_dpm_solver_starts_where_there_is_signal_on_both_backends():
     assert ours.config["lambda_min_clipped"] == theirs.config["lambda_min_clipped"] == -5.1
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [proof("jax"), "torch"])
 @pytest.mark.parametrize(
     "scheduler", [{"_class_name": "EulerAncestralDiscreteScheduler"}, {"_class_name": "LCMScheduler", "beta_end": None}]
 )

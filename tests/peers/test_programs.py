@@ -21,7 +21,7 @@ from flax_diffusion.migrate import examine
 HERE = Path(__file__).parent
 PROGRAMS = sorted((HERE / "programs").glob("*.py"))
 NAMES = [program.stem for program in PROGRAMS]
-QUICK = ("cache_imagenet_latents", "clip_scores", "img2img_notebook", "scheduler_loop", "train_controlnet")
+QUICK = ("cache_imagenet_latents", "clip_scores", "img2img_notebook", "scheduler_loop")
 """Programs that run in the gate."""
 WITHOUT_UNET = ("cache_imagenet_latents", "clip_scores", "scheduler_loop")
 PICTURES = ("images", "output", "pictures", "one", "unchecked")

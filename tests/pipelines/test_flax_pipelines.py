@@ -130,6 +130,7 @@ def test_text_to_image_equals_pytorch(folder: Path) -> None:
     assert [image.size for image in pipe.numpy_to_pil(ours)] == [(24, 16)] * 2
 
 
+@pytest.mark.acceptance
 def test_the_calls_of_a_notebook(folder: Path) -> None:
     """Replicated parameters and sharded prompts, on as many devices as there are."""
     pipeline, params = FlaxStableDiffusionPipeline.from_pretrained(

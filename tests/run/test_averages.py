@@ -258,6 +258,7 @@ def tuned(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.acceptance
 def test_what_does_not_train_is_linked(tuned):
     beside = tuned / "ema/sigma_rel_0.1"
     assert not (beside / "unet").is_symlink()

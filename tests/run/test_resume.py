@@ -111,6 +111,7 @@ def test_resume_is_bitwise_at_every_step(backend, uninterrupted, all_saved, tmp_
     )
 
 
+@pytest.mark.acceptance
 def test_resume_with_cached_latents(backend, tmp_path):
     """They are made anew at each start, of both orientations; a resumed run draws from them what it would have."""
     from diffusers import AutoencoderKL

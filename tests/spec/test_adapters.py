@@ -149,6 +149,7 @@ def test_textual_inversion_resumed_from_another_word(shared, folder):
         fit(task_of(TASKS["textual_inversion"].config_class(**inversion(shared, folder, **again))), JaxBackend)
 
 
+@pytest.mark.acceptance
 def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):
     def run(where, **options):
         made = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, UNet2DConditionModel
 from PIL import Image
+from proofs import proof
 from tiny import paired_pictures, pictures, stable_diffusion
 
 import flax_diffusion.generate
@@ -165,8 +166,7 @@ def run(options, backend, folder, until=None, **more):
 
 
 @pytest.mark.parametrize(
-    ("backend", "cached"),
-    [("jax", False), pytest.param("jax", True, marks=pytest.mark.acceptance), ("torch", False), ("torch", True)],
+    ("backend", "cached"), [proof("jax", False), proof("jax", True), ("torch", False), ("torch", True)]
 )
 def test_resume_is_bitwise(options, tmp_path, backend, cached):
     if cached:

@@ -78,13 +78,13 @@ class _Subject:
 class Evaluation:
     """Pictures to judge and what they are compared with, both checked before anything is drawn or read.
 
-    Args:
-        config: The options.
-        backend: Draws and computes features.
-
     Attributes:
         names: Names of the metrics, in the order of the table.
         count: Number of pictures to judge; 0 where only a reference is made.
+
+    Args:
+        config: The options.
+        backend: Draws and computes features.
 
     Raises:
         UserError: For input that cannot be used.
