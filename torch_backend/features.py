@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class PixelFeatures:
     """The pixels themselves in 0..1, as of `flax_diffusion.jax_backend.features`; see `judging.Extractor`."""
 
-    feature, weights = PIXELS, None
+    feature: str = PIXELS
+    weights: str | None = None
 
     def dimension(self, size: tuple[int, int], channels: int) -> int:
         """Return the number of features of pictures of a height and width in pixels."""
