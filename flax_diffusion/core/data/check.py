@@ -95,7 +95,7 @@ def _failure(checked: int, examples: int, reasons: dict[str, str], skip_bad_imag
 
 def _check(source: Source, main: bool, tokenize: TokenizePrompt | None) -> tuple[int, "_Findings"]:
     """Check the examples and return how many were checked, and what was found."""
-    local = _is_local(source)
+    local = reads_locally(source)
     count = min(len(source), MAX_CHECKED if local else MAX_CHECKED_IN_STORE)
     indices = np.linspace(0, len(source) - 1, count).astype(int).tolist()
     findings = _Findings(source, tokenize)
@@ -110,8 +110,8 @@ def _check(source: Source, main: bool, tokenize: TokenizePrompt | None) -> tuple
     return count, findings
 
 
-def _is_local(source: Source) -> bool:
-    """Return whether reading an example needs no object store."""
+def reads_locally(source: Source) -> bool:
+    """Return whether reading an example needs no object store; it is asked of the first one."""
     try:
         image = source[0].image
     except DataError:

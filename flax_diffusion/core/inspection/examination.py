@@ -6,17 +6,16 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.captions import TokenizePrompt
+from flax_diffusion.core.data.check import reads_locally
 from flax_diffusion.core.data.images.decoding import checksum, decode
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import DataError
-from flax_diffusion.core.io.files import is_local
 
 _THREADS, _THREADS_IN_STORE = 4, 32  # a picture in an object store is waited for most of the time
 
@@ -111,7 +110,7 @@ def examine(source: Source, tokenize: TokenizePrompt | None, limit: int | None) 
     def look(index: int) -> Seen:
         return _look(source, index, tokenize)
 
-    with ThreadPoolExecutor(_THREADS if _is_local(source) else _THREADS_IN_STORE) as pool:
+    with ThreadPoolExecutor(_THREADS if reads_locally(source) else _THREADS_IN_STORE) as pool:
         for one in tqdm(pool.map(look, _first_of_each(source, indices, names, found)), "inspecting", unit="picture"):
             found.seen.append(one)
     return found
@@ -125,14 +124,6 @@ def _first_of_each(source: Source, indices: Sequence[int], names: set[str], foun
         if name not in names:
             names.add(name)
             yield index
-
-
-def _is_local(source: Source) -> bool:
-    try:
-        image = source[0].image
-    except DataError:
-        return True
-    return not isinstance(image, Path) or is_local(image)
 
 
 def _look(source: Source, index: int, tokenize: TokenizePrompt | None) -> Seen:
