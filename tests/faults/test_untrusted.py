@@ -108,7 +108,7 @@ def fuzz(figure, name: str, count: int, seeds: list[bytes], path: Path, read) ->
         mutate = MUTATIONS[name] if name in MUTATIONS and rng.random() < 0.5 else mutated
         data = mutate(rng, seeds[number % len(seeds)], PARTS[name])
         path.write_bytes(data)
-        start = time.perf_counter()
+        start = time.process_time()  # the clock would count what other programs take of the machine
         try:
             read()
         except UserError as error:
@@ -116,7 +116,7 @@ def fuzz(figure, name: str, count: int, seeds: list[bytes], path: Path, read) ->
         except BaseException:
             print(f"\n{name}, mutation {number}: {data[:2000]!r}")
             raise
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
         assert slowest < MAX_SECONDS, (number, data[:2000])
     refused = len(messages)
     more = (peak_kilobytes() - before) / 1024
@@ -311,10 +311,10 @@ LAUGHS = "a: &a [lol, lol, lol, lol, lol, lol, lol, lol, lol, lol]\n" + "".join(
 def test_yaml_that_is_no_recipe(tmp_path, text, says):
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ConfigError, match=says):
         command_line.parse_train(["--config", str(path)], "train")
-    assert time.perf_counter() - start < MAX_SECONDS
+    assert time.process_time() - start < MAX_SECONDS
 
 
 def test_links(tmp_path):
