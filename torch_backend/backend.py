@@ -20,8 +20,8 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import check_same_shapes
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.spec.prompts import sampler_config
 from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
 from torch_backend.evaluation import evaluated, finished, on_device
@@ -66,7 +66,7 @@ class TorchBackend:
         self.process_count: int = self.accelerator.num_processes
         self.device_count: int = self.process_count
         self.device: torch.device = self.accelerator.device
-        self._scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler)) if spec.scheduler else None
+        self._scheduler = scheduler_from_config(sampler_config(spec)) if spec.scheduler else None
         self._state_names = OPTIMIZERS[config.optimizer].state(config)
         self.count = self.steps = 0
         self.average: str | None = None

@@ -10,8 +10,8 @@ import numpy as np
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import command
-from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.run import launch
+from flax_diffusion.core.spec.prompts import sampler_config
 from torch_backend.train import PACKAGES
 
 
@@ -29,7 +29,7 @@ def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
     from torch_backend.sampling import Sampler, scheduler_from_config
 
     spec = command.open_checked(config, shapes)
-    scheduler = scheduler_from_config(samplers.sampler_config(spec.scheduler, config.scheduler), config.scheduler)
+    scheduler = scheduler_from_config(sampler_config(spec, config.scheduler), config.scheduler)
     device = PartialState().device or torch.device("cpu")
     modules = build_modules(
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,

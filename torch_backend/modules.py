@@ -101,6 +101,12 @@ class Modules:
         self, sample: Float[Tensor, "B C h w"], timesteps: Num[Tensor, " B"], condition: Any = None
     ) -> Float[Tensor, "B C h w"]:
         """Return the denoiser's prediction for noisy samples (B, C, h, w) at timesteps (B,)."""
+        return self.output(sample, timesteps, condition)[:, : sample.shape[1]]
+
+    def output(
+        self, sample: Float[Tensor, "B C h w"], timesteps: Num[Tensor, " B"], condition: Any = None
+    ) -> Float[Tensor, "B c h w"]:
+        """Return the prediction, and behind it, where the denoiser learns one, the variance: (B, C or 2C, h, w)."""
         return self.family.predict(self, sample, timesteps, condition)
 
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.objectives.noise_schedule import timesteps_with_signal
 from flax_diffusion.core.objectives.objective import objective_of
-from flax_diffusion.core.objectives.samplers import DRAWING, OF_BETAS, OWN, class_name, in_place
+from flax_diffusion.core.objectives.samplers import DRAWING, OF_BETAS, OWN, class_name, in_place, takes_variance
 from flax_diffusion.core.randomness.streams import sampling_noise
 from flax_diffusion.core.spec.prompts import guidance_scales, is_guided, told
 from torch_backend import schedulers
@@ -47,6 +47,8 @@ def scheduler_from_config(config: dict[str, Any], kind: str | None = None) -> An
             "and .generate"
         )
     name, values = in_place(config, kind) if kind else (class_name(config), config)
+    if name == OF_BETAS["dpm++"]:  # Diffusers' class takes the first three channels, however many there are
+        values = {key: value for key, value in values.items() if key != "variance_type"}
     if name not in DRAWING:
         raise ConfigError(f"scheduler {name} does not draw images here; use one of {', '.join(DRAWING)}")
     made_by = getattr(schedulers if name in OWN else diffusers, name)
@@ -90,6 +92,7 @@ class Sampler:
 
     def __init__(self, modules: Modules, scheduler: Any, device: torch.device):
         self.modules, self.scheduler, self.device = modules, scheduler, device
+        self.takes_variance = takes_variance(type(scheduler).__name__, scheduler.config)
 
     def __call__(self, **options: Any) -> np.ndarray:
         """Draw all pictures, uint8 (images, H, W, C), prompt by prompt, with the arguments and errors of `batches`."""
@@ -160,12 +163,16 @@ class Sampler:
             drawn += 1
             model_input = scheduler.scale_model_input(sample, timestep) if scales else sample
             model_input = model_input if guidance_scale is None else torch.cat([model_input, model_input])
-            predicted = self.modules.predict(model_input, timestep.expand(len(model_input)), condition).to(sample.dtype)
+            call = self.modules.output if self.takes_variance else self.modules.predict
+            output = call(model_input, timestep.expand(len(model_input)), condition).to(sample.dtype)
             if guidance_scale is not None:
-                without, with_prompt = predicted.chunk(2)
-                predicted = without + weight * (with_prompt - without)
+                channels = sample.shape[1]  # what is behind them is a variance, which is not guided
+                without, with_prompt = output.chunk(2)
+                predicted, without = with_prompt[:, :channels], without[:, :channels]
+                guided = without + weight * (predicted - without)
+                output = torch.cat([guided, with_prompt[:, channels:]], dim=1)
             with HostNoise(noise):
-                sample = scheduler.step(predicted, timestep, sample).prev_sample
+                sample = scheduler.step(output, timestep, sample).prev_sample
         return to_uint8(self.modules, sample)
 
 

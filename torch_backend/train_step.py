@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from torch_backend.modules import Modules
+from torch_backend.variational_bound import variational_bound
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -57,7 +58,8 @@ def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
             latent_noise (B, C, h, w), perturbation (B, C, h, w), and what its family conditions on.
 
     Returns:
-        Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
+        Σ_i w_i · (mean((prediction_i − target_i)²) + bound_i) / B, in float32 at least. There is a bound, that of
+        `variational_bound`, only where a variance is trained.
 
     Reference:
         `core.objectives.objective`, for input, target and weight.
@@ -70,10 +72,14 @@ def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
     noise = batch["noise"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = _mixed(batch, "input", clean, added)
-    predicted = modules.predict(noisy, batch["timesteps"], modules.condition(batch))
+    output = modules.output(noisy, batch["timesteps"], modules.condition(batch))
+    predicted, variance = output[:, : noisy.shape[1]], output[:, noisy.shape[1] :]
     target = _mixed(batch, "target", clean, noise)
     wide = torch.promote_types(predicted.dtype, torch.float32)
-    error = (predicted.to(wide) - target.to(wide)).square().mean(dim=(1, 2, 3))
+    difference = predicted.to(wide) - target.to(wide)
+    error = difference.square().mean(dim=(1, 2, 3))
+    if "variance_weights" in batch:
+        error = error + variational_bound(batch, clean.to(wide), difference, variance.to(wide))
     return (error * batch["loss_weights"]).mean()
 
 

@@ -22,8 +22,8 @@ from flax_diffusion.core.errors import CheckpointError
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import absolute, written_folder
 from flax_diffusion.core.io.torch_names import from_torch_layout
-from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
+from flax_diffusion.core.spec.prompts import sampler_config
 from flax_diffusion.jax_backend import adapters
 from flax_diffusion.jax_backend.features import FeatureExtractor
 from flax_diffusion.jax_backend.modules import first_weights, load_pretrained
@@ -81,7 +81,7 @@ class JaxBackend:
         self.modules = self.program.modules
         # Scheduler options are checked here, before any weight is read.
         if spec.scheduler:
-            own, values = self.modules.objective, samplers.sampler_config(spec.scheduler)
+            own, values = self.modules.objective, sampler_config(spec)
             self._sampler = Sampler(self.modules, None if own else scheduler_from_config(values), self.mesh)
         self._encode = jax.jit(self.modules.encode_images)
         self._condition = jax.jit(self.modules.condition)

@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_diffusion.core.drawing import command
-from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.spec.pipeline import PipelineSpec
+from flax_diffusion.core.spec.prompts import sampler_config
 from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules, load_pretrained, shapes
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.jax_backend.sampling import Sampler
@@ -51,7 +51,7 @@ def open_pipeline(config: command.GenerateConfig, spec: PipelineSpec, mesh: Mesh
         UserError: If the weights or the scheduler do not fit.
     """
     modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
-    values = samplers.sampler_config(spec.scheduler, config.scheduler)
+    values = sampler_config(spec, config.scheduler)
     scheduler = None if modules.objective else scheduler_from_config(values, kind=config.scheduler)
     params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
     return Pipeline(spec, Sampler(modules, scheduler, mesh), params)

@@ -115,6 +115,17 @@ class Modules:
         dropout: Key[Array, ""] | None = None,
     ) -> Float[Array, "B C h w"]:
         """Return the denoiser's prediction for noisy samples (B, C, h, w) at timesteps (B,)."""
+        return self.output(params, sample, timesteps, condition, dropout)[:, : sample.shape[1]]
+
+    def output(
+        self,
+        params: Params,
+        sample: Float[Array, "B C h w"],
+        timesteps: Num[Array, " B"],
+        condition: Any = None,
+        dropout: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B c h w"]:
+        """Return the prediction, and behind it, where the denoiser learns one, the variance: (B, C or 2C, h, w)."""
         return self.family.predict(self, params, sample, timesteps, condition, dropout)
 
     def call(

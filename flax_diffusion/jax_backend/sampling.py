@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from flax_diffusion.core.objectives.samplers import takes_variance
 from flax_diffusion.core.randomness.streams import sampling_noise
 from flax_diffusion.core.spec.prompts import guidance_scales, is_guided, told
 from flax_diffusion.jax_backend.modules import Modules
@@ -43,6 +44,7 @@ class Sampler:
         self.stochastic = isinstance(scheduler, FlaxDDPMScheduler | FlaxFlowMatchSDEScheduler) or algorithm.startswith(
             "sde"
         )
+        self.takes_variance = scheduler is not None and takes_variance(scheduler.torch_class_name, scheduler.config)
         self._denoise = jax.jit(self._denoise_step, static_argnames="guided", donate_argnames=("state", "sample"))
         self._condition = jax.jit(self._told, static_argnames="zeroed")
         self._finish = jax.jit(functools.partial(to_uint8, modules))
@@ -188,15 +190,21 @@ class Sampler:
         timesteps: Num[Array, " B"],
         condition: Any,
         guidance_scale: Float[Array, ""] | None,
-    ) -> Float[Array, "B C h w"]:
-        """Return the prediction, guided unless the scale is None; the condition then has two halves."""
+    ) -> Float[Array, "B c h w"]:
+        """Return the prediction, guided unless the scale is None; the condition then has two halves.
+
+        Where the scheduler takes a variance, it stands behind the prediction, (B, 2C, h, w), and is not guided.
+        """
         if guidance_scale is not None:
             x, timesteps = jnp.concatenate([x, x]), jnp.concatenate([timesteps, timesteps])
-        predicted = self.modules.predict(params, x, timesteps, condition).astype(x.dtype)
+        call = self.modules.output if self.takes_variance else self.modules.predict
+        output = call(params, x, timesteps, condition).astype(x.dtype)
         if guidance_scale is None:
-            return predicted
-        without, with_prompt = jnp.split(predicted, 2)
-        return without + guidance_scale * (with_prompt - without)
+            return output
+        without, with_prompt = jnp.split(output, 2)
+        predicted, variance = with_prompt[:, : x.shape[1]], with_prompt[:, x.shape[1] :]
+        without = without[:, : x.shape[1]]
+        return jnp.concatenate([without + guidance_scale * (predicted - without), variance], axis=1)
 
     def _noises(self, seed: int, indices: np.ndarray, shape: tuple[int, ...], steps: int) -> Iterator[np.ndarray | Any]:
         """Yield the starting noise, then one noise per step, which is None where the scheduler is deterministic."""

@@ -29,6 +29,7 @@ from flax_diffusion.jax_backend.optimizers.optimizer import (
     where_finite,
 )
 from flax_diffusion.jax_backend.sharding import partitions, update_partitions
+from flax_diffusion.jax_backend.variational_bound import variational_bound
 from flax_diffusion.models.norms import forward_derivatives
 from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 
@@ -103,7 +104,8 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
         dropout: Key of the dropout masks; None in evaluation.
 
     Returns:
-        Σ_i w_i · mean((prediction_i − target_i)²) / B, in float32 at least.
+        Σ_i w_i · (mean((prediction_i − target_i)²) + bound_i) / B, in float32 at least. There is a bound, that of
+        `variational_bound`, only where a variance is trained.
 
     Reference:
         `core.objectives.objective`, for input, target and weight.
@@ -112,10 +114,14 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
     noisy = _mixed(batch, "input", clean, added)
     condition = modules.condition(params, batch, dropout)
-    predicted = modules.predict(params, noisy, batch["timesteps"], condition, dropout)
+    output = modules.output(params, noisy, batch["timesteps"], condition, dropout)
+    predicted, variance = output[:, : noisy.shape[1]], output[:, noisy.shape[1] :]
     target = _mixed(batch, "target", clean, noise)
     wide = jnp.promote_types(predicted.dtype, jnp.float32)
-    error = jnp.square(predicted.astype(wide) - target.astype(wide)).mean(axis=(1, 2, 3))
+    difference = predicted.astype(wide) - target.astype(wide)
+    error = jnp.square(difference).mean(axis=(1, 2, 3))
+    if "variance_weights" in batch:
+        error += variational_bound(batch, clean.astype(wide), difference, variance.astype(wide))
     return jnp.mean(error * batch["loss_weights"])
 
 

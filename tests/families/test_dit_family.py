@@ -38,7 +38,7 @@ STEPS = 4
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "epsilon": (DIT, {"gradient_accumulation_steps": 2}),
     "flow": (DIT | {"patch_size": 4}, {"objective": "flow_matching"}),
-    "learned_variance": (DIT | {"out_channels": 2}, {}),
+    "learned_variance": (DIT | {"out_channels": 2}, {"variance_loss_weight": 0.001}),
     "options": (DIT | {"qk_norm": True, "rotary": True, "rms_norm": True, "activation_fn": "swiglu"}, {}),
     "checkpointed": (DIT, {"gradient_checkpointing": True}),
 }
@@ -148,6 +148,53 @@ def test_pipelines_are_opened_by_diffusers(latent: Any, tmp_path: Any) -> None:
     assert written["jax"].keys() == written["torch"].keys()
     for key, value in written["jax"].items():
         np.testing.assert_array_equal(written["torch"][key].numpy(), value.numpy())
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.001])
+def test_a_variance_is_trained_where_asked(weight: float) -> None:
+    config, task, spec = made(DIT | {"out_channels": 2}, variance_loss_weight=weight)
+    backend = JaxBackend(config, spec, jax.devices()[:1])
+    given = batches(config, task, spec, "float32")
+    assert ("variance_weights" in given[0]) == bool(weight)
+    _, state = trained(backend, given)
+    bias = state["params/transformer/proj_out_2.bias"].reshape(2, 2, 2)  # a patch of 2 by 2 pixels
+    assert np.all(bias[..., 0] != 0)
+    assert np.all(bias[..., 1] != 0) == bool(weight)
+
+
+def test_pictures_are_drawn_with_the_learnt_variance() -> None:
+    """Which is guided on neither backend."""
+    pictures = {}
+    for kind in ("learned_range", "fixed_small"):
+        scheduler = {"_class_name": "DDPMScheduler", "variance_type": kind, "timestep_spacing": "trailing"}
+        config, _, spec = made(DIT | {"out_channels": 2}, noise_scheduler=scheduler)
+        ours, theirs = JaxBackend(config, spec, jax.devices()[:1]), TorchBackend(config, spec)
+        for backend in (ours, theirs):
+            backend.init_state()
+        rng = np.random.default_rng(5)
+        weights = {
+            "transformer": jax.tree.map(
+                lambda leaf, rng=rng: np.asarray(rng.normal(size=leaf.shape), np.float32) * 0.2,
+                ours.state.params["transformer"],
+            )
+        }
+        ours.state = ours.state.replace(params=weights)
+        module = theirs.modules.by_name["transformer"]
+        arrays = _by_memory_name(weights["transformer"], module)
+        module.load_state_dict({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()})
+        options = {"prompts": ["3"], "num_images": 2, "num_inference_steps": 6, "guidance_scale": 2.0, "seed": 1}
+        pictures[kind] = ours.sample(**options)
+        assert np.abs(pictures[kind].astype(int) - theirs.sample(**options)).max() <= 1
+    assert np.any(pictures["learned_range"] != pictures["fixed_small"])
+
+
+@pytest.mark.parametrize("backend", [JaxBackend, TorchBackend])
+def test_a_variance_that_is_not_learnt(backend: Any) -> None:
+    with pytest.raises(ConfigError, match=r"--variance_loss_weight 0.001: the transformer learns no variance"):
+        made(DIT, variance_loss_weight=0.001)
+    config, _, spec = made(DIT, noise_scheduler={"_class_name": "DDPMScheduler", "variance_type": "learned_range"})
+    with pytest.raises(ConfigError, match="variance_type learned_range takes a variance, and this model predicts none"):
+        backend(config, spec)
 
 
 def test_predictions_are_of_the_sample_alone(latent: Any) -> None:

@@ -254,6 +254,10 @@ TABLE: dict[str, list[Row]] = {
     "ema_sigma_rels": [Row([0.05, 0.1], ("rates", "files", *BOTH), {"use_ema": True})],
     "ema_snapshot_steps": [Row(2, "files", {"ema_sigma_rels": [0.05]})],
     "snr_gamma": [Row(5.0, "batch")],
+    "variance_loss_weight": [
+        Row(0.001, "batch", lambda _: {"transformer": folders.DIT | {"out_channels": 2 * folders.DIT["in_channels"]}},
+            tasks=("class_conditional",)),
+    ],
     "timestep_bias_strategy": [Row("earlier", "batch", BIAS)],
     "timestep_bias_multiplier": [Row(9.0, "batch", {"timestep_bias_strategy": "later"})],
     "timestep_bias_portion": [Row(0.9, "batch", BIAS)],

@@ -9,6 +9,7 @@ from flax_diffusion.parity import compare, verdict
 OBJECTIVES = {
     "epsilon": {"prediction_type": "epsilon"},
     "v_prediction": {"prediction_type": "v_prediction", "snr_gamma": 5.0},
+    "learned_variance": {"variance_loss_weight": 0.001, "transformer": {"out_channels": 2}},
     "flow_matching": {"objective": "flow_matching", "weighting_scheme": "logit_normal"},
     "edm": {"objective": "edm"},
 }
@@ -23,7 +24,9 @@ def test_thirty_steps_of_classes(objective):
         "unet": None, "transformer": DIT, "class_dropout_prob": 0.3, "ema_decays": [0.9, 0.999],
         "ema_sigma_rels": [0.1], "max_train_steps": 30, "report_to": "none", "validation_epochs": None,
     }  # fmt: skip
-    config = merge("class_conditional", {}, values | OBJECTIVES[objective], "test")
+    values |= OBJECTIVES[objective]
+    values["transformer"] = DIT | values["transformer"]
+    config = merge("class_conditional", {}, values, "test")
     rows = list(compare(config, 30))
     equal, line = verdict(rows, "float64")
     print(f"\n{objective}: {line}")

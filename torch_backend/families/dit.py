@@ -23,8 +23,8 @@ def condition(modules: Any, batch: Batch) -> Int[Tensor, " B"]:
 
 def predict(
     modules: Any, sample: Float[Tensor, "B C h w"], timesteps: Num[Tensor, " B"], condition: Int[Tensor, " B"]
-) -> Float[Tensor, "B C h w"]:
-    """Return the transformer's prediction (B, C, h, w), without what it predicts of the variance.
+) -> Float[Tensor, "B c h w"]:
+    """Return the transformer's prediction (B, C, h, w), or (B, 2C, h, w) where it learns the variance.
 
     Args:
         modules: The pipeline's modules.
@@ -33,7 +33,7 @@ def predict(
         condition: Class indices, (B,).
     """
     transformer = modules.by_name["transformer"]
-    return transformer(sample.to(transformer.dtype), timesteps, condition).sample[:, : sample.shape[1]]
+    return transformer(sample.to(transformer.dtype), timesteps, condition).sample
 
 
 FAMILIES.register(

@@ -37,8 +37,8 @@ class Family:
         classes: PyTorch classes by name.
         condition: Returns what the denoiser is told beside sample and time, of `(modules, batch)`: batch holds tensors
             (B, …) of the examples, or of prompts that are drawn. None: it is told nothing.
-        predict: Returns the denoiser's prediction (B, C, h, w), of `(modules, sample, timesteps, condition)`: sample
-            (B, C, h, w), timesteps (B,).
+        predict: Returns the denoiser's prediction (B, C, h, w), or (B, 2C, h, w) with a learned variance, of
+            `(modules, sample, timesteps, condition)`: sample (B, C, h, w), timesteps (B,).
         loss: Returns the loss, a scalar, of `(modules, batch)`; None for the denoising loss of `train_step`.
     """
 

@@ -85,13 +85,13 @@ def check_config(config: Mapping[str, Any]) -> None:
         )
 
 
-def learns_variance(transformer: Component) -> bool:
+def learns_variance(denoiser: Component) -> bool:
     """Return whether a second half of the predicted channels is of the variance.
 
     Reference:
         Nichol and Dhariwal, https://arxiv.org/abs/2102.09672, equation 15.
     """
-    return transformer["out_channels"] == 2 * transformer["in_channels"]
+    return denoiser["out_channels"] == 2 * denoiser["in_channels"]
 
 
 def _channels(transformer: Component) -> tuple[int, int]:

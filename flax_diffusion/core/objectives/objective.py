@@ -7,6 +7,8 @@ numbers, and a train step knows no objective:
     target = target_clean · x + target_noise · ε
     loss   = loss_weights · mean (prediction − target)²
 
+Where a model learns its variance, the loss has the term of `variational_bound` beside the mean.
+
 A new objective is one module of this package that registers an `Objective` in `OBJECTIVES`, or a class of the user's.
 """
 
@@ -23,11 +25,12 @@ from numpy.typing import DTypeLike
 from pydantic import BaseModel
 
 from flax_diffusion.core.errors import ConfigError, nearest, unknown
+from flax_diffusion.core.objectives.variational_bound import VarianceTerms
 from flax_diffusion.core.registry import Registry
 
 
 class Mixture(NamedTuple):
-    """What an objective draws for one example; every field is a scalar array ().
+    """What an objective draws for one example; every field but the last is a scalar array ().
 
     Attributes:
         timesteps: The time that the model is told: int32 of a discrete objective, float32 of a continuous one.
@@ -35,7 +38,8 @@ class Mixture(NamedTuple):
         input_noise: Of ε in the model's input.
         target_clean: Of x in what the model is to say.
         target_noise: Of ε in what the model is to say.
-        loss_weights: Of the example's mean squared error, float32.
+        loss_weights: Of the example's loss, float32.
+        variance: What a model that learns its variance is trained by beside that; None where none is learnt.
     """
 
     timesteps: np.ndarray
@@ -44,6 +48,7 @@ class Mixture(NamedTuple):
     target_clean: np.ndarray
     target_noise: np.ndarray
     loss_weights: np.ndarray
+    variance: VarianceTerms | None = None
 
     @classmethod
     def of(cls, *numbers: float, dtype: DTypeLike = np.float32) -> Mixture:
@@ -53,7 +58,7 @@ class Mixture(NamedTuple):
             numbers: Its fields in their order; the weight may be left out, for 1.
             dtype: Dtype of all of them.
         """
-        weighted = numbers if len(numbers) == len(cls._fields) else (*numbers, 1)
+        weighted = numbers if len(numbers) > cls._fields.index("loss_weights") else (*numbers, 1)
         return cls(*(np.asarray(number, dtype) for number in weighted))
 
     def clean(self, given: np.ndarray, predicted: np.ndarray) -> np.ndarray:

@@ -176,6 +176,20 @@ def sampler_config(config: Mapping[str, Any], chosen: str | None = None) -> dict
     return {"_class_name": stand_in} | {key: values[key] for key in _SHARED if key in values}
 
 
+LEARNED_VARIANCES = ("learned", "learned_range")
+"""Values of variance_type by which a step's variance is taken from the model's output."""
+
+
+def takes_variance(name: str, config: Mapping[str, Any]) -> bool:
+    """Return whether the steps of a sampler take the model's variance beside its prediction.
+
+    Args:
+        name: PyTorch's class of the sampler.
+        config: Its config.
+    """
+    return name == OF_BETAS["ddpm"] and config.get("variance_type") in LEARNED_VARIANCES
+
+
 def _check_chosen(chosen: str, config: Mapping[str, Any]) -> None:
     """Raise ConfigError for a sampler whose models are trained by another objective than this one."""
     known = _drawing(config)

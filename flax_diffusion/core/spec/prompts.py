@@ -1,14 +1,17 @@
-"""What the denoiser is told of the pictures to draw, beside sample and time."""
+"""How pictures are drawn from a pipeline: what the denoiser is told beside sample and time, and by which sampler."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from flax_diffusion.core.data.batches import CLASS_LABELS, size_numbers
 from flax_diffusion.core.errors import ConfigError, nearest
+from flax_diffusion.core.families.dit import learns_variance
+from flax_diffusion.core.objectives import samplers
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 
@@ -144,3 +147,23 @@ def guidance_scales(
         levels = spec.objective.noise_levels(timesteps, spec.scheduler)
         scales[(levels < interval[0]) | (levels > interval[1])] = 1
     return scales
+
+
+def sampler_config(spec: PipelineSpec, chosen: str | None = None) -> dict[str, Any]:
+    """Return the config of the scheduler that draws from a pipeline; see `samplers.sampler_config`.
+
+    Args:
+        spec: The pipeline.
+        chosen: Name of the sampler that the user asks for instead, if any.
+
+    Raises:
+        ConfigError: As that one, and for a sampler that takes a variance which the model does not predict.
+    """
+    config = samplers.sampler_config(spec.scheduler, chosen)
+    name = samplers.in_place(config, chosen)[0] if chosen else samplers.class_name(config)
+    if samplers.takes_variance(name, config) and not learns_variance(spec.denoiser):
+        raise ConfigError(
+            f"scheduler config: variance_type {config['variance_type']} takes a variance, and this model predicts "
+            "none: set it to fixed_small, or choose another --scheduler"
+        )
+    return config

@@ -25,8 +25,8 @@ def predict(
     timesteps: Num[Array, " B"],
     condition: Int[Array, " B"],
     dropout: Key[Array, ""] | None = None,
-) -> Float[Array, "B C h w"]:
-    """Return the transformer's prediction (B, C, h, w), without what it predicts of the variance.
+) -> Float[Array, "B c h w"]:
+    """Return the transformer's prediction (B, C, h, w), or (B, 2C, h, w) where it learns the variance.
 
     Args:
         modules: The pipeline's modules.
@@ -36,7 +36,7 @@ def predict(
         condition: Class indices, (B,).
         dropout: Key of the dropout masks; None in evaluation.
     """
-    return modules.call("transformer", params, dropout, sample, timesteps, condition)[0][:, : sample.shape[1]]
+    return modules.call("transformer", params, dropout, sample, timesteps, condition)[0]
 
 
 FAMILIES.register(

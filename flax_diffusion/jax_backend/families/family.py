@@ -40,8 +40,8 @@ class Family:
         condition: Returns what the denoiser is told beside sample and time, of `(modules, params, batch, dropout)`:
             batch holds arrays (B, …) of the examples, or of prompts that are drawn; dropout is the key of the dropout
             masks, None in evaluation. None: it is told nothing.
-        predict: Returns the denoiser's prediction (B, C, h, w), of `(modules, params, sample, timesteps, condition,
-            dropout)`: sample (B, C, h, w), timesteps (B,).
+        predict: Returns the denoiser's prediction (B, C, h, w), or (B, 2C, h, w) with a learned variance, of
+            `(modules, params, sample, timesteps, condition, dropout)`: sample (B, C, h, w), timesteps (B,).
         loss: Returns the loss, a scalar, of `(modules, params, batch, dropout)`, dropout as of `condition`: the mean
             over the examples of each one's, times its `loss_weights`. None: the denoising loss of `train_step`.
     """
