@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, model_validator
 from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.objectives import noise_schedule, samplers
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Mixture, Objective
-from flax_diffusion.core.objectives.variational_bound import VarianceTerms, variance_terms
+from flax_diffusion.core.objectives.variational_bound import VarianceTerms
 from flax_diffusion.core.typed import BetaSchedule, PredictionType
 
 Table = NDArray[Any]
@@ -39,12 +39,6 @@ class DdpmOptions(BaseModel):
         None, description="DDPM: what the denoiser predicts. None: that of the scheduler's config."
     )
     snr_gamma: float | None = Field(None, gt=0, description="DDPM: gamma of Min-SNR loss weights. The paper uses 5.")
-    variance_loss_weight: float = Field(
-        0.0,
-        ge=0,
-        description="DDPM: weight of the variational bound, which trains the variance of a model with twice the "
-        "channels; 0.001 in the papers. 0: the variance is not trained.",
-    )
     timestep_bias_strategy: Literal["none", "earlier", "later", "range"] = Field(
         "none", description="DDPM: timesteps that are drawn more often: the earliest, the latest, or a range of them."
     )
@@ -138,12 +132,7 @@ class Ddpm(Objective):
             weights = noise_schedule.min_snr_weights(bar, options.snr_gamma, predicted)
         elif predicted == "sample" and not conditional:
             weights = noise_schedule.sample_weights(bar)
-        made = ddpm(bar, predicted, weights, dtype)
-        tables = made.tables
-        if options.variance_loss_weight:
-            targets = tables.target_clean, tables.target_noise
-            tables = tables._replace(variance=variance_terms(bar, *targets, options.variance_loss_weight, dtype))
-        return replace(made, tables=tables, shares=_shares(len(bar), options))
+        return replace(ddpm(bar, predicted, weights, dtype), shares=_shares(len(bar), options))
 
     def draw(self, rng: np.random.Generator) -> Mixture:
         """Draw one example's mixture."""
@@ -153,9 +142,9 @@ class Ddpm(Objective):
 
     def at(self, timestep: int) -> Mixture:
         """Return the mixture of a timestep in 0..T-1."""
-        *tables, variance = self.tables
+        variance = self.tables.variance
         terms = None if variance is None else VarianceTerms(*(table[timestep, ...] for table in variance))
-        return Mixture(*(table[timestep, ...] for table in tables), terms)
+        return Mixture._make([*(table[timestep, ...] for table in self.tables[:-1]), terms])
 
 
 def _shares(count: int, options: DdpmOptions) -> Table | None:

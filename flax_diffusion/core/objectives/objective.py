@@ -55,11 +55,11 @@ class Mixture(NamedTuple):
         """Return the mixture of numbers.
 
         Args:
-            numbers: Its fields in their order; the weight may be left out, for 1.
+            numbers: Its scalars in their order; the weight may be left out, for 1.
             dtype: Dtype of all of them.
         """
         weighted = numbers if len(numbers) > cls._fields.index("loss_weights") else (*numbers, 1)
-        return cls(*(np.asarray(number, dtype) for number in weighted))
+        return cls._make([*(np.asarray(number, dtype) for number in weighted), None])
 
     def clean(self, given: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         """Return the x that an input and a prediction of its target imply, of any shape."""

@@ -10,7 +10,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -26,12 +26,15 @@ from flax_diffusion.core.errors import ConfigError, WeightsError, naming, unknow
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import FAMILIES, ClassTable, ModelClass, Role, family_of
 from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.objectives.objective import Objective
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.prompts import class_number, is_guided
-from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset, stand_in
-from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.common.dataset import open_dataset, stand_in
+from flax_diffusion.core.tasks.common.diffusion import DiffusionTask
 from flax_diffusion.core.tasks.common.evaluation import EvaluationConfig, evaluation_options
+from flax_diffusion.core.tasks.common.shards import ShardConfig
+from flax_diffusion.core.tasks.common.variance import VarianceConfig, with_variance
 from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import TASKS, Preview
 
@@ -44,7 +47,7 @@ _PREVIEWED = 10
 
 
 @with_defaults(adam_weight_decay=0.0, validation_epochs=None, eval_batch_size=4, output_dir="class-conditional-model")
-class ClassConditionalConfig(DiffusionConfig, DatasetConfig, EvaluationConfig):
+class ClassConditionalConfig(VarianceConfig, ShardConfig, EvaluationConfig):
     """Images of given classes: `train class_conditional`. Trains a UNet2DModel or a DiTTransformer2DModel."""
 
     transformer: Annotated[dict[str, Any] | str | None, Reads.MODEL] = Field(
@@ -56,19 +59,6 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig, EvaluationConfig):
         None,
         description="Column that holds the classes, as numbers from 0 or names. None: `label`, or in a folder without "
         "such a column the names of its folders.",
-    )
-    latents_dir: Annotated[str | None, Reads.DATA_FOLDER] = Field(
-        None,
-        description="Folder of latents, here or gs://, that precompute fills from the pictures, in ArrayRecord shards, "
-        "and train reads in their place.",
-    )
-    latents_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Dtype in which precompute stores them. bfloat16 takes half of the space."
-    )
-    stream_shards: int | None = Field(
-        None,
-        ge=1,
-        description="Read so many tar or Parquet shards at a time, mixed with each other. None: mix all examples.",
     )
     class_dropout_prob: float = Field(
         0.1, ge=0, lt=1, description="Share of the classes that are replaced by the null class, which guidance needs."
@@ -84,49 +74,6 @@ class ClassConditionalConfig(DiffusionConfig, DatasetConfig, EvaluationConfig):
     evaluate_guidance_scale: list[Annotated[float, Field(ge=0)]] = Field(
         [1.0], min_length=1, description="Scales of guidance, each judged by itself; 1 is none."
     )
-
-    @property
-    def other_data(self) -> str | None:
-        """The folder of latents."""
-        return self.latents_dir
-
-    @model_validator(mode="after")
-    def _check_latents(self) -> ClassConditionalConfig:
-        if self.latents_dir is None:
-            if self.latents_dtype != "float32":
-                raise ValueError(f"--latents_dtype {self.latents_dtype} is of latents in shards: add --latents_dir")
-            return self
-        for name in ("cache_latents", "bucket_resolutions", "validation_data_dir"):
-            if getattr(self, name):
-                raise ValueError(f"--{name} computes what is in --latents_dir, or is not in it: drop one of them")
-        if not (self.center_crop or self.resize_mode == "stretch"):
-            raise ValueError(
-                "--latents_dir holds each picture once, and crops at random would differ from epoch to epoch: add "
-                "--center_crop, or --resize_mode stretch"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_stream(self) -> ClassConditionalConfig:
-        if self.stream_shards is None:
-            return self
-        given = [name for name in ("cache_latents", "bucket_resolutions") if getattr(self, name)]
-        if given:
-            raise ValueError(
-                f"--{given[0]} reads all pictures before the first step, and --stream_shards a few at a time: drop one"
-                + (", or compute latents by precompute with --latents_dir" if given[0] == "cache_latents" else "")
-            )
-        if self.validation_split:
-            raise ValueError(
-                f"--validation_split {self.validation_split} takes single pictures out of the data, and "
-                "--stream_shards reads whole shards: give --validation_data_dir"
-            )
-        if self.dataloader_num_workers:
-            raise ValueError(
-                f"--dataloader_num_workers {self.dataloader_num_workers}: threads read the shards of --stream_shards: "
-                "give 0"
-            )
-        return self
 
     @model_validator(mode="after")
     def _check_model(self) -> ClassConditionalConfig:
@@ -368,6 +315,10 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         if table is None or table.key not in denoiser.config:
             return None
         return denoiser[table.key] - table.number(0, null=self.config.class_dropout_prob > 0)
+
+    def objective(self, spec: PipelineSpec, dtype: DTypeLike = np.float32) -> Objective:
+        """Return what the denoiser learns, its variance too where the options ask for that."""
+        return with_variance(super().objective(spec, dtype), spec, self.config.variance_loss_weight, dtype)
 
     def make_example_fn(
         self, spec: PipelineSpec, made: Precomputed | None = None, dtype: DTypeLike = np.float32

@@ -16,7 +16,6 @@ from flax_diffusion.core.config.options import Reads, TrainConfig, also
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.families import folders
-from flax_diffusion.core.families.dit import learns_variance
 from flax_diffusion.core.families.family import family_of
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.objectives.ddpm import DdpmOptions
@@ -201,11 +200,6 @@ class DiffusionTask(Task[D]):
         denoiser, vae = spec.denoiser, spec.vae
         check_resolution(config.resolution, spec.size_factor)
         self.check_channels(denoiser)
-        if config.variance_loss_weight and not learns_variance(denoiser):
-            raise ConfigError(
-                f"--variance_loss_weight {config.variance_loss_weight:g}: the {denoiser.model.noun} learns no "
-                f"variance, its out_channels are not twice its in_channels {denoiser['in_channels']}; drop it"
-            )
         if vae and vae["latent_channels"] != (predicted := denoiser.channels[1]):
             raise ConfigError(
                 f"the VAE has {vae['latent_channels']} latent channels, the {denoiser.model.noun} takes {predicted}: "
