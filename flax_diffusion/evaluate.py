@@ -11,8 +11,8 @@ import numpy as np
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import evaluation, evaluation_options
-from flax_diffusion.core.drawing.command import GenerateConfig
 from flax_diffusion.core.drawing.evaluation_options import EvaluateOptions
+from flax_diffusion.core.drawing.options import GenerateConfig
 from flax_diffusion.core.metrics.judging import INCEPTION, Extractor
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import command
+from flax_diffusion.core.drawing.options import GenerateConfig, calls_of, options_of
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -20,21 +22,21 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
         options: Values of the command line's flags, by name, except `output_dir` and `overwrite_output_dir`.
 
     Returns:
-        Images, uint8 (N, H, W, C), prompt by prompt.
+        Images, uint8 (N, H, W, C), prompt by prompt; of a file of prompts, which must all have one size.
 
     Raises:
         UserError: For input that cannot be used; its message is one line with the fix.
     """
-    return np.concatenate([*_draw(command.options_of(model, options))])
+    return np.concatenate([*_draw(options_of(model, options))])
 
 
-def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
+def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
     # JAX is imported only now, so that --help and mistakes in options are answered at once.
     from flax_diffusion.jax_backend import drawing
     from flax_diffusion.jax_backend.sharding import make_mesh
 
     pipeline = drawing.open_pipeline(config, drawing.open_spec(config), make_mesh(-1, 1))
-    return drawing.pictures(pipeline, config)
+    return chain.from_iterable(drawing.pictures(pipeline, call) for call in calls_of(config))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import command
+from flax_diffusion.core.drawing.options import GenerateConfig, calls_of, options_of
 from flax_diffusion.core.run import launch
 from flax_diffusion.core.spec.prompts import sampler_config
 from torch_backend.train import PACKAGES
@@ -17,10 +19,10 @@ from torch_backend.train import PACKAGES
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
     """Draw images, with the arguments, result and errors of `flax_diffusion.generate.generate`."""
-    return np.concatenate([*_draw(command.options_of(model, options))])
+    return np.concatenate([*_draw(options_of(model, options))])
 
 
-def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
+def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
     launch.require(PACKAGES, launch.INSTALL_PYTORCH)
     import torch
     from accelerate import PartialState
@@ -35,7 +37,8 @@ def _draw(config: command.GenerateConfig) -> Iterator[np.ndarray]:
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,
         device=device,
     )  # fmt: skip
-    return Sampler(modules, scheduler, device).batches(**command.sampler_options(config, spec))
+    sampler, calls = Sampler(modules, scheduler, device), calls_of(config)
+    return chain.from_iterable(sampler.batches(**command.sampler_options(call, spec)) for call in calls)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import diffusers
@@ -111,6 +112,7 @@ class Sampler:
         batch_size: int = 64,
         extra: Mapping[str, np.ndarray] | None = None,
         guidance_interval: Sequence[float] = (),
+        size: tuple[int, int] | None = None,
     ) -> Iterator[np.ndarray]:
         """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
@@ -119,7 +121,8 @@ class Sampler:
         Yields:
             Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
         """
-        what = told(self.modules.spec, prompts, negative_prompt, extra)
+        spec = self.modules.spec if size is None else replace(self.modules.spec, size=size)
+        what = told(spec, prompts, negative_prompt, extra)
         guided = is_guided(self.modules.spec, prompts, guidance_scale)
         count = num_images * max(1, len(prompts))
         rows_of = {name: torch.from_numpy(array) for name, array in what.prompts.items()}
@@ -136,18 +139,18 @@ class Sampler:
                 for name in what.zeroed if guided else ():
                     condition[name][: len(indices)] = 0
             options = (num_inference_steps, guidance_scale if guided else None, guidance_interval, seed)
-            yield self._draw(condition, indices, *options)
+            yield self._draw(condition, indices, spec.sample_shape, *options)
 
     def _draw(
         self,
         condition: Any,
         indices: np.ndarray,
+        shape: tuple[int, ...],
         steps: int,
         guidance_scale: float | None,
         guidance_interval: Sequence[float],
         seed: int,
     ) -> np.ndarray:
-        shape = self.modules.spec.sample_shape
         scheduler = self.scheduler
         scheduler.set_timesteps(steps, device=self.device)
         scales = hasattr(scheduler, "scale_model_input")

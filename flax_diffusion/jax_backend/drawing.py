@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flax_diffusion.core.drawing import command
+from flax_diffusion.core.drawing.options import GenerateConfig
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.spec.prompts import sampler_config
 from flax_diffusion.jax_backend.modules import COMPUTE_DTYPES, build_modules, load_pretrained, shapes
@@ -27,7 +28,7 @@ class Pipeline:
     params: Params
 
 
-def open_spec(config: command.GenerateConfig) -> PipelineSpec:
+def open_spec(config: GenerateConfig) -> PipelineSpec:
     """Read a pipeline's configs, and check that the options fit; see `command.open_checked`.
 
     Args:
@@ -39,7 +40,7 @@ def open_spec(config: command.GenerateConfig) -> PipelineSpec:
     return command.open_checked(config, shapes)
 
 
-def open_pipeline(config: command.GenerateConfig, spec: PipelineSpec, mesh: Mesh) -> Pipeline:
+def open_pipeline(config: GenerateConfig, spec: PipelineSpec, mesh: Mesh) -> Pipeline:
     """Load the weights of a pipeline onto all devices.
 
     Args:
@@ -57,7 +58,7 @@ def open_pipeline(config: command.GenerateConfig, spec: PipelineSpec, mesh: Mesh
     return Pipeline(spec, Sampler(modules, scheduler, mesh), params)
 
 
-def pictures(pipeline: Pipeline, config: command.GenerateConfig) -> Iterator[np.ndarray]:
+def pictures(pipeline: Pipeline, config: GenerateConfig) -> Iterator[np.ndarray]:
     """Draw pictures, a batch at a time.
 
     Args:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -77,6 +78,7 @@ class Sampler:
         batch_size: int = 64,
         extra: Mapping[str, np.ndarray] | None = None,
         guidance_interval: Sequence[float] = (),
+        size: tuple[int, int] | None = None,
     ) -> Iterator[np.ndarray]:
         """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
@@ -92,6 +94,7 @@ class Sampler:
             extra: What the denoiser is told beside the prompts, by its name in a batch: arrays (prompts, …). None for
                 nothing.
             guidance_interval: Noise levels between which samples are guided; see `guidance_scales`.
+            size: Height and width of the pictures, in pixels; None for those of the pipeline.
 
         Yields:
             Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
@@ -102,7 +105,8 @@ class Sampler:
         Reference:
             Ho and Salimans, https://arxiv.org/abs/2207.12598, with Diffusers' w: ε_∅ + w·(ε_c − ε_∅).
         """
-        what = told(self.modules.spec, prompts, negative_prompt, extra)
+        spec = self.modules.spec if size is None else replace(self.modules.spec, size=size)
+        what = told(spec, prompts, negative_prompt, extra)
         guided = is_guided(self.modules.spec, prompts, guidance_scale)
         count = num_images * max(1, len(prompts))
         devices = self.mesh.size
@@ -119,7 +123,7 @@ class Sampler:
                 placed = {name: self._put(rows) for name, rows in batch.items()}
                 condition = self._condition(params, placed, zeroed=what.zeroed if guided else ())
             options = (num_inference_steps, guidance_scale if guided else None, guidance_interval, seed)
-            images = self._draw(params, condition, indices, *options)
+            images = self._draw(params, condition, indices, spec.sample_shape, *options)
             yield to_host(images)[: count - first]
 
     def _told(self, params: Params, batch: Mapping[str, jax.Array], *, zeroed: tuple[str, ...]) -> Any:
@@ -137,12 +141,12 @@ class Sampler:
         params: Params,
         condition: Any,
         indices: np.ndarray,
+        shape: tuple[int, ...],
         num_inference_steps: int,
         guidance_scale: float | None,
         guidance_interval: Sequence[float],
         seed: int,
     ) -> jax.Array:
-        shape = self.modules.spec.sample_shape
         if self.modules.objective is not None:
             drawn = np.stack([sampling_noise(seed, indices, step, shape) for step in range(num_inference_steps)])
             noise = put(drawn.astype(np.float32), batch_sharding(self.mesh))

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from proofs import proof
 from tiny import RUN, VAE
 
-from flax_diffusion.core.drawing import command
+from flax_diffusion.core.drawing.options import options_of
 from flax_diffusion.core.randomness.streams import sampling_noise
 from flax_diffusion.jax_backend import drawing
 from flax_diffusion.jax_backend.sharding import make_mesh
@@ -27,7 +27,7 @@ def run(folder, **options):
 def floats(folder, labels, shape, steps):
     """What `generate` draws of one picture a class, before it is rounded to bytes, (N, C, H, W)."""
     options = {"class_label": labels, "num_inference_steps": steps, "guidance_scale": 1.0, "seed": 5}
-    config = command.options_of(folder, options)
+    config = options_of(folder, options)
     mesh: Mesh = make_mesh(1, 1)
     pipeline = drawing.open_pipeline(config, drawing.open_spec(config), mesh)
     pipeline.sampler._finish = pipeline.sampler.modules.decode_latents

@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_diffusion.core.data.sources.source import Source
-from flax_diffusion.core.drawing.command import GenerateConfig, guidance_scale, prompts_of
+from flax_diffusion.core.drawing.command import guidance_scale, prompts_of
 from flax_diffusion.core.drawing.evaluation_options import (
     EvaluateOptions,
     check_least,
@@ -22,6 +22,7 @@ from flax_diffusion.core.drawing.evaluation_options import (
     metrics_of,
     shared,
 )
+from flax_diffusion.core.drawing.options import GenerateConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.files import as_path, replacing, write_json
 from flax_diffusion.core.metrics import pictures

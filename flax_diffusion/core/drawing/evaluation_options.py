@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import Interpolation
-from flax_diffusion.core.drawing.command import GenerateConfig
+from flax_diffusion.core.drawing.options import GenerateConfig
 from flax_diffusion.core.errors import ConfigError, nearest_multiples, unknown
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.metrics.judging import INCEPTION, METRICS, needs

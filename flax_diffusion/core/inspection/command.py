@@ -15,7 +15,7 @@ from flax_diffusion.core.inspection.examination import Examination, examine
 from flax_diffusion.core.inspection.page import Shown, as_page
 from flax_diffusion.core.inspection.report import Report, make_report, sizes_of
 from flax_diffusion.core.io.files import as_path, write_text
-from flax_diffusion.core.io.tracking import image_grid, save_picture
+from flax_diffusion.core.io.sheets import contact_sheet, save_picture
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 
@@ -55,8 +55,8 @@ def inspect(task: Task[TrainConfig], *, report_dir: str | None, limit: int | Non
         shown = _shown(task, spec, source, found, sizes, sheet)
         write_text(folder / JSON_FILE, json.dumps(asdict(report) | {"usable": report.usable}, indent=2) + "\n")
         write_text(folder / PAGE_FILE, as_page(report, shown))
-        pictures = _squares([one.pixels for one in shown])
-        save_picture(image_grid(pictures, None, border=max(1, pictures.shape[1] // 32)), folder / SHEET_FILE)
+        said = [one.said or one.name for one in shown]
+        save_picture(contact_sheet([one.pixels for one in shown], captions=said), folder / SHEET_FILE)
     return report
 
 
@@ -79,14 +79,3 @@ def _shown(
         said = " / ".join(caption.text for caption in one.captions)
         shown.append(Shown(one.name, pixels, said if one.label is None else spec.classes[one.label]))
     return shown
-
-
-def _squares(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    """Return pictures in the middle of white squares of one size, uint8 (N, S, S, C)."""
-    side = max(max(picture.shape[:2]) for picture in pictures)
-    squares = np.full((len(pictures), side, side, pictures[0].shape[2]), 255, np.uint8)
-    for square, picture in zip(squares, pictures, strict=True):
-        height, width = picture.shape[:2]
-        top, left = (side - height) // 2, (side - width) // 2
-        square[top : top + height, left : left + width] = picture
-    return squares

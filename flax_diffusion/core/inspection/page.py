@@ -11,7 +11,7 @@ from html import escape
 import numpy as np
 
 from flax_diffusion.core.inspection.report import Listed, Report, findings, verdict
-from flax_diffusion.core.io.tracking import enlarge, to_pillow
+from flax_diffusion.core.io.sheets import enlarge, to_pillow
 
 _LEAST_SIDE = 96  # pixels of the longer side of a shown picture
 

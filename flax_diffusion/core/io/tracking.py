@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-import math
+import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,55 +14,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flax_diffusion.core.io.files import copy_files, is_local, replacing, temporary_folder
+from flax_diffusion.core.io.files import copy_files, is_local, temporary_folder
 from flax_diffusion.core.io.metrics_file import METRICS_FILE, MetricsFile
+from flax_diffusion.core.io.sheets import contact_sheet, save_picture
 
 EVENT_FILES = "events.out.tfevents.*"
 """Glob of TensorBoard's file names."""
-
-
-def image_grid(images: np.ndarray, columns: int | None = None, border: int = 0) -> Image.Image:
-    """Lay pictures out in rows on one sheet.
-
-    Args:
-        images: Pictures, uint8 (N, H, W, 1 or 3).
-        columns: Pictures per row; by default the grid is as square as possible.
-        border: Pixels of white around each picture.
-
-    Returns:
-        The sheet; cells without a picture are white.
-    """
-    count, height, width, channels = images.shape
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    cell_h, cell_w = height + 2 * border, width + 2 * border
-    sheet = np.full((rows * cell_h, columns * cell_w, channels), 255, np.uint8)
-    for position, picture in enumerate(images):
-        top, left = (position // columns) * cell_h + border, (position % columns) * cell_w + border
-        sheet[top : top + height, left : left + width] = picture
-    return to_pillow(sheet)
-
-
-def to_pillow(image: np.ndarray) -> Image.Image:
-    """Return a uint8 (H, W, 1 or 3) array as a Pillow image, grey or RGB."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def save_picture(image: Image.Image, path: Path) -> None:
-    """Write a PNG file, whole or not at all."""
-    with replacing(path) as partial:
-        image.save(partial, "PNG")
-
-
-def enlarge(image: Image.Image, at_least: int) -> Image.Image:
-    """Scale a small picture up by a whole factor, so that a person can see its pixels.
-
-    Args:
-        image: The picture.
-        at_least: Length in pixels that the longer side must reach.
-    """
-    factor = max(1, math.ceil(at_least / max(image.size)))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 class TensorBoard:
@@ -195,18 +152,20 @@ class Tracker:
         """Count a step without reporting anything about it."""
         self._bar.update()
 
-    def grid(self, step: int, images: np.ndarray, columns: int | None) -> None:
+    def grid(self, step: int, images: Sequence[np.ndarray], columns: int | None, captions: Sequence[str] = ()) -> None:
         """Write sampled images to `samples/` and TensorBoard.
 
         Args:
             step: The optimizer step.
-            images: Pictures, uint8 (N, H, W, C).
+            images: Pictures, each uint8 (H, W, C).
             columns: Pictures per row; None for a grid as square as possible.
+            captions: Text under each picture, which the file holds as text too; empty for none.
         """
         if not self._main:
             return
-        picture = enlarge(image_grid(images, columns, border=max(1, images.shape[1] // 32)), 512)
-        save_picture(picture, self._grid_file(step))
+        picture = contact_sheet(images, columns, captions)
+        texts = {"step": str(step)} | ({"captions": json.dumps(list(captions), ensure_ascii=False)} if captions else {})
+        save_picture(picture, self._grid_file(step), texts)
         if self._board:
             self._board.image("samples", picture, step)
         self._last = time.perf_counter()

@@ -21,7 +21,7 @@ from flax_diffusion.core.data.sources.folders import FolderSource, image_files
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import as_path, is_local, lies_in
-from flax_diffusion.core.io.tracking import save_picture, to_pillow
+from flax_diffusion.core.io.sheets import save_picture, to_pillow
 from flax_diffusion.core.tasks.common.text import LoraConfig, LoraTask
 from flax_diffusion.core.tasks.task import TASKS
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from flax_diffusion.core import backend as training
 from flax_diffusion.core.drawing import command, evaluation_options
-from flax_diffusion.core.drawing.command import GenerateConfig
 from flax_diffusion.core.drawing.evaluation import Evaluation
 from flax_diffusion.core.drawing.evaluation_options import EvaluateOptions
+from flax_diffusion.core.drawing.options import GenerateConfig
 from flax_diffusion.core.errors import ConfigError, DataError, WeightsError
 from flax_diffusion.core.metrics.judging import Extractor
 from flax_diffusion.core.spec.pipeline import PipelineSpec
