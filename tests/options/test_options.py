@@ -328,6 +328,7 @@ TABLE: dict[str, list[Row]] = {
     # Samples
     "validation_epochs": [Row(1, "files")],
     "validation_steps": [Row(2, "files")],
+    "draw_samples": [Row(False, "files")],
     "eval_batch_size": [Row(2, "files")],
     "validation_split": [Row(0.4, ("batch", "files"))],
     "validation_data_dir": [

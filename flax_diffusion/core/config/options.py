@@ -194,6 +194,7 @@ class TrainConfig(BaseModel):
     torch_compile: bool = Field(False, description="PyTorch: compile the trained models.")
 
     # Samples during training
+    draw_samples: bool = Field(True, description="Draw pictures during training and at its end.")
     validation_epochs: int | None = Field(
         5,
         ge=1,

@@ -19,7 +19,7 @@ MAX_LINES = 2
 
 
 def contact_sheet(
-    images: Sequence[np.ndarray], columns: int | None = None, captions: Sequence[str] = ()
+    images: Sequence[np.ndarray] | np.ndarray, columns: int | None = None, captions: Sequence[str] = ()
 ) -> Image.Image:
     """Lay pictures out in rows on a white sheet; small ones are enlarged by a whole factor.
 

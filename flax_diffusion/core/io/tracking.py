@@ -152,7 +152,9 @@ class Tracker:
         """Count a step without reporting anything about it."""
         self._bar.update()
 
-    def grid(self, step: int, images: Sequence[np.ndarray], columns: int | None, captions: Sequence[str] = ()) -> None:
+    def grid(
+        self, step: int, images: Sequence[np.ndarray] | np.ndarray, columns: int | None, captions: Sequence[str] = ()
+    ) -> None:
         """Write sampled images to `samples/` and TensorBoard.
 
         Args:

@@ -119,7 +119,7 @@ class _Run:
             total_steps=start.schedule.total_steps,
             main=self.main and trains,
         )
-        self.preview = task.make_preview(spec, self.source)
+        self.preview = task.make_preview(spec, self.source) if self.config.draw_samples else None
         self.judges: list[Judge] = []
         if start.validation is not None:
             examples, batch_size = start.validation, start.schedule.batch_size
@@ -339,7 +339,7 @@ class _Run:
             return
         self._drain()
         draw = functools.partial(self.preview.draw, self.backend)
-        self.tracker.grid(step, self.preemption.interruptible(draw), self.preview.columns)
+        self.tracker.grid(step, self.preemption.interruptible(draw), self.preview.columns, self.preview.captions)
 
     def _judge(self, *, at_end: bool = False) -> None:
         """Report what the run is worth now, by each judge whose turn it is, unless that is known."""

@@ -331,7 +331,8 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
         """Draw pictures of some classes, a row for each."""
         config = self.config
         labels = config.validation_class_labels or [str(number) for number in range(len(spec.classes))][:_PREVIEWED]
-        return self._samples(labels, config.validation_guidance_scale, config.eval_batch_size)
+        names = [spec.classes[class_number(spec, label)] for label in labels]
+        return self._samples(labels, config.validation_guidance_scale, config.eval_batch_size, names=names)
 
     def evaluation(self) -> dict[str, Any] | None:
         """Return what the run evaluates, by option of `evaluate`: pictures of all classes."""

@@ -18,7 +18,7 @@ from flax_diffusion.core.config.options import Reads, also
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, ConditioningImage, conditioning_images
 from flax_diffusion.core.data.sources.source import ExtraImages, Source
-from flax_diffusion.core.errors import naming
+from flax_diffusion.core.errors import DataError, naming
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import ModelClass, Role, family_of
 from flax_diffusion.core.families.stable_diffusion import CONTROLNET, control_config
@@ -26,7 +26,7 @@ from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, read_component
 from flax_diffusion.core.tasks.common.dataset import CaptionsConfig, CaptionsTask, stand_in
-from flax_diffusion.core.tasks.common.text import variant_of
+from flax_diffusion.core.tasks.common.text import PREVIEWED, variant_of
 from flax_diffusion.core.tasks.parts import check_part, pretrained, vae_factor
 from flax_diffusion.core.tasks.task import TASKS, Preview
 
@@ -145,15 +145,32 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
         return Component(kind=CONTROLNET.name, config=values, training=Training.ALL, copied_from=unet)
 
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
-        """Draw pictures of the validation prompts, each following its picture, a row for each."""
+        """Draw pictures of the validation prompts, or of the first captions, each following its picture."""
         config = self.config
         prompts, images = config.validation_prompts, config.validation_images
         if not prompts:
-            return None
+            return self._of_examples(spec, source)
         count = max(len(prompts), len(images))
         prompts, images = (values * (count // len(values)) for values in (prompts, images))
         size = (config.resolution, config.resolution)
         extra = {CONDITIONING_IMAGE: conditioning_images("--validation_images", images, size)}
+        return self._samples(prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
+
+    def _of_examples(self, spec: PipelineSpec, source: Source) -> Preview | None:
+        """Draw pictures of the first examples' captions, each following its example's picture."""
+        config, make = self.config, self.make_example_fn(spec)
+        shown: dict[str, np.ndarray] = {}
+        for index in range(min(len(source), 2 * PREVIEWED)):
+            try:
+                caption, example = source[index].caption, make(source, config.seed, 0, index)
+            except DataError:  # the loader reports it, or skips it
+                continue
+            text = caption if isinstance(caption, str) else (caption or [""])[0]
+            shown.setdefault(text, example[CONDITIONING_IMAGE])
+        if not shown:
+            return None
+        prompts = list(shown)[:PREVIEWED]
+        extra = {CONDITIONING_IMAGE: np.stack([shown[prompt] for prompt in prompts])}
         return self._samples(prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
 
 

@@ -179,6 +179,10 @@ class DreamBoothTask(LoraTask[DreamBoothConfig]):
             f"{inside}class_prompt": [concept.class_prompt for concept in concepts if concept.class_prompt],
         } | super().prompts
 
+    def trained_prompts(self, source: Source) -> list[str]:
+        """Return the prompts of the new things."""
+        return list(dict.fromkeys(concept.instance_prompt for concept in self.config.all_concepts))
+
 
 TASKS.register(DreamBoothTask.name, DreamBoothTask)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -33,10 +33,12 @@ class Preview(NamedTuple):
     Attributes:
         draw: Makes pictures, uint8 (N, H, W, C), with the averaged weights if there are any.
         columns: Pictures in a row of the grid; None for a square grid.
+        captions: Text under each picture; empty for none.
     """
 
     draw: Callable[[Backend], np.ndarray]
     columns: int | None
+    captions: Sequence[str] = ()
 
 
 class Task(ABC, Generic[C]):

@@ -176,12 +176,12 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
 
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
         """Draw pictures of the validation prompts, for inpainting into the first pictures of the dataset."""
-        config = self.config
-        if not (config.inpainting and config.validation_prompts):
+        config, prompts = self.config, self.previewed_prompts(source)
+        if not config.inpainting:
             return super().make_preview(spec, source)
         make, examples = self.make_example_fn(spec), []
         for index in range(len(source)):
-            if len(examples) == len(config.validation_prompts):
+            if len(examples) == len(prompts):
                 break
             try:
                 examples.append(make(source, config.seed, 0, index))
@@ -189,10 +189,10 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
                 continue
         if not examples:
             return None
-        places = [place % len(examples) for place in range(len(config.validation_prompts))]
+        places = [place % len(examples) for place in range(len(prompts))]
         names = ("pixel_values", MASK, MASKED_NOISE) if spec.vae else ("pixel_values", MASK)
         extra = {name: np.stack([examples[place][name] for place in places]) for name in names}
-        return self._samples(config.validation_prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
+        return self._samples(prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
 
     @classmethod
     def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:

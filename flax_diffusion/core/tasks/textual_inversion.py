@@ -129,6 +129,10 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
         templates = self.config.prompt_templates or TEMPLATES[self.config.learnable_property]
         return [template.replace("{}", str(self.config.placeholder_token)) for template in templates]
 
+    def trained_prompts(self, source: Source) -> list[str]:
+        """Return the first prompt with the new word."""
+        return self.templated_prompts[:1]
+
     @property
     def prompts(self) -> dict[str, list[str]]:
         """Prompts among the options, by option."""

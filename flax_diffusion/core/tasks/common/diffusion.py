@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -149,7 +149,9 @@ class DiffusionTask(Task[D]):
         guidance_scale: float,
         columns: int | None,
         extra: Mapping[str, np.ndarray] | None = None,
+        names: Sequence[str] | None = None,
     ) -> Preview:
+        """Draw pictures of prompts or classes, or from noise alone; `names` are what their captions call them."""
         config = self.config
 
         def draw(backend: Backend) -> np.ndarray:
@@ -162,7 +164,9 @@ class DiffusionTask(Task[D]):
                 extra=extra,
             )
 
-        return Preview(draw, columns)
+        several = [name for name in (names or prompts) for _ in range(config.eval_batch_size)]
+        captions = [f"{name}\nseed {config.seed}, image {place}" for place, name in enumerate(several)]
+        return Preview(draw, columns, captions)
 
     def pipeline(
         self, kind: str, components: dict[str, Component], tokenizers: Mapping[str, CLIPTokenizer] | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 NEW_PIPELINE = "StableDiffusionPipeline"
 """Pipeline of a model from scratch where no option says so, and of a folder that does not say what it is."""
 
+PREVIEWED = 4
+"""Most prompts that are drawn during training where no option names some."""
+
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers that LoRA adapts by default, as in Diffusers' scripts."""
@@ -52,7 +56,7 @@ class TextConfig(DiffusionConfig):
     validation_prompts: list[str] = Field(
         [],
         validation_alias=also("validation_prompts", "validation_prompt"),
-        description="Prompts to draw during training.",
+        description="Prompts to draw during training. None: some of those that it trains on.",
     )
     validation_guidance_scale: float = Field(7.5, ge=0, description="Guidance scale of these samples.")
 
@@ -254,10 +258,26 @@ class TextTask(DiffusionTask[T]):
 
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
         """Draw pictures of the validation prompts, a row for each."""
-        config = self.config
-        if not config.validation_prompts:
+        prompts = self.previewed_prompts(source)
+        if not prompts:
             return None
-        return self._samples(config.validation_prompts, config.validation_guidance_scale, config.eval_batch_size)
+        return self._samples(prompts, self.config.validation_guidance_scale, self.config.eval_batch_size)
+
+    def previewed_prompts(self, source: Source) -> list[str]:
+        """Return the prompts to draw during training: those of the options, or `PREVIEWED` at most that it trains on.
+
+        Args:
+            source: The examples.
+        """
+        return self.config.validation_prompts or self.trained_prompts(source)[:PREVIEWED]
+
+    def trained_prompts(self, source: Source) -> list[str]:
+        """Return some prompts that the run trains on: the captions of the first examples.
+
+        Args:
+            source: The examples.
+        """
+        return list(dict.fromkeys(islice(captions_of(source), PREVIEWED)))
 
     def export_trained(
         self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
