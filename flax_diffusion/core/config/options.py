@@ -257,7 +257,9 @@ class TrainConfig(BaseModel):
     logging_dir: str = Field("logs", description="TensorBoard's folder inside output_dir.")
     quiet: bool = Field(False, description="Say nothing but warnings, errors and the last line; show no bar.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least level of the lines that are said. debug: also those of the libraries."
+        "info",
+        description="Least level of the lines that are said. debug: also how long each "
+        "part takes, and what the libraries say.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order, noise and samples.")
 

@@ -190,6 +190,7 @@ class Console:
             yield
         finally:
             self.hide(shown)
+            self.say(f"{what}: {shown.seconds:.1f} s", logging.DEBUG)
 
     @contextlib.contextmanager
     def counting(self, what: str, total: int, unit: str, delay: float = 0.0) -> Iterator[Callable[[int], None]]:

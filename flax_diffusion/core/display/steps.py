@@ -76,13 +76,13 @@ class Steps:
             loss: Its loss; None where there is none to tell.
             rate: Its learning rate; None likewise.
         """
-        if self._beginning is not None:
-            seconds, self._beginning = self._beginning.seconds, None
-            self._console.say(f"the first step is taken after {duration(seconds)}")
+        beginning, self._beginning = self._beginning, None
         self.pace.step()
         self._step, self._images = step, images
         if loss is not None and rate is not None:
             self._values = [(f"loss {loss:.4g}", f"loss {loss:.4g}"), (f"lr {rate:.3g}", f"learning rate {rate:.3g}")]
+        if beginning is not None:
+            self._console.say(f"the first step is taken after {duration(beginning.seconds)}")
         self._console.refresh()
 
     def _known(self) -> tuple[str, str]:

@@ -169,29 +169,29 @@ def _set_up_logging(config: TrainConfig) -> None:
 
 @contextmanager
 def _logged() -> Iterator[None]:
-    """Say what this project logs on the console inside of a `with` block, unless the process logs it elsewhere."""
-    loggers = [logging.getLogger(name) for name in console.OURS]
-    before = [logger.level for logger in loggers]
-    handler = None if logging.getLogger().handlers else console.Handler()
-    level = min(console.current().level, logging.INFO)  # the console itself leaves out what is below its own
-    for logger in loggers:
-        if logger.level == logging.NOTSET:
-            logger.setLevel(level)
-        if handler is not None:
-            logger.addHandler(handler)
+    """Say what is logged on the console inside of a `with` block, unless this process logs elsewhere already."""
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in console.OURS]
+    before = [logger.level for logger in ours]
+    handler = None if root.handlers else console.Handler()
+    if handler is not None:
+        root.addHandler(handler)
+    for logger in ours:
+        if logger.level == logging.NOTSET:  # the console itself leaves out what is below its own level
+            logger.setLevel(min(console.current().level, logging.INFO))
     try:
         yield
     finally:
-        for logger, was in zip(loggers, before, strict=True):
+        for logger, was in zip(ours, before, strict=True):
             logger.setLevel(was)
-            if handler is not None:
-                logger.removeHandler(handler)
+        if handler is not None:
+            root.removeHandler(handler)
 
 
 def _say_options(task: Task[TrainConfig]) -> None:
     """Say what is known from the options alone."""
     config, here = task.config, console.current()
-    inputs = list(named_inputs(config))
+    defaults = {name: field.default for name, field in type(config).model_fields.items()}
+    inputs = [one for one in named_inputs(config) if one[2] != defaults.get(one[0])]
     models = [text for _, kind, text in inputs if kind is Reads.MODEL]
     data = [text for _, kind, text in inputs if kind is not Reads.MODEL]
     here.say(block.row("task", task.name))
