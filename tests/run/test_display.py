@@ -157,10 +157,17 @@ def test_counting(clock):
         clock.now = 30.0
         add(100)
     assert stream.getvalue() == "[30] checking: 200 of 400 examples, 0:30, 0:30 left\n"
-    live, stream = console_of(clock, live=True)
-    with live.counting("checking", 4, "examples", delay=2.0) as add:
-        add(4)
-    assert not stream.getvalue()
+
+
+def test_what_is_not_shown_yet_hides_nothing(clock):
+    console, stream = console_of(clock, live=True)
+    with console.doing("training"), console.counting("checking", 4, "examples", delay=2.0) as add:
+        clock.now = 1.0
+        add(1)
+        assert screen(stream.getvalue()) == ["training … 0:01"]
+        clock.now = 3.0
+        add(1)
+        assert screen(stream.getvalue()) == ["checking: 2 of 4 examples, 0:03, 0:03 left"]
 
 
 @pytest.mark.parametrize(

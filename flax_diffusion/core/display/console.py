@@ -145,7 +145,7 @@ class Console:
                 self._draw() if self.live else self._tell()
 
     def _tell(self) -> None:
-        text = self._shown[-1].plain() if self._shown else ""
+        text = next(filter(None, (shown.plain() for shown in reversed(self._shown))), "")
         if text:
             self._told_at = self.clock()
             self.say(text)
@@ -156,10 +156,10 @@ class Console:
         if _foreign_bars():  # which would tear this line, and be torn
             return
         width = self._width()
-        text = self._shown[-1].moving(width)[:width]
-        if text or self._drawn:
+        text = next(filter(None, (shown.moving(width) for shown in reversed(self._shown))), "")[:width]
+        if text:
             self._write(f"\r{text}{' ' * (len(self._drawn) - len(text))}")
-        self._drawn, self._drawn_at = text, self.clock()
+            self._drawn, self._drawn_at = text, self.clock()
 
     def _clear(self) -> None:
         if self._drawn:
