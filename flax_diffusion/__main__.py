@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.display import first_line
 from flax_diffusion.core.errors import unknown
 
 
@@ -18,19 +18,23 @@ class _Command(NamedTuple):
         module: Module whose `main` runs it.
         about: What it does, for the help.
         first: Words that come before those of the user.
+        says: What it says first that it does; "" for nothing.
     """
 
     module: str
     about: str
     first: tuple[str, ...] = ()
+    says: str = ""
 
 
 COMMANDS = {
-    "train": _Command("flax_diffusion.train", "train a model"),
+    "train": _Command("flax_diffusion.train", "train a model", says="training"),
     "generate": _Command("flax_diffusion.generate", "draw pictures with a model"),
     "evaluate": _Command("flax_diffusion.evaluate", "judge pictures by FID and its kin"),
     "inspect": _Command("flax_diffusion.data", "look at the data of a run before it starts", ("inspect",)),
-    "precompute": _Command("flax_diffusion.precompute", "compute latents and text embeddings once, for many runs"),
+    "precompute": _Command(
+        "flax_diffusion.precompute", "compute latents and text embeddings once, for many runs", says="precomputing"
+    ),
     "convert": _Command("flax_diffusion.convert", "convert models and LoRA files between formats"),
     "post_hoc_ema": _Command("flax_diffusion.post_hoc_ema", "choose the width of a moving average after training"),
     "parity": _Command("flax_diffusion.parity", "compare JAX with PyTorch"),
@@ -59,11 +63,15 @@ def run(argv: Sequence[str] | None = None) -> None:
     if words[0] not in COMMANDS:
         raise unknown("command", words[0], COMMANDS)
     command = COMMANDS[words[0]]
+    if command.says:
+        first_line.say(command.says, "JAX", words[1:])
     importlib.import_module(command.module).main([*command.first, *words[1:]])
 
 
 def main() -> None:
     """Run the command of this process, and turn its errors for users into one line on stderr."""
+    from flax_diffusion.core.cli import command_line  # which takes most of a second, after the first line
+
     command_line.main_guard(run)
 
 

@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flax_diffusion.core.display import first_line
+
+if __name__ == "__main__":
+    first_line.say("precomputing", "JAX")  # before the imports that follow, which take a second
+
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.run import launch
 from flax_diffusion.train import load_backend

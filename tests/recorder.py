@@ -1,5 +1,7 @@
 """A backend of one process that computes nothing, to see what the training loop asks of one."""
 
+from flax_diffusion.core.backend import Described
+
 
 class Idle:
     """Implements of `core.backend.Backend` what needs no state; a test adds what it looks at."""
@@ -8,6 +10,9 @@ class Idle:
 
     def init_state(self):
         return 1
+
+    def describe(self):
+        return Described("nothing", 0, compiles=False)
 
     def read(self, metrics):
         return metrics

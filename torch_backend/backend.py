@@ -26,7 +26,7 @@ from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
 from torch_backend.evaluation import evaluated, finished, on_device
 from torch_backend.features import extractor
-from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, load
+from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, described, load
 from torch_backend.names import file_name
 from torch_backend.optimizers import OPTIMIZERS, make_optimizer
 from torch_backend.sampling import Sampler, scheduler_from_config, to_uint8
@@ -50,6 +50,7 @@ class TorchBackend:
 
     command = "python -m torch_backend.train"
     extractor = staticmethod(extractor)
+    describe = described
 
     def __init__(self, config: TrainConfig, spec: PipelineSpec, dtype: torch.dtype = torch.float32):
         self.check_options(config)

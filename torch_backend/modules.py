@@ -16,6 +16,7 @@ from accelerate import init_empty_weights
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
+from flax_diffusion.core.backend import Described
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.errors import ConfigError, WeightsError, nearest
 from flax_diffusion.core.randomness import initial_weights
@@ -284,3 +285,12 @@ def _draw(component: Component, seed: int) -> Any:
                 if name in known and known[name].shape == parameter.shape:
                     parameter.copy_(known[name])
     return module
+
+
+def described(backend: Any) -> Described:
+    """Return what a backend says of itself: its device, and the number of weights that do not train."""
+    parameters = [p for module in backend.modules.by_name.values() for p in module.parameters()]
+    frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+    device: torch.device = backend.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Described(name, frozen, compiles=backend.config.torch_compile)

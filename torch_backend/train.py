@@ -5,9 +5,15 @@ With `accelerate launch -m torch_backend.train …` it runs in several processes
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from flax_diffusion.core.display import console, first_line
+
+if __name__ == "__main__":
+    first_line.say("training", "PyTorch")  # before the imports that follow, which take a second
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.run import launch
@@ -25,7 +31,22 @@ def load_backend() -> Any:
     launch.require(PACKAGES, launch.INSTALL_PYTORCH)
     from torch_backend.backend import TorchBackend
 
+    _leave_the_console()
     return TorchBackend
+
+
+def _leave_the_console() -> None:
+    """Leave the console to the run: libraries show no bars there, and log only what went wrong."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.disable_progress_bar()
+        library.disable_default_handler()  # which writes to stderr itself
+        library.enable_propagation()
+    if console.current().level > logging.DEBUG:
+        for name in ("diffusers", "transformers", "accelerate"):
+            logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -52,6 +52,20 @@ def check_optimizer(config: TrainConfig, known: Iterable[str]) -> None:
         raise unknown("--optimizer", config.optimizer, known)
 
 
+class Described(NamedTuple):
+    """What a backend says of itself once its weights are loaded.
+
+    Attributes:
+        device: Name of one of its devices, such as "NVIDIA H100" or "cpu".
+        frozen_parameters: Number of the parameters that do not train.
+        compiles: Whether the first step is compiled before it is taken.
+    """
+
+    device: str
+    frozen_parameters: int
+    compiles: bool
+
+
 class Backend(Protocol):
     """Owner of models, optimizer state and devices; the loop owns order, time and files.
 
@@ -80,6 +94,10 @@ class Backend(Protocol):
 
     def init_state(self) -> int:
         """Load or draw the weights, make the optimizer state, and return the number of trained parameters."""
+        ...
+
+    def describe(self) -> Described:
+        """Return what this backend says of itself, after `init_state`."""
         ...
 
     def put(self, batch: Batch) -> Any:

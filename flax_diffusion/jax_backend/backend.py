@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from flax_diffusion.core.backend import Batch, check_optimizer, refuse
+from flax_diffusion.core.backend import Batch, Described, check_optimizer, refuse
 from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import check_same_shapes
 from flax_diffusion.core.config.options import TrainConfig
@@ -114,6 +114,12 @@ class JaxBackend:
             if self.spec.components[name].training is not Training.ALL
         }
         return sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+
+    def describe(self) -> Described:
+        """Return the kind of the devices, and the number of weights that do not train."""
+        device = self.mesh.devices.flat[0]
+        frozen = sum(leaf.size for leaf in jax.tree.leaves(self.frozen))
+        return Described(device.device_kind, frozen, compiles=True)
 
     def _place_frozen(self, name: str, host: Params) -> Params:
         """Place weights that do not train on the devices, in the precision of their computation."""

@@ -16,16 +16,17 @@ from flax_diffusion.core.tasks.task import TASKS
 PACKAGES = ("flax_diffusion", "torch_backend", "tpu")
 CORE = "flax_diffusion.core."
 BELOW = {
-    "io": set(),
+    "display": set(),
+    "io": {"display"},
     "config": {"io"},
     "randomness": {"io"},
     "objectives": {"io", "randomness"},
-    "data": {"io", "randomness", "objectives"},
+    "data": {"display", "io", "randomness", "objectives"},
     "metrics": {"io", "data"},
     "checkpoints": {"io"},
     "families": {"io", "objectives"},
     "spec": {"io", "randomness", "objectives", "data", "checkpoints", "families"},
-    "tasks": {"io", "config", "objectives", "data", "families", "spec"},
+    "tasks": {"display", "io", "config", "objectives", "data", "families", "spec"},
     "cli": {"io", "config", "tasks"},
 }
 """What a room of `core` may import beside itself and the files that lie in `core` directly."""

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import json
 import logging
 import re
@@ -20,8 +21,9 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import ONCE
 from flax_diffusion.core.data import loader
+from flax_diffusion.core.display import console
 from flax_diffusion.core.errors import UserError
-from flax_diffusion.core.run import assembly
+from flax_diffusion.core.run import assembly, launch
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.schedule import make_schedule
 from flax_diffusion.core.spec.adapters import NEW_ROWS
@@ -55,6 +57,10 @@ class Recorder(Idle):
     def __init__(self, config, spec):
         self.config, self.spec, self.steps = config, spec, 0
         self.batches, self.rates, self.sampled, self.exported = [], [], [], []
+
+    @staticmethod
+    def check_options(config):
+        pass
 
     def put(self, batch):
         self.batches.append({key: digest(value) for key, value in batch.items()})
@@ -117,7 +123,7 @@ class Recorder(Idle):
                 (folder / name / "config.json").write_text(json.dumps(component.config))
 
 
-MODELS = ("mesh", "exchanges", "jax", "torch", "torch_built", "torch_sums", "jax_says", "torch_says")
+MODELS = ("said", "mesh", "exchanges", "jax", "torch", "torch_built", "torch_sums", "jax_says", "torch_says")
 """Channels that make a backend, each a method of `Observer`; the others come from one run of the loop."""
 
 
@@ -286,6 +292,22 @@ class Observer:
         with mock.patch("flax_diffusion.jax_backend.backend.log.info") as info:
             JaxBackend(config, spec, DEVICES[:1])
         return str(info.call_args_list)
+
+    def said(self, task, options):
+        """What a whole run says, where there is no terminal, but for the time."""
+        folder = self.world.folder / "said" / "out"
+        stream = io.StringIO()
+        here = console.Console(stream, live=False, stamp=lambda: "", clock=lambda: 0.0)
+        log = logging.getLogger("flax_diffusion")
+        try:
+            with console.using(here), ExitStack() as stack:
+                handler = console.Handler()
+                stack.callback(log.removeHandler, handler)
+                log.addHandler(handler)
+                launch.train(lambda: Recorder, task, None, options | {"output_dir": str(folder)})
+        finally:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+        return re.sub(r"[0-9.]+ .B are free", "free", stream.getvalue())
 
     def torch_says(self, task, options):
         """Whether PyTorch takes the options."""

@@ -362,6 +362,8 @@ TABLE: dict[str, list[Row]] = {
     "repeat_step": [Row(2, "batch", {"resume_from_checkpoint": "latest"}, EARLIER)],
     "report_to": [Row("tensorboard", "files")],
     "logging_dir": [Row("curves", "files", {"report_to": "tensorboard"})],
+    "quiet": [Row(True, "said")],
+    "log_level": [Row("warning", "said"), Row("debug", "said")],
     "seed": [Row(1, "batch")],
 }  # fmt: skip
 

@@ -24,7 +24,7 @@ Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CONFIG_FILE = "config.yaml"
 """File in a run's folder that holds its options."""
 
-ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "repeat_step")
+ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "repeat_step", "quiet", "log_level")
 """Options that hold for one start of a run. The run's config.yaml, which reproduces the run, leaves them out."""
 
 
@@ -256,6 +256,12 @@ class TrainConfig(BaseModel):
         "tensorboard", validation_alias=also("report_to", "logger"), description="Where to write metrics and grids."
     )
     logging_dir: str = Field("logs", description="TensorBoard's folder inside output_dir.")
+    quiet: bool = Field(False, description="Say nothing but warnings, errors and the last line; show no bar.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info",
+        description="Least level of the lines that are said. debug: also how long each "
+        "part takes, and what the libraries say.",
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order, noise and samples.")
 
     @field_validator("mixed_precision", mode="before")

@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from flax_diffusion.core.data.bad import MAX_BAD_SHARE, example_name, max_bad_examples
 from flax_diffusion.core.data.captions import TokenizePrompt
 from flax_diffusion.core.data.images.decoding import check_header
 from flax_diffusion.core.data.sources.source import Source, first_few
+from flax_diffusion.core.display import console
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import is_local
 
@@ -28,7 +28,7 @@ MAX_CHECKED = 2**18
 MAX_CHECKED_IN_STORE = 2**13
 _THREADS, _THREADS_IN_STORE = 8, 64  # threads for an object store wait for answers most of the time
 _EXAMPLES_PER_TASK = 64
-_BAR_DELAY = 2.0  # seconds before a progress bar is shown
+_BAR_DELAY = 2.0  # seconds before the progress is shown
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +48,14 @@ def check_source(
         skip_bad_images: Whether to accept as many bad examples as a run may skip.
         all_processes: Function that returns whether its argument is true in every process of the run; all of them
             must call this function.
-        main: Whether this is the first process, which logs what was found and shows a progress bar after two seconds.
+        main: Whether this is the first process, which logs what was found.
         tokenize: The captions' tokenizers, to log how many captions are cut off; None for no such check.
 
     Raises:
         DataError: If examples cannot be used, here or in another process. The message says how many, names the first
             few, and says what is wrong with the first.
     """
-    checked, findings = _check(source, main, tokenize)
+    checked, findings = _check(source, tokenize)
     reasons = dict(findings.reasons[index] for index in sorted(findings.reasons))
     failure = _failure(checked, len(source), reasons, skip_bad_images)
     if not all_processes(failure is None) and failure is None:
@@ -93,7 +93,7 @@ def _failure(checked: int, examples: int, reasons: dict[str, str], skip_bad_imag
     )
 
 
-def _check(source: Source, main: bool, tokenize: TokenizePrompt | None) -> tuple[int, "_Findings"]:
+def _check(source: Source, tokenize: TokenizePrompt | None) -> tuple[int, "_Findings"]:
     """Check the examples and return how many were checked, and what was found."""
     local = reads_locally(source)
     count = min(len(source), MAX_CHECKED if local else MAX_CHECKED_IN_STORE)
@@ -102,9 +102,9 @@ def _check(source: Source, main: bool, tokenize: TokenizePrompt | None) -> tuple
     parts = [indices[first : first + _EXAMPLES_PER_TASK] for first in range(0, count, _EXAMPLES_PER_TASK)]
     pool = ThreadPoolExecutor(_THREADS if local else _THREADS_IN_STORE, thread_name_prefix="check")
     try:
-        with tqdm(total=count, desc="checking", unit="example", delay=_BAR_DELAY, disable=not main) as bar:
+        with console.current().counting("checking", count, "examples", _BAR_DELAY) as add:
             for part in pool.map(findings.check, parts):
-                bar.update(part)
+                add(part)
     finally:
         pool.shutdown(cancel_futures=True)
     return count, findings

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.display import console
 from flax_diffusion.core.drawing.command import guidance_scale, prompts_of
 from flax_diffusion.core.drawing.evaluation_options import (
     EvaluateOptions,
@@ -261,7 +261,7 @@ def _reference(
         count, batches = shape[0], real.batches(config.batch_size)
     else:
         count, batches = len(real), _read(real, config, kind, None, resize=True)
-    found = collect(_shown(batches, count, "real pictures", backend), extractor, count, names, real=True)
+    found = collect(_shown(batches, count, "real pictures"), extractor, count, names, real=True)
     if statistics is not None:  # published ones are of all pictures, of which the file may hold a part
         return replace(statistics, features=found.features)
     return Reference.of(found.moments, kind, found.features)
@@ -277,12 +277,12 @@ def _read(
     )
 
 
-def _shown(batches: Iterable[np.ndarray], count: int, what: str, backend: Backend) -> Iterator[np.ndarray]:
-    """Yield batches, and show on stderr how many pictures of all there were."""
-    with tqdm(total=count, desc=what, unit="picture", disable=not backend.is_main) as bar:
+def _shown(batches: Iterable[np.ndarray], count: int, what: str) -> Iterator[np.ndarray]:
+    """Yield batches, and show on the console how many pictures of all there were."""
+    with console.current().counting(what, count, "pictures") as add:
         for batch in batches:
             yield batch
-            bar.update(len(batch))
+            add(len(batch))
 
 
 def _rows(
@@ -297,7 +297,7 @@ def _rows(
     seed: int = shared(config, "seed")
 
     def judged(batches: Iterator[np.ndarray], what: str) -> Row:
-        found = collect(_shown(batches, subject.count, what, backend), extractor, subject.count, names)
+        found = collect(_shown(batches, subject.count, what), extractor, subject.count, names)
         return {"pictures": subject.count, **dict(judge(names, Sets(found, reference, seed)))}
 
     if subject.source is not None:

@@ -1,19 +1,21 @@
-"""What a run shows of its progress: progress bar, TensorBoard and picture grids."""
+"""What a run shows of its progress: its steps, TensorBoard and picture grids."""
 
 from __future__ import annotations
 
 import io
 import json
-import sys
+import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
+from flax_diffusion.core.display import console
+from flax_diffusion.core.display.steps import Steps
 from flax_diffusion.core.io.files import copy_files, is_local, temporary_folder
 from flax_diffusion.core.io.metrics_file import METRICS_FILE, MetricsFile
 from flax_diffusion.core.io.sheets import contact_sheet, save_picture
@@ -89,7 +91,7 @@ class TensorBoard:
 
 
 class Tracker:
-    """Reports of a run: progress bar, TensorBoard and pictures. Only the first process reports anything.
+    """Reports of a run: its steps on the console, TensorBoard and pictures. Only the first process reports anything.
 
     Args:
         output_dir: Folder of the run.
@@ -103,11 +105,18 @@ class Tracker:
         self._samples = output_dir / "samples"
         self._main = main
         self._board = TensorBoard(output_dir / logging_dir, first_step + 1) if main and logging_dir else None
-        self._bar = tqdm(
-            total=total_steps, initial=first_step, disable=not main, unit="step", dynamic_ncols=True, file=sys.stderr
-        )
+        self._console = console.current()
+        self._steps = Steps(self._console, first_step, total_steps)
         self._metrics = MetricsFile(output_dir / METRICS_FILE, first_step, writes=main)
         self._last = time.perf_counter()
+
+    def begin(self, *, compiles: bool) -> None:
+        """Begin to show the steps.
+
+        Args:
+            compiles: Whether the first step is compiled before it is taken.
+        """
+        self._steps.begin("compiling the first step" if compiles else "taking the first step")
 
     def step(self, step: int, metrics: dict[str, float], images: int) -> None:
         """Report a finished optimizer step.
@@ -122,13 +131,7 @@ class Tracker:
         self._last = now
         if self._board:
             self._board.scalars({f"train/{name}": value for name, value in metrics.items()}, step)
-        self._bar.set_postfix(
-            loss=f"{metrics['loss']:.4f}",
-            lr=f"{metrics['learning_rate']:.2e}",
-            img_s=f"{images * (self._bar.format_dict['rate'] or 0):.1f}",
-            refresh=False,
-        )
-        self._bar.update()
+        self._steps.step(step, images, metrics["loss"], metrics["learning_rate"])
 
     def judged(self, step: int, values: dict[str, float], of: str) -> None:
         """Report what a run is worth at a step.
@@ -148,9 +151,18 @@ class Tracker:
         """Return whether values of a step have been reported, in this start of the run or before."""
         return self._metrics.has(step, names)
 
-    def advance(self) -> None:
-        """Count a step without reporting anything about it."""
-        self._bar.update()
+    def advance(self, step: int, images: int) -> None:
+        """Count a step without reporting anything about it, with arguments as of `step`."""
+        self._steps.step(step, images)
+
+    @contextmanager
+    def doing(self, what: str) -> Iterator[None]:
+        """Show inside of a `with` block what goes on between two steps, which is no part of their pace."""
+        try:
+            with self._console.doing(what):
+                yield
+        finally:
+            self._steps.pace.go_on()
 
     def grid(
         self, step: int, images: Sequence[np.ndarray] | np.ndarray, columns: int | None, captions: Sequence[str] = ()
@@ -176,6 +188,15 @@ class Tracker:
         """Return whether the pictures of a step have been written."""
         return self._grid_file(step).exists()
 
+    def say_grid(self, step: int) -> None:
+        """Say where the pictures of a step are."""
+        self.say(f"samples of step {step}: {self._grid_file(step)}")
+
+    def say_end(self) -> None:
+        """Say where the results of the run are, as its last line."""
+        kinds = "pipeline, checkpoints and samples" if self._samples.exists() else "pipeline and checkpoints"
+        self.say(f"{kinds} are in {self._samples.parent}", last=True)
+
     def _grid_file(self, step: int) -> Path:
         return self._samples / f"{step:08d}.png"
 
@@ -184,13 +205,13 @@ class Tracker:
         if self._board:
             self._board.flush()
 
-    def say(self, text: str) -> None:
-        """Print a line above the progress bar."""
+    def say(self, text: str, level: int = logging.INFO, *, last: bool = False) -> None:
+        """Say a line, with arguments as of `Console.say`."""
         if self._main:
-            self._bar.write(text, file=sys.stderr)
+            self._console.say(text, level, last=last)
 
     def close(self) -> None:
-        """Close the progress bar and the event file."""
-        self._bar.close()
+        """End to show the steps, and close the event file."""
+        self._console.hide(self._steps)
         if self._board:
             self._board.close()

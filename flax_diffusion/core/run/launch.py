@@ -5,19 +5,30 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.utils import disable_progress_bars
+
 from flax_diffusion.core.cli import command_line
-from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.config.options import Reads, TrainConfig, named_inputs
+from flax_diffusion.core.display import block, console
+from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError, is_out_of_memory
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.run.preemption import INTERRUPTED, Preempted, Preemption
 from flax_diffusion.core.tasks.task import Task, task_of
 
 log = logging.getLogger(__name__)
+
+_LEVELS = {
+    "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR,
+}  # fmt: skip
+_PRECISION = {"no": "float32", "bf16": "bfloat16, with weights in float32", "fp16": "float16, with weights in float32"}
 
 LoadBackend = Callable[[], Any]
 """Function that imports a framework and returns its backend's class.
@@ -90,11 +101,8 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None, *, on
         UserError: For input that cannot be used.
         SystemExit: After Ctrl-C, once everything is saved.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("flax_diffusion").setLevel(logging.INFO)
-    for chatty in ("absl", "asyncio"):  # logged in Orbax's threads; this program reports their failures itself
-        logging.getLogger(chatty).setLevel(logging.CRITICAL)
     _, config = command_line.parse_train(sys.argv[1:] if argv is None else argv, prog)
+    _set_up_logging(config)
     preemption = Preemption()
     _run(load_backend, task_of(config), preemption, only_precompute)
     status = INTERRUPTED if preemption.interrupted else 0
@@ -111,26 +119,87 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None, *, on
 def _run(
     load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preemption, only_precompute: bool = False
 ) -> Path:
-    from flax_diffusion.core.run.loop import fit
-    from flax_diffusion.core.run.start import fill
-
-    config = task.config
-    with preemption:  # before a framework of several hosts installs its own handler of the signal
+    config, here = task.config, console.current()
+    here.level, here.moves = _LEVELS[config.log_level], not config.quiet
+    if config.quiet:
+        here.level = max(here.level, logging.WARNING)
+    _say_options(task)
+    # Signals come first, before a framework of several hosts installs its own handler of them.
+    with preemption, here.ticking(), _logged():
         try:
-            backend = load_backend()
+            with here.doing("importing libraries"):
+                from flax_diffusion.core.run.loop import fit
+                from flax_diffusion.core.run.start import fill
+
+                backend = load_backend()
             backend.check_options(config)
             return (fill if only_precompute else fit)(task, backend, preemption)
         except Preempted:
+            told = preemption.signal_name
             if only_precompute:
-                log.info("ended by %s; what was written stays: give the same command again", preemption.signal_name)
+                log.info("ended by %s; what was written stays: give the same command again", told, extra=LAST)
                 return as_path(str(task.latents_dir or task.precomputed_dir))
-            log.info("ended by %s before the first step; nothing had to be saved", preemption.signal_name)
+            log.info("ended by %s before the first step; nothing had to be saved", told, extra=LAST)
             return as_path(config.output_dir)
         except Exception as error:
             if isinstance(error, UserError) or not is_out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise MemoryLimitError(f"out of memory ({reason}): {', '.join(_memory_advice(config))}") from error
+
+
+def _set_up_logging(config: TrainConfig) -> None:
+    """Have what is logged in this process said on the console, without what the user can do nothing about.
+
+    Args:
+        config: Options of the run.
+    """
+    debugs = config.log_level == "debug"
+    logging.basicConfig(level=logging.INFO if debugs else logging.WARNING, handlers=[console.Handler()])
+    if not debugs:
+        for chatty in ("absl", "asyncio"):  # logged in Orbax's threads; this program reports their failures itself
+            logging.getLogger(chatty).setLevel(logging.CRITICAL)
+        if not sys.warnoptions:
+            for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):  # for who writes programs
+                warnings.simplefilter("ignore", kind)
+    if not console.current().live:  # a library's bar is no text for a file
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        disable_progress_bars()
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Say what is logged on the console inside of a `with` block, unless this process logs elsewhere already."""
+    root, ours = logging.getLogger(), [logging.getLogger(name) for name in console.OURS]
+    before = [logger.level for logger in ours]
+    handler = None if root.handlers else console.Handler()
+    if handler is not None:
+        root.addHandler(handler)
+    for logger in ours:
+        if logger.level == logging.NOTSET:  # the console itself leaves out what is below its own level
+            logger.setLevel(min(console.current().level, logging.INFO))
+    try:
+        yield
+    finally:
+        for logger, was in zip(ours, before, strict=True):
+            logger.setLevel(was)
+        if handler is not None:
+            root.removeHandler(handler)
+
+
+def _say_options(task: Task[TrainConfig]) -> None:
+    """Say what is known from the options alone."""
+    config, here = task.config, console.current()
+    defaults = {name: field.default for name, field in type(config).model_fields.items()}
+    inputs = [one for one in named_inputs(config) if one[2] != defaults.get(one[0])]
+    models = [text for _, kind, text in inputs if kind is Reads.MODEL]
+    data = [text for _, kind, text in inputs if kind is not Reads.MODEL]
+    here.say(block.row("task", task.name))
+    here.say(block.row("start from", ", ".join(dict.fromkeys(models)) or "new weights"))
+    here.say(block.row("data", f"{', '.join(dict.fromkeys(data))}, at {config.resolution} pixels"))
+    here.say(block.row("precision", _PRECISION[config.mixed_precision]))
+    goes_on = f", going on from {config.resume_from_checkpoint}" if config.resume_from_checkpoint else ""
+    here.say(block.row("output", f"{config.output_dir}{goes_on}"))
 
 
 def _memory_advice(config: TrainConfig) -> list[str]:

@@ -26,6 +26,7 @@ from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig, average_of
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.loader import Loader
+from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
 from flax_diffusion.core.io.tracking import Tracker
@@ -71,12 +72,6 @@ def fit(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempti
         output_folder.prepare(output_dir, config, start.resume_from, backend)
     run = _Run(task, spec, backend, preemption, output_dir, start)
     try:
-        if run.main:
-            log.info(
-                "%s: %s of %d images, %d trained parameters, %d devices, %d images per step, steps %d to %d",
-                task.name, spec.kind, start.schedule.num_examples, start.parameters, backend.device_count,
-                start.schedule.step_examples, start.step + 1, max(start.step, start.schedule.total_steps),
-            )  # fmt: skip
         if config.repeat_step is None:
             run.train()
         else:
@@ -150,7 +145,7 @@ class _Run:
                 self._steps(loader)
             if loader.skipped:
                 names = ", ".join(sorted(loader.skipped))
-                self.tracker.say(f"skipped {len(loader.skipped)} unreadable images: {names}")
+                self.tracker.say(f"skipped {len(loader.skipped)} unreadable images: {names}", logging.WARNING)
             self._finish()
         except Preempted:
             self._stop()
@@ -181,9 +176,8 @@ class _Run:
         handle, no_decays = self.backend.put(batch), dict.fromkeys(self.config.averages, 0.0)
         metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), no_decays))
         names = ", ".join(one["name"] for one in self._examples(batch["example_index"]))
-        log.info(
-            "the batch of step %d, with the weights of step %d: %s; of %s", step, self.first_step, _said(metrics), names
-        )
+        said = "the batch of step %d, with the weights of step %d: %s; of %s"
+        log.info(said, step, self.first_step, _said(metrics), names, extra=LAST)
 
     def _loader(self, done: int, num_steps: int) -> Loader:
         """Return the loader of the batches that follow some steps."""
@@ -203,6 +197,7 @@ class _Run:
     def _steps(self, loader: Loader) -> None:
         """Take the steps of a loader's batches."""
         config = self.config
+        self.tracker.begin(compiles=self.backend.describe().compiles)
         for indices, batch in self._put_ahead(loader):
             done, step = self.taken, self.taken + 1
             rate = self.rate_of(done)
@@ -255,7 +250,7 @@ class _Run:
             self._sample(self.taken)
         self.saver.wait()
         self.backend.all_processes(True)  # else a process that is done would leave the others alone
-        self.tracker.say(f"pipeline, checkpoints and samples are in {self.output_dir}")
+        self.tracker.say_end()
 
     def _stop(self) -> None:
         """Save the present state, and say how to go on."""
@@ -265,7 +260,8 @@ class _Run:
         kept = f"saved as {self._newest()}; go on with" if self.taken else "nothing to save; start again with"
         self.tracker.say(
             f"ended by {self.preemption.signal_name} after step {self.taken}, {kept}: "
-            f"{self._command()} --resume_from_checkpoint latest"
+            f"{self._command()} --resume_from_checkpoint latest",
+            last=True,
         )
 
     def _command(self) -> str:
@@ -297,10 +293,9 @@ class _Run:
         numbers = {name: str(value) for name, value in metrics.items()}  # JSON has no NaN
         write_json(file, {"step": step, **numbers, "examples": self._examples(indices), "repeat": repeat})
         if self.nonfinite_steps <= self.config.skip_nonfinite:
-            self.tracker.say(
-                f"step {step} is not finite ({_said(metrics)}) and passed over; its examples are in {file}"
-            )
-            self.tracker.advance()
+            said = f"step {step} is not finite ({_said(metrics)}) and passed over; its examples are in {file}"
+            self.tracker.say(said, logging.WARNING)
+            self.tracker.advance(step, self.schedule.step_examples)
             return
         self.saver.wait()  # a running save is of an earlier state
         raise NonFiniteError(
@@ -339,7 +334,9 @@ class _Run:
             return
         self._drain()
         draw = functools.partial(self.preview.draw, self.backend)
-        self.tracker.grid(step, self.preemption.interruptible(draw), self.preview.columns, self.preview.captions)
+        with self.tracker.doing("drawing samples"):
+            self.tracker.grid(step, self.preemption.interruptible(draw), self.preview.columns, self.preview.captions)
+        self.tracker.say_grid(step)
 
     def _judge(self, *, at_end: bool = False) -> None:
         """Report what the run is worth now, by each judge whose turn it is, unless that is known."""
@@ -347,12 +344,15 @@ class _Run:
             due = at_end or (judge.every is not None and self.taken % judge.every == 0)
             if due and not self.tracker.has_judged(self.taken, judge.names):
                 self._drain()
-                self.tracker.judged(self.taken, self.preemption.interruptible(judge), judge.of)
+                with self.tracker.doing(f"judging {judge.of}"):
+                    self.tracker.judged(self.taken, self.preemption.interruptible(judge), judge.of)
 
     def _export(self) -> None:
         """Write the result of the run: a pipeline, an autoencoder, or adapters; and those with the other averages."""
         self._drain()
-        self.task.export(self.backend, self.spec, self.source, self.output_dir)
+        with self.tracker.doing("exporting"):
+            self.task.export(self.backend, self.spec, self.source, self.output_dir)
+        self.tracker.say(f"exported at step {self.taken}: {self.output_dir}")
         for average in self.config.averages[1:]:
             folder = self.output_dir / output_folder.AVERAGES / average.removeprefix("ema_")
             with self._with_average(average):

@@ -14,12 +14,18 @@ from safetensors import SafetensorError
 
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.checkpoints import folders, snapshots
+from flax_diffusion.core.display import console
 from flax_diffusion.core.errors import CheckpointError
 from flax_diffusion.core.io.files import is_local, remove_tree, walk
 from flax_diffusion.core.run import output_folder
 
 _SAVE_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError)
 """Errors of file systems and of the libraries that write to them; a full disk may appear as any of these."""
+
+
+def free_bytes(folder: Path) -> int | None:
+    """Return the bytes that are free where a folder lies; None in an object store."""
+    return shutil.disk_usage(folder).free if is_local(folder) else None
 
 
 class Saver:
@@ -92,8 +98,9 @@ class Saver:
 
     def _check_space(self) -> None:
         # Checked before anything is written: the errors of the libraries on a full disk do not tell the reason.
-        if is_local(self.output_dir):
-            needed, free = max(self._size, self.backend.state_bytes()), shutil.disk_usage(self.output_dir).free
+        free = free_bytes(self.output_dir)
+        if free is not None:
+            needed = max(self._size, self.backend.state_bytes())
             if free < needed:
                 raise OSError(
                     errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, it takes {needed:,} bytes and {free:,} are free"
@@ -109,6 +116,7 @@ class Saver:
             self._parent = folders.identity_of(folder)
             folders.rotate(self.output_dir, self.limit, folder)
             output_folder.discard_replaced(self.output_dir)
+            console.current().say(f"checkpoint saved: {folder}")
 
     def raise_if_failed(self) -> None:
         """Raise the error of a save that has failed, without waiting for one that is running.
@@ -128,7 +136,8 @@ class Saver:
         sealing, self._sealing = self._sealing, None
         if sealing is not None:
             try:
-                sealing.result()
+                with console.current().doing(f"writing checkpoint-{self._step}", delay=1.0):
+                    sealing.result()
             except _SAVE_ERRORS as error:
                 raise self._failed(error) from error
 

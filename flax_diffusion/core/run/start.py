@@ -20,11 +20,14 @@ from flax_diffusion.core.data.order import Bucketed
 from flax_diffusion.core.data.shards.latents import LatentSource
 from flax_diffusion.core.data.sources.source import Part, Source
 from flax_diffusion.core.data.workers import check_count
+from flax_diffusion.core.display import block, console
+from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.io.files import as_path, is_local
 from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.precompute import EMBEDDINGS, POSTERIORS, precompute
 from flax_diffusion.core.run.preemption import Preemption
+from flax_diffusion.core.run.saving import free_bytes
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
 from flax_diffusion.core.run.shards import latents as shards
 from flax_diffusion.core.spec.pipeline import PipelineSpec
@@ -104,8 +107,11 @@ def open_inputs(
         source = task.open_source()
         return *divide(task, source), task.make_spec(source)
 
-    source, validation, spec = preemption.interruptible(read)
-    backend = make_backend(task.config, spec)
+    here = console.current()
+    with here.doing("opening data and models"):
+        source, validation, spec = preemption.interruptible(read)
+        backend = make_backend(task.config, spec)
+    here.main = backend.process_index == 0
     preemption.single_process = backend.process_count == 1
     return source, validation, spec, backend
 
@@ -193,7 +199,7 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
             schedule = make_schedule(task.config, task.count_examples(source), backend.device_count)
             buckets = assembly.make_buckets(task, spec, source, schedule, main=main)
         examples = held_out(validation, buckets, skip_bad_images=task.config.skip_bad_images)
-        backend.init_state()
+        _load(spec, backend)
         if task.latents_dir is not None:
             shards.write_latents(task, spec, task.complete_source(source, backend), backend)
             return
@@ -204,7 +210,7 @@ def fill(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempt
 
     preemption.interruptible(work)
     if main:
-        log.info("latents and text embeddings are in %s", folder)
+        log.info("latents and text embeddings are in %s", folder, extra=LAST)
     return as_path(folder)
 
 
@@ -235,9 +241,10 @@ def prepare(
     config = task.config
     output_dir = as_path(config.output_dir)
     shared_folder(output_dir, backend, "--output_dir")
-    main = backend.process_index == 0
+    main, here = backend.process_index == 0, console.current()
     _check_data(task, spec, source, validation, backend)
     num_examples = task.count_examples(source)
+    here.say(block.row("pictures", f"{num_examples:,}"))
     identity = lineage.identity(task.name, config, spec, source, num_examples)
     resume_from = output_folder.checkpoint_to_resume(output_dir, config.resume_from_checkpoint, backend)
     step = seen = nonfinite = 0
@@ -257,17 +264,64 @@ def prepare(
         assembly.warn_of_vain_options(task, spec, schedule, backend.device_count)
     evaluated = task.evaluation()
     drawn = None if evaluated is None else DrawnPictures(evaluated, task, spec, backend)
-    parameters = backend.init_state()
+    parameters = _load(spec, backend)
+    _say_length(config, schedule, backend, step)
     if resume_from is not None:
         backend.check(resume_from)
     source = _completed(task, source, backend, buckets)
     pictures, sizes = with_held_out(source, buckets, task.rows_per_example, examples)
     made = precompute(task, spec, pictures, backend, scratch, sizes)
     if resume_from is not None:
-        backend.restore(resume_from)
+        with here.doing(f"reading {resume_from.name}"):
+            backend.restore(resume_from)
     return Start(
         source, made, buckets, examples, drawn, schedule, parameters, identity, resume_from, step, seen, nonfinite
     )
+
+
+def _load(spec: PipelineSpec, backend: Backend) -> int:
+    """Load the weights, say what was loaded, and return the number of trained parameters."""
+    here = console.current()
+    with here.doing("loading the weights"):
+        parameters = backend.init_state()
+    described = backend.describe()
+    frozen = f"{described.frozen_parameters:,} stay as they are"
+    here.say(block.row("model", f"{spec.kind}: {parameters:,} parameters train, {frozen}"))
+    processes = f" of {backend.process_count} processes" if backend.process_count > 1 else ""
+    here.say(block.row("devices", f"{backend.device_count} x {described.device}{processes}"))
+    return parameters
+
+
+def _say_length(config: TrainConfig, schedule: Schedule, backend: Backend, step: int) -> None:
+    """Say how long a run is, and what its checkpoints need.
+
+    Args:
+        config: Options of the run.
+        schedule: The run's steps.
+        backend: The backend, with the weights loaded.
+        step: Steps taken before this start of the run.
+    """
+    here, total = console.current(), schedule.total_steps
+    epoch = max(1, round(schedule.num_examples / schedule.step_examples))
+    accumulated = f", {schedule.accumulation} passes of {schedule.batch_size}" if schedule.accumulation > 1 else ""
+    here.say(
+        block.row("steps", f"{step + 1:,} to {total:,}, of {schedule.step_examples:,} pictures{accumulated}; "
+                  f"{epoch:,} an epoch")
+    )  # fmt: skip
+    count = block.checkpoints(step, total, config.checkpointing_steps)
+    kept = min(count, config.checkpoints_total_limit or count)
+    size, free = backend.state_bytes(), free_bytes(as_path(config.output_dir))
+    room = "" if free is None else f"; {block.size(free)} are free"
+    limit = f" ({kept} are kept)" if kept < count else ""
+    said = f"{count:,} of about {block.size(size)}{limit}, every {config.checkpointing_steps:,} steps{room}"
+    here.say(block.row("checkpoints", said))
+    needed = size * (kept + (kept < count))  # an old one is deleted once the next is whole
+    if free is not None and needed > free:
+        log.warning(
+            "the checkpoints need about %s, and %s are free in %s: give --checkpoints_total_limit, or a larger "
+            "--checkpointing_steps, or free some space",
+            block.size(needed), block.size(free), config.output_dir,
+        )  # fmt: skip
 
 
 def _completed(task: Task[TrainConfig], source: Source, backend: Backend, buckets: Bucketed | None) -> Source:

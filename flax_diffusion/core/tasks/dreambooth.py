@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from tqdm import tqdm
 
 from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.config.defaults import with_defaults
@@ -19,6 +18,7 @@ from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.combined import CombinedSource, PairedSource, open_uncaptioned
 from flax_diffusion.core.data.sources.folders import FolderSource, image_files
 from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.display import console
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import as_path, is_local, lies_in
 from flax_diffusion.core.io.sheets import save_picture, to_pillow
@@ -312,7 +312,7 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
         main = backend.process_index == 0
         if main:
             log.info("drawing %d pictures of '%s' into %s", short, concept.class_prompt, folder)
-        with tqdm(total=short, unit="picture", disable=not main) as bar:
+        with console.current().counting("drawing pictures of the class", short, "pictures") as add:
             while have < config.num_class_images:
                 # Every batch is whole, so that one program is compiled. The seed depends on the number of pictures, so
                 # that a run that was interrupted draws no picture twice.
@@ -328,7 +328,7 @@ def draw_missing(config: DreamBoothConfig, backend: Backend) -> None:
                     for image in images:
                         save_picture(to_pillow(image), _unused_name(folder))
                 have += len(images)
-                bar.update(len(images))
+                add(len(images))
         backend.all_processes(True)  # no process reads the folder before it is full
 
 

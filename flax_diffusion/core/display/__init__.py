@@ -1,0 +1,1 @@
+"""What a run says while it works: whole lines, one bar in a terminal, plain lines in a file."""
