@@ -193,12 +193,12 @@ class Console:
             self.say(f"{what}: {shown.seconds:.1f} s", logging.DEBUG)
 
     @contextlib.contextmanager
-    def counting(self, what: str, total: int, unit: str, delay: float = 0.0) -> Iterator[Callable[[int], None]]:
+    def counting(self, what: str, total: int | None, unit: str, delay: float = 0.0) -> Iterator[Callable[[int], None]]:
         """Show inside of a `with` block how much of something is done.
 
         Args:
             what: What goes on, such as "checking".
-            total: How many there are.
+            total: How many there are; None where nobody knows.
             unit: What is counted, in the plural.
             delay: Seconds after which it is shown.
 
@@ -261,17 +261,17 @@ class Doing:
 
 
 class Counting(Doing):
-    """Something of which a known number has to be done.
+    """Something that is done a number of times.
 
     Args:
         console: Where it is shown.
         what: What goes on.
-        total: How many there are.
+        total: How many there are; None where nobody knows.
         unit: What is counted, in the plural.
         delay: Seconds after which it is shown.
     """
 
-    def __init__(self, console: Console, what: str, total: int, unit: str, delay: float = 0.0):
+    def __init__(self, console: Console, what: str, total: int | None, unit: str, delay: float = 0.0):
         super().__init__(console, what, delay)
         self._console, self._total, self._unit, self._done = console, total, unit, 0
 
@@ -284,8 +284,9 @@ class Counting(Doing):
         """Return how many are done, and the time left at the same pace."""
         if self.seconds < self._delay:
             return ""
-        text = f"{self._what}: {self._done:,} of {self._total:,} {self._unit}, {duration(self.seconds)}"
-        if 0 < self._done < self._total:
+        of_all = "" if self._total is None else f" of {self._total:,}"
+        text = f"{self._what}: {self._done:,}{of_all} {self._unit}, {duration(self.seconds)}"
+        if self._total is not None and 0 < self._done < self._total:
             text += f", {duration(self.seconds / self._done * (self._total - self._done))} left"
         return text
 

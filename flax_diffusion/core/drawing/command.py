@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.display import console
 from flax_diffusion.core.drawing.files import GRID, earlier_pictures, free_folder, write
 from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.drawing.options import ALL, CLASS_GUIDANCE, PROMPT_GUIDANCE, GenerateConfig, calls_of
@@ -150,8 +151,10 @@ def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv
     command_line.add_fields(parser, GenerateConfig)
     config = command_line.build(GenerateConfig, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
     folder = free_folder(config)
-    batches = draw(config)
-    for path in earlier_pictures(folder):
-        path.unlink()
-    count = write(batches, folder, calls_of(config), prog)
+    with console.current().ticking():
+        with console.current().doing("loading the model"):
+            batches = draw(config)
+        for path in earlier_pictures(folder):
+            path.unlink()
+        count = write(batches, folder, calls_of(config), prog)
     sys.stderr.write(f"{count} images and {GRID} are in {folder}\n")

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flax_diffusion.core.display import console
 from flax_diffusion.core.drawing.options import ALL, GenerateConfig, command_of
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.files import as_path, replacing
@@ -54,6 +55,13 @@ class Drawn(NamedTuple):
         own = {"prompt": self.what, "negative_prompt": self.call.negative_prompt, "seed": str(self.call.seed)}
         own |= {"command": command_of(self.call, prog), "image": str(self.place)}
         return {keyword: text for keyword, text in own.items() if text}
+
+
+def _count(calls: Sequence[GenerateConfig]) -> int | None:
+    """Return the number of pictures to draw; None for all classes, whose number the model knows."""
+    if calls[0].class_label == [ALL]:
+        return None
+    return sum(call.num_images * max(1, len(call.prompt or call.class_label)) for call in calls)
 
 
 def _numbered(images: Iterator[np.ndarray], calls: Sequence[GenerateConfig]) -> Iterator[Drawn]:
@@ -120,10 +128,12 @@ def write(batches: Iterator[np.ndarray], folder: Path, calls: Sequence[GenerateC
     pictures: list[Drawn] = []
     name = ""
     try:
-        for picture in _numbered(drawn, calls):
-            name = f"{len(pictures):05d}.png"
-            save_picture(to_pillow(picture.image), folder / name, picture.texts(prog))
-            pictures.append(picture)
+        with console.current().counting("drawing", _count(calls), "pictures") as add:
+            for picture in _numbered(drawn, calls):
+                name = f"{len(pictures):05d}.png"
+                save_picture(to_pillow(picture.image), folder / name, picture.texts(prog))
+                pictures.append(picture)
+                add(1)
         name = GRID
         columns = calls[0].num_images if len({one.what for one in pictures}) > 1 < calls[0].num_images else None
         captions = [one.caption for one in pictures]
