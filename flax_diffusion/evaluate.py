@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.display import console
 from flax_diffusion.core.drawing import evaluation, evaluation_options
 from flax_diffusion.core.drawing.evaluation_options import EvaluateOptions
 from flax_diffusion.core.drawing.options import GenerateConfig
@@ -43,7 +44,7 @@ class _JaxBackend:
         from flax_diffusion.jax_backend.sharding import make_mesh
 
         processes.connect()
-        self.is_main = jax.process_index() == 0
+        self.is_main = console.current().main = jax.process_index() == 0
         self._mesh = make_mesh(-1, 1)
 
     def extractor(self, config: EvaluateOptions) -> Extractor:

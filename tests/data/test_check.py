@@ -18,6 +18,7 @@ from flax_diffusion.core.data.images import decoding
 from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.data.sources.source import ArraySource, Record
+from flax_diffusion.core.display.console import Counting
 from flax_diffusion.core.errors import DataError
 
 
@@ -246,20 +247,11 @@ def test_it_can_be_left(monkeypatch):
             time.sleep(0.001)
             return Record(b"", None, str(index))
 
-    class Bar:
-        def __init__(self, **options):
-            assert options["delay"] == 2.0  # a bar when it takes over two seconds
+    def leave(self, count):
+        assert self._delay == 2.0  # it is shown when it takes over two seconds
+        raise _Leave
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            return None
-
-        def update(self, count):
-            raise _Leave
-
-    monkeypatch.setattr(check, "tqdm", Bar)
+    monkeypatch.setattr(Counting, "add", leave)
     with pytest.raises(_Leave):
         check_source(Slow(), skip_bad_images=True)
     assert len(begun) < 10_000

@@ -12,6 +12,8 @@ from tqdm import tqdm
 from flax_diffusion.core.display import block, first_line
 from flax_diffusion.core.display.console import LAST, Console, Handler, duration, using
 from flax_diffusion.core.display.steps import Steps
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.run import launch
 
 
 class Clock:
@@ -272,3 +274,23 @@ def test_words_for_sizes_and_times():
         "0 bytes", "999 bytes", "1.0 kB", "3.4 GB", "5000.0 TB",
     ]  # fmt: skip
     assert [duration(seconds) for seconds in (-1, 7.4, 192, 93700)] == ["0:00", "0:07", "3:12", "26:01:40"]
+
+
+def test_what_one_run_is_told_holds_for_no_other(clock, monkeypatch, tmp_path):
+    """Also where it fails: here, because PyTorch is said to be missing."""
+    console, stream = console_of(clock, live=True)
+
+    def refuse():
+        logging.getLogger("flax_diffusion").warning("is said")
+        raise ConfigError("not installed")
+
+    options = {"dataset_name": "digits", "output_dir": str(tmp_path)}
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that logs nothing
+    for quiet in (True, False):
+        with using(console), pytest.raises(ConfigError, match="not installed"):
+            launch.train(refuse, "unconditional", None, options | {"quiet": quiet})
+    assert (console.level, console.moves, console.main) == (logging.INFO, True, True)
+    lines = screen(stream.getvalue())
+    assert lines[:2] == ["warning: is said", "task        unconditional"]
+    assert lines[-2:] == ["warning: is said", ""]
+    assert not logging.getLogger().handlers

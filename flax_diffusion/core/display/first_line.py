@@ -29,9 +29,14 @@ def say(command: str, framework: str, argv: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if argv is None else argv
     here = console.current()
-    here.main = all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
+    here.main = is_first_process()
     if here.live and not _HELP & set(words) and not is_silent(words):
         here.say(f"flax-diffusion: {command} with {framework}; reading the options …")
+
+
+def is_first_process() -> bool:
+    """Return whether this is the first process of its run, as far as the environment says; the backend knows it."""
+    return all(os.environ.get(name, "0") in ("", "0") for name in RANKS)
 
 
 def is_silent(words: list[str]) -> bool:

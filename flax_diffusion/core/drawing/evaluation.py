@@ -261,7 +261,7 @@ def _reference(
         count, batches = shape[0], real.batches(config.batch_size)
     else:
         count, batches = len(real), _read(real, config, kind, None, resize=True)
-    found = collect(_shown(batches, count, "real pictures"), extractor, count, names, real=True)
+    found = collect(_shown(batches, count, "real pictures", backend), extractor, count, names, real=True)
     if statistics is not None:  # published ones are of all pictures, of which the file may hold a part
         return replace(statistics, features=found.features)
     return Reference.of(found.moments, kind, found.features)
@@ -277,12 +277,14 @@ def _read(
     )
 
 
-def _shown(batches: Iterable[np.ndarray], count: int, what: str) -> Iterator[np.ndarray]:
+def _shown(batches: Iterable[np.ndarray], count: int, what: str, backend: Backend) -> Iterator[np.ndarray]:
     """Yield batches, and show on the console how many pictures of all there were."""
     with console.current().counting(what, count, "pictures") as add:
         for batch in batches:
             yield batch
             add(len(batch))
+    if backend.is_main:
+        console.current().say(f"{what}: {count:,} pictures")
 
 
 def _rows(
@@ -297,7 +299,7 @@ def _rows(
     seed: int = shared(config, "seed")
 
     def judged(batches: Iterator[np.ndarray], what: str) -> Row:
-        found = collect(_shown(batches, subject.count, what), extractor, subject.count, names)
+        found = collect(_shown(batches, subject.count, what, backend), extractor, subject.count, names)
         return {"pictures": subject.count, **dict(judge(names, Sets(found, reference, seed)))}
 
     if subject.source is not None:

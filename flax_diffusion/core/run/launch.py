@@ -16,7 +16,7 @@ from huggingface_hub.utils import disable_progress_bars
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import Reads, TrainConfig, named_inputs
-from flax_diffusion.core.display import block, console
+from flax_diffusion.core.display import block, console, first_line
 from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError, is_out_of_memory
 from flax_diffusion.core.io.files import as_path
@@ -120,12 +120,9 @@ def _run(
     load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preemption, only_precompute: bool = False
 ) -> Path:
     config, here = task.config, console.current()
-    here.level, here.moves = _LEVELS[config.log_level], not config.quiet
-    if config.quiet:
-        here.level = max(here.level, logging.WARNING)
-    _say_options(task)
     # Signals come first, before a framework of several hosts installs its own handler of them.
-    with preemption, here.ticking(), _logged():
+    with preemption, _speaking(config), here.ticking():
+        _say_options(task)
         try:
             with here.doing("importing libraries"):
                 from flax_diffusion.core.run.loop import fit
@@ -162,14 +159,37 @@ def _set_up_logging(config: TrainConfig) -> None:
         if not sys.warnoptions:
             for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):  # for who writes programs
                 warnings.simplefilter("ignore", kind)
+    warnings.showwarning = _show_warning  # in one line, beside the moving one
     if not console.current().live:  # a library's bar is no text for a file
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         disable_progress_bars()
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
+    console.current().say(f"{category.__name__}: {' '.join(str(message).split())}", logging.WARNING)
+
+
+@contextmanager
+def _speaking(config: TrainConfig) -> Iterator[None]:
+    """Say inside of a `with` block what the options want said, and what is logged, unless it is logged elsewhere.
+
+    Args:
+        config: Options of the run.
+    """
+    here = console.current()
+    was = here.level, here.moves, here.main
+    here.level, here.moves, here.main = _LEVELS[config.log_level], not config.quiet, first_line.is_first_process()
+    if config.quiet:
+        here.level = max(here.level, logging.WARNING)
+    try:
+        with _logged():
+            yield
+    finally:
+        here.level, here.moves, here.main = was
+
+
 @contextmanager
 def _logged() -> Iterator[None]:
-    """Say what is logged on the console inside of a `with` block, unless this process logs elsewhere already."""
     root, ours = logging.getLogger(), [logging.getLogger(name) for name in console.OURS]
     before = [logger.level for logger in ours]
     handler = None if root.handlers else console.Handler()
