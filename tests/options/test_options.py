@@ -361,6 +361,10 @@ TABLE: dict[str, list[Row]] = {
     "repeat_step": [Row(2, "batch", {"resume_from_checkpoint": "latest"}, EARLIER)],
     "report_to": [Row("tensorboard", "files")],
     "logging_dir": [Row("curves", "files", {"report_to": "tensorboard"})],
+    "push_to_hub": [Row(True, ("asked", "files"))],
+    "hub_model_id": [Row("me/another", "asked", {"push_to_hub": True})],
+    "hub_private_repo": [Row(True, "asked", {"push_to_hub": True})],
+    "hub_token": [Row("another", "asked", {"push_to_hub": True})],
     "seed": [Row(1, "batch")],
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.io.files import as_path, is_local
 from flax_diffusion.core.run import assembly, lineage, output_folder
+from flax_diffusion.core.run.hub.pusher import Pusher
 from flax_diffusion.core.run.precompute import EMBEDDINGS, POSTERIORS, precompute
 from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
@@ -46,6 +47,7 @@ class Start:
         validation: Examples that do not train; None for none.
         drawn: Judge of pictures that are drawn; None for none.
         schedule: The run's steps.
+        pusher: Pushes results to the Hub.
         parameters: Number of trained parameters.
         identity: What a checkpoint must have in common with a run that resumes from it.
         resume_from: Folder of the checkpoint to resume from; None for a new run.
@@ -60,6 +62,7 @@ class Start:
     validation: HeldOut | None
     drawn: DrawnPictures | None
     schedule: Schedule
+    pusher: Pusher
     parameters: int
     identity: dict[str, Any]
     resume_from: Path | None
@@ -236,6 +239,8 @@ def prepare(
     output_dir = as_path(config.output_dir)
     shared_folder(output_dir, backend, "--output_dir")
     main = backend.process_index == 0
+    pusher = Pusher(task, spec, backend)
+    pusher.open()
     _check_data(task, spec, source, validation, backend)
     num_examples = task.count_examples(source)
     identity = lineage.identity(task.name, config, spec, source, num_examples)
@@ -266,8 +271,9 @@ def prepare(
     if resume_from is not None:
         backend.restore(resume_from)
     return Start(
-        source, made, buckets, examples, drawn, schedule, parameters, identity, resume_from, step, seen, nonfinite
-    )
+        source, made, buckets, examples, drawn, schedule, pusher, parameters, identity, resume_from, step, seen,
+        nonfinite,
+    )  # fmt: skip
 
 
 def _completed(task: Task[TrainConfig], source: Source, backend: Backend, buckets: Bucketed | None) -> Source:
