@@ -1,1 +1,1 @@
-"""What a run pushes to the Hugging Face Hub while it trains. It knows no framework."""
+"""What a run pushes to the Hugging Face Hub: in a thread beside training, with a model card."""
