@@ -28,11 +28,30 @@ HubToken = Annotated[
 class Pushes(Protocol):
     """Options of a command that can push its results."""
 
-    push_to_hub: bool
-    hub_model_id: str | None
-    hub_private_repo: bool | None
-    hub_token: SecretStr | None
-    output_dir: str
+    @property
+    def push_to_hub(self) -> bool:
+        """Whether results are pushed."""
+        ...
+
+    @property
+    def hub_model_id(self) -> str | None:
+        """Repository to push to."""
+        ...
+
+    @property
+    def hub_private_repo(self) -> bool | None:
+        """Whether a new repository is private."""
+        ...
+
+    @property
+    def hub_token(self) -> SecretStr | None:
+        """Token of the Hub."""
+        ...
+
+
+def token_of(options: Pushes) -> str | None:
+    """Return the token that was given; None where there is none among the options."""
+    return None if options.hub_token is None else options.hub_token.get_secret_value()
 
 
 def check(options: Pushes) -> None:

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.checkpoints import snapshots
+from flax_diffusion.core.config import pushing
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.io import publishing
@@ -66,7 +67,7 @@ class Pusher:
         self._folder = as_path(config.output_dir)
         self._asked = config.push_to_hub and config.repeat_step is None
         self._works = self._asked and backend.process_index == 0
-        self._token = None if config.hub_token is None else config.hub_token.get_secret_value()
+        self._token = pushing.token_of(config)
         self.repository = config.hub_model_id or self._folder.absolute().name
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
@@ -160,29 +161,31 @@ class Pusher:
     def _push(self, staged: Path, step: int) -> None:
         """Push a folder, and again if that fails; what runs in the thread."""
         try:
-            for delay in (*DELAYS, None):
-                try:
-                    address = publishing.push_folder(
-                        staged,
-                        self.repository,
-                        token=self._token,
-                        private=self._config.hub_private_repo,
-                        commit_message=f"Step {step}",
-                    )
-                    break
-                except publishing.PushError as error:
-                    if delay is None or not error.passing:
-                        raise
-                    why = publishing.reason(error, self._token)
-                    log.info("step %d could not be pushed (%s); it is tried again in %g s", step, why, delay)
-                    if self._ended.wait(delay):
-                        return
-            self._done = step
-            log.info("step %d is pushed: %s", step, address)
+            address = self._push_until_done(staged, step)
+            if address is not None:
+                self._done = step
+                log.info("step %d is pushed: %s", step, address)
         except Exception as error:  # whatever it is, the run goes on
             self._give_up(step, publishing.reason(error, self._token))
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+    def _push_until_done(self, staged: Path, step: int) -> str | None:
+        """Push a folder, and return the address of the commit; None where the run ends between two tries."""
+        token, private = self._token, self._config.hub_private_repo
+        for delay in (*DELAYS, None):
+            try:
+                return publishing.push_folder(
+                    staged, self.repository, token=token, private=private, commit_message=f"Step {step}"
+                )
+            except publishing.PushError as error:
+                if delay is None or not error.passing:
+                    raise
+                why = publishing.reason(error, token)
+                log.info("step %d could not be pushed (%s); it is tried again in %g s", step, why, delay)
+                if self._ended.wait(delay):
+                    break
+        return None
 
     def _give_up(self, step: int, why: str) -> None:
         self._why = why
