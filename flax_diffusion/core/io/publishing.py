@@ -14,6 +14,8 @@ HIDDEN = (".*", "*/.*")
 
 _TRY_AGAIN = (408, 409, 412, 425, 429)
 """Answers of the Hub that may be another one soon: timeouts, too many calls, and commits at the same time."""
+_MIN_TOKEN_LENGTH = 8
+"""Length from which a text can be a token; a shorter one would hide parts of words."""
 
 
 class PushError(WeightsError):
@@ -200,6 +202,6 @@ def reason(error: BaseException, token: str | bool | None = None) -> str:
     deepest = [*_chain(error)][-1]
     said = next((text for one in _chain(error) if (text := getattr(one, "server_message", None))), None)
     text = " ".join(str(said or (error if status is not None else deepest)).split())[:300] or type(deepest).__name__
-    if isinstance(secret := token or get_token(), str):
+    if isinstance(secret := token or get_token(), str) and len(secret) >= _MIN_TOKEN_LENGTH:
         text = text.replace(secret, "…")
     return text if status is None else f"HTTP {status}: {text}"
