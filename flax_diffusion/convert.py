@@ -20,10 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from flax_diffusion.core.checkpoints import folders
 from flax_diffusion.core.checkpoints.portable import Arrays
 from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.config import pushing
 from flax_diffusion.core.drawing.models import open_model
 from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsError
-from flax_diffusion.core.io.files import as_path, local_copy
-from flax_diffusion.core.spec import adapters, single_file, writing
+from flax_diffusion.core.io import publishing
+from flax_diffusion.core.io.files import as_path, is_local, local_copy
+from flax_diffusion.core.spec import adapters, cards, single_file, writing
 from flax_diffusion.core.spec.merging import checkpoint_arrays, read_lora, with_adapters
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from flax_diffusion.core.spec.weight_files import in_memory
@@ -34,7 +36,7 @@ log = logging.getLogger(__name__)
 class ConvertOptions(BaseModel):
     """Options of `convert`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     model: str = Field(
         description="Folder or Hub id of a Diffusers pipeline, in safetensors or Flax msgpack. Or a run of LoRA or "
@@ -63,9 +65,14 @@ class ConvertOptions(BaseModel):
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Dtype of the written weights.")
     revision: str | None = Field(None, description="Branch, tag or commit of the Hub id.")
     variant: str | None = Field(None, description="Variant of the weight files, such as fp16.")
+    push_to_hub: pushing.PushToHub = False
+    hub_model_id: pushing.HubModelId = None
+    hub_private_repo: pushing.HubPrivateRepo = None
+    hub_token: pushing.HubToken = None
 
     @model_validator(mode="after")
     def _check(self) -> ConvertOptions:
+        pushing.check(self)
         if self.format in ("peft", "kohya") and (len(self.lora) != 1 or self.checkpoint or self.embeddings):
             raise ValueError(f"--format {self.format} writes one LoRA file anew: give one --lora and nothing to merge")
         return self
@@ -93,6 +100,46 @@ def _convert(options: ConvertOptions) -> Path:
     out = as_path(options.output_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--output_dir {out}: is there already; name an empty or a new folder")
+    repository = _repository(options, out) if options.push_to_hub else None
+    spec = _write_converted(options, out)
+    if repository is not None:
+        _push(options, spec, out, repository)
+    return out
+
+
+def _repository(options: ConvertOptions, out: Path) -> str:
+    """Make the repository to push to, before anything is converted, and return it with its owner."""
+    if not is_local(out):
+        raise ConfigError(f"--push_to_hub: --output_dir {out} is in an object store; name a folder on this machine")
+    name, token = options.hub_model_id or out.absolute().name, pushing.token_of(options)
+    try:
+        return publishing.check_repository(name, token=token, private=options.hub_private_repo)
+    except publishing.PushError as error:
+        later = "; drop --push_to_hub, and push later" if error.passing else ""
+        raise ConfigError(f"--push_to_hub: {error}{later}") from error
+
+
+def _push(options: ConvertOptions, spec: PipelineSpec, out: Path, repository: str) -> None:
+    """Write the model card, and push the folder.
+
+    Raises:
+        WeightsError: If that fails; the message holds the command that pushes it.
+    """
+    facts = cards.Facts(title=repository.rpartition("/")[2], made="converted", base=options.model)
+    cards.write(out, spec, facts, repository)
+    token, private = pushing.token_of(options), options.hub_private_repo
+    try:
+        publishing.push_folder(out, repository, token=token, private=private, ignore_patterns=publishing.HIDDEN)
+    except publishing.PushError as error:
+        command = publishing.upload_command(out, repository, private=private, ignore_patterns=publishing.HIDDEN)
+        why = publishing.reason(error, token)
+        raise WeightsError(
+            f"{out} is written, and not pushed to {repository} ({why}); push it by: {command}"
+        ) from error
+
+
+def _write_converted(options: ConvertOptions, out: Path) -> PipelineSpec:
+    """Write the converted model, and return its pipeline."""
     checkpoint = _checkpoint(options.checkpoint)
     base = open_model(options.model, shapes, options.revision, options.variant)
     if options.format in ("peft", "kohya"):
@@ -103,7 +150,7 @@ def _convert(options: ConvertOptions) -> Path:
             for name, layers in found.items()
         }
         adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format, base.kohya_names)
-        return out
+        return base
     spec = with_adapters(base, shapes, options.lora, options.lora_scale, options.embeddings)
     if checkpoint is not None and not checkpoint.is_dir():
         weights = read_all(checkpoint, base)
@@ -115,7 +162,7 @@ def _convert(options: ConvertOptions) -> Path:
         if part.overlay is not None:
             weights[name] = part.overlay.apply(weights[name], options.model)
     _write(spec, weights, options, out)
-    return out
+    return spec
 
 
 def _checkpoint(name: str | None) -> Path | None:
@@ -255,7 +302,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = command_line.Parser(prog="python -m flax_diffusion.convert", description=__doc__)
     command_line.add_fields(parser, ConvertOptions)
     options = command_line.build(ConvertOptions, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
-    sys.stderr.write(f"written to {_convert(options)}\n")
+    pushed = ", and pushed to the Hub" if options.push_to_hub else ""
+    sys.stderr.write(f"written to {_convert(options)}{pushed}\n")
 
 
 if __name__ == "__main__":

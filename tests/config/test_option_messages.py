@@ -181,7 +181,9 @@ def test_a_mistake_is_where_it_was_made(tmp_path):
         ("text_to_image --placeholder_token <x>", "textual_inversion has it, text_to_image has not; drop it$"),
         ("unconditional --scale_lr --global_batch_size 8", "--scale_lr multiplies by the batch a device: drop it or"),
         ("unconditional --cache_latents", "crops at random would differ .*: add --center_crop, or --resize_mode str"),
-        ("unconditional --push_to_hub", "unknown option '--push_to_hub': drop it, and upload the result by `hf upload"),
+        ("unconditional --hub_model_id a/b", "--hub_model_id is for pushing to the Hub: add --push_to_hub, or drop it"),
+        ("unconditional --push_to_hub --hub_token=", "--hub_token is empty: give the token, or drop the option and"),
+        ("unconditional --push_to_hub 1.5", "--push_to_hub: must be true or false, got '1.5'$"),
     ],
 )
 def test_mistakes_on_the_command_line(words, says):

@@ -23,6 +23,7 @@ from flax_diffusion.core.config.options import ONCE
 from flax_diffusion.core.data import loader
 from flax_diffusion.core.display import console
 from flax_diffusion.core.errors import UserError
+from flax_diffusion.core.io import publishing
 from flax_diffusion.core.run import assembly, launch
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.schedule import make_schedule
@@ -141,6 +142,8 @@ class Observer:
         monkeypatch.setattr("datasets.load_dataset", self._load_dataset)
         monkeypatch.setattr("huggingface_hub.snapshot_download", self._snapshot_download)
         monkeypatch.setattr(loader, "Workers", self._workers)
+        monkeypatch.setattr(publishing, "check_repository", self._check_repository)
+        monkeypatch.setattr(publishing, "push_folder", self._push_folder)
         self.seen = {}
 
     def _load_dataset(self, *arguments, **options):
@@ -154,6 +157,14 @@ class Observer:
             return str(folder)
         names = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
         return [SimpleNamespace(filename=one) for one in names if one.startswith(allow_patterns[0].rstrip("*"))]
+
+    def _check_repository(self, name, **options):
+        self._asked.append(("repository", name, options))
+        return name
+
+    def _push_folder(self, folder, name, **options):
+        self._asked.append(("push", name, options, sorted(files(folder))))
+        return "address"
 
     def _workers(self, make, count):
         self._asked.append(("processes", count))

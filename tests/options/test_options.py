@@ -364,6 +364,10 @@ TABLE: dict[str, list[Row]] = {
     "logging_dir": [Row("curves", "files", {"report_to": "tensorboard"})],
     "quiet": [Row(True, "said")],
     "log_level": [Row("warning", "said"), Row("debug", "said")],
+    "push_to_hub": [Row(True, ("asked", "files"))],
+    "hub_model_id": [Row("me/another", "asked", {"push_to_hub": True})],
+    "hub_private_repo": [Row(True, "asked", {"push_to_hub": True})],
+    "hub_token": [Row("another", "asked", {"push_to_hub": True})],
     "seed": [Row(1, "batch")],
 }  # fmt: skip
 

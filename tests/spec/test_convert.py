@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from fake_hub import Hub
 from safetensors.numpy import save_file
 from tiny import pictures, stable_diffusion
 
@@ -176,6 +177,28 @@ def test_command_line(model, tmp_path, capsys):
     main(["--model", str(model), "--output_dir", str(tmp_path / "out")])
     assert "written to" in capsys.readouterr().err
     assert (tmp_path / "out/model_index.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=")  # by the Hub's client, of its own calls
+def test_the_result_is_pushed(model, tmp_path, monkeypatch, capsys):
+    with Hub() as hub:
+        hub.use(monkeypatch)
+        words = ["--model", str(model), "--push_to_hub"]
+        main([*words, "--output_dir", str(tmp_path / "mine"), "--hub_private_repo"])
+        assert "written to" in (said := capsys.readouterr().err)
+        assert "and pushed to the Hub" in said
+        assert hub.private == {"me/mine": True}
+        assert {"README.md", "model_index.json", "unet/config.json"} <= hub.files["me/mine"].keys()
+        assert "StableDiffusionPipeline, converted from" in hub.files["me/mine"]["README.md"].decode()
+        with pytest.raises(ConfigError, match=r"^--push_to_hub: the Hub does not take the token"):
+            main([*words, "--output_dir", str(tmp_path / "other"), "--hub_token", "wrong"])
+        assert not (tmp_path / "other").exists()
+        hub.failures = [(403, "full")]
+        with pytest.raises(WeightsError, match=r"is written, and not pushed .*HTTP 403: full.*: hf upload me/other "):
+            main([*words, "--output_dir", str(tmp_path / "other")])
+        hub.broken = True
+        with pytest.raises(ConfigError, match=r"cannot be reached .* drop --push_to_hub, and push later$"):
+            main([*words, "--output_dir", str(tmp_path / "third")])
 
 
 def test_what_is_no_checkpoint(model, tmp_path):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 
 from flax_diffusion.core.cli.spellings import (
     Given,
@@ -218,7 +218,9 @@ def _metavar(annotation: Any) -> str:
         elif _takes_mapping(member):
             words.append("MAPPING")
         else:
-            words.append(getattr(member, "__name__", "str").upper().replace("LIST", "STR"))
+            words.append(
+                getattr(member, "__name__", "str").upper().replace("LIST", "STR").replace("SECRETSTR", "TOKEN")
+            )
     return "|".join(words)
 
 
@@ -329,6 +331,11 @@ def merge(
         name = fields[key]
         if name in given:
             raise ConfigError(f"{file_name}: {given[name][0]} and {key} are one option: drop one")
+        if value is not None and SecretStr in union_members(model.model_fields[name].annotation):
+            raise ConfigError(
+                f"{file_name}: {key}: a file is there for others to read: take it out, and set the environment "
+                f"variable HF_TOKEN, log in by `hf auth login`, or give --{key} on the command line"
+            )
         values[name] = in_file(value, written[key], model.model_fields[name].annotation)
         given[name] = (key, file_name)
     values |= {fields.get(key, key): value for key, value in flags.items()}

@@ -71,7 +71,6 @@ def _is_model(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
 
 _ANY_FORMAT = "drop it, weights are read whether PyTorch or Flax wrote them"
 _PROFILE = "drop it; `python -m tpu.plan` shows time and memory of a step, and jax.profiler traces a run"
-_UPLOAD = "drop it, and upload the result by `hf upload OWNER/NAME FOLDER`"
 _WANDB = "drop it; the run is in TensorBoard's files, which wandb reads by `wandb sync FOLDER/logs`"
 _PRODIGY = "drop it; the optimizers are those of --optimizer, and Prodigy is not one of them"
 _CORNER = "drop it; the model is told the corner where each picture is really cut"
@@ -82,9 +81,6 @@ REPLACED = {
     "profile_validation": _PROFILE,
     "profile_memory": _PROFILE,
     "ccache": "set the environment variable JAX_COMPILATION_CACHE_DIR to that folder",
-    "push_to_hub": _UPLOAD,
-    "hub_model_id": _UPLOAD,
-    "hub_token": "drop it, and log in by `hf auth login`",
     "logging_steps": "drop it, every step is logged",
     "wandb_entity": _WANDB,
     "tracker_project_name": _WANDB,

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from flax_diffusion.core.config import pushing
 from flax_diffusion.core.errors import SECRET
 from flax_diffusion.core.typed import Checkpointing
 
@@ -26,6 +27,8 @@ CONFIG_FILE = "config.yaml"
 
 ONCE = ("overwrite_output_dir", "resume_from_checkpoint", "repeat_step", "quiet", "log_level")
 """Options that hold for one start of a run. The run's config.yaml, which reproduces the run, leaves them out."""
+SECRETS = ("hub_token",)
+"""Options that no file keeps."""
 
 
 SINGLE_AVERAGE = "ema"
@@ -69,7 +72,9 @@ def average_of(sigma_rel: float) -> str:
 class TrainConfig(BaseModel):
     """Options that all tasks share. A task changes defaults, and adds its own options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
 
     # Model
     pretrained_model_name_or_path: Annotated[str | None, Reads.MODEL] = Field(
@@ -262,6 +267,10 @@ class TrainConfig(BaseModel):
         description="Least level of the lines that are said. debug: also how long each "
         "part takes, and what the libraries say.",
     )
+    push_to_hub: pushing.PushToHub = False
+    hub_model_id: pushing.HubModelId = None
+    hub_private_repo: pushing.HubPrivateRepo = None
+    hub_token: pushing.HubToken = None
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order, noise and samples.")
 
     @field_validator("mixed_precision", mode="before")
@@ -331,6 +340,7 @@ class TrainConfig(BaseModel):
                 raise ValueError(f"--{name} holds a password or token: log in instead, by `hf auth login` for the Hub")
         if not self.output_dir.strip():
             raise ValueError("--output_dir is empty: name the run's folder")
+        pushing.check(self)
         if self.lr_scheduler == "piecewise_constant" and not self.lr_step_rules:
             raise ValueError("--lr_scheduler piecewise_constant needs --lr_step_rules, e.g. '1:1000,0.1:2000,0.01'")
         if self.lr_scheduler != "piecewise_constant" and self.lr_step_rules:

@@ -117,15 +117,11 @@ def _check(spec: PipelineSpec) -> None:
         )
 
 
-CARD = """---
-library_name: diffusers
-tags: [text-to-image, class-conditional, flow-matching]
----
+CARD = """## How to draw
 
-# Pictures of {count} classes, by a transformer and flow matching
-
-Diffusers' `DiTPipeline` draws from models that predict noise. This one predicts a velocity, and is drawn from by plain
-classes of Diffusers, here in {steps} steps of Euler's method without guidance. `folder` is this folder.
+Pictures of {count} classes, by a transformer and flow matching. Diffusers' `DiTPipeline` draws from models that predict
+noise. This one predicts a velocity, and is drawn from by plain classes of Diffusers, here in {steps} steps of Euler's
+method without guidance. `folder` is this folder.
 
 ```python
 import torch, diffusers
@@ -141,7 +137,7 @@ with torch.no_grad():
 
 With guidance, on JAX or PyTorch: `python -m flax_diffusion.generate --model FOLDER --class_label all`.
 """
-"""Model card of a pipeline of flow matching."""
+"""Part of the model card of a pipeline of flow matching."""
 
 _DECODED = """    vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolder="vae").eval()
     x = vae.decode(x / vae.config.scaling_factor).sample
@@ -149,7 +145,7 @@ _DECODED = """    vae = diffusers.AutoencoderKL.from_pretrained(folder, subfolde
 
 
 def _card(spec: PipelineSpec) -> str | None:
-    """Return the model card of a pipeline whose parts Diffusers draws with, and its DiTPipeline does not."""
+    """Return how to draw from a pipeline whose parts Diffusers draws with, and its DiTPipeline does not."""
     if spec.objective.name != "flow_matching" or chosen_options(spec.denoiser.config) or learns_variance(spec.denoiser):
         return None
     names = " ".join(spec.classes[:4]) + (" …" if len(spec.classes) > 4 else "")

@@ -156,8 +156,8 @@ class Family:
         check_index: Raises WeightsError for a model_index.json of a pipeline that has not all parts.
         check: Raises ConfigError for parts that do not go together in training.
         check_drawing: Raises ConfigError for a pipeline that cannot be drawn from.
-        card: Returns the text of a pipeline's model card, where plain Diffusers needs more than one call to draw from
-            it; else None.
+        card: Returns the part of a pipeline's model card that says how to draw, where plain Diffusers needs more than
+            one call to draw from it; else None.
     """
 
     name: str

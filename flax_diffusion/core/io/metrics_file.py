@@ -29,7 +29,7 @@ class MetricsFile:
 
     def __init__(self, path: Path, first_step: int, *, writes: bool):
         self._path, self._writes = path, writes
-        there = _read(path) if first_step and path.exists() else []
+        there = read_metrics(path) if first_step else []
         self._rows = [row for row in there if row["step"] <= first_step]
         if len(self._rows) < len(there):
             self._write()
@@ -57,7 +57,17 @@ class MetricsFile:
             write_text(self._path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in self._rows))
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's file, each with its step; none where there is no file.
+
+    Args:
+        path: Its path.
+
+    Raises:
+        ConfigError: If it holds something else.
+    """
+    if not path.exists():
+        return []
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core.config.options import ONCE, SINGLE_AVERAGE, TrainConfig
+from flax_diffusion.core.config.options import ONCE, SECRETS, SINGLE_AVERAGE, TrainConfig
 from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.images.transforms import ImageTransform, shown_size
 from flax_diffusion.core.data.sources.source import Source
@@ -204,5 +204,5 @@ def changes(saved: dict[str, Any], config: TrainConfig) -> list[str]:
 
 
 def recipe_values(config: TrainConfig) -> dict[str, Any]:
-    """Return the options that reproduce a run: all except those that hold for one start only."""
-    return config.model_dump(mode="json", exclude=set(ONCE))
+    """Return the options that reproduce a run: all except those that hold for one start only, and secrets."""
+    return config.model_dump(mode="json", exclude={*ONCE, *SECRETS})

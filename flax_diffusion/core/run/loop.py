@@ -97,8 +97,7 @@ class _Run:
     ):
         config = task.config
         self.task, self.config, self.spec, self.backend, self.preemption = task, config, spec, backend, preemption
-        self.output_dir, self.start = output_dir, start
-        self.schedule, self.source = start.schedule, start.source
+        self.output_dir, self.start, self.schedule, self.source = output_dir, start, start.schedule, start.source
         self.main = backend.process_index == 0
         self.rate_of = make_rate(config, start.schedule)
         self.first_step, self.nonfinite_steps = start.step, start.nonfinite_steps
@@ -126,6 +125,7 @@ class _Run:
         """Let a running save end, and close the log."""
         self.saver.close()
         self.tracker.close()
+        self.start.pusher.close()
 
     def train(self) -> None:
         """Take the remaining steps and write the results; if the run is told to end early, only save."""
@@ -219,6 +219,7 @@ class _Run:
                 self._sample(step)
             if self.schedule.ends_epoch(self._seen(step), config.save_model_epochs):
                 self._export()
+                self.start.pusher.push(step)
 
     def _wants_sample(self, step: int) -> bool:
         if self.config.validation_steps:
@@ -250,6 +251,7 @@ class _Run:
             self._sample(self.taken)
         self.saver.wait()
         self.backend.all_processes(True)  # else a process that is done would leave the others alone
+        self.start.pusher.finish(self.taken, self.preemption)
         self.tracker.say_end()
 
     def _stop(self) -> None:

@@ -25,6 +25,7 @@ from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import CheckpointError, ConfigError
 from flax_diffusion.core.io.files import as_path, is_local
 from flax_diffusion.core.run import assembly, lineage, output_folder
+from flax_diffusion.core.run.hub.pusher import Pusher
 from flax_diffusion.core.run.precompute import EMBEDDINGS, POSTERIORS, precompute
 from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.saving import free_bytes
@@ -49,6 +50,7 @@ class Start:
         validation: Examples that do not train; None for none.
         drawn: Judge of pictures that are drawn; None for none.
         schedule: The run's steps.
+        pusher: Pushes results to the Hub.
         parameters: Number of trained parameters.
         identity: What a checkpoint must have in common with a run that resumes from it.
         resume_from: Folder of the checkpoint to resume from; None for a new run.
@@ -63,6 +65,7 @@ class Start:
     validation: HeldOut | None
     drawn: DrawnPictures | None
     schedule: Schedule
+    pusher: Pusher
     parameters: int
     identity: dict[str, Any]
     resume_from: Path | None
@@ -242,6 +245,8 @@ def prepare(
     output_dir = as_path(config.output_dir)
     shared_folder(output_dir, backend, "--output_dir")
     main, here = backend.process_index == 0, console.current()
+    pusher = Pusher(task, spec, backend)
+    pusher.open()
     _check_data(task, spec, source, validation, backend)
     num_examples = task.count_examples(source)
     here.say(block.row("pictures", f"{num_examples:,}"))
@@ -275,8 +280,9 @@ def prepare(
         with here.doing(f"reading {resume_from.name}"):
             backend.restore(resume_from)
     return Start(
-        source, made, buckets, examples, drawn, schedule, parameters, identity, resume_from, step, seen, nonfinite
-    )
+        source, made, buckets, examples, drawn, schedule, pusher, parameters, identity, resume_from, step, seen,
+        nonfinite,
+    )  # fmt: skip
 
 
 def _load(spec: PipelineSpec, backend: Backend) -> int:

@@ -12,14 +12,12 @@ import numpy as np
 
 from flax_diffusion.core.families.folders import CLASS_NAMES
 from flax_diffusion.core.io import model_files
-from flax_diffusion.core.io.files import absolute, copy_file, is_local, walk, write_json, write_text, written_folder
-from flax_diffusion.core.spec import adapters
+from flax_diffusion.core.io.files import absolute, copy_file, is_local, walk, write_json, written_folder
+from flax_diffusion.core.spec import adapters, cards
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 CLASSES_FILE = "classes.json"
 """File in a run's folder with the names of its classes by number."""
-CARD_FILE = "README.md"
-"""Model card, where plain Diffusers needs more than one call; one that is there already stays."""
 _INDEX = "model_index.json"
 
 
@@ -43,8 +41,8 @@ def write_index(spec: PipelineSpec, folder: Path) -> None:
     scheduler = spec.scheduler | {"_class_name": index["scheduler"][1]}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     write_json(folder / _INDEX, index)
-    if (card := spec.family.card(spec)) is not None and not (folder / CARD_FILE).exists():
-        write_text(folder / CARD_FILE, card)
+    if spec.family.card(spec) is not None and not (folder / cards.CARD_FILE).exists():
+        cards.write(folder, spec)
 
 
 def complete(folder: Path, pipeline: Path) -> None:

@@ -1,0 +1,81 @@
+"""What the model card of a run says of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.io.files import names_in
+from flax_diffusion.core.io.metrics_file import METRICS_FILE, read_metrics
+from flax_diffusion.core.run import lineage
+from flax_diffusion.core.spec.cards import Facts
+from flax_diffusion.core.tasks.task import Task
+
+_NOT_SHOWN = ("push_to_hub", "hub_model_id", "hub_private_repo")
+
+
+def facts_of(task: Task[TrainConfig], command: str, step: int, folder: Path, repository: str) -> Facts:
+    """Return what the card of a run says.
+
+    Args:
+        task: The task, with the run's options.
+        command: The command that trains on this backend.
+        step: The optimizer step.
+        folder: Folder of the run.
+        repository: Where it is pushed to.
+    """
+    config = task.config
+    grids = [name for name in names_in(folder / "samples") if name.endswith(".png")]
+    rows = [row for row in read_metrics(folder / METRICS_FILE) if row["step"] <= step]
+    measured = {name: value for row in rows for name, value in row.items() if name != "step" and value is not None}
+    return Facts(
+        title=repository.rpartition("/")[2],
+        made=f"trained by the task `{task.name}`",
+        tags=("diffusers-training", task.name.replace("_", "-")),
+        base=config.pretrained_model_name_or_path,
+        dataset=getattr(config, "dataset_name", None),
+        command=command_of(command, task),
+        prompts=task.prompts,
+        grid=f"samples/{grids[-1]}" if grids else None,
+        metrics=measured,
+        step=step,
+    )
+
+
+def command_of(command: str, task: Task[TrainConfig]) -> str:
+    """Return the command that trains as a run did, with the options that are not the defaults, and no secret.
+
+    Args:
+        command: The command that trains on this backend.
+        task: The task, with the run's options.
+    """
+    words, fields = [*command.split(), task.name], type(task.config).model_fields
+    for name, value in lineage.recipe_values(task.config).items():
+        default = fields[name].get_default(call_default_factory=True)
+        if name not in _NOT_SHOWN and value != _plain(default):
+            words += _words(name, value)
+    return shlex.join(words)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _words(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(_word, value)]
+    word = _word(value)
+    return [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return "null" if value is None else str(value)
