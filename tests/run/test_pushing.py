@@ -386,3 +386,17 @@ def test_no_message_shows_the_token(hub, tmp_path, monkeypatch, caplog):
         config(folder, hub_token=TOKEN, lr_scheduler="piecewise_constant")
     assert TOKEN not in "".join(traceback.format_exception(caught.value))
     assert TOKEN not in repr(config(folder, hub_token=TOKEN))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "unconditional --dataset_name=huggan/flowers-102-categories --output_dir=ddpm-ema-flowers-64 --push_to_hub",
+        "dreambooth --pretrained_model_name_or_path=m --instance_data_dir=d --instance_prompt=p --push_to_hub",
+        "text_to_image --pretrained_model_name_or_path=m --dataset_name=d --push_to_hub --hub_model_id=sd-pokemon-lora",
+    ],
+)
+def test_published_commands_are_taken(words):
+    _, options = command_line.parse_train(words.split(), "train")
+    assert options.push_to_hub
+    assert options.hub_token is None
