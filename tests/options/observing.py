@@ -7,11 +7,13 @@ import json
 import logging
 import re
 import shutil
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import fake_wandb
 import jax
 import numpy as np
 import torch
@@ -144,6 +146,7 @@ class Observer:
         monkeypatch.setattr(loader, "Workers", self._workers)
         monkeypatch.setattr(publishing, "check_repository", self._check_repository)
         monkeypatch.setattr(publishing, "push_folder", self._push_folder)
+        monkeypatch.setitem(sys.modules, "wandb", fake_wandb.module(lambda options: self._asked.append(options)))
         self.seen = {}
 
     def _load_dataset(self, *arguments, **options):

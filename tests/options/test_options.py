@@ -360,7 +360,10 @@ TABLE: dict[str, list[Row]] = {
     "resume_from_checkpoint": [Row("checkpoint-2", "batch", {"resume_from_checkpoint": "latest"}, EARLIER)],
     "skip_nonfinite": [Row(1, BOTH)],
     "repeat_step": [Row(2, "batch", {"resume_from_checkpoint": "latest"}, EARLIER)],
-    "report_to": [Row("tensorboard", "files")],
+    "report_to": [
+        Row("tensorboard", "files"), Row(["csv"], "files"), Row(["tensorboard", "wandb"], ("asked", "files")),
+    ],
+    "tracker_project_name": [Row("digits", "asked", {"report_to": "wandb"})],
     "logging_dir": [Row("curves", "files", {"report_to": "tensorboard"})],
     "quiet": [Row(True, "said")],
     "log_level": [Row("warning", "said"), Row("debug", "said")],

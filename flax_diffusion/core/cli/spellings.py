@@ -71,7 +71,6 @@ def _is_model(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
 
 _ANY_FORMAT = "drop it, weights are read whether PyTorch or Flax wrote them"
 _PROFILE = "drop it; `python -m tpu.plan` shows time and memory of a step, and jax.profiler traces a run"
-_WANDB = "drop it; the run is in TensorBoard's files, which wandb reads by `wandb sync FOLDER/logs`"
 _PRODIGY = "drop it; the optimizers are those of --optimizer, and Prodigy is not one of them"
 _CORNER = "drop it; the model is told the corner where each picture is really cut"
 REPLACED = {
@@ -82,8 +81,7 @@ REPLACED = {
     "profile_memory": _PROFILE,
     "ccache": "set the environment variable JAX_COMPILATION_CACHE_DIR to that folder",
     "logging_steps": "drop it, every step is logged",
-    "wandb_entity": _WANDB,
-    "tracker_project_name": _WANDB,
+    "wandb_entity": "set the environment variable WANDB_ENTITY to it",
     "streaming": "drop it; data are downloaded once, so that each epoch has an order, which a resumed run keeps",
     "load_from_disk": "drop it, and write the dataset to a folder by its `to_parquet`, which --train_data_dir opens",
     "debug_loss": "drop it; the loss of each step is in TensorBoard's files",

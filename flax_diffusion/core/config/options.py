@@ -257,10 +257,14 @@ class TrainConfig(BaseModel):
     repeat_step: int | None = Field(
         None, ge=1, description="Compute the batch of this step once with the resumed weights, print its loss, and end."
     )
-    report_to: Literal["tensorboard", "none"] = Field(
-        "tensorboard", validation_alias=also("report_to", "logger"), description="Where to write metrics and grids."
+    report_to: list[Literal["tensorboard", "wandb", "csv", "all", "none"]] = Field(
+        ["tensorboard"],
+        min_length=1,
+        validation_alias=also("report_to", "logger"),
+        description="Where to write metrics and grids; several at once, or all that are installed, or none.",
     )
-    logging_dir: str = Field("logs", description="TensorBoard's folder inside output_dir.")
+    tracker_project_name: str = Field("flax-diffusion", min_length=1, description="Project in Weights & Biases.")
+    logging_dir: str = Field("logs", description="Folder of metrics inside output_dir.")
     quiet: bool = Field(False, description="Say nothing but warnings, errors and the last line; show no bar.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info",
@@ -273,6 +277,11 @@ class TrainConfig(BaseModel):
     hub_token: pushing.HubToken = None
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of weights, data order, noise and samples.")
 
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
     @field_validator("mixed_precision", mode="before")
     @classmethod
     def _no_as_yaml_reads_it(cls, value: Any) -> Any:
@@ -284,6 +293,12 @@ class TrainConfig(BaseModel):
         named = [f"ema_{decay}" for decay in self.ema_decays]
         named += [average_of(sigma_rel) for sigma_rel in self.ema_sigma_rels]
         return named or [SINGLE_AVERAGE] * self.use_ema
+
+    @model_validator(mode="after")
+    def _check_boards(self) -> TrainConfig:
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"--report_to {' '.join(self.report_to)}: none goes with no other; drop it or the others")
+        return self
 
     @model_validator(mode="after")
     def _check_averages(self) -> TrainConfig:

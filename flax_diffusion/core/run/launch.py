@@ -22,6 +22,7 @@ from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError,
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.run.preemption import INTERRUPTED, Preempted, Preemption
 from flax_diffusion.core.tasks.task import Task, task_of
+from flax_diffusion.core.tracking.boards import named
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,7 @@ def _run(
     config, here = task.config, console.current()
     # Signals come first, before a framework of several hosts installs its own handler of them.
     with preemption, _speaking(config), here.ticking():
+        named(config.report_to)  # which says what is not installed
         _say_options(task)
         try:
             with here.doing("importing libraries"):

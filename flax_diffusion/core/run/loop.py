@@ -29,7 +29,6 @@ from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
-from flax_diffusion.core.io.tracking import Tracker
 from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.preemption import Preempted, Preemption
 from flax_diffusion.core.run.rates import ema_decays
@@ -39,6 +38,8 @@ from flax_diffusion.core.run.start import MakeBackend, Start, open_inputs, prepa
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
+from flax_diffusion.core.tracking.boards import open_boards
+from flax_diffusion.core.tracking.tracker import Tracker
 from flax_diffusion.core.validation.judge import Judge
 from flax_diffusion.core.validation.loss import ValidationLoss
 
@@ -106,13 +107,10 @@ class _Run:
         parent = folders.identity_of(start.resume_from) if start.resume_from and self.main else None
         self.saver = Saver(backend, output_dir, config.checkpoints_total_limit, parent)
         trains = config.repeat_step is None
-        self.tracker = Tracker(
-            output_dir,
-            config.logging_dir if trains and config.report_to == "tensorboard" else None,
-            first_step=start.step,
-            total_steps=start.schedule.total_steps,
-            main=self.main and trains,
-        )
+        main, total = self.main and trains, start.schedule.total_steps
+        options, folder = lineage.recipe_values(config), output_dir / config.logging_dir
+        boards = open_boards(task, folder, start.step + 1, options) if main else []
+        self.tracker = Tracker(output_dir, boards, first_step=start.step, total_steps=total, main=main)
         self.preview = task.make_preview(spec, self.source) if self.config.draw_samples else None
         self.judges: list[Judge] = []
         if start.validation is not None:

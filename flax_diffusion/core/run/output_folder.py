@@ -15,8 +15,8 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, naming
 from flax_diffusion.core.families.family import subfolders
 from flax_diffusion.core.io.files import as_path, is_local, lies_in, move, remove_tree, unused
 from flax_diffusion.core.io.metrics_file import METRICS_FILE
-from flax_diffusion.core.io.tracking import EVENT_FILES
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
+from flax_diffusion.core.tracking.boards import FILES
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _replace(output_dir: Path, config: TrainConfig) -> None:
     for path in left:
         if path.exists():
             move(path, unused(aside / path.name))
-    for path in (output_dir / config.logging_dir).glob(EVENT_FILES):
+    for path in [path for pattern in FILES for path in (output_dir / config.logging_dir).glob(pattern)]:
         move(path, unused(aside / "logs" / path.name))
     log.info("the run that was in %s is in %s until the first checkpoint is saved", output_dir, aside)
 
