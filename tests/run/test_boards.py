@@ -44,6 +44,23 @@ def test_a_file_of_somebody_else(tmp_path):
         CsvFile(tmp_path, 5)
 
 
+def test_a_row_that_was_cut_off_by_a_kill(tmp_path):
+    (tmp_path / "steps.csv").write_text("step,loss\n1,0.5\n2,0.25\n1")  # of step 12, say
+    board = CsvFile(tmp_path, 3)
+    assert table(tmp_path) == [["step", "loss"], ["1", "0.5"], ["2", "0.25"]]  # before anything is closed
+    board.scalars({"train/loss": 0.125}, 3)
+    board.close()
+    assert table(tmp_path)[-1] == ["3", "0.125"]
+
+
+def test_a_damaged_id(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", fake_wandb.module())
+    for text in ("", "[]", "{}"):
+        (tmp_path / "wandb_run.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"wandb_run\.json: holds no id of a run of wandb: delete it"):
+            WandbRun(tmp_path, project="p", name="n", options={})
+
+
 def test_weights_and_biases(tmp_path, monkeypatch):
     made = fake_wandb.module()
     monkeypatch.setitem(sys.modules, "wandb", made)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -77,13 +77,10 @@ def open_boards(task: Task[TrainConfig], folder: Path, first_step: int, options:
         ConfigError: If one is not installed, or cannot be opened.
     """
     config = task.config
-    boards: list[Board] = []
-    for name in named(config.report_to):
-        if name == "tensorboard":
-            boards.append(TensorBoard(folder, first_step))
-        elif name == "csv":
-            boards.append(CsvFile(folder, first_step))
-        else:
-            run = as_path(config.output_dir).name
-            boards.append(WandbRun(folder, project=config.tracker_project_name, name=run, options=options))
-    return boards
+    run = as_path(config.output_dir).name
+    made: dict[str, Callable[[], Board]] = {
+        "tensorboard": lambda: TensorBoard(folder, first_step),
+        "wandb": lambda: WandbRun(folder, project=config.tracker_project_name, name=run, options=options),
+        "csv": lambda: CsvFile(folder, first_step),
+    }
+    return [made[name]() for name in named(config.report_to)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.io.files import copy_file, is_local, temporary_folder
+from flax_diffusion.core.io.files import copy_file, is_local, replacing, temporary_folder
 
 FILE = "steps.csv"
 """Name of the file in the folder of the boards."""
@@ -33,11 +33,12 @@ class CsvFile:
         folder.mkdir(parents=True, exist_ok=True)
         rows = _read(self._target) if first_step > 1 and self._target.exists() else []
         self._columns = rows[0] if rows else []
-        kept = [row for row in rows[1:] if int(row[0]) < first_step]
-        self._file = self._local.open("w", newline="", encoding="utf-8")
+        # The last row is cut off where an earlier start was killed while it wrote.
+        kept = [row for row in rows[1:] if len(row) == len(self._columns) and int(row[0]) < first_step]
+        with replacing(self._local) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([self._columns, *kept] if rows else [])
+        self._file = self._local.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
-        if rows:
-            self._writer.writerows([self._columns, *kept])
         self.flush()
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run shows of its progress: its steps, TensorBoard and picture grids."""
+"""What a run shows of its progress: on the console, on its boards, and as sheets of pictures."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class WandbRun:
 
         self._wandb: Any = wandb
         file = folder / ID_FILE
-        identity = json.loads(file.read_text())["id"] if file.exists() else uuid.uuid4().hex
+        identity = _read_id(file) if file.exists() else uuid.uuid4().hex
         local = folder if is_local(folder) else temporary_folder()
         local.mkdir(parents=True, exist_ok=True)
         try:
@@ -77,3 +77,10 @@ class WandbRun:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+def _read_id(file: Path) -> str:
+    try:
+        return str(json.loads(file.read_text(encoding="utf-8"))["id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: holds no id of a run of wandb: delete it, and a new run begins there") from error
