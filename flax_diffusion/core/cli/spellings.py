@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import types
 import typing
@@ -221,3 +222,33 @@ def _rule(item: Any) -> str:
         return _RULES[kind](item["ctx"])
     text = item["msg"].removeprefix("Input should be ")
     return next((words for words, kinds in _KINDS.items() if kind in kinds), text[:1].lower() + text[1:])
+
+
+def option_words(model: type[BaseModel], values: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that give options, without those that have their defaults.
+
+    Args:
+        model: The config class.
+        values: Values by field name, as plain data.
+    """
+    words: list[str] = []
+    for name, value in values.items():
+        default = model.model_fields[name].get_default(call_default_factory=True)
+        if value != (default.model_dump(mode="json") if isinstance(default, BaseModel) else default):
+            words += _option(name, value)
+    return words
+
+
+def _option(name: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    words = [_word(one) for one in (value if isinstance(value, list) else [value])]
+    if any(word.startswith("-") for word in words):  # which the parser would take for options
+        return [f"--{name}={word}" for word in words]
+    return [f"--{name}", *words]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return json.dumps(value)
+    return "null" if value is None else str(value)

@@ -50,11 +50,11 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
     spec.family.check_drawing(spec)
     calls = calls_of(config)
     for call in calls:
-        _check_prompts(call, spec)
-        check_given(spec, _pictures(call), len(call.prompt))
+        with naming(f"--prompts_file, '{call.prompt[0]}'") if config.prompts_file else nullcontext():
+            _check_prompts(call, spec)
+            check_given(spec, _pictures(call), len(call.prompt))
+            _check_size(call, spec)
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
-    for call in calls:
-        _check_size(call, spec)
     tokenize = spec.tokenize
     for prompt in dict.fromkeys(text for call in calls for text in (*call.prompt, call.negative_prompt)):
         if tokenize is not None and (rest := tokenize.cut_off(prompt)):

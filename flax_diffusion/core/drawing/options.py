@@ -9,8 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.cli.spellings import option_words
 from flax_diffusion.core.drawing.pictures import OPTIONS
-from flax_diffusion.core.drawing.prompt_file import read_prompts
+from flax_diffusion.core.drawing.prompt_file import MAX_SIDE, read_prompts
 
 ALL = "all"
 """The --class_label that stands for all classes."""
@@ -51,8 +52,8 @@ class GenerateConfig(BaseModel):
     )
     mask_image: list[str] = Field([], description="Their masks: the light parts are filled in.")
     num_images: int = Field(1, ge=1, description="Images to draw (per prompt or class).")
-    height: int | None = Field(None, ge=1, le=2**14, description="Height in pixels. None: the pipeline's own.")
-    width: int | None = Field(None, ge=1, le=2**14, description="Width in pixels. None: the pipeline's own.")
+    height: int | None = Field(None, ge=1, le=MAX_SIDE, description="Height in pixels. None: the pipeline's own.")
+    width: int | None = Field(None, ge=1, le=MAX_SIDE, description="Width in pixels. None: the pipeline's own.")
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of all noise. Image i of a seed is always the same.")
     num_inference_steps: int = Field(50, ge=1, description="Denoising steps.")
     guidance_scale: float | None = Field(
@@ -143,9 +144,5 @@ def command_of(config: GenerateConfig, prog: str) -> str:
         config: The options.
         prog: Name of the command.
     """
-    words = [prog]
-    for name, field in GenerateConfig.model_fields.items():
-        value = getattr(config, name)
-        if name not in OUTPUT and value != field.get_default(call_default_factory=True):
-            words += [f"--{name}", *(shlex.quote(str(one)) for one in (value if isinstance(value, list) else [value]))]
-    return " ".join(words)
+    values = config.model_dump(mode="json", exclude={*OUTPUT})
+    return " ".join([prog, shlex.join(option_words(GenerateConfig, values))])

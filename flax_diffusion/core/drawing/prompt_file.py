@@ -19,6 +19,9 @@ FLAGS = {
 }  # fmt: skip
 """Short names of the options: those of Kohya's sample prompts, and of the tools that took them over."""
 MAX_BYTES = 2**20
+"""Largest size of a file of prompts."""
+MAX_SIDE = 2**14
+"""Largest height and width of a picture, in pixels."""
 _FLAG = re.compile(r"(?:^|\s)--([A-Za-z]\S*)")
 
 
@@ -39,8 +42,8 @@ class Prompt(BaseModel):
 
     prompt: str
     negative_prompt: str | None = None
-    width: int | None = Field(None, ge=1)
-    height: int | None = Field(None, ge=1)
+    width: int | None = Field(None, ge=1, le=MAX_SIDE)
+    height: int | None = Field(None, ge=1, le=MAX_SIDE)
     num_inference_steps: int | None = Field(None, ge=1)
     guidance_scale: FiniteFloat | None = Field(None, ge=0)
     seed: int | None = Field(None, ge=0, lt=2**32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from flax_diffusion.core.config.options import Reads, also
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, ConditioningImage, conditioning_images
 from flax_diffusion.core.data.sources.source import ExtraImages, Source
-from flax_diffusion.core.errors import DataError, naming
+from flax_diffusion.core.errors import naming
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import ModelClass, Role, family_of
 from flax_diffusion.core.families.stable_diffusion import CONTROLNET, control_config
@@ -158,13 +159,10 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
 
     def _of_examples(self, spec: PipelineSpec, source: Source) -> Preview | None:
         """Draw pictures of the first examples' captions, each following its example's picture."""
-        config, make = self.config, self.make_example_fn(spec)
+        config = self.config
         shown: dict[str, np.ndarray] = {}
-        for index in range(min(len(source), 2 * PREVIEWED)):
-            try:
-                caption, example = source[index].caption, make(source, config.seed, 0, index)
-            except DataError:  # the loader reports it, or skips it
-                continue
+        for index, example in islice(self.first_examples(spec, source), 2 * PREVIEWED):
+            caption = source[index].caption
             text = caption if isinstance(caption, str) else (caption or [""])[0]
             shown.setdefault(text, example[CONDITIONING_IMAGE])
         if not shown:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.extra import MASK, MASKED_NOISE, Mask
 from flax_diffusion.core.data.sources.source import ExtraImages, Source
-from flax_diffusion.core.errors import ConfigError, DataError, nearest
+from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.core.families.family import FAMILIES, ModelClass, Role
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
@@ -176,17 +177,10 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
 
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
         """Draw pictures of the validation prompts, for inpainting into the first pictures of the dataset."""
-        config, prompts = self.config, self.previewed_prompts(source)
-        if not config.inpainting:
+        if not self.config.inpainting:
             return super().make_preview(spec, source)
-        make, examples = self.make_example_fn(spec), []
-        for index in range(len(source)):
-            if len(examples) == len(prompts):
-                break
-            try:
-                examples.append(make(source, config.seed, 0, index))
-            except DataError:  # the loader reports it, or skips it
-                continue
+        config, prompts = self.config, self.previewed_prompts(source)
+        examples = [example for _, example in islice(self.first_examples(spec, source), len(prompts))]
         if not examples:
             return None
         places = [place % len(examples) for place in range(len(prompts))]

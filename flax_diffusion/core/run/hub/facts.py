@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
-from typing import Any
 
-from pydantic import BaseModel
-
+from flax_diffusion.core.cli.spellings import option_words
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.io.files import names_in
 from flax_diffusion.core.io.metrics_file import METRICS_FILE, read_metrics
@@ -54,28 +51,6 @@ def command_of(command: str, task: Task[TrainConfig]) -> str:
         command: The command that trains on this backend.
         task: The task, with the run's options.
     """
-    words, fields = [*command.split(), task.name], type(task.config).model_fields
-    for name, value in lineage.recipe_values(task.config).items():
-        default = fields[name].get_default(call_default_factory=True)
-        if name not in _NOT_SHOWN and value != _plain(default):
-            words += _words(name, value)
-    return shlex.join(words)
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-
-
-def _words(name: str, value: Any) -> list[str]:
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no_{name}"]
-    if isinstance(value, list):
-        return [f"--{name}", *map(_word, value)]
-    word = _word(value)
-    return [f"--{name}={word}"] if word.startswith("-") else [f"--{name}", word]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, dict | list):
-        return json.dumps(value)
-    return "null" if value is None else str(value)
+    values = lineage.recipe_values(task.config)
+    own = {name: value for name, value in values.items() if name not in _NOT_SHOWN}
+    return shlex.join([*command.split(), task.name, *option_words(type(task.config), own)])

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from flax_diffusion.core.backend import Backend
@@ -278,6 +279,18 @@ class TextTask(DiffusionTask[T]):
             source: The examples.
         """
         return list(dict.fromkeys(islice(captions_of(source), PREVIEWED)))
+
+    def first_examples(self, spec: PipelineSpec, source: Source) -> Iterator[tuple[int, dict[str, np.ndarray]]]:
+        """Yield the examples of the first epoch in their order in the data, each with its index.
+
+        Those that cannot be read are left out: the loader reports them, or skips them.
+        """
+        make = self.make_example_fn(spec)
+        for index in range(len(source)):
+            try:
+                yield index, make(source, self.config.seed, 0, index)
+            except DataError:
+                continue
 
     def export_trained(
         self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
