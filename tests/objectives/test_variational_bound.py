@@ -37,10 +37,7 @@ def example(predicted: str, timesteps: list[int]) -> Any:
     clean, noise, error = rng.uniform(-1.1, 1.1, (3, len(timesteps), 2, 3, 3))
     variance = rng.uniform(-1.2, 1.2, clean.shape)
     batch = {"timesteps": np.array(timesteps)}
-    batch |= {
-        name: np.stack([getattr(mixture.variance, name) for mixture in mixtures])
-        for name in mixtures[0].variance._fields
-    }
+    batch |= {name: table[timesteps] for name, table in objective.variance._asdict().items()}
     return mixtures, batch, clean, noise, error / 5, variance, noise_schedule.alphas_cumprod_from_config(scheduler)
 
 
@@ -98,6 +95,18 @@ def test_gradients_move_the_variance_alone():
     theirs.variational_bound(tensors, torch.from_numpy(clean), *given).sum().backward()
     assert given[0].grad is None
     np.testing.assert_allclose(given[1].grad.numpy(), of_variance, rtol=1e-10, atol=1e-14)
+
+
+def test_an_example_has_the_terms_of_its_timestep():
+    scheduler = {"_class_name": "DDPMScheduler"}
+    spec = PipelineSpec(kind="DiTPipeline", components={"transformer": TRANSFORMER}, scheduler=scheduler, resolution=8)
+    plain: Any = Ddpm.from_scheduler(scheduler, DdpmOptions())
+    objective: Any = with_variance(plain, spec, 0.001, np.float32)
+    drawn, without = objective.draw(np.random.default_rng(3)), plain.draw(np.random.default_rng(3))
+    assert drawn[: len(without)] == without
+    assert drawn._fields == (*without._fields, *objective.variance._fields)
+    for name, table in objective.variance._asdict().items():
+        assert getattr(drawn, name) == table[int(drawn.timesteps)]
 
 
 def test_a_schedule_of_one_step():

@@ -439,6 +439,7 @@ def test_sizes_are_kept(tmp_path, monkeypatch):
         "pretrained_model_name_or_path": str(base), "train_data_dir": str(pictures(tmp_path / "data", 5)),
         "resolution": 16, "train_batch_size": 2, "max_train_steps": 3, "center_crop": True, "random_flip": True,
         "lr_warmup_steps": 0, "output_dir": str(tmp_path / "run"), "validation_epochs": None,
+        "draw_samples": False,
     }  # fmt: skip
     each = run(options, "each")
     with monkeypatch.context() as patch:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, model_validator
 from flax_diffusion.core.errors import ConfigError, unknown
 from flax_diffusion.core.objectives import noise_schedule, samplers
 from flax_diffusion.core.objectives.objective import OBJECTIVES, Mixture, Objective
-from flax_diffusion.core.objectives.variational_bound import VarianceTerms
+from flax_diffusion.core.objectives.variational_bound import MixtureWithVariance, VarianceTerms
 from flax_diffusion.core.typed import BetaSchedule, PredictionType
 
 Table = NDArray[Any]
@@ -79,10 +79,12 @@ class Ddpm(Objective):
     Attributes:
         tables: The mixtures of all timesteps, as arrays (T,).
         shares: Probability with which a timestep or an earlier one is drawn, float64 (T,); None where all are alike.
+        variance: What the bound of a learned variance needs, as arrays (T,); None where none is learnt.
     """
 
     tables: Mixture = field(repr=False)
     shares: Table | None = field(default=None, repr=False)
+    variance: VarianceTerms | None = field(default=None, repr=False)
 
     name: ClassVar[str] = "ddpm"
     options: ClassVar[type[BaseModel]] = DdpmOptions
@@ -134,17 +136,19 @@ class Ddpm(Objective):
             weights = noise_schedule.sample_weights(bar)
         return replace(ddpm(bar, predicted, weights, dtype), shares=_shares(len(bar), options))
 
-    def draw(self, rng: np.random.Generator) -> Mixture:
-        """Draw one example's mixture."""
+    def draw(self, rng: np.random.Generator) -> Any:
+        """Draw one example's mixture, with the terms of its variance where that is learnt."""
         if self.shares is None:
-            return self.at(int(rng.integers(len(self.tables.timesteps))))
-        return self.at(int(np.searchsorted(self.shares, rng.random(), side="right")))
+            timestep = int(rng.integers(len(self.tables.timesteps)))
+        else:
+            timestep = int(np.searchsorted(self.shares, rng.random(), side="right"))
+        if self.variance is None:
+            return self.at(timestep)
+        return MixtureWithVariance(*self.at(timestep), *(table[timestep, ...] for table in self.variance))
 
     def at(self, timestep: int) -> Mixture:
         """Return the mixture of a timestep in 0..T-1."""
-        variance = self.tables.variance
-        terms = None if variance is None else VarianceTerms(*(table[timestep, ...] for table in variance))
-        return Mixture._make([*(table[timestep, ...] for table in self.tables[:-1]), terms])
+        return Mixture(*(table[timestep, ...] for table in self.tables))
 
 
 def _shares(count: int, options: DdpmOptions) -> Table | None:

@@ -34,9 +34,9 @@ class NoiseSpec:
             rng: Returns the example's generator of a stream; it is `example_rng` with its other arguments bound.
 
         Returns:
-            `loss_weights` float32 (); where something is noised, the other fields of the objective's `Mixture`,
-            those of its `variance` among them, and `noise` float32 (C, h, w); where asked for, `perturbation`, already
-            multiplied by γ, and `latent_noise`, both float32 (C, h, w).
+            `loss_weights` float32 (); where something is noised, the other fields of what the objective draws and
+            `noise` float32 (C, h, w); where asked for, `perturbation`, already multiplied by γ, and `latent_noise`,
+            both float32 (C, h, w).
 
         Reference:
             HF's example scripts: `noise += offset * randn(C, 1, 1)`; the model is given
@@ -49,8 +49,6 @@ class NoiseSpec:
         drawn = {"loss_weights": np.ones((), np.float32)}
         if self.objective is not None:
             fields = self.objective.draw(rng(Stream.TIMESTEP))._asdict()
-            if (variance := fields.pop("variance", None)) is not None:
-                fields |= variance._asdict()
             drawn |= {name: np.asarray(number) for name, number in fields.items()}
             drawn["noise"] = normal(Stream.NOISE, self.shape)
         if self.noise_offset:

@@ -25,12 +25,11 @@ from numpy.typing import DTypeLike
 from pydantic import BaseModel
 
 from flax_diffusion.core.errors import ConfigError, nearest, unknown
-from flax_diffusion.core.objectives.variational_bound import VarianceTerms
 from flax_diffusion.core.registry import Registry
 
 
 class Mixture(NamedTuple):
-    """What an objective draws for one example; every field but the last is a scalar array ().
+    """What an objective draws for one example; every field is a scalar array ().
 
     Attributes:
         timesteps: The time that the model is told: int32 of a discrete objective, float32 of a continuous one.
@@ -38,8 +37,7 @@ class Mixture(NamedTuple):
         input_noise: Of ε in the model's input.
         target_clean: Of x in what the model is to say.
         target_noise: Of ε in what the model is to say.
-        loss_weights: Of the example's loss, float32.
-        variance: What a model that learns its variance is trained by beside that; None where none is learnt.
+        loss_weights: Of the example's mean squared error, float32.
     """
 
     timesteps: np.ndarray
@@ -48,18 +46,17 @@ class Mixture(NamedTuple):
     target_clean: np.ndarray
     target_noise: np.ndarray
     loss_weights: np.ndarray
-    variance: VarianceTerms | None = None
 
     @classmethod
     def of(cls, *numbers: float, dtype: DTypeLike = np.float32) -> Mixture:
         """Return the mixture of numbers.
 
         Args:
-            numbers: Its scalars in their order; the weight may be left out, for 1.
+            numbers: Its fields in their order; the weight may be left out, for 1.
             dtype: Dtype of all of them.
         """
-        weighted = numbers if len(numbers) > cls._fields.index("loss_weights") else (*numbers, 1)
-        return cls._make([*(np.asarray(number, dtype) for number in weighted), None])
+        weighted = numbers if len(numbers) == len(cls._fields) else (*numbers, 1)
+        return cls(*(np.asarray(number, dtype) for number in weighted))
 
     def clean(self, given: np.ndarray, predicted: np.ndarray) -> np.ndarray:
         """Return the x that an input and a prediction of its target imply, of any shape."""

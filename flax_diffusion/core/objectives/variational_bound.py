@@ -37,6 +37,21 @@ class VarianceTerms(NamedTuple):
     variance_weights: np.ndarray
 
 
+class MixtureWithVariance(NamedTuple):
+    """What is drawn for one example where a variance is learnt: the fields of `Mixture` and of `VarianceTerms`."""
+
+    timesteps: np.ndarray
+    input_clean: np.ndarray
+    input_noise: np.ndarray
+    target_clean: np.ndarray
+    target_noise: np.ndarray
+    loss_weights: np.ndarray
+    variance_lower: np.ndarray
+    variance_upper: np.ndarray
+    variance_mean: np.ndarray
+    variance_weights: np.ndarray
+
+
 def variance_terms(
     alphas_cumprod: Table, target_clean: Table, target_noise: Table, weight: float, dtype: DTypeLike
 ) -> VarianceTerms:

@@ -55,4 +55,4 @@ def with_variance(objective: Objective, spec: PipelineSpec, weight: float, dtype
         )
     bar = noise_schedule.alphas_cumprod_from_config(samplers.noise_config(spec.scheduler))
     targets = np.asarray(objective.tables.target_clean), np.asarray(objective.tables.target_noise)
-    return replace(objective, tables=objective.tables._replace(variance=variance_terms(bar, *targets, weight, dtype)))
+    return replace(objective, variance=variance_terms(bar, *targets, weight, dtype))
