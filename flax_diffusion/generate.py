@@ -36,7 +36,7 @@ def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
     from flax_diffusion.jax_backend.sharding import make_mesh
 
     pipeline = drawing.open_pipeline(config, drawing.open_spec(config), make_mesh(-1, 1))
-    return chain.from_iterable(drawing.pictures(pipeline, call) for call in calls_of(config))
+    return chain.from_iterable([drawing.pictures(pipeline, call) for call in calls_of(config)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

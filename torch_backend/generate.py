@@ -38,7 +38,7 @@ def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
         device=device,
     )  # fmt: skip
     sampler, calls = Sampler(modules, scheduler, device), calls_of(config)
-    return chain.from_iterable(sampler.batches(**command.sampler_options(call, spec)) for call in calls)
+    return chain.from_iterable([sampler.batches(**command.sampler_options(call, spec)) for call in calls])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

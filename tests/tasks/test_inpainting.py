@@ -169,6 +169,14 @@ def test_pictures_to_fill_in_are_checked(options, model, tmp_path):
             flax_diffusion.generate.generate(out, prompt=["a", "b"], **given | changes)
     with pytest.raises(ConfigError, match="--image: the model takes no such picture; drop it"):
         flax_diffusion.generate.generate(model, prompt="a", **given)
+    earlier = tmp_path / "out/00000.png"
+    earlier.parent.mkdir()
+    Image.new("L", (8, 8)).save(earlier)
+    words = ["--model", str(out), "--prompt", "a dog", "--image", given["image"], "--mask_image", "no.png"]
+    for backend in GENERATE:
+        with pytest.raises(UserError, match=r"no\.png: does not exist"):
+            backend.main([*words, "--output_dir", str(earlier.parent), "--overwrite_output_dir"])
+    assert earlier.exists()  # what cannot be read deletes nothing
 
 
 def test_what_the_unet_is_told_is_what_diffusers_tells_it(options):
