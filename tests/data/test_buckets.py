@@ -181,6 +181,7 @@ def options(tmp_path):
         "pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")),
         "train_data_dir": str(shaped_pictures(tmp_path / "data", SHAPES)), "resolution": 16, "train_batch_size": 2,
         "bucket_resolutions": ["auto"], "max_train_steps": 6, "checkpointing_steps": 3, "lr_warmup_steps": 0,
+        "draw_samples": False,
         "learning_rate": 1e-3, "random_flip": True, "report_to": "none",
     }  # fmt: skip
 

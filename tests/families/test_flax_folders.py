@@ -43,7 +43,10 @@ from torch_backend import modules as torch_modules
 from torch_backend import sampling as torch_sampling
 
 BACKENDS = {"jax": flax_diffusion, "torch": torch_backend}
-RUN = {"resolution": 16, "train_batch_size": 2, "max_train_steps": 1, "lr_warmup_steps": 0, "report_to": "none"}
+RUN = {
+    "resolution": 16, "train_batch_size": 2, "max_train_steps": 1, "lr_warmup_steps": 0, "report_to": "none",
+    "draw_samples": False,
+}  # fmt: skip
 PARTS = {"unet": FlaxUNet2DConditionModel, "vae": FlaxAutoencoderKL, "text_encoder": FlaxCLIPTextModel}
 DRAW = {"prompt": "a dog", "num_inference_steps": 2}
 

@@ -30,7 +30,10 @@ from torch_backend import modules as torch_modules
 QUICK = ("text_to_image", "autoencoder")
 """Tasks that the gate starts; the others are acceptance tests."""
 BACKENDS = {"jax": flax_diffusion, "torch": torch_backend}
-RUN = {"resolution": 16, "train_batch_size": 2, "max_train_steps": 1, "lr_warmup_steps": 0, "report_to": "none"}
+RUN = {
+    "resolution": 16, "train_batch_size": 2, "max_train_steps": 1, "lr_warmup_steps": 0, "report_to": "none",
+    "draw_samples": False,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")

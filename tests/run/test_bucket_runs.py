@@ -34,7 +34,7 @@ def options(tmp_path):
         "pretrained_model_name_or_path": str(stable_diffusion(tmp_path / "base")),
         "train_data_dir": str(shaped_pictures(tmp_path / "data", SHAPES)), "resolution": 16, "train_batch_size": 2,
         "bucket_resolutions": ["auto"], "max_train_steps": 7, "lr_warmup_steps": 0, "learning_rate": 1e-3,
-        "random_flip": True, "center_crop": True, "validation_epochs": None, "output_dir": str(tmp_path / "run"),
+        "random_flip": True, "center_crop": True, "draw_samples": False, "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
 
 

@@ -48,6 +48,7 @@ def folder(tmp_path_factory):
 def shared(model, tmp_path):
     return {
         "pretrained_model_name_or_path": str(model), "resolution": 16, "train_batch_size": 2, "max_train_steps": 3,
+        "draw_samples": False,
         "report_to": "none", "lr_warmup_steps": 0, "output_dir": str(tmp_path / "run"),
     }  # fmt: skip
 
