@@ -3,15 +3,17 @@
 import csv
 import json
 import sys
+import time
 
 import fake_wandb
 import pytest
 from PIL import Image
-from tiny import ONE_BLOCK, RUN, UNET
+from tiny import ONE_BLOCK, RUN, UNET, losses
 
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.tracking.boards import BOARDS, named
 from flax_diffusion.core.tracking.csv_file import CsvFile
+from flax_diffusion.core.tracking.tensorboard import TensorBoard
 from flax_diffusion.core.tracking.wandb_run import WandbRun
 from flax_diffusion.train import main, train
 
@@ -36,6 +38,19 @@ def test_a_row_for_each_step(tmp_path):
     assert table(tmp_path)[2:] == [["2", "1.0", "0.001"], ["3", "9.0", "0.0001"]]
     CsvFile(tmp_path, 1).close()
     assert table(tmp_path) == []
+
+
+@pytest.mark.parametrize("clock", [1000.0, 900.0], ids=["the same second", "a clock that is behind"])
+def test_event_files_are_read_in_the_order_of_the_runs(tmp_path, monkeypatch, clock):
+    """Twelve runs, each of which is resumed from step 1: what it writes stands in place of what was written before."""
+    monkeypatch.setattr(time, "time", lambda: 1000.0)
+    for run in range(12):
+        board = TensorBoard(tmp_path / "logs", first_step=1 + (run > 0))
+        for step in (1, 2, 3)[run > 0 :]:
+            board.scalars({"train/loss": run}, step)
+        board.close()
+        monkeypatch.setattr(time, "time", lambda: clock)
+    assert losses(tmp_path) == [0.0, 11.0, 11.0]
 
 
 def test_a_file_of_somebody_else(tmp_path):
