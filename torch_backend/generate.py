@@ -31,7 +31,8 @@ def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
     from torch_backend.sampling import Sampler, scheduler_from_config
 
     spec = command.open_checked(config, shapes)
-    scheduler = scheduler_from_config(sampler_config(spec, config.scheduler), config.scheduler)
+    chosen = command.scheduler_of(config, spec)
+    scheduler = scheduler_from_config(sampler_config(spec, chosen), chosen)
     device = PartialState().device or torch.device("cpu")
     modules = build_modules(
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,

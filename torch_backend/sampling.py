@@ -21,7 +21,7 @@ from flax_diffusion.core.objectives.noise_schedule import timesteps_with_signal
 from flax_diffusion.core.objectives.objective import objective_of
 from flax_diffusion.core.objectives.samplers import DRAWING, OF_BETAS, OWN, class_name, in_place, takes_variance
 from flax_diffusion.core.randomness.streams import sampling_noise
-from flax_diffusion.core.spec.prompts import guidance_scales, is_guided, told
+from flax_diffusion.core.spec.prompts import Begin, guidance_scales, is_guided, told
 from torch_backend import schedulers
 from torch_backend.modules import Modules
 
@@ -113,6 +113,7 @@ class Sampler:
         extra: Mapping[str, np.ndarray] | None = None,
         guidance_interval: Sequence[float] = (),
         size: tuple[int, int] | None = None,
+        begin: Begin | None = None,
     ) -> Iterator[np.ndarray]:
         """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
@@ -139,7 +140,8 @@ class Sampler:
                 for name in what.zeroed if guided else ():
                     condition[name][: len(indices)] = 0
             options = (num_inference_steps, guidance_scale if guided else None, guidance_interval, seed)
-            yield self._draw(condition, indices, spec.sample_shape, *options)
+            under = None if begin is None else (begin.of(indices // num_images), begin.first_step)
+            yield self._draw(condition, indices, spec.sample_shape, *options, under)
 
     def _draw(
         self,
@@ -150,20 +152,26 @@ class Sampler:
         guidance_scale: float | None,
         guidance_interval: Sequence[float],
         seed: int,
+        under: tuple[np.ndarray, int] | None,
     ) -> np.ndarray:
         scheduler = self.scheduler
         scheduler.set_timesteps(steps, device=self.device)
         scales = hasattr(scheduler, "scale_model_input")
         timesteps = scheduler.timesteps.cpu().numpy()
         weights = guidance_scales(self.modules.spec, timesteps, guidance_scale or 1, guidance_interval)
-        drawn = 0
+        drawn = first = 0
 
         def noise() -> Tensor:
             return torch.from_numpy(sampling_noise(seed, indices, drawn, shape)).to(self.device)
 
-        sample = noise() * getattr(scheduler, "init_noise_sigma", 1.0)  # the class of flow matching has none
-        for timestep, weight in zip(scheduler.timesteps, weights.tolist(), strict=True):
-            drawn += 1
+        if under is None:
+            sample = noise() * getattr(scheduler, "init_noise_sigma", 1.0)  # the class of flow matching has none
+        else:
+            pixels, first = under
+            sample = self._noised(torch.from_numpy(pixels).to(self.device), noise(), first)
+        for drawn, (timestep, weight) in enumerate(  # noqa: B007  (noise() reads it)
+            zip(scheduler.timesteps[first:], weights[first:].tolist(), strict=True), first + 1
+        ):
             model_input = scheduler.scale_model_input(sample, timestep) if scales else sample
             model_input = model_input if guidance_scale is None else torch.cat([model_input, model_input])
             call = self.modules.output if self.takes_variance else self.modules.predict
@@ -177,6 +185,18 @@ class Sampler:
             with HostNoise(noise):
                 sample = scheduler.step(output, timestep, sample).prev_sample
         return to_uint8(self.modules, sample)
+
+    def _noised(
+        self, pixels: Float[Tensor, "B c H W"], noise: Float[Tensor, "B C h w"], first: int
+    ) -> Float[Tensor, "B C h w"]:
+        """Return pictures at the first timestep: their latents, which are the means of the posteriors, with noise."""
+        latents = self.modules.encode_images(pixels, torch.zeros_like(noise)).to(noise.dtype)
+        timesteps = self.scheduler.timesteps[first].expand(len(latents))
+        if hasattr(self.scheduler, "set_begin_index"):
+            self.scheduler.set_begin_index(first)
+        if hasattr(self.scheduler, "scale_noise"):
+            return self.scheduler.scale_noise(latents, timesteps, noise)
+        return self.scheduler.add_noise(latents, noise, timesteps)
 
 
 def to_uint8(modules: Modules, latents: Float[Tensor, "B C h w"]) -> UInt8[np.ndarray, "B H W C"]:

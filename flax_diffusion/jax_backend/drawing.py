@@ -52,8 +52,9 @@ def open_pipeline(config: GenerateConfig, spec: PipelineSpec, mesh: Mesh) -> Pip
         UserError: If the weights or the scheduler do not fit.
     """
     modules = build_modules(spec, COMPUTE_DTYPES[config.mixed_precision], mesh=mesh)
-    values = sampler_config(spec, config.scheduler)
-    scheduler = None if modules.objective else scheduler_from_config(values, kind=config.scheduler)
+    chosen = command.scheduler_of(config, spec)
+    values = sampler_config(spec, chosen)
+    scheduler = None if modules.objective else scheduler_from_config(values, kind=chosen)
     params = {name: put_replicated(load_pretrained(part), mesh) for name, part in spec.components.items()}
     return Pipeline(spec, Sampler(modules, scheduler, mesh), params)
 

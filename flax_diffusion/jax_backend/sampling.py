@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from flax_diffusion.core.objectives.samplers import takes_variance
 from flax_diffusion.core.randomness.streams import sampling_noise
-from flax_diffusion.core.spec.prompts import guidance_scales, is_guided, told
+from flax_diffusion.core.spec.prompts import Begin, guidance_scales, is_guided, told
 from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
 from flax_diffusion.jax_backend.processes import to_host
@@ -49,6 +49,7 @@ class Sampler:
         self._denoise = jax.jit(self._denoise_step, static_argnames="guided", donate_argnames=("state", "sample"))
         self._condition = jax.jit(self._told, static_argnames="zeroed")
         self._finish = jax.jit(functools.partial(to_uint8, modules))
+        self._begin = jax.jit(self._noised)
 
     def __call__(self, params: Params, **options: Any) -> np.ndarray:
         """Draw all pictures.
@@ -79,6 +80,7 @@ class Sampler:
         extra: Mapping[str, np.ndarray] | None = None,
         guidance_interval: Sequence[float] = (),
         size: tuple[int, int] | None = None,
+        begin: Begin | None = None,
     ) -> Iterator[np.ndarray]:
         """Draw `num_images` for each prompt, or in all where the pipeline takes no prompts.
 
@@ -95,6 +97,7 @@ class Sampler:
                 nothing.
             guidance_interval: Noise levels between which samples are guided; see `guidance_scales`.
             size: Height and width of the pictures, in pixels; None for those of the pipeline.
+            begin: What they are drawn over; None for noise.
 
         Yields:
             Batches of pictures, uint8 (images, H, W, C), prompt by prompt.
@@ -123,7 +126,8 @@ class Sampler:
                 placed = {name: self._put(rows) for name, rows in batch.items()}
                 condition = self._condition(params, placed, zeroed=what.zeroed if guided else ())
             options = (num_inference_steps, guidance_scale if guided else None, guidance_interval, seed)
-            images = self._draw(params, condition, indices, spec.sample_shape, *options)
+            under = None if begin is None else (begin.of(indices // num_images), begin.first_step)
+            images = self._draw(params, condition, indices, spec.sample_shape, *options, under)
             yield to_host(images)[: count - first]
 
     def _told(self, params: Params, batch: Mapping[str, jax.Array], *, zeroed: tuple[str, ...]) -> Any:
@@ -146,6 +150,7 @@ class Sampler:
         guidance_scale: float | None,
         guidance_interval: Sequence[float],
         seed: int,
+        under: tuple[np.ndarray, int] | None,
     ) -> jax.Array:
         if self.modules.objective is not None:
             drawn = np.stack([sampling_noise(seed, indices, step, shape) for step in range(num_inference_steps)])
@@ -159,11 +164,16 @@ class Sampler:
         guided = guidance_scale is not None
         scales = guidance_scales(self.modules.spec, timesteps, guidance_scale or 1, guidance_interval)
         weights = {scale: put_replicated(scale, self.mesh) for scale in np.unique(scales)}
-        noises = self._noises(seed, indices, shape, len(timesteps))
-        sample = next(noises) * np.asarray(state.init_noise_sigma)
-        sample = self._put(sample.astype(np.float32))
-        for timestep, scale, noise in zip(timesteps, scales, noises, strict=True):
+        noise, first = sampling_noise(seed, indices, 0, shape), 0
+        if under is None:
+            sample = self._put((noise * np.asarray(state.init_noise_sigma)).astype(np.float32))
+        else:
+            pixels, first = under
+            begun = put_replicated(timesteps[first], self.mesh)
+            sample = self._begin(params, state, self._put(pixels), self._put(noise), begun)
+        for number, (timestep, scale) in enumerate(zip(timesteps[first:], scales[first:], strict=True), first + 1):
             step = put_replicated(timestep, self.mesh)
+            noise = sampling_noise(seed, indices, number, shape) if self.stochastic else None
             placed = None if noise is None else self._put(noise)
             state, sample = self._denoise(params, state, sample, step, condition, placed, weights[scale], guided=guided)
         return self._finish(params, sample)
@@ -210,11 +220,17 @@ class Sampler:
         without = without[:, : x.shape[1]]
         return jnp.concatenate([without + guidance_scale * (predicted - without), variance], axis=1)
 
-    def _noises(self, seed: int, indices: np.ndarray, shape: tuple[int, ...], steps: int) -> Iterator[np.ndarray | Any]:
-        """Yield the starting noise, then one noise per step, which is None where the scheduler is deterministic."""
-        yield sampling_noise(seed, indices, 0, shape)
-        for step in range(steps):
-            yield sampling_noise(seed, indices, step + 1, shape) if self.stochastic else None
+    def _noised(
+        self,
+        params: Params,
+        state: Any,
+        pixels: Float[Array, "B c H W"],
+        noise: Float[Array, "B C h w"],
+        timestep: Num[Array, ""],
+    ) -> Float[Array, "B C h w"]:
+        """Return pictures at a timestep: their latents, which are the means of the posteriors, with noise."""
+        latents = self.modules.encode_images(params, pixels, jnp.zeros_like(noise)).astype(noise.dtype)
+        return self.scheduler.add_noise(state, latents, noise, jnp.broadcast_to(timestep, (len(noise),)))
 
     def _denoise_step(
         self,

@@ -79,6 +79,25 @@ def conditioning_images(option: str, names: Sequence[str], size: tuple[int, int]
     return np.stack([scale_to_unit(np.asarray(_centre(_opened(option, name), size))) for name in names])
 
 
+def images_to_draw_over(option: str, names: Sequence[str], size: tuple[int, int], channels: int) -> np.ndarray:
+    """Read pictures that samples are drawn over; of each the centre is cut out.
+
+    Args:
+        option: Option that names them, for messages.
+        names: Paths of the files.
+        size: Height and width of the samples, in pixels.
+        channels: 1 for grey pictures, 3 for RGB.
+
+    Returns:
+        The pictures, float32 (N, channels, height, width) in [-1, 1].
+
+    Raises:
+        DataError: If one cannot be read.
+    """
+    images = [_centre(_opened(option, name), size) for name in names]
+    return np.stack([scale(np.asarray(image.convert("L") if channels == 1 else image)) for image in images])
+
+
 def images_to_fill(
     names: Mapping[str, Sequence[str]], size: tuple[int, int], latents: tuple[int, int, int] | None, seed: int
 ) -> dict[str, np.ndarray]:

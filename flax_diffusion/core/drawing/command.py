@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 
 from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.data.extra import images_to_draw_over
 from flax_diffusion.core.display import console
 from flax_diffusion.core.drawing.files import GRID, earlier_pictures, free_folder, write
 from flax_diffusion.core.drawing.models import open_model
-from flax_diffusion.core.drawing.options import ALL, CLASS_GUIDANCE, PROMPT_GUIDANCE, GenerateConfig, calls_of
-from flax_diffusion.core.drawing.pictures import OPTIONS, check_given, read_given
+from flax_diffusion.core.drawing.options import ALL, CLASS_GUIDANCE, PROMPT_GUIDANCE, STRENGTH, GenerateConfig, calls_of
+from flax_diffusion.core.drawing.pictures import INIT_IMAGE, OPTIONS, check_begun, check_given, read_given
 from flax_diffusion.core.errors import ConfigError, naming, nearest_multiples
 from flax_diffusion.core.objectives.objective import find
+from flax_diffusion.core.objectives.samplers import beginning_in_the_middle, first_step
 from flax_diffusion.core.spec.merging import Shapes, with_adapters
 from flax_diffusion.core.spec.pipeline import PipelineSpec
-from flax_diffusion.core.spec.prompts import check_prompts, is_guided
+from flax_diffusion.core.spec.prompts import Begin, check_prompts, is_guided
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +55,9 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
         with naming(f"--prompts_file, '{call.prompt[0]}'") if config.prompts_file else nullcontext():
             _check_prompts(call, spec)
             check_given(spec, _pictures(call), len(call.prompt))
+            check_begun(spec, call.init_image, len(prompts_of(call, spec)))
+            if call.init_image:
+                first_step(call.num_inference_steps, call.strength or STRENGTH)
             _check_size(call, spec)
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
     tokenize = spec.tokenize
@@ -89,10 +94,27 @@ def sampler_options(config: GenerateConfig, spec: PipelineSpec) -> dict[str, Any
     """
     names = ("negative_prompt", "num_images", "num_inference_steps", "guidance_interval", "seed", "batch_size")
     options = {name: getattr(config, name) for name in names}
-    spec = replace(spec, size=_size(config, spec))
-    options |= {"prompts": prompts_of(config, spec), "guidance_scale": guidance_scale(config, spec), "size": spec.size}
+    size = _size(config, spec)
+    spec = replace(spec, size=size)
+    options |= {"prompts": prompts_of(config, spec), "guidance_scale": guidance_scale(config, spec), "size": size}
+    if config.init_image:
+        pixels = images_to_draw_over(f"--{INIT_IMAGE}", config.init_image, size, spec.image_channels)
+        options |= {"begin": Begin(pixels, first_step(config.num_inference_steps, config.strength or STRENGTH))}
     extra = read_given(spec, _pictures(config), len(config.prompt), config.seed)
     return options if extra is None else options | {"extra": extra}
+
+
+def scheduler_of(config: GenerateConfig, spec: PipelineSpec) -> str | None:
+    """Return the name of the sampler that is asked for, or that can draw over pictures; None for the pipeline's own.
+
+    Args:
+        config: The options.
+        spec: The pipeline.
+
+    Raises:
+        ConfigError: If the one that is asked for cannot draw over pictures.
+    """
+    return beginning_in_the_middle(spec.scheduler, config.scheduler) if config.init_image else config.scheduler
 
 
 def _check_prompts(config: GenerateConfig, spec: PipelineSpec) -> None:

@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import Interpolation
 from flax_diffusion.core.drawing.options import OUTPUT, GenerateConfig
-from flax_diffusion.core.drawing.pictures import OPTIONS
+from flax_diffusion.core.drawing.pictures import INIT_IMAGE, OPTIONS
 from flax_diffusion.core.errors import ConfigError, nearest_multiples, unknown
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.metrics.judging import INCEPTION, METRICS, needs
 
 _NUM_IMAGES = 50_000  # of published distances
 _WEIGHTS_FILE = "pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
-_LEFT_OUT = (*OUTPUT, *OPTIONS, "prompts_file")
+_LEFT_OUT = (*OUTPUT, *OPTIONS, INIT_IMAGE, "strength", "prompts_file")
 """Options of `generate` that are not those of judging: where pictures go, and what is given for single ones."""
 
 

@@ -15,6 +15,8 @@ from flax_diffusion.core.drawing.prompt_file import MAX_SIDE, read_prompts
 
 ALL = "all"
 """The --class_label that stands for all classes."""
+STRENGTH = 0.8
+"""Usual share of a picture that is drawn over, that of Diffusers' StableDiffusionImg2ImgPipeline."""
 PROMPT_GUIDANCE, CLASS_GUIDANCE = 7.5, 4.0
 """Usual scales of guidance, those of Diffusers' StableDiffusionPipeline and DiTPipeline."""
 OUTPUT = ("output_dir", "overwrite_output_dir")
@@ -51,6 +53,16 @@ class GenerateConfig(BaseModel):
         [], description="Pictures that an inpainting model fills in: one for each prompt, or one for all."
     )
     mask_image: list[str] = Field([], description="Their masks: the light parts are filled in.")
+    init_image: list[str] = Field(
+        [], description="Pictures to draw over: one for each prompt, or one for all. Their centre is cut to the size."
+    )
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="How much of init_image is drawn over: the share of the denoising steps that is taken, from just "
+        "above 0 for next to nothing to 1 for nearly all. None: 0.8.",
+    )
     num_images: int = Field(1, ge=1, description="Images to draw (per prompt or class).")
     height: int | None = Field(None, ge=1, le=MAX_SIDE, description="Height in pixels. None: the pipeline's own.")
     width: int | None = Field(None, ge=1, le=MAX_SIDE, description="Width in pixels. None: the pipeline's own.")
@@ -96,6 +108,12 @@ class GenerateConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _check_strength(self) -> GenerateConfig:
+        if self.strength is not None and not self.init_image:
+            raise ValueError("--strength goes with --init_image: add it, or drop the former")
+        return self
+
+    @model_validator(mode="after")
     def _check_prompts(self) -> GenerateConfig:
         if self.prompts_file is not None:
             for name in ("prompt", *OPTIONS):
@@ -131,7 +149,7 @@ def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
         ConfigError: For unknown names and wrong values.
     """
     values = {"model": str(model)} | options
-    for name in ("prompt", "class_label", "lora", "embeddings", *OPTIONS):
+    for name in ("prompt", "class_label", "lora", "embeddings", "init_image", *OPTIONS):
         if isinstance(values.get(name), str | Path):
             values[name] = [str(values[name])]
     return command_line.build(GenerateConfig, values, "generate")

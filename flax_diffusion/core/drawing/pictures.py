@@ -1,4 +1,4 @@
-"""Pictures that the denoiser is told of beside the prompts: what a ControlNet follows, or what is to be filled in."""
+"""Pictures beside the prompts: what a ControlNet follows, what is to be filled in, and what is drawn over."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 CONDITIONING, IMAGE, MASK_IMAGE = "conditioning_image", "image", "mask_image"
+INIT_IMAGE = "init_image"
 OPTIONS = (CONDITIONING, IMAGE, MASK_IMAGE)
-"""Options of drawing that name pictures."""
+"""Options of drawing that name pictures of which the denoiser is told."""
 
 _MEANING = {CONDITIONING: "the picture to follow", IMAGE: "the picture to fill in", MASK_IMAGE: "what to fill in"}
 
@@ -37,8 +38,28 @@ def check_given(spec: PipelineSpec, given: Mapping[str, Sequence[str]], prompts:
             raise ConfigError(f"the model {why}: give {_MEANING[option]} by --{option}")
         if count and not needed:
             raise ConfigError(f"--{option}: the model takes no such picture; drop it")
-        if count not in (0, 1, prompts):
-            raise ConfigError(f"--{option} are {count}, for {prompts} prompts: give one for each, or one for all")
+        _check_count(option, count, prompts)
+
+
+def _check_count(option: str, count: int, prompts: int) -> None:
+    if count not in (0, 1, prompts):
+        raise ConfigError(f"--{option} are {count}, for {prompts} prompts: give one for each, or one for all")
+
+
+def check_begun(spec: PipelineSpec, names: Sequence[str], prompts: int) -> None:
+    """Make sure that a pipeline can draw over pictures.
+
+    Args:
+        spec: The pipeline.
+        names: Names of the pictures; none for drawing from noise.
+        prompts: Number of prompts.
+
+    Raises:
+        ConfigError: If the pipeline has another way to be given pictures, or they are of another number than prompts.
+    """
+    if names and spec.fills_in:
+        raise ConfigError(f"--{INIT_IMAGE}: the model fills in the picture of --{IMAGE}; drop it")
+    _check_count(INIT_IMAGE, len(names), prompts)
 
 
 def read_given(

@@ -51,6 +51,9 @@ DRAWING = tuple(dict.fromkeys([*OF_BETAS.values(), *_OF_FLOWS.values(), *_OF_EDM
 OWN = ("FlowMatchSDEScheduler", "EDMHeunScheduler")
 """Those that Diffusers has no class for."""
 
+BEGIN_ANYWHERE = ("ddim", "ddpm", "euler", "dpm++", "flow_match", "edm")
+"""Names of those that can begin in the middle of a trajectory; the others need the steps before."""
+
 _SPACED = ("invert_sigmas", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 """Keys of flow matching by which Euler's method alone chooses its noise levels."""
 
@@ -188,6 +191,55 @@ def takes_variance(name: str, config: Mapping[str, Any]) -> bool:
         config: Its config.
     """
     return name == OF_BETAS["ddpm"] and config.get("variance_type") in LEARNED_VARIANCES
+
+
+def beginning_in_the_middle(config: Mapping[str, Any], chosen: str | None) -> str | None:
+    """Return the name of the sampler that draws from a picture that is partly noise.
+
+    Args:
+        config: Scheduler config of a pipeline.
+        chosen: Name of the sampler that the user asks for, if any.
+
+    Returns:
+        `chosen`; or, where the pipeline's own cannot begin in the middle, the first of the same model's that can, of
+        which a message is logged.
+
+    Raises:
+        ConfigError: If the one that is chosen, or the objective's own, cannot.
+    """
+    objective = objective_of(config)
+    if objective.sample is not None:
+        raise ConfigError(f"--init_image: {objective.name} draws by its own sample, which begins with noise; drop it")
+    known = _drawing(config)
+    able = [name for name in BEGIN_ANYWHERE if name in known]
+    if chosen is not None:
+        if chosen not in able:
+            raise ConfigError(f"--scheduler {chosen}: cannot begin with --init_image; use {' or '.join(able)}")
+        return chosen
+    own = str(sampler_config(config)["_class_name"]).removeprefix("Flax")
+    if own in {known[name] for name in able}:
+        return None
+    log.warning("--init_image: %s cannot begin in the middle; the pictures are drawn with %s", own, known[able[0]])
+    return able[0]
+
+
+def first_step(steps: int, strength: float) -> int:
+    """Return the number of steps that are left out where a picture is drawn over.
+
+    Args:
+        steps: Number of denoising steps.
+        strength: Share of them that is taken, above 0 and at most 1.
+
+    Raises:
+        ConfigError: If none is taken.
+
+    Reference:
+        `get_timesteps` of Diffusers' StableDiffusionImg2ImgPipeline.
+    """
+    taken = min(int(steps * strength), steps)
+    if taken < 1:
+        raise ConfigError(f"--strength {strength:g}: takes none of {steps} steps; raise one of them")
+    return steps - taken
 
 
 def _check_chosen(chosen: str, config: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -147,6 +147,22 @@ def guidance_scales(
         levels = spec.objective.noise_levels(timesteps, spec.scheduler)
         scales[(levels < interval[0]) | (levels > interval[1])] = 1
     return scales
+
+
+class Begin(NamedTuple):
+    """What pictures are drawn over, instead of from noise.
+
+    Attributes:
+        pixels: The pictures, float32 (prompts, C, H, W) in [-1, 1]; or one for all prompts, (1, C, H, W).
+        first_step: Number of denoising steps that are left out.
+    """
+
+    pixels: np.ndarray
+    first_step: int
+
+    def of(self, places: np.ndarray) -> np.ndarray:
+        """Return the pictures for some prompts, by their places, (B, C, H, W)."""
+        return self.pixels[np.minimum(places, len(self.pixels) - 1)]
 
 
 def sampler_config(spec: PipelineSpec, chosen: str | None = None) -> dict[str, Any]:
