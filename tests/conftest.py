@@ -1,5 +1,6 @@
 """Shared by all tests: a CPU with eight virtual devices, and tiny pipelines."""
 
+import gc
 import os
 from collections import Counter
 
@@ -42,6 +43,14 @@ def _compile_once(tmp_path_factory):
     for name, value in settings.items():
         jax.config.update(f"jax_{name}", value)
         os.environ[f"JAX_{name.upper()}"] = str(value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _do_not_look_again():
+    """What a module has imported and compiled stays: the garbage collector need not go through it in every test."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -34,7 +34,8 @@ def model(tmp_path_factory):
 def shared(model, tmp_path_factory):
     return {
         "pretrained_model_name_or_path": str(model), "resolution": 16, "train_batch_size": 2, "max_train_steps": 2,
-        "checkpointing_steps": 1, "report_to": "none", "lr_warmup_steps": 0, "learning_rate": 1e-1,
+        "checkpointing_steps": 1, "report_to": "none", "draw_samples": False, "lr_warmup_steps": 0,
+        "learning_rate": 1e-1,
     }  # fmt: skip
 
 
@@ -155,7 +156,7 @@ def test_runs_that_cannot_be_drawn_from(model, lora, inversion, digits, folder, 
     (tmp_path / "alone/checkpoint-1").mkdir(parents=True)
     vae = train(
         "autoencoder", train_data_dir=str(folder), vae=VAE, resolution=16, train_batch_size=2, max_train_steps=1,
-        lr_warmup_steps=0, report_to="none", output_dir=str(tmp_path / "vae"),
+        lr_warmup_steps=0, report_to="none", draw_samples=False, output_dir=str(tmp_path / "vae"),
     )  # fmt: skip
     less = config("less", inversion, num_vectors=1)
     (less / "learned_embeds.safetensors").write_bytes((inversion / "learned_embeds.safetensors").read_bytes())

@@ -19,7 +19,14 @@ from torch_backend.train import train as torch_train
 @pytest.mark.parametrize("objective", ["flow_matching", "edm"])
 def test_models_of_other_objectives(tmp_path, objective):
     """Trained, opened and drawn from on both backends: the same pictures, with their own sampler alone."""
-    out = jax_train("unconditional", **RUN, objective=objective, report_to="none", output_dir=str(tmp_path / "run"))
+    out = jax_train(
+        "unconditional",
+        **RUN,
+        objective=objective,
+        report_to="none",
+        draw_samples=False,
+        output_dir=str(tmp_path / "run"),
+    )
     saved = json.loads((out / "scheduler/scheduler_config.json").read_text())
     own = {"flow_matching": "FlowMatchEulerDiscreteScheduler", "edm": "EDMEulerScheduler"}[objective]
     assert saved["_class_name"] == own
@@ -43,8 +50,12 @@ def test_models_of_other_objectives(tmp_path, objective):
 @pytest.mark.parametrize("train", [proof(jax_train), torch_train])
 def test_another_objective_for_a_pretrained_model(tmp_path, train):
     """The new scheduler takes the place of the old one; the objective of the one that is there needs no saying."""
-    base = jax_train("unconditional", **RUN, report_to="none", output_dir=str(tmp_path / "base"))
-    more = {name: value for name, value in RUN.items() if name != "unet"} | {"max_train_steps": 1, "report_to": "none"}
+    base = jax_train("unconditional", **RUN, report_to="none", draw_samples=False, output_dir=str(tmp_path / "base"))
+    more = {name: value for name, value in RUN.items() if name != "unet"} | {
+        "max_train_steps": 1,
+        "report_to": "none",
+        "draw_samples": False,
+    }
     options = {"pretrained_model_name_or_path": str(base), "objective": "flow_matching", "shift": 3.0}
     out = train("unconditional", **more, **options, output_dir=str(tmp_path / "flow"))
     values = json.loads((out / "scheduler/scheduler_config.json").read_text())

@@ -206,7 +206,9 @@ def test_parts_of_sdxl_open_by_the_classes(release):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-@pytest.mark.parametrize("name", ["DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "DPMSolverMultistep"])
+@pytest.mark.parametrize(
+    "name", ["DDIM", "PNDM", *map(proof, ("DDPM", "LMSDiscrete", "EulerDiscrete", "DPMSolverMultistep"))]
+)
 def test_every_scheduler_opens(own, release, tmp_path, name):
     """Both backends draw with it, and it is written as PyTorch's, which takes every key."""
     import diffusers

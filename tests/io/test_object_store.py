@@ -164,6 +164,7 @@ def test_averages_chosen_after_training(bucket, tmp_path):
     assert (made / "model_index.json").read_text() == (run / "model_index.json").read_text()
 
 
+@pytest.mark.acceptance
 def test_a_run_from_store_to_store(bucket, tmp_path):
     upload(stable_diffusion(tmp_path / "base"), f"{bucket}/base")
     upload(pictures(tmp_path / "data"), f"{bucket}/data")

@@ -69,7 +69,12 @@ def test_moments_on_the_host(tmp_path, options):
     """They are there, and nothing else is; the run is bitwise the one with moments on the device."""
     states = []
     for there in (False, True):
-        more = {"offload_optimizer": there, "output_dir": str(tmp_path / str(there)), "report_to": "none"}
+        more = {
+            "offload_optimizer": there,
+            "output_dir": str(tmp_path / str(there)),
+            "report_to": "none",
+            "draw_samples": False,
+        }
         config = UnconditionalConfig(**RUN | options | more | {"use_ema": True})
         made = []
 

@@ -97,7 +97,7 @@ def module(tmp_path, monkeypatch):
 
 
 def trained(folder, objective, by=train, **options):
-    small = RUN | {"unet": UNET | ONE_BLOCK, "max_train_steps": 3, "report_to": "none"}
+    small = RUN | {"unet": UNET | ONE_BLOCK, "max_train_steps": 3, "report_to": "none", "draw_samples": False}
     return by("unconditional", **small | options, objective=objective, output_dir=str(folder))
 
 

@@ -106,6 +106,7 @@ def test_training_on_another_scheduler(tmp_path, backend, scheduler, caplog):
         out = BACKENDS[backend].train.train(
             "text_to_image", pretrained_model_name_or_path=str(model), train_data_dir=str(pictures(tmp_path / "data")),
             resolution=16, train_batch_size=2, max_train_steps=1, lr_warmup_steps=0, report_to="none",
+            draw_samples=False,
             validation_prompts=["a dog"], validation_num_inference_steps=2, eval_batch_size=1,
             output_dir=str(tmp_path / "run"),
         )  # fmt: skip
@@ -147,7 +148,7 @@ def test_unknown_values_are_refused_before_any_work(tmp_path, backend, given, sa
     with pytest.raises(ConfigError, match=says):
         BACKENDS[backend].train.train(
             "dreambooth", pretrained_model_name_or_path=str(model), instance_data_dir=str(pictures(tmp_path / "data")),
-            instance_prompt="a dog", resolution=16, max_train_steps=1, report_to="none",
+            instance_prompt="a dog", resolution=16, max_train_steps=1, report_to="none", draw_samples=False,
             output_dir=str(tmp_path / "run"),
         )  # fmt: skip
     assert not (tmp_path / "run/config.yaml").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,7 @@ def test_progress_bars_and_components(folder: Path) -> None:
     assert "unet=FlaxUNet2DConditionModel" in repr(pipe)
 
 
+@functools.cache
 def made(folder: Path) -> tuple[Any, Any, Any]:
     pipe, params = FlaxStableDiffusionPipeline.from_pretrained(folder)
     return pipe, params, pipe.prepare_inputs(["a red cat"])

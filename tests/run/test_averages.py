@@ -37,6 +37,7 @@ BACKENDS = {"flax_diffusion": JaxBackend, "torch_backend": TorchBackend}
 SEVERAL = {"ema_decays": [0.2, 0.9], "ema_sigma_rels": [0.05, 0.1]}
 NAMES = ["ema_0.2", "ema_0.9", "ema_sigma_rel_0.05", "ema_sigma_rel_0.1"]
 SMALL = RUN | {"unet": RUN["unet"] | ONE_BLOCK, "report_to": "none", "validation_epochs": None, "ema_warmup": False}
+SMALL |= {"draw_samples": False}
 
 
 def config(**options):
@@ -251,7 +252,7 @@ def tuned(tmp_path_factory):
         "pretrained_model_name_or_path": str(stable_diffusion(folder / "base")),
         "train_data_dir": str(pictures(folder / "data")), "resolution": 16, "train_batch_size": 2,
         "max_train_steps": 8, "learning_rate": 1e-3, "lr_warmup_steps": 0, "validation_epochs": None,
-        "report_to": "none", "ema_sigma_rels": [0.05, 0.1, 0.075], "ema_snapshot_steps": 2,
+        "report_to": "none", "draw_samples": False, "ema_sigma_rels": [0.05, 0.1, 0.075], "ema_snapshot_steps": 2,
         "output_dir": str(folder / "run"), "checkpointing_steps": 8,
     }  # fmt: skip
     importlib.import_module("flax_diffusion.train").train("text_to_image", **options)

@@ -89,7 +89,8 @@ def test_cached_latents(options, tmp_path, backend):
     assert weights(part) == weights(once)
 
 
-@pytest.mark.parametrize("first", QUICK_ON_PYTORCH)
+@pytest.mark.acceptance
+@pytest.mark.parametrize("first", BACKENDS)
 def test_latents_that_stay(options, tmp_path, encoded, first):
     """A second run encodes nothing, of the other backend neither; each shard has rows of one shape."""
     kept = options | CACHED | {"precomputed_dir": str(tmp_path / "kept")}

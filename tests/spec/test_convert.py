@@ -45,6 +45,7 @@ def test_a_checkpoint_becomes_the_pipeline_of_its_step(model, tmp_path, use_ema)
     out = train(
         "text_to_image", pretrained_model_name_or_path=str(model), train_data_dir=str(pictures(tmp_path / "data")),
         resolution=16, train_batch_size=2, max_train_steps=2, learning_rate=1e-2, lr_warmup_steps=0, report_to="none",
+        draw_samples=False,
         use_ema=use_ema, output_dir=str(tmp_path / "run"),
     )  # fmt: skip
     made = convert(model, tmp_path / "made", checkpoint=str(out / "checkpoint-2"))

@@ -42,7 +42,8 @@ def data(tmp_path_factory):
 def options(model, data, tmp_path):
     return {
         "pretrained_model_name_or_path": str(model), "train_data_dir": str(data), "resolution": 16,
-        "train_batch_size": 2, "learning_rate": 1e-2, "lr_warmup_steps": 0, "report_to": "none", "max_train_steps": 4,
+        "train_batch_size": 2, "learning_rate": 1e-2, "lr_warmup_steps": 0, "report_to": "none",
+        "draw_samples": False, "max_train_steps": 4,
         "center_crop": False, "random_flip": True, "output_dir": str(tmp_path / "run"), "validation_epochs": None,
         "validation_steps": None,
     }  # fmt: skip

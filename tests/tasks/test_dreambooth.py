@@ -45,6 +45,7 @@ def options(model, tmp_path):
         "sample_batch_size": 2,
         "output_dir": str(tmp_path / "run"),
         "report_to": "none",
+        "draw_samples": False,
     }
 
 

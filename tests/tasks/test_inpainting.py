@@ -38,6 +38,7 @@ def options(model, tmp_path):
     return {
         "pretrained_model_name_or_path": str(model), "train_data_dir": str(pictures(tmp_path / "data", 5)),
         "resolution": 16, "train_batch_size": 2, "learning_rate": 1e-2, "lr_warmup_steps": 0, "report_to": "none",
+        "draw_samples": False,
         "max_train_steps": 4, "random_flip": True, "inpainting": True, "validation_epochs": None,
         "output_dir": str(tmp_path / "run"),
     }  # fmt: skip

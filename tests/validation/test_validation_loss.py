@@ -25,7 +25,7 @@ from torch_backend.backend import TorchBackend
 
 EIGHT = jax.devices()
 BACKENDS = {"flax_diffusion": JaxBackend, "torch_backend": TorchBackend}
-SMALL = RUN | {"unet": RUN["unet"] | ONE_BLOCK, "report_to": "none", "validation_epochs": None}
+SMALL = RUN | {"unet": RUN["unet"] | ONE_BLOCK, "report_to": "none", "draw_samples": False, "validation_epochs": None}
 SMALL |= {"save_model_epochs": None, "max_train_steps": 3, "use_ema": True}
 DROPOUT = SMALL | {"unet": SMALL["unet"] | {"dropout": 0.5}}
 
@@ -156,7 +156,8 @@ def world(tmp_path_factory):
 
 
 EVERY = {
-    "report_to": "none", "validation_epochs": None, "validation_steps": None, "resolution": 16, "train_batch_size": 2,
+    "report_to": "none", "draw_samples": False, "validation_epochs": None, "validation_steps": None, "resolution": 16,
+    "train_batch_size": 2,
     "max_train_steps": 2, "validation_split": 0.4, "validation_loss_steps": 1, "lr_warmup_steps": 0,
     "learning_rate": 1e-3, "eval_batch_size": 1,
 }  # fmt: skip
