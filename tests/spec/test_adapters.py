@@ -241,7 +241,7 @@ def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backe
 
     config = TASKS["autoencoder"].config_class(
         train_data_dir=str(folder), vae=VAE, resolution=16, train_batch_size=2, max_train_steps=4, rec_loss="l1",
-        kl_scale=1e-4, lr_warmup_steps=0, learning_rate=1e-3, report_to="none", draw_samples=False, eval_batch_size=3,
+        kl_scale=1e-4, lr_warmup_steps=0, learning_rate=1e-3, report_to="none", eval_batch_size=3,
         output_dir=str(tmp_path / "run"), use_ema=True,
     )  # fmt: skip
     out = fit(task_of(config), backend)
@@ -260,7 +260,7 @@ def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backe
 def autoencoder(folder, out, **options):
     return {
         "train_data_dir": str(folder), "vae": VAE, "resolution": 16, "train_batch_size": 2, "max_train_steps": 2,
-        "lr_warmup_steps": 0, "report_to": "none", "draw_samples": False, "eval_batch_size": 2, "output_dir": str(out),
+        "lr_warmup_steps": 0, "report_to": "none", "eval_batch_size": 2, "output_dir": str(out),
     } | options  # fmt: skip
 
 

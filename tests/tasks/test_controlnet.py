@@ -186,7 +186,7 @@ def test_a_run_moves_between_backends_is_drawn_from_and_opens_in_diffusers(optio
     folder, picture = tmp_path / "moved", str(data / "conditioning/0.png")
     run(options, "torch", folder, 2)
     previewed = {"validation_prompts": ["a dog"], "validation_images": [picture, str(data / "1.png")]}
-    previewed |= {"validation_num_inference_steps": 1, "eval_batch_size": 2}
+    previewed |= {"validation_num_inference_steps": 1, "eval_batch_size": 2, "draw_samples": True}
     run(options, "jax", folder, resume_from_checkpoint="latest", **previewed)
     assert (folder / "samples/00000004.png").is_file()
     drawn = {}

@@ -96,6 +96,7 @@ def test_the_unet_is_widened_by_zeros_resumes_bitwise_and_opens_in_diffusers(opt
     assert first.shape[1] == 9
     assert not first[:, 4:].any()
     preview = {"validation_prompts": ["a dog", "a cat"], "validation_num_inference_steps": 1, "eval_batch_size": 2}
+    preview |= {"draw_samples": True}
     whole = run(options, backend, tmp_path / "whole", **preview)
     assert (tmp_path / "whole/samples/00000004.png").is_file()
     run(options, backend, tmp_path / "part", 2)

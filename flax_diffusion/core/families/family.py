@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from flax_diffusion.core.registry import Registry
 
@@ -130,6 +130,24 @@ def _nothing_to_check(_: Any) -> None:
     pass
 
 
+class LoraBase(NamedTuple):
+    """What a LoRA file calls the model that it adapts.
+
+    Attributes:
+        architecture: By https://github.com/Stability-AI/ModelSpec.
+        version: By kohya's sd-scripts.
+        original: The code whose names a file of kohya's form has.
+    """
+
+    architecture: str
+    version: str
+    original: str
+
+
+def _no_lora_base(spec: PipelineSpec) -> LoraBase:
+    raise AssertionError(f"LoRA does not adapt a {spec.kind}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """Pipelines whose denoiser is called in one way.
@@ -152,6 +170,7 @@ class Family:
         lora_renamers: Makes, of a pipeline, functions from PyTorch's name of a parameter to the original one, by
             component whose layers have the latter in such files.
         lora_refused: Starts of names in LoRA files of other families, and the error's text for each.
+        lora_base: Returns what a LoRA file calls a pipeline that it adapts.
         single_file: How a pipeline lies in one file; None where there are no such files.
         check_index: Raises WeightsError for a model_index.json of a pipeline that has not all parts.
         check: Raises ConfigError for parts that do not go together in training.
@@ -174,6 +193,7 @@ class Family:
     lora_prefixes: Mapping[str, str] = field(default_factory=dict)
     lora_renamers: Callable[[PipelineSpec], dict[str, Callable[[str], str]]] = lambda _: {}
     lora_refused: Mapping[str, str] = field(default_factory=dict)
+    lora_base: Callable[[PipelineSpec], LoraBase] = _no_lora_base
     single_file: SingleFileLayout | None = None
     check_index: Callable[[Mapping[str, Any]], None] = _nothing_to_check
     check: Callable[[PipelineSpec], None] = _nothing_to_check

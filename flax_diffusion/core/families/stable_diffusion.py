@@ -13,6 +13,7 @@ from flax_diffusion.core.families.family import (
     FAMILIES,
     NOTHING,
     Family,
+    LoraBase,
     ModelClass,
     PipelineClass,
     Role,
@@ -22,6 +23,9 @@ from flax_diffusion.core.typed import Count, Size
 
 if TYPE_CHECKING:
     from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
+
+_WIDTH_OF_2 = 1024
+"""Width of what the UNet of Stable Diffusion 2.x is told of a prompt; 1.x has 768."""
 
 
 class _UNet2DCondition:
@@ -143,6 +147,14 @@ def _check(spec: PipelineSpec) -> None:
         check_control(spec, spec.components[name])
 
 
+def _lora_base(spec: PipelineSpec) -> LoraBase:
+    if spec.denoiser["cross_attention_dim"] != _WIDTH_OF_2:
+        return LoraBase("stable-diffusion-v1", "sd_v1", "diffusers")
+    if spec.scheduler.get("prediction_type") == "v_prediction":
+        return LoraBase("stable-diffusion-v2-768-v", "sd_v2_v", "diffusers")
+    return LoraBase("stable-diffusion-v2-512", "sd_v2", "diffusers")
+
+
 def check_drawing(spec: PipelineSpec) -> None:
     """Raise WeightsError for a UNet that takes something else than a sample, or a picture to fill in."""
     unet = spec.denoiser
@@ -189,6 +201,7 @@ STABLE_DIFFUSION = FAMILIES.register(
         prompt_arrays=("text_embeddings",),
         lora_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
         lora_refused=dict.fromkeys(("lora_te2_", "text_encoder_2."), _OF_XL),
+        lora_base=_lora_base,
         single_file=SingleFileLayout(
             prefixes={
                 "unet": "model.diffusion_model.",

@@ -13,6 +13,7 @@ from flax_diffusion.core.families.family import (
     FAMILIES,
     NOTHING,
     Family,
+    LoraBase,
     ModelClass,
     PipelineClass,
     Role,
@@ -31,6 +32,9 @@ from flax_diffusion.core.typed import Size
 if TYPE_CHECKING:
     from flax_diffusion.core.spec.pipeline import PipelineSpec
 
+_LORA_BASE = LoraBase(
+    "stable-diffusion-xl-v1-base", "sdxl_base_v1-0", "https://github.com/Stability-AI/generative-models"
+)
 _SIZES = 6
 """Numbers that the UNet is told of a picture, each by an embedding of its own; see `size_numbers`."""
 
@@ -114,6 +118,7 @@ STABLE_DIFFUSION_XL = FAMILIES.register(
         word_keys={"text_encoder": "clip_l", "text_encoder_2": "clip_g"},
         lora_prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
         lora_renamers=lambda spec: {"unet": stable_diffusion_names.unet_names(spec.denoiser)},
+        lora_base=lambda _: _LORA_BASE,
         single_file=SingleFileLayout(
             prefixes={
                 "unet": "model.diffusion_model.",

@@ -221,7 +221,13 @@ class KohyaNames:
         return f"{self.prefixes[component]}_{layer.replace('.', '_')}"
 
 
-def save_lora(path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: str, kohya: KohyaNames) -> None:
+def save_lora(
+    path: Path,
+    models: Mapping[str, Mapping[str, LoraLayer]],
+    form: str,
+    kohya: KohyaNames,
+    header: Mapping[str, str] | None = None,
+) -> None:
     """Write LoRA weights that Diffusers' `load_lora_weights` reads.
 
     Args:
@@ -229,6 +235,7 @@ def save_lora(path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: s
         models: The matrices by component and layer name.
         form: "peft" (`unet.….lora_A.weight`) or "kohya" (`lora_unet_….lora_down.weight`, with alpha).
         kohya: Kohya's names.
+        header: What the file says of itself; None for nothing.
     """
     arrays: Arrays = {}
     metadata: dict[str, Any] = {}
@@ -243,8 +250,8 @@ def save_lora(path: Path, models: Mapping[str, Mapping[str, LoraLayer]], form: s
                 arrays[f"{model}.{name}.lora_B.weight"] = layer.up
         if form == "peft":
             metadata |= {f"{model}.{key}": value for key, value in _peft_settings(layers).items()}
-    extra = {"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)} if metadata else {}
-    model_files.write_safetensors(path, arrays, extra)
+    settings = {"lora_adapter_metadata": json.dumps(metadata, sort_keys=True)} if metadata else {}
+    model_files.write_safetensors(path, arrays, dict(header or {}) | settings)
 
 
 def _peft_settings(layers: Mapping[str, LoraLayer]) -> dict[str, Any]:

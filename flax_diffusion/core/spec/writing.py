@@ -111,7 +111,9 @@ def _numbered(classes: Sequence[str]) -> dict[str, str]:
     return {str(number): name for number, name in enumerate(classes)}
 
 
-def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str) -> None:
+def write_adapters(
+    spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str, header: Mapping[str, str]
+) -> None:
     """Write trained adapters to pytorch_lora_weights.safetensors or learned_embeds.safetensors.
 
     Args:
@@ -119,6 +121,7 @@ def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder
         trained: Arrays by component and PyTorch name, such as `unet/….lora_A.weight`.
         folder: Folder to write to.
         form: Names in a LoRA file: "peft" or "kohya".
+        header: What a LoRA file says of itself.
     """
     loras, words = {}, {}
     for name, component in spec.components.items():
@@ -131,4 +134,4 @@ def write_adapters(spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder
     for word, rows in words.items():
         adapters.save_embeddings(folder / adapters.EMBEDDINGS_FILE, word, rows, spec.family.word_keys)
     if loras:
-        adapters.save_lora(folder / adapters.LORA_FILE, loras, form, spec.kohya_names)
+        adapters.save_lora(folder / adapters.LORA_FILE, loras, form, spec.kohya_names, header)

@@ -25,6 +25,7 @@ from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.adapters import Lora
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
+from flax_diffusion.core.tasks.common.lora_header import lora_header
 from flax_diffusion.core.tasks.parts import check_part, check_pipeline, frozen_vae, pretrained
 from flax_diffusion.core.tasks.task import Preview
 
@@ -301,7 +302,9 @@ class TextTask(DiffusionTask[T]):
             return
         arrays = backend.trained_arrays()
         if backend.process_index == 0:
-            writing.write_adapters(spec, arrays, folder, self.lora_format)
+            lora = any(component.lora for component in spec.components.values())
+            header = lora_header(self.config, spec, len(source), self.lora_format) if lora else {}
+            writing.write_adapters(spec, arrays, folder, self.lora_format, header)
 
     def export(self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path) -> None:
         """Write a pipeline that Diffusers loads, or the adapters."""
