@@ -296,28 +296,9 @@ class TorchBackend:
         self._load(arrays, metadata["step"])
         return metadata
 
-    def sample(
-        self,
-        *,
-        prompts: list[str],
-        num_images: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        seed: int,
-        batch_size: int = 64,
-        extra: Mapping[str, np.ndarray] | None = None,
-    ) -> np.ndarray:
+    def sample(self, **options: Any) -> np.ndarray:
         """Draw images with the moving average, or with the weights themselves where there is none."""
-        with self._sampling_modules() as modules:
-            return Sampler(modules, self._scheduler, self.device)(
-                prompts=prompts,
-                num_images=num_images,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                seed=seed,
-                batch_size=batch_size,
-                extra=extra,
-            )
+        return np.concatenate([*self.draw(**options)])
 
     def draw(self, **options: Any) -> Iterator[np.ndarray]:
         """Draw images as `sample` does, a batch at a time."""
@@ -341,6 +322,12 @@ class TorchBackend:
             posterior = self.modules.posterior(self._put(pixels))
         made = self.accelerator.gather(torch.stack([posterior.mean, posterior.logvar], dim=1))
         return made.to(torch.promote_types(self.dtype, torch.float32)).cpu().numpy()
+
+    @contextmanager
+    def profiled(self, folder: Path) -> Iterator[None]:
+        """Record what is computed, on the CPU and on CUDA."""
+        with torch.profiler.profile(on_trace_ready=torch.profiler.tensorboard_trace_handler(str(folder))):
+            yield
 
     def release(self, name: str) -> None:
         """Move a frozen component to the host; samples bring it back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -134,6 +135,14 @@ class Backend(Protocol):
 
     def read(self, metrics: Any) -> dict[str, float]:
         """Wait for a step, and return its `loss` and `grad_norm` (and `loss_scale` under fp16)."""
+        ...
+
+    def profiled(self, folder: Path) -> AbstractContextManager[None]:
+        """Record what the devices do until the context ends, steps that are under way included.
+
+        Args:
+            folder: Folder of this machine for the files, which TensorBoard and Perfetto open.
+        """
         ...
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:

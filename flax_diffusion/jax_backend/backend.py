@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,14 @@ class JaxBackend:
         now = self.state.step
         self.state = self.state.replace(step=put(np.asarray(step, now.dtype), now.sharding))
 
+    @contextmanager
+    def profiled(self, folder: Path) -> Iterator[None]:
+        """Record the steps that begin from here on, until all have ended."""
+        jax.block_until_ready(self.state)
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            yield
+            jax.block_until_ready(self.state)
+
     def read(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
         """Wait for the metrics of a step."""
         return {key: float(value) for key, value in jax.device_get(metrics).items()}
@@ -276,28 +285,9 @@ class JaxBackend:
 
         self.state = self.state.restored(jax.tree_util.tree_map_with_path(take, self.state.stored()))
 
-    def sample(
-        self,
-        *,
-        prompts: list[str],
-        num_images: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        seed: int,
-        batch_size: int = 64,
-        extra: Mapping[str, np.ndarray] | None = None,
-    ) -> np.ndarray:
+    def sample(self, **options: Any) -> np.ndarray:
         """Draw images with the moving average, or with the weights themselves where there is none."""
-        return self._sampler(
-            self._all_params(),
-            prompts=prompts,
-            num_images=num_images,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            batch_size=batch_size,
-            extra=extra,
-        )
+        return np.concatenate([*self.draw(**options)])
 
     def draw(self, **options: Any) -> Iterator[np.ndarray]:
         """Draw images as `sample` does, a batch at a time."""

@@ -329,6 +329,7 @@ TABLE: dict[str, list[Row]] = {
     "validation_epochs": [Row(1, "files")],
     "validation_steps": [Row(2, "files")],
     "draw_samples": [Row(False, "files")],
+    "profile_steps": [Row("1:1", "files")],
     "eval_batch_size": [Row(2, "files")],
     "validation_split": [Row(0.4, ("batch", "files"))],
     "validation_data_dir": [

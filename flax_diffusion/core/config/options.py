@@ -7,6 +7,7 @@ the `_check…` of the class that has these options.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Annotated, Any, Literal
@@ -263,6 +264,9 @@ class TrainConfig(BaseModel):
         validation_alias=also("report_to", "logger"),
         description="Where to write metrics and grids; several at once, or all that are installed, or none.",
     )
+    profile_steps: str | None = Field(
+        None, description="Steps whose work on the devices is recorded in output_dir/profile, as FIRST:LAST."
+    )
     tracker_project_name: str = Field("flax-diffusion", min_length=1, description="Project in Weights & Biases.")
     logging_dir: str = Field("logs", description="Folder of metrics inside output_dir.")
     quiet: bool = Field(False, description="Say nothing but warnings, errors and the last line; show no bar.")
@@ -288,6 +292,12 @@ class TrainConfig(BaseModel):
         return "no" if value is False or value in ("false", "off") else value
 
     @property
+    def profile_range(self) -> tuple[int, int] | None:
+        """First and last step of profile_steps."""
+        first, _, last = (self.profile_steps or "").partition(":")
+        return (int(first), int(last)) if last else None
+
+    @property
     def averages(self) -> list[str]:
         """Names of the moving averages, the main one first; empty without averages."""
         named = [f"ema_{decay}" for decay in self.ema_decays]
@@ -298,6 +308,13 @@ class TrainConfig(BaseModel):
     def _check_boards(self) -> TrainConfig:
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ValueError(f"--report_to {' '.join(self.report_to)}: none goes with no other; drop it or the others")
+        return self
+
+    @model_validator(mode="after")
+    def _check_profile(self) -> TrainConfig:
+        steps = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps or "1:1", re.ASCII)
+        if steps is None or not 1 <= int(steps[1]) <= int(steps[2]):
+            raise ValueError(f"--profile_steps {self.profile_steps}: write the first and last step, such as 10:15")
         return self
 
     @model_validator(mode="after")

@@ -31,6 +31,7 @@ from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
 from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.preemption import Preempted, Preemption
+from flax_diffusion.core.run.profile import Profile
 from flax_diffusion.core.run.rates import ema_decays
 from flax_diffusion.core.run.saving import Saver
 from flax_diffusion.core.run.schedule import make_rate
@@ -111,6 +112,7 @@ class _Run:
         options, folder = lineage.recipe_values(config), output_dir / config.logging_dir
         boards = open_boards(task, folder, start.step + 1, options) if main else []
         self.tracker = Tracker(output_dir, boards, first_step=start.step, total_steps=total, main=main)
+        self.profile = Profile(config.profile_range if trains else None, backend, output_dir, self.tracker.say)
         self.preview = task.make_preview(spec, self.source) if self.config.draw_samples else None
         self.judges: list[Judge] = []
         if start.validation is not None:
@@ -121,6 +123,7 @@ class _Run:
 
     def close(self) -> None:
         """Let a running save end, and close the log."""
+        self.profile.close()
         self.saver.close()
         self.tracker.close()
         self.start.pusher.close()
@@ -196,7 +199,7 @@ class _Run:
         """Take the steps of a loader's batches."""
         config = self.config
         self.tracker.begin(compiles=self.backend.describe().compiles)
-        for indices, batch in self._put_ahead(loader):
+        for indices, batch in self.profile.over(self._put_ahead(loader), self.taken + 1):
             done, step = self.taken, self.taken + 1
             rate = self.rate_of(done)
             self.pending.append((step, rate, indices, self.backend.train_step(batch, rate, ema_decays(config, done))))
@@ -209,7 +212,7 @@ class _Run:
                 self._report()
             self.saver.raise_if_failed()
             if step == self.schedule.total_steps:
-                break
+                continue  # what follows is up to `_finish`
             self._judge()
             if step % config.checkpointing_steps == 0:
                 self._save()
@@ -320,13 +323,9 @@ class _Run:
         if self.last_saved == self.taken:
             return
         self.tracker.flush()  # a run that goes on from here reports what follows
-        metadata = self.start.identity | {
-            "step": self.taken,
-            "examples_seen": self._seen(self.taken),
-            "nonfinite_steps": self.nonfinite_steps,
-        }
+        done = {"step": self.taken, "examples_seen": self._seen(self.taken), "nonfinite_steps": self.nonfinite_steps}
         beside = self._export_trained if self.config.checkpoint_models else None
-        self.saver.start(self.taken, metadata, beside)
+        self.saver.start(self.taken, self.start.identity | done, beside)
         self.last_saved = self.taken
 
     def _sample(self, step: int) -> None:

@@ -60,7 +60,7 @@ def make_schedule(
         examples_seen: Examples used up to that step, in batches of any size.
 
     Raises:
-        ConfigError: If the global batch cannot be divided.
+        ConfigError: If the global batch cannot be divided, or no such step is taken as is to be recorded.
     """
     accumulation = config.gradient_accumulation_steps
     share = device_count * accumulation
@@ -80,6 +80,8 @@ def make_schedule(
         wanted = config.num_train_epochs * num_examples
         steps = step + max(0, math.ceil((wanted - examples_seen) / (micro * accumulation)))
         limit = f"--num_train_epochs {config.num_train_epochs} are {wanted} examples, of which {examples_seen} are seen"
+    if config.profile_range is not None and config.profile_range[1] > steps:
+        raise ConfigError(f"--profile_steps {config.profile_steps}: the run ends after step {steps}; name steps before")
     return Schedule(
         num_examples=num_examples, batch_size=micro, accumulation=accumulation, total_steps=steps, limit=limit
     )

@@ -1,0 +1,102 @@
+"""Recordings of steps, which programs that show such files open."""
+
+import gzip
+import json
+
+import pytest
+from tiny import ONE_BLOCK, RUN, UNET
+
+import flax_diffusion.train
+import torch_backend.train
+from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.run.preemption import Preempted
+from flax_diffusion.core.run.profile import Profile
+
+BACKENDS = {"jax": flax_diffusion.train, "torch": torch_backend.train}
+SMALL = RUN | {"unet": UNET | ONE_BLOCK, "max_train_steps": 4, "draw_samples": False, "report_to": "none"}
+
+
+def is_inside(one, other):
+    return one is not other and other["ts"] <= one["ts"] < other["ts"] + other["dur"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_recording_opens(tmp_path, backend):
+    run = BACKENDS[backend].train("unconditional", **SMALL, profile_steps="2:3", output_dir=str(tmp_path / "run"))
+    if backend == "jax":
+        (file,) = (run / "profile").rglob("perfetto_trace.json.gz")
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+        assert len([*(run / "profile").rglob("*.xplane.pb")]) == 1  # which TensorBoard's plug-in reads
+        calls = [event for event in events if event.get("name") == "PjitFunction(train_step)"]
+        took = [one for one in calls if not any(is_inside(one, other) for other in calls)]
+        assert len(took) == 2
+    else:
+        (file,) = (run / "profile").glob("*.pt.trace.json")
+        events = json.loads(file.read_text())["traceEvents"]
+        took = [event for event in events if str(event.get("name", "")).startswith("Optimizer.step#")]
+        assert len(took) == 2
+
+
+class Recorder:
+    """A backend that notes when it records."""
+
+    process_index = 0
+
+    def __init__(self):
+        self.noted = []
+
+    def profiled(self, folder):
+        recorder = self
+
+        class Recording:
+            def __enter__(self):
+                recorder.noted.append("begins")
+
+            def __exit__(self, *args):
+                recorder.noted.append("ends")
+
+        return Recording()
+
+
+@pytest.mark.parametrize(
+    ("first", "noted"), [(1, [1, "begins", 2, 3, "ends", 4]), (3, ["begins", 3, "ends", 4]), (4, [4])]
+)
+def test_which_steps(tmp_path, first, noted):
+    """Also of a run that goes on in the middle of them, or after them."""
+    backend, said = Recorder(), []
+    for step in Profile((2, 3), backend, tmp_path, said.append).over(iter(range(first, 5)), first):
+        backend.noted.append(step)
+    assert backend.noted == noted
+    assert len(said) == ("begins" in noted)
+
+
+def test_a_run_that_is_told_to_end(tmp_path):
+    """What is recorded by then is kept."""
+    backend, said = Recorder(), []
+    profile = Profile((1, 9), backend, tmp_path, said.append)
+
+    def steps():
+        for step in profile.over(iter(range(1, 5)), 1):
+            if step == 2:
+                raise Preempted
+
+    with pytest.raises(Preempted):
+        steps()
+    profile.close()
+    profile.close()
+    assert backend.noted == ["begins", "ends"]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("steps", "says"),
+    [
+        ("5:2", "--profile_steps 5:2: write the first and last step, such as 10:15"),
+        ("0:2", "--profile_steps 0:2: write the first and last step, such as 10:15"),
+        ("3", "--profile_steps 3: write the first and last step, such as 10:15"),
+        ("2:5", "--profile_steps 2:5: the run ends after step 4; name steps before"),
+    ],
+)
+def test_bad_input(tmp_path, steps, says):
+    with pytest.raises(ConfigError, match=says):
+        flax_diffusion.train.train("unconditional", **SMALL, profile_steps=steps, output_dir=str(tmp_path / "run"))
