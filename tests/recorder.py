@@ -1,5 +1,7 @@
 """A backend of one process that computes nothing, to see what the training loop asks of one."""
 
+from contextlib import contextmanager
+
 from flax_diffusion.core.backend import Described
 
 
@@ -40,3 +42,8 @@ class Idle:
 
     def release(self, name):
         pass
+
+    @contextmanager
+    def profiled(self, folder):
+        yield
+        (folder / "recording").touch()
