@@ -10,7 +10,8 @@ import flax_diffusion.train
 import torch_backend.train
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.run.preemption import Preempted
-from flax_diffusion.core.run.profile import Profile
+from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
+from flax_diffusion.core.tracking.profile import Profile
 
 BACKENDS = {"jax": flax_diffusion.train, "torch": torch_backend.train}
 SMALL = RUN | {"unet": UNET | ONE_BLOCK, "max_train_steps": 4, "draw_samples": False, "report_to": "none"}
@@ -88,12 +89,22 @@ def test_a_run_that_is_told_to_end(tmp_path):
     assert len(said) == 1
 
 
+def test_the_number_of_the_old_flax_script():
+    """`train_controlnet_flax.py` leaves the first step, which compiles, out of it."""
+    asked = {
+        steps: UnconditionalConfig(dataset_name="digits", profile_steps=steps).profile_range
+        for steps in ("0", "3", "3:3", None)
+    }
+    assert asked == {"0": None, "3": (2, 4), "3:3": (3, 3), None: None}
+
+
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
         ("5:2", "--profile_steps 5:2: write the first and last step, such as 10:15"),
         ("0:2", "--profile_steps 0:2: write the first and last step, such as 10:15"),
-        ("3", "--profile_steps 3: write the first and last step, such as 10:15"),
+        ("a:b", "--profile_steps a:b: write the first and last step, such as 10:15"),
+        ("4", "--profile_steps 4: the run ends after step 4; name steps before"),
         ("2:5", "--profile_steps 2:5: the run ends after step 4; name steps before"),
     ],
 )

@@ -71,13 +71,12 @@ def _is_model(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
 
 
 _ANY_FORMAT = "drop it, weights are read whether PyTorch or Flax wrote them"
-_PROFILE = "drop it; `python -m tpu.plan` shows time and memory of a step, and jax.profiler traces a run"
+_PROFILE = "drop it; `python -m tpu.plan` shows time and memory of a step, and --profile_steps 10:15 records some"
 _PRODIGY = "drop it; the optimizers are those of --optimizer, and Prodigy is not one of them"
 _CORNER = "drop it; the model is told the corner where each picture is really cut"
 REPLACED = {
     "from_pt": _ANY_FORMAT,
     "controlnet_from_pt": _ANY_FORMAT,
-    "profile_steps": _PROFILE,
     "profile_validation": _PROFILE,
     "profile_memory": _PROFILE,
     "ccache": "set the environment variable JAX_COMPILATION_CACHE_DIR to that folder",

@@ -265,7 +265,9 @@ class TrainConfig(BaseModel):
         description="Where to write metrics and grids; several at once, or all that are installed, or none.",
     )
     profile_steps: str | None = Field(
-        None, description="Steps whose work on the devices is recorded in output_dir/profile, as FIRST:LAST."
+        None,
+        description="Steps whose work on the devices is recorded in output_dir/profile, as FIRST:LAST, or their number "
+        "from step 2 on.",
     )
     tracker_project_name: str = Field("flax-diffusion", min_length=1, description="Project in Weights & Biases.")
     logging_dir: str = Field("logs", description="Folder of metrics inside output_dir.")
@@ -291,11 +293,18 @@ class TrainConfig(BaseModel):
     def _no_as_yaml_reads_it(cls, value: Any) -> Any:
         return "no" if value is False or value in ("false", "off") else value
 
+    @field_validator("profile_steps", mode="before")
+    @classmethod
+    def _number_as_text(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value
+
     @property
     def profile_range(self) -> tuple[int, int] | None:
-        """First and last step of profile_steps."""
-        first, _, last = (self.profile_steps or "").partition(":")
-        return (int(first), int(last)) if last else None
+        """First and last step of profile_steps; a number alone is that of steps after the first, which compiles."""
+        first, _, last = (self.profile_steps or "0").partition(":")
+        if not last:
+            return (2, int(first) + 1) if int(first) else None
+        return int(first), int(last)
 
     @property
     def averages(self) -> list[str]:
@@ -312,8 +321,9 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check_profile(self) -> TrainConfig:
-        steps = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps or "1:1", re.ASCII)
-        if steps is None or not 1 <= int(steps[1]) <= int(steps[2]):
+        known = re.fullmatch(r"\d{1,9}(:\d{1,9})?", self.profile_steps or "0", re.ASCII)
+        steps = self.profile_range if known else (0, 0)
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
             raise ValueError(f"--profile_steps {self.profile_steps}: write the first and last step, such as 10:15")
         return self
 

@@ -31,7 +31,6 @@ from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
 from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.preemption import Preempted, Preemption
-from flax_diffusion.core.run.profile import Profile
 from flax_diffusion.core.run.rates import ema_decays
 from flax_diffusion.core.run.saving import Saver
 from flax_diffusion.core.run.schedule import make_rate
@@ -40,6 +39,7 @@ from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 from flax_diffusion.core.tracking.boards import open_boards
+from flax_diffusion.core.tracking.profile import Profile
 from flax_diffusion.core.tracking.tracker import Tracker
 from flax_diffusion.core.validation.judge import Judge
 from flax_diffusion.core.validation.loss import ValidationLoss
