@@ -8,6 +8,7 @@ from tiny import ONE_BLOCK, RUN, UNET
 
 import flax_diffusion.train
 import torch_backend.train
+from flax_diffusion.core.config.profiling import profile_range
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.run.preemption import Preempted
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
@@ -91,19 +92,17 @@ def test_a_run_that_is_told_to_end(tmp_path):
 
 def test_the_number_of_the_old_flax_script():
     """`train_controlnet_flax.py` leaves the first step, which compiles, out of it."""
-    asked = {
-        steps: UnconditionalConfig(dataset_name="digits", profile_steps=steps).profile_range
-        for steps in ("0", "3", "3:3", None)
-    }
-    assert asked == {"0": None, "3": (2, 4), "3:3": (3, 3), None: None}
+    for steps, asked in {"0": None, "3": (2, 4), 3: (2, 4), "3:3": (3, 3), None: None}.items():
+        config = UnconditionalConfig(dataset_name="digits", profile_steps=steps)
+        assert profile_range(config.profile_steps) == asked
 
 
 @pytest.mark.parametrize(
     ("steps", "says"),
     [
-        ("5:2", "--profile_steps 5:2: write the first and last step, such as 10:15"),
-        ("0:2", "--profile_steps 0:2: write the first and last step, such as 10:15"),
-        ("a:b", "--profile_steps a:b: write the first and last step, such as 10:15"),
+        ("5:2", "--profile_steps: write the first and last step, such as 10:15, got '5:2'"),
+        ("0:2", "--profile_steps: write the first and last step, such as 10:15, got '0:2'"),
+        ("a:b", "--profile_steps: write the first and last step, such as 10:15, got 'a:b'"),
         ("4", "--profile_steps 4: the run ends after step 4; name steps before"),
         ("2:5", "--profile_steps 2:5: the run ends after step 4; name steps before"),
     ],

@@ -7,14 +7,13 @@ the `_check…` of the class that has these options.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from flax_diffusion.core.config import pushing
+from flax_diffusion.core.config import profiling, pushing
 from flax_diffusion.core.errors import SECRET
 from flax_diffusion.core.typed import Checkpointing
 
@@ -264,11 +263,7 @@ class TrainConfig(BaseModel):
         validation_alias=also("report_to", "logger"),
         description="Where to write metrics and grids; several at once, or all that are installed, or none.",
     )
-    profile_steps: str | None = Field(
-        None,
-        description="Steps whose work on the devices is recorded in output_dir/profile, as FIRST:LAST, or their number "
-        "from step 2 on.",
-    )
+    profile_steps: profiling.ProfileSteps = None
     tracker_project_name: str = Field("flax-diffusion", min_length=1, description="Project in Weights & Biases.")
     logging_dir: str = Field("logs", description="Folder of metrics inside output_dir.")
     quiet: bool = Field(False, description="Say nothing but warnings, errors and the last line; show no bar.")
@@ -293,19 +288,6 @@ class TrainConfig(BaseModel):
     def _no_as_yaml_reads_it(cls, value: Any) -> Any:
         return "no" if value is False or value in ("false", "off") else value
 
-    @field_validator("profile_steps", mode="before")
-    @classmethod
-    def _number_as_text(cls, value: Any) -> Any:
-        return str(value) if type(value) is int else value
-
-    @property
-    def profile_range(self) -> tuple[int, int] | None:
-        """First and last step of profile_steps; a number alone is that of steps after the first, which compiles."""
-        first, _, last = (self.profile_steps or "0").partition(":")
-        if not last:
-            return (2, int(first) + 1) if int(first) else None
-        return int(first), int(last)
-
     @property
     def averages(self) -> list[str]:
         """Names of the moving averages, the main one first; empty without averages."""
@@ -317,14 +299,6 @@ class TrainConfig(BaseModel):
     def _check_boards(self) -> TrainConfig:
         if "none" in self.report_to and len(self.report_to) > 1:
             raise ValueError(f"--report_to {' '.join(self.report_to)}: none goes with no other; drop it or the others")
-        return self
-
-    @model_validator(mode="after")
-    def _check_profile(self) -> TrainConfig:
-        known = re.fullmatch(r"\d{1,9}(:\d{1,9})?", self.profile_steps or "0", re.ASCII)
-        steps = self.profile_range if known else (0, 0)
-        if steps is not None and not 1 <= steps[0] <= steps[1]:
-            raise ValueError(f"--profile_steps {self.profile_steps}: write the first and last step, such as 10:15")
         return self
 
     @model_validator(mode="after")

@@ -24,6 +24,7 @@ from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend
 from flax_diffusion.core.checkpoints import folders
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig, average_of
+from flax_diffusion.core.config.profiling import profile_range
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.display.console import LAST
@@ -112,7 +113,8 @@ class _Run:
         options, folder = lineage.recipe_values(config), output_dir / config.logging_dir
         boards = open_boards(task, folder, start.step + 1, options) if main else []
         self.tracker = Tracker(output_dir, boards, first_step=start.step, total_steps=total, main=main)
-        self.profile = Profile(config.profile_range if trains else None, backend, output_dir, self.tracker.say)
+        steps = profile_range(config.profile_steps) if trains else None
+        self.profile = Profile(steps, backend, output_dir, self.tracker.say)
         self.preview = task.make_preview(spec, self.source) if self.config.draw_samples else None
         self.judges: list[Judge] = []
         if start.validation is not None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.config.profiling import profile_range
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.run.rates import learning_rate_schedule
 
@@ -80,7 +81,8 @@ def make_schedule(
         wanted = config.num_train_epochs * num_examples
         steps = step + max(0, math.ceil((wanted - examples_seen) / (micro * accumulation)))
         limit = f"--num_train_epochs {config.num_train_epochs} are {wanted} examples, of which {examples_seen} are seen"
-    if config.profile_range is not None and config.profile_range[1] > steps:
+    recorded = profile_range(config.profile_steps)
+    if recorded is not None and recorded[1] > steps:
         raise ConfigError(f"--profile_steps {config.profile_steps}: the run ends after step {steps}; name steps before")
     return Schedule(
         num_examples=num_examples, batch_size=micro, accumulation=accumulation, total_steps=steps, limit=limit
