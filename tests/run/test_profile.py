@@ -37,6 +37,8 @@ def test_a_recording_opens(tmp_path, backend):
         events = json.loads(file.read_text())["traceEvents"]
         took = [event for event in events if str(event.get("name", "")).startswith("Optimizer.step#")]
         assert len(took) == 2
+        BACKENDS[backend].train("unconditional", **SMALL, overwrite_output_dir=True, output_dir=str(run))
+        assert not (run / "profile").exists()
 
 
 class Recorder:

@@ -25,6 +25,7 @@ from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.spec import cards
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
+from flax_diffusion.core.tracking import profile
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +44,13 @@ Result = TypeVar("Result")
 
 
 def stay_home(config: TrainConfig) -> list[str]:
-    """Return the patterns of what is not pushed: checkpoints, logs, caches, and the results with further averages.
+    """Return the patterns of what is not pushed, such as checkpoints, logs, caches and results with further averages.
 
     Args:
         config: Options of the run.
     """
-    folders = [config.logging_dir, "precomputed", snapshots.FOLDER, output_folder.AVERAGES, output_folder.REPLACED]
+    folders = [config.logging_dir, profile.FOLDER, "precomputed", snapshots.FOLDER]
+    folders += [output_folder.AVERAGES, output_folder.REPLACED]
     return ["checkpoint-*", "nonfinite-*.json", *(f"{name}/*" for name in folders), *publishing.HIDDEN]
 
 
