@@ -16,7 +16,7 @@ from torch_backend.train import train as torch_train
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-@pytest.mark.parametrize("objective", ["flow_matching", "edm"])
+@pytest.mark.parametrize("objective", ["flow_matching", proof("edm")])
 def test_models_of_other_objectives(tmp_path, objective):
     """Trained, opened and drawn from on both backends: the same pictures, with their own sampler alone."""
     out = jax_train(

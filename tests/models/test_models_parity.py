@@ -13,6 +13,7 @@ import torch
 import transformers
 from cases import CASES, QUICK, Case, draw
 from diffusers.models.transformers.dual_transformer_2d import DualTransformer2DModel
+from proofs import proof
 
 from flax_diffusion.models import weights
 
@@ -164,7 +165,8 @@ def test_everything(name: str, dtype: str, tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "name", ["tutorial", "ddpm", "scale_shift", "sd1", "sdxl", "simple_cross", "vae", "clip", "clip_projection"]
+    "name",
+    ["tutorial", "sdxl", "vae", "clip_projection", *map(proof, ("ddpm", "scale_shift", "sd1", "simple_cross", "clip"))],
 )
 def test_float32(name: str, tmp_path: Path) -> None:
     gradients = name in ("tutorial", "vae", "clip_projection")  # the others' in float64 alone: compiling costs most

@@ -255,7 +255,7 @@ def tuned(tmp_path_factory):
         "report_to": "none", "draw_samples": False, "ema_sigma_rels": [0.05, 0.1, 0.075], "ema_snapshot_steps": 2,
         "output_dir": str(folder / "run"), "checkpointing_steps": 8,
     }  # fmt: skip
-    importlib.import_module("flax_diffusion.train").train("text_to_image", **options)
+    importlib.import_module("torch_backend.train").train("text_to_image", **options)
     return folder / "run"
 
 

@@ -182,6 +182,7 @@ def test_resume_is_bitwise(options, tmp_path, backend, cached):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
+@pytest.mark.acceptance
 def test_a_run_moves_between_backends_is_drawn_from_and_opens_in_diffusers(options, data, tmp_path):
     folder, picture = tmp_path / "moved", str(data / "conditioning/0.png")
     run(options, "torch", folder, 2)
