@@ -140,8 +140,8 @@ class Sampler:
                 for name in what.zeroed if guided else ():
                     condition[name][: len(indices)] = 0
             options = (num_inference_steps, guidance_scale if guided else None, guidance_interval, seed)
-            under = None if begin is None else (begin.of(indices // num_images), begin.first_step)
-            yield self._draw(condition, indices, spec.sample_shape, *options, under)
+            own = None if begin is None else begin.at(indices // num_images)
+            yield self._draw(condition, indices, spec.sample_shape, *options, own)
 
     def _draw(
         self,
@@ -152,26 +152,25 @@ class Sampler:
         guidance_scale: float | None,
         guidance_interval: Sequence[float],
         seed: int,
-        under: tuple[np.ndarray, int] | None,
+        begin: Begin | None,
     ) -> np.ndarray:
         scheduler = self.scheduler
         scheduler.set_timesteps(steps, device=self.device)
         scales = hasattr(scheduler, "scale_model_input")
         timesteps = scheduler.timesteps.cpu().numpy()
         weights = guidance_scales(self.modules.spec, timesteps, guidance_scale or 1, guidance_interval)
-        drawn = first = 0
+        drawn = 0
 
         def noise() -> Tensor:
             return torch.from_numpy(sampling_noise(seed, indices, drawn, shape)).to(self.device)
 
-        if under is None:
+        if begin is None:
             sample = noise() * getattr(scheduler, "init_noise_sigma", 1.0)  # the class of flow matching has none
         else:
-            pixels, first = under
-            sample = self._noised(torch.from_numpy(pixels).to(self.device), noise(), first)
-        for drawn, (timestep, weight) in enumerate(  # noqa: B007  (noise() reads it)
-            zip(scheduler.timesteps[first:], weights[first:].tolist(), strict=True), first + 1
-        ):
+            sample = self._noised(torch.from_numpy(begin.pixels).to(self.device), noise(), begin.first_step)
+            drawn = begin.first_step
+        for timestep, weight in zip(scheduler.timesteps[drawn:], weights[drawn:].tolist(), strict=True):
+            drawn += 1
             model_input = scheduler.scale_model_input(sample, timestep) if scales else sample
             model_input = model_input if guidance_scale is None else torch.cat([model_input, model_input])
             call = self.modules.output if self.takes_variance else self.modules.predict

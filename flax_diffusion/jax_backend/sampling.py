@@ -126,8 +126,8 @@ class Sampler:
                 placed = {name: self._put(rows) for name, rows in batch.items()}
                 condition = self._condition(params, placed, zeroed=what.zeroed if guided else ())
             options = (num_inference_steps, guidance_scale if guided else None, guidance_interval, seed)
-            under = None if begin is None else (begin.of(indices // num_images), begin.first_step)
-            images = self._draw(params, condition, indices, spec.sample_shape, *options, under)
+            own = None if begin is None else begin.at(indices // num_images)
+            images = self._draw(params, condition, indices, spec.sample_shape, *options, own)
             yield to_host(images)[: count - first]
 
     def _told(self, params: Params, batch: Mapping[str, jax.Array], *, zeroed: tuple[str, ...]) -> Any:
@@ -150,7 +150,7 @@ class Sampler:
         guidance_scale: float | None,
         guidance_interval: Sequence[float],
         seed: int,
-        under: tuple[np.ndarray, int] | None,
+        begin: Begin | None,
     ) -> jax.Array:
         if self.modules.objective is not None:
             drawn = np.stack([sampling_noise(seed, indices, step, shape) for step in range(num_inference_steps)])
@@ -164,13 +164,13 @@ class Sampler:
         guided = guidance_scale is not None
         scales = guidance_scales(self.modules.spec, timesteps, guidance_scale or 1, guidance_interval)
         weights = {scale: put_replicated(scale, self.mesh) for scale in np.unique(scales)}
-        noise, first = sampling_noise(seed, indices, 0, shape), 0
-        if under is None:
+        noise = sampling_noise(seed, indices, 0, shape)
+        first = 0 if begin is None else begin.first_step
+        if begin is None:
             sample = self._put((noise * np.asarray(state.init_noise_sigma)).astype(np.float32))
         else:
-            pixels, first = under
             begun = put_replicated(timesteps[first], self.mesh)
-            sample = self._begin(params, state, self._put(pixels), self._put(noise), begun)
+            sample = self._begin(params, state, self._put(begin.pixels), self._put(noise), begun)
         for number, (timestep, scale) in enumerate(zip(timesteps[first:], scales[first:], strict=True), first + 1):
             step = put_replicated(timestep, self.mesh)
             noise = sampling_noise(seed, indices, number, shape) if self.stochastic else None

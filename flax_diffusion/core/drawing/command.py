@@ -57,7 +57,7 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
             check_given(spec, _pictures(call), len(call.prompt))
             check_begun(spec, call.init_image, len(prompts_of(call, spec)))
             if call.init_image:
-                first_step(call.num_inference_steps, call.strength or STRENGTH)
+                _first_step(call)
             _check_size(call, spec)
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
     tokenize = spec.tokenize
@@ -99,9 +99,13 @@ def sampler_options(config: GenerateConfig, spec: PipelineSpec) -> dict[str, Any
     options |= {"prompts": prompts_of(config, spec), "guidance_scale": guidance_scale(config, spec), "size": size}
     if config.init_image:
         pixels = images_to_draw_over(f"--{INIT_IMAGE}", config.init_image, size, spec.image_channels)
-        options |= {"begin": Begin(pixels, first_step(config.num_inference_steps, config.strength or STRENGTH))}
+        options |= {"begin": Begin(pixels, _first_step(config))}
     extra = read_given(spec, _pictures(config), len(config.prompt), config.seed)
     return options if extra is None else options | {"extra": extra}
+
+
+def _first_step(config: GenerateConfig) -> int:
+    return first_step(config.num_inference_steps, config.strength or STRENGTH)
 
 
 def scheduler_of(config: GenerateConfig, spec: PipelineSpec) -> str | None:

@@ -125,8 +125,8 @@ class _Run:
 
     def close(self) -> None:
         """Let a running save end, and close the log."""
-        self.profile.close()
         self.saver.close()
+        self.profile.close()
         self.tracker.close()
         self.start.pusher.close()
 

@@ -160,9 +160,9 @@ class Begin(NamedTuple):
     pixels: np.ndarray
     first_step: int
 
-    def of(self, places: np.ndarray) -> np.ndarray:
-        """Return the pictures for some prompts, by their places, (B, C, H, W)."""
-        return self.pixels[np.minimum(places, len(self.pixels) - 1)]
+    def at(self, places: np.ndarray) -> Begin:
+        """Return that of the pictures of a batch, by the places of their prompts, (B,)."""
+        return self._replace(pixels=self.pixels[np.minimum(places, len(self.pixels) - 1)])
 
 
 def sampler_config(spec: PipelineSpec, chosen: str | None = None) -> dict[str, Any]:
