@@ -1,5 +1,7 @@
 """Pictures that are drawn over: the steps that are left out, the same on both backends and in plain Diffusers."""
 
+import shutil
+
 import diffusers
 import numpy as np
 import pytest
@@ -121,6 +123,15 @@ def test_bad_input(model, picture, monkeypatch, backend, options, error, says):
         backend(model, prompt="a dog", num_inference_steps=6, **options)
     assert isinstance(caught.value, error)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_missing_picture_is_found_before_the_weights_are_read(model, tmp_path, backend):
+    shutil.copytree(model, tmp_path / "model")
+    for weights in (tmp_path / "model").rglob("*.safetensors"):
+        weights.write_bytes(b"")
+    with pytest.raises(DataError, match=r"--init_image none\.png: does not exist"):
+        backend(tmp_path / "model", prompt="a dog", init_image="none.png")
 
 
 def test_the_number_of_steps():

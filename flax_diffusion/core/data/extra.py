@@ -134,13 +134,23 @@ def images_to_fill(
     return arrays
 
 
+def check_there(option: str, names: Sequence[str]) -> None:
+    """Raise DataError for a picture that is not there.
+
+    Args:
+        option: Option that names them, for the message.
+        names: Paths of the files.
+    """
+    for name in names:
+        if not as_path(name).is_file():
+            raise DataError(f"{option} {name}: does not exist; give a picture")
+
+
 def _opened(option: str, name: str) -> Image.Image:
     """Return a picture that an option names."""
-    path = as_path(name)
-    if not path.is_file():
-        raise DataError(f"{option} {name}: does not exist; give a picture")
+    check_there(option, [name])
     with naming(option):
-        return decode(Record(path, None, name))
+        return decode(Record(as_path(name), None, name))
 
 
 def _centre(

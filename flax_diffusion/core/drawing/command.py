@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flax_diffusion.core.cli import command_line
-from flax_diffusion.core.data.extra import images_to_draw_over
+from flax_diffusion.core.data.extra import check_there, images_to_draw_over
 from flax_diffusion.core.display import console
 from flax_diffusion.core.drawing.files import GRID, earlier_pictures, free_folder, write
 from flax_diffusion.core.drawing.models import open_model
@@ -58,6 +58,8 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
             check_begun(spec, call.init_image, len(prompts_of(call, spec)))
             if call.init_image:
                 _first_step(call)
+            for option, names in {**_pictures(call), INIT_IMAGE: call.init_image}.items():
+                check_there(f"--{option}", names)
             _check_size(call, spec)
     spec = with_adapters(spec, shapes, config.lora, config.lora_scale, config.embeddings)
     tokenize = spec.tokenize
