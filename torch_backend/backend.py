@@ -26,11 +26,12 @@ from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
 from torch_backend.evaluation import evaluated, finished, on_device
 from torch_backend.features import extractor
+from torch_backend.losses import loss_of
 from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, described, load
 from torch_backend.names import file_name
 from torch_backend.optimizers import OPTIMIZERS, make_optimizer
 from torch_backend.sampling import Sampler, scheduler_from_config, to_uint8
-from torch_backend.train_step import Loss, loss_of, update_ema
+from torch_backend.train_step import Loss, update_ema
 
 EIGHT_BIT_TABLES = ("absmax", "qmap")
 """Arrays that bitsandbytes keeps beside its moments; a small parameter has none."""

@@ -17,9 +17,9 @@ from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
 from flax_diffusion.core.config.options import SINGLE_AVERAGE
-from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.jax_backend.adapters import merge
 from flax_diffusion.jax_backend.exchange import Exchange, dtype_of
+from flax_diffusion.jax_backend.losses import Batch, loss_function
 from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import (
     LossScale,
@@ -29,14 +29,9 @@ from flax_diffusion.jax_backend.optimizers.optimizer import (
     where_finite,
 )
 from flax_diffusion.jax_backend.sharding import partitions, update_partitions
-from flax_diffusion.jax_backend.variational_bound import variational_bound
-from flax_diffusion.models.norms import forward_derivatives
-from flax_diffusion.models.outputs import FlaxDiagonalGaussianDistribution
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key
-
-Batch = dict[str, jax.Array]
 
 
 class TrainState(struct.PyTreeNode):
@@ -90,96 +85,6 @@ def create_state(
         ema={name: jax.tree.map(jnp.copy, params) for name in averages} or None,
         loss_scale=LossScale.create() if fp16 else None,
     )
-
-
-def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[Array, ""] | None) -> Float[Array, ""]:
-    """Compute the weighted denoising loss of a micro-batch.
-
-    Args:
-        modules: The pipeline's modules.
-        params: Weights of all components, trained and frozen.
-        batch: Images as pixel_values (B, C, H, W) or as the posterior (B, 2, C, h, w) of their latents, noise
-            (B, C, h, w), the fields of the objective's `Mixture`, each (B,), and where the pipeline needs them
-            latent_noise (B, C, h, w), perturbation (B, C, h, w), and what its family conditions on.
-        dropout: Key of the dropout masks; None in evaluation.
-
-    Returns:
-        Σ_i w_i · (mean((prediction_i − target_i)²) + bound_i) / B, in float32 at least. There is a bound, that of
-        `variational_bound`, only where a variance is trained.
-
-    Reference:
-        `core.objectives.objective`, for input, target and weight.
-    """
-    clean, noise = _clean(modules, params, batch), batch["noise"]
-    added = noise + batch["perturbation"] if "perturbation" in batch else noise
-    noisy = _mixed(batch, "input", clean, added)
-    condition = modules.condition(params, batch, dropout)
-    output = modules.output(params, noisy, batch["timesteps"], condition, dropout)
-    predicted, variance = output[:, : noisy.shape[1]], output[:, noisy.shape[1] :]
-    target = _mixed(batch, "target", clean, noise)
-    wide = jnp.promote_types(predicted.dtype, jnp.float32)
-    difference = predicted.astype(wide) - target.astype(wide)
-    error = jnp.square(difference).mean(axis=(1, 2, 3))
-    if "variance_weights" in batch:
-        error += variational_bound(batch, clean.astype(wide), difference, variance.astype(wide))
-    return jnp.mean(error * batch["loss_weights"])
-
-
-def _clean(modules: Modules, params: Params, batch: Batch) -> Float[Array, "B C h w"]:
-    """Return what is noised: pixels, or scaled latents."""
-    if "posterior" in batch:
-        posterior = FlaxDiagonalGaussianDistribution.of(batch["posterior"][:, 0], batch["posterior"][:, 1])
-        return modules.sample_latents(posterior, batch["latent_noise"])
-    return modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
-
-
-def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Array, ""] | None) -> Float[Array, ""]:
-    """Compute the weighted loss of an objective that has a loss of its own.
-
-    Args:
-        modules: The pipeline's modules, with the objective.
-        params: Weights of all components, trained and frozen.
-        batch: As of `denoising_loss`, but with the fields of what the objective draws in place of `Mixture`'s.
-        key: Key of the dropout masks, and of the loss. None in evaluation, without dropout and with a fixed key.
-
-    Returns:
-        Σ_i w_i · loss_i / B, in float32 at least.
-
-    Reference:
-        `core.objectives.objective.Objective.loss`.
-    """
-    objective = modules.objective
-    assert objective is not None
-    assert objective.loss is not None
-    dropout, own = (None, jax.random.key(0)) if key is None else jax.random.split(key)
-    condition = modules.condition(params, batch, dropout)
-
-    def model(x: Float[Array, "B C h w"], t: Float[Array, " B"]) -> Float[Array, "B C h w"]:
-        with forward_derivatives():
-            predicted = modules.predict(params, x, t, condition, dropout)
-        return predicted.astype(jnp.promote_types(predicted.dtype, jnp.float32))
-
-    given = batch | {"clean": _clean(modules, params, batch)}
-    losses = objective.loss(model, given, own)
-    if losses.shape != batch["loss_weights"].shape:
-        raise ConfigError(
-            f"--objective: the loss of {objective.name} has shape {losses.shape}; it must be that of the batch's "
-            f"examples, {batch['loss_weights'].shape}: take the mean over an example's pixels"
-        )
-    return jnp.mean(losses * batch["loss_weights"])
-
-
-def loss_function(modules: Modules) -> Callable[[Modules, Params, Batch, Any], Float[Array, ""]]:
-    """Return the loss of a micro-batch: that of the family, of the objective, or `denoising_loss`."""
-    return modules.family.loss or (denoising_loss if modules.objective is None else objective_loss)
-
-
-def _mixed(
-    batch: Batch, what: str, clean: Float[Array, "B C h w"], noise: Float[Array, "B C h w"]
-) -> Float[Array, "B C h w"]:
-    """Return the model's input or target, (B, C, h, w): what_clean · clean + what_noise · noise."""
-    of_clean, of_noise = (batch[f"{what}_{part}"][:, None, None, None] for part in ("clean", "noise"))
-    return of_clean * clean + of_noise * noise
 
 
 def sum_over_micro_batches(function: Callable[..., Any], inputs: tuple[Any, ...], *, unroll: bool) -> Any:

@@ -16,8 +16,8 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import committed
 from flax_diffusion.core.data.batches import ExampleFn
 from flax_diffusion.core.errors import NonFiniteError
-from flax_diffusion.jax_backend import train_step
-from torch_backend import train_step as torch_train_step
+from flax_diffusion.jax_backend import losses as jax_losses
+from torch_backend import losses as torch_losses
 
 OPTIONS = RUN | {"max_train_steps": 8, "checkpointing_steps": 2, "use_ema": True, "validation_epochs": None}
 OPTIONS["unet"] = UNET | ONE_BLOCK
@@ -63,7 +63,7 @@ def inject(monkeypatch):
 
         monkeypatch.setattr(ExampleFn, "unscaled", example)
         monkeypatch.setattr("flax_diffusion.core.run.assembly.Loader", without_threads)
-        with_jax, with_torch = train_step.denoising_loss, torch_train_step.denoising_loss
+        with_jax, with_torch = jax_losses.denoising_loss, torch_losses.denoising_loss
 
         def jax_loss(modules, params, batch, dropout):
             loss, happens = with_jax(modules, params, batch, dropout), (batch["loss_weights"] == MARK).any()
@@ -77,8 +77,8 @@ def inject(monkeypatch):
                 return NanGradient.apply(loss, happens)
             return torch.where(happens, torch.nan, loss) if place == "loss" else loss
 
-        monkeypatch.setattr(train_step, "denoising_loss", jax_loss)
-        monkeypatch.setattr(torch_train_step, "denoising_loss", torch_loss)
+        monkeypatch.setattr(jax_losses, "denoising_loss", jax_loss)
+        monkeypatch.setattr(torch_losses, "denoising_loss", torch_loss)
         return made
 
     return at

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-import torch_backend.variational_bound as theirs
+import torch_backend.losses as theirs
 from flax_diffusion.core.objectives import noise_schedule
 from flax_diffusion.core.objectives.ddpm import Ddpm, DdpmOptions
 from flax_diffusion.core.objectives.variational_bound import variance_terms
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.common.variance import with_variance
-from flax_diffusion.jax_backend import variational_bound as ours
+from flax_diffusion.jax_backend import losses as ours
 
 STEPS = 1000
 TRANSFORMER = Component(

@@ -19,7 +19,7 @@ from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.validation.held_out import HeldOut, divide
 from flax_diffusion.core.validation.loss import ValidationLoss
 from flax_diffusion.jax_backend.backend import JaxBackend
-from flax_diffusion.jax_backend.train_step import denoising_loss
+from flax_diffusion.jax_backend.losses import denoising_loss
 from flax_diffusion.parity import Row, verdict
 from torch_backend.backend import TorchBackend
 

@@ -39,7 +39,7 @@ class Family:
             (B, …) of the examples, or of prompts that are drawn. None: it is told nothing.
         predict: Returns the denoiser's prediction (B, C, h, w), or (B, 2C, h, w) with a learned variance, of
             `(modules, sample, timesteps, condition)`: sample (B, C, h, w), timesteps (B,).
-        loss: Returns the loss, a scalar, of `(modules, batch)`; None for the denoising loss of `train_step`.
+        loss: Returns the loss, a scalar, of `(modules, batch)`; None for `losses.denoising_loss`.
     """
 
     classes: Mapping[str, Any]

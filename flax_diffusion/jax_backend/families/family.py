@@ -43,7 +43,7 @@ class Family:
         predict: Returns the denoiser's prediction (B, C, h, w), or (B, 2C, h, w) with a learned variance, of
             `(modules, params, sample, timesteps, condition, dropout)`: sample (B, C, h, w), timesteps (B,).
         loss: Returns the loss, a scalar, of `(modules, params, batch, dropout)`, dropout as of `condition`: the mean
-            over the examples of each one's, times its `loss_weights`. None: the denoising loss of `train_step`.
+            over the examples of each one's, times its `loss_weights`. None: `losses.denoising_loss`.
     """
 
     classes: Mapping[str, Any]
