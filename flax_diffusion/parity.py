@@ -56,6 +56,7 @@ class Row:
         grad_norm_torch: Gradient norm on PyTorch.
         params: Largest relative difference of the weights after the step.
         ema: Largest relative difference of the moving averages after the step.
+        parts: Largest relative difference of the parts of the loss; 0 where it has none.
         validation: Largest relative difference of the validation losses after the last step; None elsewhere, and where
             no picture is held out.
     """
@@ -67,12 +68,18 @@ class Row:
     grad_norm_torch: float
     params: float
     ema: float
+    parts: float
     validation: float | None = None
 
     @property
     def loss(self) -> float:
         """Relative difference of the losses."""
-        return abs(self.loss_jax - self.loss_torch) / max(abs(self.loss_jax), 1e-300)
+        return relative(self.loss_jax, self.loss_torch)
+
+
+def relative(ours: float, theirs: float) -> float:
+    """Return the relative difference of two numbers."""
+    return abs(ours - theirs) / max(abs(ours), 1e-300)
 
 
 NO_GRADIENT = re.compile(r"\.(to_k|k_proj)\.bias$")
@@ -176,7 +183,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
                     row = _row(backends, batch, done, rate(done), rates.ema_decays(config, done), leave_out)
                     if judges and done + 1 == steps:
                         a, b = (judge() for judge in judges)
-                        apart = max(abs(a[name] - b[name]) / max(abs(a[name]), 1e-300) for name in a)
+                        apart = max(relative(a[name], b[name]) for name in a)
                         row = replace(row, validation=apart)
                     yield row
 
@@ -199,6 +206,7 @@ def _row(
         theirs["grad_norm"],
         difference(a, b, "params", leave_out),
         max((difference(a, b, average, leave_out) for average in decays), default=0.0),
+        max((relative(ours[name], theirs[name]) for name in ours if name.endswith("_loss")), default=0.0),
     )
 
 
@@ -213,7 +221,7 @@ def verdict(rows: Sequence[Row], dtype: str) -> tuple[bool, str]:
         Whether all rows are within the bounds of `dtype`, and a line that says so.
     """
     bounds = BOUNDS[dtype]
-    loss = max(row.loss for row in rows)
+    loss = max(max(row.loss, row.parts) for row in rows)
     validation = rows[-1].validation
     state = max(max(row.params, row.ema) for row in rows)
     equal = loss <= bounds["loss"] and state <= bounds["state"] and (validation is None or validation <= bounds["loss"])

@@ -26,7 +26,8 @@ from torch_backend import options
 from torch_backend.distribution import LossScale, divided_as, make_accelerator, placement_of, whole
 from torch_backend.evaluation import evaluated, finished, on_device
 from torch_backend.features import extractor
-from torch_backend.losses import loss_of
+from torch_backend.losses import mean_losses
+from torch_backend.measuring import Measured, device_memory
 from torch_backend.modules import COMPUTE_DTYPES, Modules, build_modules, described, load
 from torch_backend.names import file_name
 from torch_backend.optimizers import OPTIMIZERS, make_optimizer
@@ -104,6 +105,7 @@ class TorchBackend:
         self.averages = {
             average: {name: p.detach().clone() for name, p in parameters.items()} for average in config.averages
         }
+        self._measured = Measured(described(self).device, counts=not config.torch_compile)
         return sum(parameter.numel() for parameter in parameters.values())
 
     @property
@@ -135,7 +137,7 @@ class TorchBackend:
 
     def train_step(
         self, batch: list[dict[str, Tensor]], learning_rate: float, ema_decays: Mapping[str, float]
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Take one optimizer step."""
         scale = self.placement.loss_scale()
         for group in self.optimizer.param_groups:
@@ -143,22 +145,22 @@ class TorchBackend:
         # Dropout is drawn on the device. Its seed is that of the step, so that interruptions do not change it.
         entropy = np.random.SeedSequence([self.config.seed, self.steps, self.process_index])
         torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
-        losses: list[Tensor] = []
-        norm = mean = torch.zeros(())
+        losses: list[dict[str, Tensor]] = []
+        norm, means = torch.zeros(()), {"loss": torch.zeros(())}
         skipped = False
         for micro in batch:
-            with self.accelerator.accumulate(self.loss):
-                loss = self.loss(micro)
-                losses.append(loss.detach())
-                self.accelerator.backward(loss)
+            with self.accelerator.accumulate(self.loss), self._measured.counting(micro):
+                made = self.loss(micro)
+                losses.append({name: loss.detach() for name, loss in made.items()})
+                self.accelerator.backward(made["loss"])
                 if self.accelerator.sync_gradients:
                     norm = torch.as_tensor(
                         self.accelerator.clip_grad_norm_(self.loss.parameters(), self.config.max_grad_norm)
                     )
-                    mean = self.accelerator.reduce(torch.stack(losses).mean(), reduction="mean")
+                    means = self._means(losses)
                     # Under fp16 the scaler checks the gradients itself.
                     checks = self.config.skip_nonfinite > 0 and self.accelerator.scaler is None
-                    skipped = checks and not bool(torch.isfinite(norm + mean))
+                    skipped = checks and not bool(torch.isfinite(norm + means["loss"]))
                 if not skipped:
                     self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=self.config.set_grads_to_none)
@@ -167,7 +169,7 @@ class TorchBackend:
             self.count += 1
             for average, weights in self.averages.items():
                 update_ema(weights, self._parameters(), ema_decays[average])
-        metrics = {"loss": mean, "grad_norm": norm}
+        metrics = means | {"grad_norm": norm} | self._measured.peak_seconds(batch)
         if scale is not None:
             metrics["loss_scale"] = torch.tensor(scale.scale)
             self.placement.hold_loss_scale()
@@ -179,18 +181,22 @@ class TorchBackend:
 
         def loss(batch: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             with torch.no_grad(), self.accelerator.autocast():
-                losses = torch.stack([loss_of(modules, micro) for micro in batch])
-                return {"loss": self.accelerator.reduce(losses.mean(), reduction="mean")}
+                return self._means([{"loss": mean_losses(modules, micro)["loss"]} for micro in batch])
 
         return loss
+
+    def _means(self, losses: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the means over micro-batches and processes, by name."""
+        means = {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+        return {name: self.accelerator.reduce(mean, reduction="mean") for name, mean in means.items()}
 
     def set_step(self, step: int) -> None:
         """Set the number of steps taken."""
         self.steps = step
 
-    def read(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+    def read(self, metrics: dict[str, Any]) -> dict[str, float]:
         """Wait for the metrics of a step."""
-        return {key: float(value) for key, value in metrics.items()}
+        return {key: float(value) for key, value in metrics.items()} | device_memory(self.device)
 
     def state_arrays(self) -> portable.Arrays:
         """Return the whole state as plain arrays on the host; only the first process has any."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flax_diffusion.core.data.sources.source import PART_WEIGHTS
 from torch_backend.modules import Modules
 
 if TYPE_CHECKING:
@@ -23,13 +24,27 @@ OPEN = 0.999
 MIN_PROBABILITY = 1e-12
 
 
-def loss_of(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
-    """Return the loss of a micro-batch: that of the family, or `denoising_loss`."""
-    return (modules.family.loss or denoising_loss)(modules, batch)
+def mean_losses(modules: Modules, batch: Batch) -> dict[str, Float[Tensor, ""]]:
+    """Compute the weighted losses of a micro-batch; the twin of `flax_diffusion.jax_backend.losses.mean_losses`.
+
+    Args:
+        modules: The pipeline's modules.
+        batch: As of `denoising_loss` or the family's own loss.
+
+    Returns:
+        Means over the examples by name, in float32 at least: `loss`, which is trained, and its parts.
+    """
+    if modules.family.losses is not None:
+        losses = modules.family.losses(modules, batch)
+    else:
+        losses = {"loss": denoising_loss(modules, batch)}
+    means = {name: (each * batch["loss_weights"]).mean() for name, each in losses.items()}
+    parts = {name.removesuffix("_weights") for name in batch if name.endswith(PART_WEIGHTS)}
+    return means | {name: (losses["loss"] * batch[f"{name}_weights"]).mean() for name in sorted(parts)}
 
 
-def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
-    """Compute the weighted denoising loss; the twin of `flax_diffusion.jax_backend.train_step.denoising_loss`.
+def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, " B"]:
+    """Compute the denoising loss of each example; the twin of `flax_diffusion.jax_backend.losses.denoising_loss`.
 
     Args:
         modules: The pipeline's modules.
@@ -38,11 +53,11 @@ def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
             latent_noise (B, C, h, w), perturbation (B, C, h, w), and what its family conditions on.
 
     Returns:
-        Σ_i w_i · (mean((prediction_i − target_i)²) + bound_i) / B, in float32 at least. There is a bound, that of
+        mean((prediction_i − target_i)²) + bound_i, (B,), in float32 at least. There is a bound, that of
         `variational_bound`, only where a variance is trained.
 
     Reference:
-        `core.objectives.objective`, for input, target and weight.
+        `core.objectives.objective`, for input and target.
     """
     if "posterior" in batch:
         mean, logvar = batch["posterior"].unbind(dim=1)
@@ -60,7 +75,7 @@ def denoising_loss(modules: Modules, batch: Batch) -> Float[Tensor, ""]:
     error = difference.square().mean(dim=(1, 2, 3))
     if "variance_weights" in batch:
         error = error + variational_bound(batch, clean.to(wide), difference, variance.to(wide))
-    return (error * batch["loss_weights"]).mean()
+    return error
 
 
 def _mixed(

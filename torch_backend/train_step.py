@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torch_backend.losses import Batch, loss_of
+from torch_backend.losses import Batch, mean_losses
 from torch_backend.modules import Modules
 
 FSDP_UNITS = {"ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer"}
@@ -28,9 +28,9 @@ class Loss(nn.Module):
         present = {type(module).__name__ for module in self.modules()}
         self._no_split_modules = sorted(present & FSDP_UNITS)  # where Accelerate looks for them
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Compute the loss of a batch of the family's `loss`, or of `denoising_loss`, in float32 at least."""
-        return loss_of(self._modules_of[0], batch)
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Compute the losses of a batch; see `mean_losses`."""
+        return mean_losses(self._modules_of[0], batch)
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flax_diffusion.core.tracking.peaks import TPU_FLOPS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
@@ -38,9 +40,9 @@ GIB = 2**30
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip(name="v4", hbm_bytes=32 * GIB, flops=275e12, bandwidth=1228e9, matrix_units=8, matrix_side=128),
-        Chip(name="v5e", hbm_bytes=16 * GIB, flops=197e12, bandwidth=819e9, matrix_units=4, matrix_side=128),
-        Chip(name="v5p", hbm_bytes=95 * GIB, flops=459e12, bandwidth=2765e9, matrix_units=8, matrix_side=128),
-        Chip(name="v6e", hbm_bytes=32 * GIB, flops=918e12, bandwidth=1640e9, matrix_units=4, matrix_side=256),
+        Chip(name="v4", hbm_bytes=32 * GIB, flops=TPU_FLOPS["v4"], bandwidth=1228e9, matrix_units=8, matrix_side=128),
+        Chip(name="v5e", hbm_bytes=16 * GIB, flops=TPU_FLOPS["v5e"], bandwidth=819e9, matrix_units=4, matrix_side=128),
+        Chip(name="v5p", hbm_bytes=95 * GIB, flops=TPU_FLOPS["v5p"], bandwidth=2765e9, matrix_units=8, matrix_side=128),
+        Chip(name="v6e", hbm_bytes=32 * GIB, flops=TPU_FLOPS["v6e"], bandwidth=1640e9, matrix_units=4, matrix_side=256),
     )
 }

@@ -134,7 +134,13 @@ class Backend(Protocol):
         ...
 
     def read(self, metrics: Any) -> dict[str, float]:
-        """Wait for a step, and return its `loss` and `grad_norm` (and `loss_scale` under fp16)."""
+        """Wait for a step, and return its metrics.
+
+        Returns:
+            `loss` and its parts, `grad_norm` and, under fp16, `loss_scale`. Where devices tell it, also
+            `device_memory_gib`, the most that was in use of a device's memory so far; and where their peak of FLOP/s
+            is known, `peak_seconds`, in which the step's FLOPs would be done at this peak.
+        """
         ...
 
     def profiled(self, folder: Path) -> AbstractContextManager[None]:

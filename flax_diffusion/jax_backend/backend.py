@@ -25,6 +25,7 @@ from flax_diffusion.core.io.files import absolute, written_folder
 from flax_diffusion.core.io.torch_names import from_torch_layout
 from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.core.spec.prompts import sampler_config
+from flax_diffusion.core.tracking.peaks import peak_flops
 from flax_diffusion.jax_backend import adapters
 from flax_diffusion.jax_backend.features import FeatureExtractor
 from flax_diffusion.jax_backend.modules import first_weights, load_pretrained
@@ -90,6 +91,8 @@ class JaxBackend:
         self._decode = jax.jit(functools.partial(to_uint8, self.modules))
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self.average: str | None = None
+        self._peak = peak_flops(self.mesh.devices.flat[0].device_kind)
+        self._flops: dict[tuple[tuple[int, ...], ...], float] = {}  # of a step, by the shapes of its batch
         self.state: TrainState
         self.frozen: Params
 
@@ -168,14 +171,19 @@ class JaxBackend:
 
     def train_step(
         self, batch: dict[str, jax.Array], learning_rate: float, ema_decays: Mapping[str, float]
-    ) -> dict[str, jax.Array]:
+    ) -> dict[str, Any]:
         """Dispatch the compiled step."""
         real = np.promote_types(self.dtype, np.float32).type
         decays = {name: real(decay) for name, decay in ema_decays.items()}
         rates = put_replicated({"learning_rate": real(learning_rate), "ema_decays": decays}, self.mesh)
         with jax.transfer_guard("disallow"):
             self.state, metrics = self.program.step(self.state, self.frozen, batch, rates)
-        return metrics
+        if self._peak is None:
+            return metrics
+        shapes = tuple(array.shape for array in batch.values())
+        if shapes not in self._flops:
+            self._flops[shapes] = self.program.flops(self.state, self.frozen, batch, rates)
+        return metrics | {"peak_seconds": self._flops[shapes] / self._peak}
 
     def validation_loss(self, average: str | None) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
         """Return the compiled loss, with the weights or a moving average of them."""
@@ -203,9 +211,11 @@ class JaxBackend:
             yield
             jax.block_until_ready(self.state)
 
-    def read(self, metrics: dict[str, jax.Array]) -> dict[str, float]:
+    def read(self, metrics: dict[str, Any]) -> dict[str, float]:
         """Wait for the metrics of a step."""
-        return {key: float(value) for key, value in jax.device_get(metrics).items()}
+        memory = jax.local_devices()[0].memory_stats() or {}
+        used = {"device_memory_gib": memory["peak_bytes_in_use"] / 2**30} if "peak_bytes_in_use" in memory else {}
+        return {key: float(value) for key, value in jax.device_get(metrics).items()} | used
 
     def save(self, folder: Path, metadata: dict[str, Any]) -> None:
         """Copy the state to the host, and write it in the background."""

@@ -6,12 +6,13 @@ Shapes: B images, C channels, H and W in pixels, h and w of what is denoised (pi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 
+from flax_diffusion.core.data.sources.source import PART_WEIGHTS
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import Params
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key
 
 Batch = dict[str, jax.Array]
+Scalars = dict[str, jax.Array]
+"""Scalars by name."""
 
 BIN = 1 / 255
 """Half the distance of two 8-bit values of a pixel in −1..1."""
@@ -30,8 +33,34 @@ OPEN = 0.999
 MIN_PROBABILITY = 1e-12
 
 
-def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[Array, ""] | None) -> Float[Array, ""]:
-    """Compute the weighted denoising loss of a micro-batch.
+def mean_losses(modules: Modules, params: Params, batch: Batch, dropout: Key[Array, ""] | None) -> Scalars:
+    """Compute the weighted losses of a micro-batch, by the family's function, the objective's, or `denoising_loss`.
+
+    Args:
+        modules: The pipeline's modules.
+        params: Weights of all components, trained and frozen.
+        batch: As of `denoising_loss`, `objective_losses` or the family's own loss.
+        dropout: Key of the dropout masks, and of an objective's own loss; None in evaluation.
+
+    Returns:
+        Means over the examples by name, in float32 at least: Σ_i w_i · loss_i / B of every loss of the function, with
+        the batch's `loss_weights` as w; `loss` is trained, and others are its parts. With weights of its own,
+        `<name>_loss_weights`, the batch may ask for more parts of `loss`, `<name>_loss`.
+    """
+    if modules.family.losses is not None:
+        losses = modules.family.losses(modules, params, batch, dropout)
+    else:
+        compute = denoising_loss if modules.objective is None else objective_losses
+        losses = {"loss": compute(modules, params, batch, dropout)}
+    means = {name: jnp.mean(each * batch["loss_weights"]) for name, each in losses.items()}
+    parts = {name.removesuffix("_weights") for name in batch if name.endswith(PART_WEIGHTS)}
+    return means | {name: jnp.mean(losses["loss"] * batch[f"{name}_weights"]) for name in sorted(parts)}
+
+
+def denoising_loss(
+    modules: Modules, params: Params, batch: Batch, dropout: Key[Array, ""] | None
+) -> Float[Array, " B"]:
+    """Compute the denoising loss of each example.
 
     Args:
         modules: The pipeline's modules.
@@ -42,11 +71,11 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
         dropout: Key of the dropout masks; None in evaluation.
 
     Returns:
-        Σ_i w_i · (mean((prediction_i − target_i)²) + bound_i) / B, in float32 at least. There is a bound, that of
+        mean((prediction_i − target_i)²) + bound_i, (B,), in float32 at least. There is a bound, that of
         `variational_bound`, only where a variance is trained.
 
     Reference:
-        `core.objectives.objective`, for input, target and weight.
+        `core.objectives.objective`, for input and target.
     """
     clean, noise = _clean(modules, params, batch), batch["noise"]
     added = noise + batch["perturbation"] if "perturbation" in batch else noise
@@ -60,7 +89,7 @@ def denoising_loss(modules: Modules, params: Params, batch: Batch, dropout: Key[
     error = jnp.square(difference).mean(axis=(1, 2, 3))
     if "variance_weights" in batch:
         error += variational_bound(batch, clean.astype(wide), difference, variance.astype(wide))
-    return jnp.mean(error * batch["loss_weights"])
+    return error
 
 
 def _clean(modules: Modules, params: Params, batch: Batch) -> Float[Array, "B C h w"]:
@@ -71,8 +100,8 @@ def _clean(modules: Modules, params: Params, batch: Batch) -> Float[Array, "B C 
     return modules.encode_images(params, batch["pixel_values"], batch.get("latent_noise"))
 
 
-def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Array, ""] | None) -> Float[Array, ""]:
-    """Compute the weighted loss of an objective that has a loss of its own.
+def objective_losses(modules: Modules, params: Params, batch: Batch, key: Key[Array, ""] | None) -> Float[Array, " B"]:
+    """Compute the loss of each example by an objective that has a loss of its own.
 
     Args:
         modules: The pipeline's modules, with the objective.
@@ -81,7 +110,7 @@ def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Arra
         key: Key of the dropout masks, and of the loss. None in evaluation, without dropout and with a fixed key.
 
     Returns:
-        Σ_i w_i · loss_i / B, in float32 at least.
+        The losses, (B,), in float32 at least.
 
     Reference:
         `core.objectives.objective.Objective.loss`.
@@ -104,12 +133,7 @@ def objective_loss(modules: Modules, params: Params, batch: Batch, key: Key[Arra
             f"--objective: the loss of {objective.name} has shape {losses.shape}; it must be that of the batch's "
             f"examples, {batch['loss_weights'].shape}: take the mean over an example's pixels"
         )
-    return jnp.mean(losses * batch["loss_weights"])
-
-
-def loss_function(modules: Modules) -> Callable[[Modules, Params, Batch, Any], Float[Array, ""]]:
-    """Return the loss of a micro-batch: that of the family, of the objective, or `denoising_loss`."""
-    return modules.family.loss or (denoising_loss if modules.objective is None else objective_loss)
+    return losses
 
 
 def _mixed(

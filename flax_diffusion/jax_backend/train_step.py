@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from flax_diffusion.core.config.options import SINGLE_AVERAGE
 from flax_diffusion.jax_backend.adapters import merge
 from flax_diffusion.jax_backend.exchange import Exchange, dtype_of
-from flax_diffusion.jax_backend.losses import Batch, loss_function
+from flax_diffusion.jax_backend.losses import Batch, Scalars, mean_losses
 from flax_diffusion.jax_backend.modules import Modules
 from flax_diffusion.jax_backend.optimizers.optimizer import (
     LossScale,
@@ -127,8 +127,8 @@ def loss_and_gradients(
     exchange: Exchange,
     seed: int,
     unroll: bool,
-) -> tuple[Float[Array, ""], Params]:
-    """Sum the loss over the micro-batches, and the gradients of the scaled loss also over the devices.
+) -> tuple[Scalars, Params]:
+    """Sum the losses over the micro-batches, and the gradients of the scaled loss also over the devices.
 
     Each device computes them for its own images. It gathers the weights before, once, in the precision that their
     modules compute in, or leaves it to the modules' layers.
@@ -144,34 +144,34 @@ def loss_and_gradients(
         unroll: As in `sum_over_micro_batches`.
 
     Returns:
-        The loss, and the gradients in the dtypes of the weights, divided as the moments are.
+        The losses by name, and the gradients in the dtypes of the weights, divided as the moments are.
     """
-    loss_of, mesh = loss_function(modules), exchange.mesh
+    mesh = exchange.mesh
     divided, divided_frozen = partitions(params, mesh), partitions(frozen, mesh)
     update = update_partitions(params, mesh)
 
-    def on_device(params: Params, frozen: Params, batch: Batch, scalars: Any) -> tuple[Float[Array, ""], Params]:
+    def on_device(params: Params, frozen: Params, batch: Batch, scalars: Any) -> tuple[Scalars, Params]:
         step, scale = scalars[0], 1.0 if scalars[1] is None else scalars[1]
         keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), step), batch["loss_weights"].shape[0])
         copies = _whole(modules, exchange, params, divided)
         others = _whole(modules, exchange, frozen, divided_frozen)
 
-        def scaled_loss(copies: Params, micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Float[Array, ""]]:
-            loss = loss_of(modules, merge(others, copies), micro, key)
-            return loss * (scale / mesh.size), loss
+        def scaled_loss(copies: Params, micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Scalars]:
+            losses = mean_losses(modules, merge(others, copies), micro, key)
+            return losses["loss"] * (scale / mesh.size), losses
 
-        def micro_step(micro: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Params]:
-            (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(copies, micro, key)
-            return loss, _summed(modules, exchange, grads, update, params)
+        def micro_step(micro: Batch, key: Key[Array, ""]) -> tuple[Scalars, Params]:
+            (_, losses), grads = jax.value_and_grad(scaled_loss, has_aux=True)(copies, micro, key)
+            return losses, _summed(modules, exchange, grads, update, params)
 
-        loss, grads = sum_over_micro_batches(micro_step, (batch, keys), unroll=unroll or len(keys) == 1)
-        return exchange.mean(loss), grads
+        losses, grads = sum_over_micro_batches(micro_step, (batch, keys), unroll=unroll or len(keys) == 1)
+        return jax.tree.map(exchange.mean, losses), grads
 
     images = PartitionSpec(None, mesh.axis_names)
     returned = _map_by_path(lambda path, own, after: own if modules.layers_gather(path) else after, divided, update)
     run = exchange.shard_map(on_device, (divided, divided_frozen, images, PartitionSpec()), (PartitionSpec(), returned))
-    loss, grads = run(params, frozen, batch, scalars)
-    return loss, jax.lax.with_sharding_constraint(grads, jax.tree.map(lambda spec: NamedSharding(mesh, spec), update))
+    losses, grads = run(params, frozen, batch, scalars)
+    return losses, jax.lax.with_sharding_constraint(grads, jax.tree.map(lambda spec: NamedSharding(mesh, spec), update))
 
 
 def validation_loss(
@@ -187,14 +187,14 @@ def validation_loss(
         exchange: The devices.
         unroll: As in `sum_over_micro_batches`.
     """
-    loss_of, mesh = loss_function(modules), exchange.mesh
+    mesh = exchange.mesh
     divided, divided_frozen = partitions(params, mesh), partitions(frozen, mesh)
 
     def on_device(params: Params, frozen: Params, batch: Batch) -> Float[Array, ""]:
         whole = merge(_whole(modules, exchange, frozen, divided_frozen), _whole(modules, exchange, params, divided))
         count = batch["loss_weights"].shape[0]
         loss = sum_over_micro_batches(
-            lambda micro: loss_of(modules, whole, micro, None), (batch,), unroll=unroll or count == 1
+            lambda micro: mean_losses(modules, whole, micro, None)["loss"], (batch,), unroll=unroll or count == 1
         )
         return exchange.mean(loss / count)
 
@@ -263,18 +263,19 @@ def train_step(
         skip_nonfinite: Whether a step whose loss or gradient is not finite changes nothing but the step count.
 
     Returns:
-        The new state, and the metrics loss and grad_norm (before clipping), and loss_scale under fp16.
+        The new state, and the metrics: the losses of `mean_losses`, grad_norm (before clipping), and loss_scale under
+        fp16.
     """
     count = batch["loss_weights"].shape[0]
     scale = state.loss_scale.scale if state.loss_scale else None
-    loss, grads = loss_and_gradients(
+    losses, grads = loss_and_gradients(
         state.params, frozen, batch, (state.step, scale), modules=modules, exchange=exchange, seed=seed, unroll=unroll
     )
-    loss = loss / count
+    losses = {name: loss / count for name, loss in losses.items()}
     grads = jax.tree.map(lambda g: g / (count if scale is None else count * scale), grads)
 
     clipped, norm = clip_by_global_norm(grads, max_grad_norm)
-    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    finite = jnp.isfinite(norm) & jnp.isfinite(losses["loss"])
     asked = finite if state.loss_scale or skip_nonfinite else None
     updates, opt_state = optimizer.update(clipped, state.opt_state, state.params, finite=asked)
     params = {}
@@ -286,7 +287,7 @@ def train_step(
     ema = None if averages is None else {name: update_ema(averages[name], params, decays[name]) for name in averages}
     params, ema = where_finite(asked, (params, ema), (state.params, state.ema))
     new = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-    metrics = {"loss": loss, "grad_norm": norm}
+    metrics = losses | {"grad_norm": norm}
     if state.loss_scale:
         metrics["loss_scale"] = state.loss_scale.scale
         new = new.replace(loss_scale=state.loss_scale.update(finite))

@@ -40,7 +40,8 @@ def test_unconditional_run_leaves_everything(tmp_path, caplog):
     saved = yaml.safe_load((out / "config.yaml").read_text())
     assert (saved["task"], saved["train_batch_size"], saved["unet"]) == ("unconditional", 8, UNET)
     curves, tags = scalars(out / "logs")
-    assert set(curves) == {f"train/{n}" for n in ("loss", "grad_norm", "learning_rate", "images_per_second")}
+    names = ("loss", "grad_norm", "learning_rate", "images_per_second", "data_wait_seconds")
+    assert set(curves) == {f"train/{name}" for name in names}
     assert list(curves["train/loss"]) == [1, 2, 3, 4, 5, 6]
     assert curves["train/learning_rate"][1] == 0.0
     assert tags["images"] == ["samples"]

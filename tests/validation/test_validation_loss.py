@@ -19,7 +19,7 @@ from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.validation.held_out import HeldOut, divide
 from flax_diffusion.core.validation.loss import ValidationLoss
 from flax_diffusion.jax_backend.backend import JaxBackend
-from flax_diffusion.jax_backend.losses import denoising_loss
+from flax_diffusion.jax_backend.losses import mean_losses
 from flax_diffusion.parity import Row, verdict
 from torch_backend.backend import TorchBackend
 
@@ -46,7 +46,7 @@ def test_the_value_is_the_mean_over_the_examples():
     backend, loss, source = judge(lambda config, spec: JaxBackend(config, spec, EIGHT[:1]), noise_offset=0.1)
     task, modules = task_of(backend.config), backend.modules
     make = task.make_example_fn(backend.spec).for_validation()
-    one = jax.jit(lambda params, batch: denoising_loss(modules, params, batch, None))
+    one = jax.jit(lambda params, batch: mean_losses(modules, params, batch, None)["loss"])
     each = []
     for index in range(len(source)):
         example = make(source, 0, VALIDATION_EPOCH, index)

@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def loss(modules: Any, batch: Batch) -> Float[Tensor, ""]:
-    """Return the autoencoder's loss, Σ_i w_i · (mean of the errors of image i + kl_scale · KL_i) / B.
+def losses(modules: Any, batch: Batch) -> dict[str, Float[Tensor, " B"]]:
+    """Return the autoencoder's losses of each example; the twin of the JAX side's, which describes them.
 
     Args:
         modules: With the autoencoder alone.
-        batch: pixel_values (B, C, H, W), latent_noise (B, c, h, w), loss_weights (B,).
+        batch: pixel_values (B, C, H, W), latent_noise (B, c, h, w).
 
     Reference:
-        Kingma and Welling, https://arxiv.org/abs/1312.6114, equation 10; the twin of the JAX side's.
+        Kingma and Welling, https://arxiv.org/abs/1312.6114, equation 10.
     """
     how = modules.spec.autoencoder_loss
     pixels = batch["pixel_values"]
@@ -31,7 +31,8 @@ def loss(modules: Any, batch: Batch) -> Float[Tensor, ""]:
     wide = torch.promote_types(made.dtype, torch.float32)
     error = made.to(wide) - pixels.to(wide)
     error = {"l1": torch.abs, "l2": torch.square}[how.rec_loss](error).mean(dim=(1, 2, 3))
-    return ((error + how.kl_scale * posterior.kl().to(wide)) * batch["loss_weights"]).mean()
+    divergence = posterior.kl().to(wide)
+    return {"loss": error + how.kl_scale * divergence, "reconstruction_loss": error, "kl_loss": divergence}
 
 
-FAMILIES.register("autoencoder", Family(classes={"AutoencoderKL": AutoencoderKL}, loss=loss))
+FAMILIES.register("autoencoder", Family(classes={"AutoencoderKL": AutoencoderKL}, losses=losses))

@@ -39,13 +39,14 @@ class Family:
             (B, …) of the examples, or of prompts that are drawn. None: it is told nothing.
         predict: Returns the denoiser's prediction (B, C, h, w), or (B, 2C, h, w) with a learned variance, of
             `(modules, sample, timesteps, condition)`: sample (B, C, h, w), timesteps (B,).
-        loss: Returns the loss, a scalar, of `(modules, batch)`; None for `losses.denoising_loss`.
+        losses: Returns the losses of each example, (B,) by name, of `(modules, batch)`: `loss` is trained, and others
+            are logged. None: the `loss` of `losses.denoising_loss`.
     """
 
     classes: Mapping[str, Any]
     condition: Callable[[Modules, Batch], Any] = _no_condition
     predict: Callable[..., Tensor] = _no_denoiser
-    loss: Callable[[Modules, Batch], Tensor] | None = None
+    losses: Callable[[Modules, Batch], dict[str, Tensor]] | None = None
 
 
 FAMILIES: Registry[Family] = Registry("family", ["torch_backend.families"], GROUP)

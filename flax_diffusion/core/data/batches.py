@@ -10,7 +10,7 @@ from flax_diffusion.core.data.captions import TokenizePrompt
 from flax_diffusion.core.data.extra import MakeExtra, latent_shape
 from flax_diffusion.core.data.images.decoding import decode, size_of
 from flax_diffusion.core.data.images.transforms import EightBit, ImageTransform, Placement, eight_bit, sized_name
-from flax_diffusion.core.data.sources.source import Record, Source
+from flax_diffusion.core.data.sources.source import PART_WEIGHTS, Record, Source
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.objectives.noising import NoiseSpec
 from flax_diffusion.core.randomness.streams import Stream, rngs_of
@@ -203,7 +203,8 @@ class ExampleFn:
         Returns:
             `pixel_values` of (channels, H, W) in [-1, 1] once it is scaled or, where they were made before,
             `posterior` float32 (2, c, h, w), mean and log variance of the latents; what `NoiseSpec.draw` gives, with
-            `loss_weights` times the record's own weight; the token ids, such as `input_ids` int32 (L,), or
+            `loss_weights` times the record's own weight, and likewise the weights of parts of the loss,
+            `<part>_loss_weights`; the token ids, such as `input_ids` int32 (L,), or
             what was made of them before, such as `text_embeddings` (L, D), unless unconditional; the arrays of
             `extra`; where sizes are told, those of `size_numbers`; where classes are told, `class_labels` int32 ();
             `example_index` int64 ().
@@ -247,6 +248,8 @@ class ExampleFn:
         if self.labels is not None:
             example |= self.labels(record, rng)
         example["loss_weights"] = np.asarray(drawn["loss_weights"] * record.weight, np.float32)
+        for part, weight in record.part_weights.items():
+            example[part + PART_WEIGHTS] = np.asarray(drawn["loss_weights"] * weight, np.float32)
         example["example_index"] = np.asarray(index, np.int64)
         return example
 

@@ -129,7 +129,7 @@ class PairedSource:
     """Pairs of pictures: record 2i shows the new thing, record 2i + 1 its class; the shorter source starts over.
 
     The loss is the mean over the former plus `prior_loss_weight` times the mean over the latter. As weights in one mean
-    over both, these are 2 and 2 · `prior_loss_weight`.
+    over both, these are 2 and 2 · `prior_loss_weight`. The two means are logged as `instance_loss` and `prior_loss`.
 
     Attributes:
         instances: Pictures of the new thing.
@@ -147,8 +147,10 @@ class PairedSource:
     def __getitem__(self, index: int) -> Record:
         pair, of_class = divmod(index, 2)
         if of_class:
-            return replace(self.classes[pair % len(self.classes)], weight=2 * self.prior_loss_weight)
-        return replace(self.instances[pair % len(self.instances)], weight=2.0)
+            record = self.classes[pair % len(self.classes)]
+            return replace(record, weight=2 * self.prior_loss_weight, part_weights={"instance": 0.0, "prior": 2.0})
+        record = self.instances[pair % len(self.instances)]
+        return replace(record, weight=2.0, part_weights={"instance": 2.0, "prior": 0.0})
 
 
 def open_uncaptioned(option: str, folder: str | None, most: int | None = None) -> Source:

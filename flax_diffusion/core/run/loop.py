@@ -32,7 +32,7 @@ from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
 from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.preemption import Preempted, Preemption
-from flax_diffusion.core.run.rates import ema_decays
+from flax_diffusion.core.run.rates import ema_decays, named_rates
 from flax_diffusion.core.run.saving import Saver
 from flax_diffusion.core.run.schedule import make_rate
 from flax_diffusion.core.run.start import MakeBackend, Start, open_inputs, prepare
@@ -234,7 +234,8 @@ class _Run:
         batches = iter(loader)
 
         def following() -> tuple[np.ndarray, Any] | None:
-            batch = self.preemption.interruptible(lambda: next(batches, None))
+            with self.tracker.waiting():
+                batch = self.preemption.interruptible(lambda: next(batches, None))
             return None if batch is None else (batch["example_index"], self.backend.put(batch))
 
         current = following()
@@ -281,7 +282,7 @@ class _Run:
         step, rate, indices, handle = self.pending.popleft()
         metrics = self.backend.read(handle)
         if _is_finite(metrics):
-            self.tracker.step(step, metrics | {"learning_rate": rate}, self.schedule.step_examples)
+            self.tracker.step(step, metrics | named_rates(self.spec, rate), self.schedule.step_examples)
         else:
             self._note_nonfinite(step, metrics, indices)
 

@@ -13,6 +13,7 @@ from typing import get_args
 from flax_diffusion.core.checkpoints.power_ema import decay_of, exponent_of
 from flax_diffusion.core.config.options import SINGLE_AVERAGE, LrScheduler, TrainConfig
 from flax_diffusion.core.errors import ConfigError, unknown
+from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 POLYNOMIAL_END = 1e-7
 """Final rate of the polynomial schedule; Diffusers' default `lr_end`."""
@@ -79,6 +80,19 @@ def _piecewise(rules: str) -> Callable[[int], float]:
             f"--lr_step_rules {rules!r}: write factor:step pairs and a last factor from 0, e.g. '1:1000,0.1:2000,0.01'"
         ) from error
     return lambda step: next((value for until, value in limits if step < until), final)
+
+
+def named_rates(spec: PipelineSpec, rate: float) -> dict[str, float]:
+    """Return the learning rates of a step to log: `learning_rate`, and where components have their own, each one's.
+
+    Args:
+        spec: The pipeline.
+        rate: The learning rate without their factors.
+    """
+    factors = {name: part.rate_factor for name, part in spec.components.items() if part.is_trained}
+    if set(factors.values()) <= {1.0}:
+        return {"learning_rate": rate}
+    return {"learning_rate": rate} | {f"learning_rate_{name}": rate * factor for name, factor in factors.items()}
 
 
 def ema_decays(config: TrainConfig, step: int) -> dict[str, float]:

@@ -37,6 +37,14 @@ class Tracker:
         self._steps = Steps(self._console, first_step, total_steps)
         self._metrics = MetricsFile(output_dir / METRICS_FILE, first_step, writes=main)
         self._last = time.perf_counter()
+        self._waited = 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside of a `with` block as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
 
     def begin(self, *, compiles: bool) -> None:
         """Begin to show the steps.
@@ -51,12 +59,16 @@ class Tracker:
 
         Args:
             step: Number of the step, from 1.
-            metrics: Values by name, at least `loss` and `learning_rate`.
+            metrics: Values by name, at least `loss` and `learning_rate`; `peak_seconds` becomes `mfu`, its share of
+                the time since the last step.
             images: Images in the step, over all devices.
         """
         now = time.perf_counter()
-        metrics = metrics | {"images_per_second": images / max(now - self._last, 1e-9)}
-        self._last = now
+        seconds = max(now - self._last, 1e-9)
+        metrics = metrics | {"images_per_second": images / seconds, "data_wait_seconds": self._waited}
+        if (at_peak := metrics.pop("peak_seconds", None)) is not None:
+            metrics["mfu"] = at_peak / seconds
+        self._last, self._waited = now, 0.0
         for board in self._boards:
             board.scalars({f"train/{name}": value for name, value in metrics.items()}, step)
         self._steps.step(step, images, metrics["loss"], metrics["learning_rate"])

@@ -13,17 +13,19 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float, Key
 
 
-def loss(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None) -> Float[Array, ""]:
-    """Return the autoencoder's loss of a micro-batch: reconstruction, and the posterior's divergence from a normal one.
+def losses(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | None) -> dict[str, Float[Array, " B"]]:
+    """Return the autoencoder's losses of each example: reconstruction, the posterior's divergence, and what is trained.
 
     Args:
         modules: With the autoencoder alone.
         params: Its weights.
-        batch: pixel_values (B, C, H, W), latent_noise (B, c, h, w), loss_weights (B,).
+        batch: pixel_values (B, C, H, W), latent_noise (B, c, h, w).
         dropout: Not used; the autoencoder has none.
 
     Returns:
-        Σ_i w_i · (mean of the errors of image i + kl_scale · KL_i) / B, in float32 at least.
+        `reconstruction_loss`, the mean error of a picture's pixels; `kl_loss`, the divergence of the posterior of its
+        latents from a standard normal distribution; and `loss`, the former + kl_scale · the latter. Each (B,), in
+        float32 at least.
 
     Reference:
         Kingma and Welling, https://arxiv.org/abs/1312.6114, equation 10; the scales of Diffusers' train_autoencoderkl.
@@ -35,7 +37,8 @@ def loss(modules: Any, params: Params, batch: Batch, dropout: Key[Array, ""] | N
     wide = jnp.promote_types(made.dtype, jnp.float32)
     error = made.astype(wide) - pixels.astype(wide)
     error = {"l1": jnp.abs, "l2": jnp.square}[how.rec_loss](error).mean(axis=(1, 2, 3))
-    return jnp.mean((error + how.kl_scale * posterior.kl().astype(wide)) * batch["loss_weights"])
+    divergence = posterior.kl().astype(wide)
+    return {"loss": error + how.kl_scale * divergence, "reconstruction_loss": error, "kl_loss": divergence}
 
 
-FAMILIES.register("autoencoder", Family(classes={"AutoencoderKL": FlaxAutoencoderKL}, loss=loss))
+FAMILIES.register("autoencoder", Family(classes={"AutoencoderKL": FlaxAutoencoderKL}, losses=losses))

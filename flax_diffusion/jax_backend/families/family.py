@@ -42,14 +42,14 @@ class Family:
             masks, None in evaluation. None: it is told nothing.
         predict: Returns the denoiser's prediction (B, C, h, w), or (B, 2C, h, w) with a learned variance, of
             `(modules, params, sample, timesteps, condition, dropout)`: sample (B, C, h, w), timesteps (B,).
-        loss: Returns the loss, a scalar, of `(modules, params, batch, dropout)`, dropout as of `condition`: the mean
-            over the examples of each one's, times its `loss_weights`. None: `losses.denoising_loss`.
+        losses: Returns the losses of each example, (B,) by name, of `(modules, params, batch, dropout)`, dropout as of
+            `condition`: `loss` is trained, and others are logged. None: the `loss` of `losses.denoising_loss`.
     """
 
     classes: Mapping[str, Any]
     condition: Callable[..., Any] = _no_condition
     predict: Callable[..., jax.Array] = _no_denoiser
-    loss: Callable[[Modules, Params, Batch, jax.Array | None], jax.Array] | None = None
+    losses: Callable[[Modules, Params, Batch, jax.Array | None], dict[str, jax.Array]] | None = None
 
 
 FAMILIES: Registry[Family] = Registry("family", ["flax_diffusion.jax_backend.families"], GROUP)

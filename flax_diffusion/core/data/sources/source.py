@@ -1,7 +1,7 @@
 """The interface of all sources of training images, with random access and picklable, and what they share."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -21,6 +21,10 @@ IMAGE_EXTENSIONS = (
 """Extensions that Pillow knows of the formats that `images.decode` reads; .mpo is a JPEG followed by more pictures."""
 
 
+PART_WEIGHTS = "_loss_weights"
+"""End of the names of a batch's arrays with the weights of its examples in a part of the loss, which is only logged."""
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One example as it is stored, with its picture not decoded yet."""
@@ -30,6 +34,7 @@ class Record:
     caption: str | list[str] | None
     name: str  # for messages
     weight: float = 1.0  # weight of the loss
+    part_weights: Mapping[str, float] = field(default_factory=dict)  # weights in parts of the loss, by their name
     extra: "Record | None" = None  # a second picture of the example: what a ControlNet follows, or a mask
     label: int | None = None  # number of its class
     posterior: np.ndarray | None = None  # of its latents and perhaps their mirror image's, (1 or 2, 2, c, h, w)
