@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import command
-from flax_diffusion.core.drawing.options import GenerateConfig, calls_of, options_of
+from flax_diffusion.core.drawing.options import GenerateConfig, calls_of, check_one_size, options_of
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -27,7 +27,7 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
     Raises:
         UserError: For input that cannot be used; its message is one line with the fix.
     """
-    return np.concatenate([*_draw(options_of(model, options))])
+    return np.concatenate([*_draw(check_one_size(options_of(model, options)))])
 
 
 def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:

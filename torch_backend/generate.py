@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.drawing import command
-from flax_diffusion.core.drawing.options import GenerateConfig, calls_of, options_of
+from flax_diffusion.core.drawing.options import GenerateConfig, calls_of, check_one_size, options_of
 from flax_diffusion.core.run import launch
 from flax_diffusion.core.spec.prompts import sampler_config
 from torch_backend.train import PACKAGES
@@ -19,7 +19,7 @@ from torch_backend.train import PACKAGES
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
     """Draw images, with the arguments, result and errors of `flax_diffusion.generate.generate`."""
-    return np.concatenate([*_draw(options_of(model, options))])
+    return np.concatenate([*_draw(check_one_size(options_of(model, options)))])
 
 
 def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:

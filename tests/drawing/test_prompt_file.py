@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 from tiny import stable_diffusion
 
-from flax_diffusion.core.drawing.prompt_file import read_prompts
+from flax_diffusion.core.config.prompt_file import read_prompts
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.generate import generate, main
 from torch_backend.generate import generate as torch_generate
@@ -103,6 +103,12 @@ def test_a_prompt_beside_a_file(model, tmp_path):
     with pytest.raises(ConfigError, match="--prompt and --prompts_file: drop one of them"):
         generate(model, prompt="a", prompts_file=str(tmp_path / "a.txt"))
     file = tmp_path / "a.txt"
+    file.write_text("a --w 16\nb")
+    for draw in (generate, torch_generate):
+        with pytest.raises(
+            ConfigError, match=r"a\.txt: pictures of several sizes do not go into one array; write one size"
+        ):
+            draw(model, prompts_file=str(file))
     file.write_text("a --w 17")
     with pytest.raises(ConfigError, match="--width 17: must be a multiple of"):
         generate(model, prompts_file=str(file))

@@ -95,6 +95,12 @@ def concept(w: Any, folder: Any, prompt: str) -> dict[str, Any]:
 BIAS = {"timestep_bias_strategy": "later", "timestep_bias_multiplier": 99.0}
 
 
+def prompts_file(w: Any, _: Any) -> str:
+    file = w.folder / "prompts.txt"
+    file.write_text("a <new> thing --seed 3\n")
+    return str(file)
+
+
 TABLE: dict[str, list[Row]] = {
     # Model
     "pretrained_model_name_or_path": [
@@ -349,6 +355,7 @@ TABLE: dict[str, list[Row]] = {
     "evaluate_batch_size": [Row(2, "samples", judged)],
     "evaluate_guidance_scale": [Row([1.0, 2.0], "samples", judged)],
     "validation_num_inference_steps": [Row(3, "samples")],
+    "validation_prompts_file": [Row(prompts_file, "samples", {"validation_prompts": []})],
     "validation_prompts": [Row(["a <new> thing"], "samples")],
     "validation_guidance_scale": [Row(3.0, "samples")],
     # Output

@@ -15,19 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-from pydantic import BaseModel, SecretStr, ValidationError
+from pydantic import BaseModel, SecretStr
 
-from flax_diffusion.core.cli.spellings import (
-    Given,
-    fields_by_spelling,
-    in_file,
-    invalid,
-    spellings,
-    union_members,
-    unknown_option,
-)
+from flax_diffusion.core.cli.unknown import unknown_option
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.config.recipes import recipe_file, recipes
+from flax_diffusion.core.config.spellings import Given, checked, fields_by_spelling, in_file, spellings, union_members
 from flax_diffusion.core.errors import ConfigError, UserError, nearest, shown
 from flax_diffusion.core.io.untrusted import MAX_YAML_BYTES, parse_json, parse_yaml, read_text
 from flax_diffusion.core.tasks.task import TASKS, Task
@@ -84,11 +77,7 @@ def build(model: type[BaseModel], values: dict[str, Any], origin: str, given: Gi
     for name in values:
         if name not in known:
             raise unknown_option(name, model, known, origin)
-    try:
-        return model(**values)
-    except ValidationError as error:
-        given = {known[name]: (name, origin) for name in values} if given is None else given
-        raise invalid(error, model, origin, given) from error
+    return checked(model, values, origin, given)
 
 
 class Recipe(dict[str, Any]):

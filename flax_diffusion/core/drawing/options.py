@@ -9,9 +9,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from flax_diffusion.core.cli import command_line
-from flax_diffusion.core.cli.spellings import option_words
+from flax_diffusion.core.config.prompt_file import MAX_SIDE, read_prompts
+from flax_diffusion.core.config.spellings import option_words
 from flax_diffusion.core.drawing.pictures import OPTIONS
-from flax_diffusion.core.drawing.prompt_file import MAX_SIDE, read_prompts
+from flax_diffusion.core.errors import ConfigError
 
 ALL = "all"
 """The --class_label that stands for all classes."""
@@ -136,6 +137,23 @@ def calls_of(config: GenerateConfig) -> list[GenerateConfig]:
     prompts = read_prompts(config.prompts_file, "prompts_file")
     own = [{"prompts_file": None, "prompt": [prompt.prompt]} | prompt.given() for prompt in prompts]
     return [config.model_copy(update=values) for values in own]
+
+
+def check_one_size(config: GenerateConfig) -> GenerateConfig:
+    """Return the options of a call whose pictures have one size, as one array of them needs.
+
+    Args:
+        config: The options.
+
+    Raises:
+        ConfigError: If the prompts of its file have several sizes.
+    """
+    if len({(call.width, call.height) for call in calls_of(config)}) > 1:
+        raise ConfigError(
+            f"--prompts_file {config.prompts_file}: pictures of several sizes do not go into one array; write one size "
+            "for all, or draw them by the command line"
+        )
+    return config
 
 
 def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:

@@ -137,14 +137,14 @@ SCALED_BY = 256
 
 @dataclass(frozen=True)
 class _Pictures:
-    """The first pictures of the dataset, in batches of `eval_batch_size`, which are read when they are needed."""
+    """Pictures from all over the dataset, in batches of `eval_batch_size`, which are read when they are needed."""
 
     source: Source
     make_example: ExampleFn
     config: AutoencoderConfig
 
     def batches(self, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield whole batches of at most `most` pictures in all, but at least one batch.
+        """Yield whole batches of at most `most` pictures in all, but at least one batch; always the same pictures.
 
         Yields:
             Pixels (N, C, H, W) in -1..1, and noise (N, c, h, w) that samples the posterior.
@@ -158,7 +158,6 @@ class _Pictures:
             seed=self.config.seed,
             batch_size=size,
             num_steps=max(1, min(most, len(self.source)) // size),
-            shuffle=False,
             skip_bad_images=self.config.skip_bad_images,
         )
         with loader:

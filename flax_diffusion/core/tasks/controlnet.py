@@ -16,10 +16,11 @@ from pydantic import Field, model_validator
 
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads, also
+from flax_diffusion.core.config.prompt_file import Prompt
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.extra import CONDITIONING_IMAGE, ConditioningImage, conditioning_images
 from flax_diffusion.core.data.sources.source import ExtraImages, Source
-from flax_diffusion.core.errors import naming
+from flax_diffusion.core.errors import ConfigError, naming
 from flax_diffusion.core.families import folders
 from flax_diffusion.core.families.family import ModelClass, Role, family_of
 from flax_diffusion.core.families.stable_diffusion import CONTROLNET, control_config
@@ -75,13 +76,24 @@ class ControlNetConfig(CaptionsConfig):
             raise ValueError("--controlnet_revision goes with --controlnet_model_name_or_path: add it, or drop it")
         if "{timestamp}" in self.output_dir:
             raise ValueError(f"--output_dir {self.output_dir}: a run that can be resumed has one name: write it out")
-        images, prompts = len(self.validation_images), len(self.validation_prompts)
-        if (images == 0) != (prompts == 0) or (images != prompts and 1 not in (images, prompts)):
-            raise ValueError(
-                f"--validation_images are {images} and --validation_prompts are {prompts}: give as many of both, or "
-                "one of either for all of the others"
-            )
+        if self.validation_prompts_file is None:
+            check_counts(len(self.validation_images), len(self.validation_prompts), "validation_prompts")
         return self
+
+
+def check_counts(images: int, prompts: int, option: str) -> None:
+    """Raise ValueError unless prompts and the pictures that they follow are as many, or one of either.
+
+    Args:
+        images: Number of the pictures.
+        prompts: Number of the prompts.
+        option: Name of their option, for the message.
+    """
+    if (images == 0) != (prompts == 0) or (images != prompts and 1 not in (images, prompts)):
+        raise ValueError(
+            f"--validation_images are {images} and --{option} are {prompts}: give as many of both, or one of either "
+            "for all of the others"
+        )
 
 
 class ControlNetTask(CaptionsTask[ControlNetConfig]):
@@ -90,6 +102,7 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
     name = "controlnet"
     config_class = ControlNetConfig
     roles = CaptionsTask.roles | {Role.CONTROL}
+    previews_of_one_size = True
 
     @classmethod
     def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,6 +125,15 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
     ) -> ExampleFn:
         """Return what makes an example, with the picture that it follows."""
         return replace(super().make_example_fn(spec, made, dtype), extra=ConditioningImage())
+
+    def checked(self, spec: PipelineSpec) -> PipelineSpec:
+        """Return a pipeline that can be trained with the options, and that can draw their prompts."""
+        for option, prompts in super().prompts.items():
+            try:
+                check_counts(len(self.config.validation_images), len(prompts), option)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+        return super().checked(spec)
 
     def kind_of(self, found: str) -> str:
         """Return the class of pipelines with a ControlNet, whatever the pretrained one is."""
@@ -147,19 +169,17 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
 
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
         """Draw pictures of the validation prompts, or of the first captions, each following its picture."""
-        config = self.config
-        prompts, images = config.validation_prompts, config.validation_images
+        prompts, images = self.validation_prompts, self.config.validation_images
         if not prompts:
             return self._of_examples(spec, source)
         count = max(len(prompts), len(images))
-        prompts, images = (values * (count // len(values)) for values in (prompts, images))
-        size = (config.resolution, config.resolution)
+        prompts, images = prompts * (count // len(prompts)), images * (count // len(images))
+        size = (self.config.resolution, self.config.resolution)
         extra = {CONDITIONING_IMAGE: conditioning_images("--validation_images", images, size)}
-        return self._samples(prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
+        return self.preview_of(prompts, extra)
 
     def _of_examples(self, spec: PipelineSpec, source: Source) -> Preview | None:
         """Draw pictures of the first examples' captions, each following its example's picture."""
-        config = self.config
         shown: dict[str, np.ndarray] = {}
         for index, example in islice(self.first_examples(spec, source), 2 * PREVIEWED):
             caption = source[index].caption
@@ -169,7 +189,7 @@ class ControlNetTask(CaptionsTask[ControlNetConfig]):
             return None
         prompts = list(shown)[:PREVIEWED]
         extra = {CONDITIONING_IMAGE: np.stack([shown[prompt] for prompt in prompts])}
-        return self._samples(prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
+        return self.preview_of([Prompt(prompt=prompt) for prompt in prompts], extra)
 
 
 TASKS.register(ControlNetTask.name, ControlNetTask)

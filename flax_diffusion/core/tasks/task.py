@@ -31,12 +31,12 @@ class Preview(NamedTuple):
     """Preview of a run's progress.
 
     Attributes:
-        draw: Makes pictures, uint8 (N, H, W, C), with the averaged weights if there are any.
+        draw: Makes N pictures, each uint8 (H, W, C), with the averaged weights if there are any.
         columns: Pictures in a row of the grid; None for a square grid.
         captions: Text under each picture; empty for none.
     """
 
-    draw: Callable[[Backend], np.ndarray]
+    draw: Callable[[Backend], Sequence[np.ndarray] | np.ndarray]
     columns: int | None
     captions: Sequence[str] = ()
 

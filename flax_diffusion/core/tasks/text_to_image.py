@@ -109,6 +109,7 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
 
     def __init__(self, config: TextToImageConfig):
         super().__init__(config)
+        self.previews_of_one_size = config.inpainting
         self.makes_tokenizer = not (config.pretrained_model_name_or_path or config.tokenizer_name)
 
     @property
@@ -179,14 +180,14 @@ class TextToImageTask(CaptionsTask[TextToImageConfig], LoraTask[TextToImageConfi
         """Draw pictures of the validation prompts, for inpainting into the first pictures of the dataset."""
         if not self.config.inpainting:
             return super().make_preview(spec, source)
-        config, prompts = self.config, self.previewed_prompts(source)
+        prompts = self.previewed_prompts(source)
         examples = [example for _, example in islice(self.first_examples(spec, source), len(prompts))]
         if not examples:
             return None
         places = [place % len(examples) for place in range(len(prompts))]
         names = ("pixel_values", MASK, MASKED_NOISE) if spec.vae else ("pixel_values", MASK)
         extra = {name: np.stack([examples[place][name] for place in places]) for name in names}
-        return self._samples(prompts, config.validation_guidance_scale, config.eval_batch_size, extra)
+        return self.preview_of(prompts, extra)
 
     @classmethod
     def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -68,10 +68,18 @@ class TextualInversionConfig(ValidationConfig, TextConfig):
         for template in self.prompt_templates:
             if template.count("{}") != 1:
                 raise ValueError(f"prompt template '{template}': put {{}} into it once, where the new word belongs")
-        for prompt in self.validation_prompts:
+        self.check_has_word(self.validation_prompts)
+        return self
+
+    def check_has_word(self, prompts: Iterable[str]) -> None:
+        """Raise ValueError for a prompt to draw without the new word.
+
+        Args:
+            prompts: The prompts.
+        """
+        for prompt in prompts:
             if str(self.placeholder_token).lower() not in prompt.lower():
                 raise ValueError(f"validation prompt '{prompt}' lacks the new word {self.placeholder_token}: put it in")
-        return self
 
 
 _PICTURES = ("photo", "good photo", "close-up photo", "cropped photo", "bright photo", "dark photo", "rendering")
@@ -143,8 +151,13 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
         given = str(self.config.placeholder_token)
         if given != given.lower():
             log.info("--placeholder_token %s: the tokenizer reads small letters; the word is %s", given, given.lower())
+        drawn = [prompt.prompt for prompt in self.validation_prompts]
+        try:
+            self.config.check_has_word(drawn)
+        except ValueError as error:
+            raise ConfigError(f"--validation_prompts_file {self.config.validation_prompts_file}: {error}") from error
         spec = super().make_spec(source)
-        _check_new_word(spec, [*self.templated_prompts, *self.config.validation_prompts])
+        _check_new_word(spec, [*self.templated_prompts, *drawn])
         return spec
 
     def adapted(self, part: Component, tokenizer: CLIPTokenizer | None) -> Component:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from flax_diffusion.core.cli.spellings import option_words
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.config.spellings import option_words
 from flax_diffusion.core.io.files import names_in
 from flax_diffusion.core.io.metrics_file import METRICS_FILE, read_metrics
 from flax_diffusion.core.run import lineage

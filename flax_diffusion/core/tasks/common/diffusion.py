@@ -150,22 +150,44 @@ class DiffusionTask(Task[D]):
         columns: int | None,
         extra: Mapping[str, np.ndarray] | None = None,
         names: Sequence[str] | None = None,
+        own: Sequence[Mapping[str, Any]] = (),
     ) -> Preview:
-        """Draw pictures of prompts or classes, or from noise alone; `names` are what their captions call them."""
-        config = self.config
+        """Draw pictures of prompts or classes, or from noise alone.
 
-        def draw(backend: Backend) -> np.ndarray:
-            return backend.sample(
-                prompts=prompts,
-                num_images=config.eval_batch_size,
-                num_inference_steps=config.validation_num_inference_steps,
-                guidance_scale=guidance_scale,
-                seed=config.seed,
-                extra=extra,
-            )
+        Args:
+            prompts: The prompts or classes; empty for noise alone.
+            guidance_scale: Scale of classifier-free guidance.
+            columns: As of `Preview`.
+            extra: As of `Backend.sample`.
+            names: What captions call the prompts; None for themselves.
+            own: Options of each prompt, as of `config.prompt_file.Prompt`, which then is drawn as `generate` draws it
+                alone; empty to draw all together.
+        """
+        config, size = self.config, self.config.resolution
+        count, shown = config.eval_batch_size, names or prompts
+        common: dict[str, Any] = {
+            "num_images": count, "num_inference_steps": config.validation_num_inference_steps,
+            "guidance_scale": guidance_scale, "seed": config.seed,
+        }  # fmt: skip
 
-        several = [name for name in (names or prompts) for _ in range(config.eval_batch_size)]
-        captions = [f"{name}\nseed {config.seed}, image {place}" for place, name in enumerate(several)]
+        def draw(backend: Backend) -> Sequence[np.ndarray] | np.ndarray:
+            if not own:
+                return backend.sample(prompts=prompts, extra=extra, **common)
+            pictures: list[np.ndarray] = []
+            for place, (prompt, given) in enumerate(zip(prompts, own, strict=True)):
+                options = common | dict(given)
+                options["size"] = (options.pop("height", size), options.pop("width", size))
+                rows = None if extra is None else {name: array[place : place + 1] for name, array in extra.items()}
+                for batch in backend.draw(prompts=[prompt], extra=rows, **options):
+                    pictures += [*batch]
+            return pictures
+
+        seeds = [given.get("seed", config.seed) for given in own] or [config.seed] * len(shown)
+        captions = [
+            f"{name}\nseed {seed}, image {number + (0 if own else place * count)}"
+            for place, (name, seed) in enumerate(zip(shown, seeds, strict=True))
+            for number in range(count)
+        ]
         return Preview(draw, columns, captions)
 
     def pipeline(

@@ -24,10 +24,9 @@ from flax_diffusion.core.io.files import as_path, local_copy
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.adapters import Lora
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
-from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.common.lora_header import lora_header
+from flax_diffusion.core.tasks.common.previews import PREVIEWED, PreviewedConfig, PreviewedTask
 from flax_diffusion.core.tasks.parts import check_part, check_pipeline, frozen_vae, pretrained
-from flax_diffusion.core.tasks.task import Preview
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -35,16 +34,13 @@ if TYPE_CHECKING:
 NEW_PIPELINE = "StableDiffusionPipeline"
 """Pipeline of a model from scratch where no option says so, and of a folder that does not say what it is."""
 
-PREVIEWED = 4
-"""Most prompts that are drawn during training where no option names some."""
-
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
 """Layers that LoRA adapts by default, as in Diffusers' scripts."""
 
 
 @with_defaults(resolution=512, eval_batch_size=4)
-class TextConfig(DiffusionConfig):
+class TextConfig(PreviewedConfig):
     """Options of tasks whose images follow a text."""
 
     vae: Annotated[str | None, Reads.MODEL] = Field(
@@ -55,12 +51,6 @@ class TextConfig(DiffusionConfig):
     tokenizer_name: Annotated[str | None, Reads.MODEL] = Field(
         None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
     )
-    validation_prompts: list[str] = Field(
-        [],
-        validation_alias=also("validation_prompts", "validation_prompt"),
-        description="Prompts to draw during training. None: some of those that it trains on.",
-    )
-    validation_guidance_scale: float = Field(7.5, ge=0, description="Guidance scale of these samples.")
 
 
 class PromptsConfig(TextConfig):
@@ -135,7 +125,7 @@ T = TypeVar("T", bound=TextConfig, covariant=True)
 L = TypeVar("L", bound=LoraConfig, covariant=True)
 
 
-class TextTask(DiffusionTask[T]):
+class TextTask(PreviewedTask[T]):
     """Training of Stable Diffusion 1.x or 2.x, or of parts of it."""
 
     roles: ClassVar[frozenset[Role]] = frozenset({Role.TEXT_ENCODER, Role.DENOISER, Role.AUTOENCODER})
@@ -252,26 +242,6 @@ class TextTask(DiffusionTask[T]):
             return captions.load_tokenizer(local_copy(made_before / name))
         size = encoder.config.get("vocab_size", 4096)
         return captions.train_tokenizer(texts(), size, encoder["max_position_embeddings"])
-
-    @property
-    def prompts(self) -> dict[str, list[str]]:
-        """Prompts among the options, by option."""
-        return {"validation_prompts": self.config.validation_prompts}
-
-    def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
-        """Draw pictures of the validation prompts, a row for each."""
-        prompts = self.previewed_prompts(source)
-        if not prompts:
-            return None
-        return self._samples(prompts, self.config.validation_guidance_scale, self.config.eval_batch_size)
-
-    def previewed_prompts(self, source: Source) -> list[str]:
-        """Return the prompts to draw during training: those of the options, or `PREVIEWED` at most that it trains on.
-
-        Args:
-            source: The examples.
-        """
-        return self.config.validation_prompts or self.trained_prompts(source)[:PREVIEWED]
 
     def trained_prompts(self, source: Source) -> list[str]:
         """Return some prompts that the run trains on: the captions of the first examples.

@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
-from flax_diffusion.core.cli import command_line
-from flax_diffusion.core.errors import ConfigError
+from flax_diffusion.core.config.spellings import checked
+from flax_diffusion.core.errors import ConfigError, nearest
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.io.untrusted import parse_yaml, read_text
 
@@ -42,11 +42,11 @@ class Prompt(BaseModel):
 
     prompt: str
     negative_prompt: str | None = None
-    width: int | None = Field(None, ge=1, le=MAX_SIDE)
-    height: int | None = Field(None, ge=1, le=MAX_SIDE)
-    num_inference_steps: int | None = Field(None, ge=1)
-    guidance_scale: FiniteFloat | None = Field(None, ge=0)
-    seed: int | None = Field(None, ge=0, lt=2**32)
+    width: int | None = Field(default=None, ge=1, le=MAX_SIDE)
+    height: int | None = Field(default=None, ge=1, le=MAX_SIDE)
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    guidance_scale: FiniteFloat | None = Field(default=None, ge=0)
+    seed: int | None = Field(default=None, ge=0, lt=2**32)
 
     def given(self) -> dict[str, Any]:
         """Return the options that the prompt has of its own, by name."""
@@ -77,7 +77,11 @@ def read_prompts(file: str, option: str) -> list[Prompt]:
     prompts = []
     for place, entry in entries:
         where = f"--{option} {file}, {place}"
-        prompts.append(command_line.build(Prompt, entry if isinstance(entry, dict) else _parsed(entry, where), where))
+        values = entry if isinstance(entry, dict) else _parsed(entry, where)
+        for name in values:
+            if name not in Prompt.model_fields:
+                raise ConfigError(f"{where}: unknown option '{name}'{nearest(name, Prompt.model_fields)}")
+        prompts.append(checked(Prompt, values, where))
     return prompts
 
 

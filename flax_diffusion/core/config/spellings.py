@@ -6,14 +6,15 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import AliasChoices, BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from flax_diffusion.core.errors import ConfigError, nearest, shown
-from flax_diffusion.core.tasks.task import TASKS
+
+M = TypeVar("M", bound=BaseModel)
 
 Given = Mapping[str, tuple[str, str]]
 """Spelling and origin of each given option, by field. The origin is a file's name or "command line"."""
@@ -70,71 +71,24 @@ def _is_model(annotation: Any) -> typing.TypeGuard[type[BaseModel]]:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
-_ANY_FORMAT = "drop it, weights are read whether PyTorch or Flax wrote them"
-_PROFILE = "drop it; `python -m tpu.plan` shows time and memory of a step, and --profile_steps 10:15 records some"
-_PRODIGY = "drop it; the optimizers are those of --optimizer, and Prodigy is not one of them"
-_CORNER = "drop it; the model is told the corner where each picture is really cut"
-REPLACED = {
-    "from_pt": _ANY_FORMAT,
-    "controlnet_from_pt": _ANY_FORMAT,
-    "profile_validation": _PROFILE,
-    "profile_memory": _PROFILE,
-    "ccache": "set the environment variable JAX_COMPILATION_CACHE_DIR to that folder",
-    "logging_steps": "drop it, every step is logged",
-    "wandb_entity": "set the environment variable WANDB_ENTITY to it",
-    "streaming": "drop it; data are downloaded once, so that each epoch has an order, which a resumed run keeps",
-    "load_from_disk": "drop it, and write the dataset to a folder by its `to_parquet`, which --train_data_dir opens",
-    "debug_loss": "drop it; the loss of each step is in TensorBoard's files",
-    "enable_npu_flash_attention": "drop it; attention runs in the best kernel that the device has",
-    "adam_weight_decay_text_encoder": "drop it; --adam_weight_decay is that of all models",
-    "do_edm_style_training": "give --objective edm",
-    "output_kohya_format": "give --lora_format kohya",
-    "prior_generation_precision": "drop it; the class's pictures are drawn in --mixed_precision",
-    "prodigy_beta3": _PRODIGY,
-    "prodigy_decouple": _PRODIGY,
-    "prodigy_use_bias_correction": _PRODIGY,
-    "prodigy_safeguard_warmup": _PRODIGY,
-    "use_dora": "drop it; only plain LoRA trains here, by --lora_rank",
-    "save_as_full_pipeline": "drop it; `python -m flax_diffusion.convert --model MODEL --embeddings RUN` writes it",
-    "save_steps": "give --checkpointing_steps; the word is written to each checkpoint",
-    "crops_coords_top_left_h": _CORNER,
-    "crops_coords_top_left_w": _CORNER,
-    "local_rank": "drop it; the launcher tells each process its place",
-}
-"""Options of Diffusers' scripts that there are not here, and what to do instead."""
-
-_FOLDERS = ("instance_data_dir", "train_data_dir")
-"""Names that tasks give to the folder of pictures; no task has both."""
-
-
-def unknown_option(name: str, model: type[BaseModel] | None, known: Iterable[str], origin: str) -> ConfigError:
-    """Return the error for an unknown option, which names the tasks that have it, or the nearest known option.
+def checked(model: type[M], values: Mapping[str, Any], origin: str, given: Given | None = None) -> M:
+    """Make a config of values whose names are known, or turn pydantic's report into an error of one line.
 
     Args:
-        name: The unknown name, with or without dashes.
-        model: The config class; None where there is none.
-        known: The known names, with or without dashes like `name`.
-        origin: Where the name was given.
+        model: The config class.
+        values: Values by field name or alias.
+        origin: Where the values come from, for the message: a file name or "command line".
+        given: The spelling and the origin of single options; None if they are as in `values`.
+
+    Raises:
+        ConfigError: For wrong types or values, and rules between fields.
     """
-    word = name.removeprefix("--")
-    positive = word.removeprefix("no_")
-    dashes = name[: len(name) - len(word)]
-    start = f"{origin}: unknown option '{name}'"
-    if positive in REPLACED:
-        return ConfigError(f"{start}: {REPLACED[positive]}")
-    task = next((name for name, task in TASKS.items() if task.config_class is model), None)
-    owners = [name for name, other in TASKS.items() if {word, positive} & fields_by_spelling(other.config_class).keys()]
-    if task is None or not owners:
-        return ConfigError(start + (nearest(name, known) or "; --help lists those there are"))
-    of_others = f"{start}: {_and(owners)} {'has' if len(owners) == 1 else 'have'} it, {task} has not"
-    here = next(
-        (folder for folder in _FOLDERS if word in _FOLDERS and folder in TASKS[task].config_class.model_fields), None
-    )
-    return ConfigError(f"{of_others}; {'drop it' if here is None else f'give {dashes}{here}'}")
-
-
-def _and(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    try:
+        return model(**values)
+    except ValidationError as error:
+        known = fields_by_spelling(model)
+        given = {known[name]: (name, origin) for name in values} if given is None else given
+        raise invalid(error, model, origin, given) from error
 
 
 def invalid(error: ValidationError, model: type[BaseModel], origin: str, given: Given) -> ConfigError:
