@@ -359,6 +359,8 @@ TABLE: dict[str, list[Row]] = {
     "validation_prompts": [Row(["a <new> thing"], "samples")],
     "validation_guidance_scale": [Row(3.0, "samples")],
     # Output
+    "output_name": [Row("dog", "files", lambda w: {"lora_rank": 2}, tasks=("text_to_image", "dreambooth")),
+                    Row("dog", "files", tasks=("textual_inversion",))],
     "output_dir": [Row(lambda w, _: tempfile.mkdtemp("-elsewhere", dir=w.folder), "where")],
     "overwrite_output_dir": [Row(True, "batch", before=EARLIER)],
     "save_model_epochs": [Row(1, "exports")],

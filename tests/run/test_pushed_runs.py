@@ -125,6 +125,10 @@ def test_cards_of_adapters(tmp_path):
     head, text = card_of(tmp_path / "word", "textual_inversion", given, EMBEDDINGS_FILE)
     assert "textual_inversion" in head["tags"]
     assert 'pipeline.load_textual_inversion("me/name")' in text
+    head, text = card_of(tmp_path / "named", "textual_inversion", given | {"output_name": "x"}, "x.safetensors")
+    assert "textual_inversion" in head["tags"]
+    assert "lora" not in head["tags"]
+    assert 'pipeline.load_textual_inversion("me/name", weight_name="x.safetensors")' in text
 
 
 def test_the_base_model_of_a_card(tmp_path):

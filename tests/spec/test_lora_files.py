@@ -337,12 +337,13 @@ def test_settings_of_one_model_only(known, tmp_path, caplog):
 def test_files_that_are_not_there(known, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "named").mkdir()
-    (tmp_path / "named/dog.safetensors").write_bytes(b"")
+    for name in ("cat", "dog"):
+        (tmp_path / f"named/{name}.safetensors").write_bytes(b"")
     (tmp_path / "old.bin").write_bytes(b"")
     for name, says in (
         ("nowhere.safetensors", r"--lora .*nowhere\.safetensors does not exist: check the path"),
         ("empty", r"empty holds no pytorch_lora_weights\.safetensors or adapter_model\.safetensors: name the file"),
-        ("named", r"; it holds dog\.safetensors: name the file itself"),
+        ("named", r"; it holds cat\.safetensors, dog\.safetensors: name the file itself"),
         ("old.bin", r"old\.bin is pickled, and loading it can run code: convert it to safetensors first"),
         ("named/dog.safetensors", "is not a whole safetensors file"),
     ):

@@ -1,14 +1,18 @@
 """What a LoRA file says of itself, for the programs that list such files."""
 
 import json
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
 from tiny import pictures, stable_diffusion, stable_diffusion_xl
 
+from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.model_files import read_safetensors, safetensors_metadata
 from flax_diffusion.core.spec.pipeline import open_pipeline
+from torch_backend.generate import generate
 from torch_backend.train import train
 
 
@@ -70,3 +74,51 @@ def test_names_of_models(model, tmp_path):
     assert named(of_1, 1024, prediction_type="v_prediction") == ("stable-diffusion-v2-768-v", "sd_v2_v")
     of_xl = open_pipeline(str(stable_diffusion_xl(tmp_path)))
     assert named(of_xl) == ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0")
+
+
+def test_a_file_by_another_name(options, model, tmp_path):
+    """Diffusers finds it in its folder, and so does what draws from the run; another run does not write over it."""
+    out = train("dreambooth", **options | {"output_dir": str(tmp_path / "run")}, output_name="sks_dog")
+    (file,) = out.glob("*.safetensors")
+    assert file.name == "sks_dog.safetensors"
+    header = safetensors_metadata(file)
+    assert (header["modelspec.title"], header["ss_output_name"]) == ("sks_dog", "sks_dog")
+    StableDiffusionPipeline.from_pretrained(model).load_lora_weights(out)
+    how = {"prompt": "a sks dog", "num_images": 1, "num_inference_steps": 1}
+    of_run, by_folder, by_file = (
+        generate(out, **how),
+        generate(model, lora=out, **how),
+        generate(model, lora=file, **how),
+    )
+    np.testing.assert_array_equal(of_run, by_folder)
+    np.testing.assert_array_equal(of_run, by_file)
+    assert not np.array_equal(of_run, generate(model, **how))
+    shutil.rmtree(out / "checkpoint-1")
+    again = options | {"output_dir": str(out)}
+    with pytest.raises(ConfigError, match="holds another run"):
+        train("dreambooth", **again)
+    train("dreambooth", **again, overwrite_output_dir=True)
+    assert [path.name for path in out.glob("*.safetensors")] == ["pytorch_lora_weights.safetensors"]
+
+
+def test_a_word_by_another_name(options, model):
+    given = {name: value for name, value in options.items() if name not in ("instance_prompt", "lora_rank")}
+    given["train_data_dir"] = given.pop("instance_data_dir")
+    word = {
+        "placeholder_token": "<dog>",
+        "initializer_token": "dog",
+        "output_name": "my_word",
+        "prompt_templates": ["a {}"],
+    }
+    out = train("textual_inversion", **given, **word)
+    assert [path.name for path in out.glob("*.safetensors")] == ["my_word.safetensors"]
+    how = {"prompt": "a <dog>", "num_images": 1, "num_inference_steps": 1}
+    np.testing.assert_array_equal(generate(out, **how), generate(model, embeddings=out, **how))
+
+
+@pytest.mark.parametrize("name", ["a/b", "a b", "", "dog.safetensors"])
+def test_names_that_are_none(options, name):
+    with pytest.raises(ConfigError, match=r"--output_name: '.*': must be a name without folder, spaces and \.saf"):
+        train("dreambooth", **options, output_name=name)
+    with pytest.raises(ConfigError, match="--output_name goes with --lora_rank"):
+        train("dreambooth", **options | {"lora_rank": None}, output_name="dog")

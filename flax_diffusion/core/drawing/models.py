@@ -10,7 +10,7 @@ from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig
 from flax_diffusion.core.errors import CheckpointError, WeightsError
 from flax_diffusion.core.io.files import as_path
-from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
+from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE, file_names
 from flax_diffusion.core.spec.merging import Shapes, with_adapters, with_checkpoint, with_learnt_word
 from flax_diffusion.core.spec.pipeline import PipelineSpec, Training, open_pipeline
 from flax_diffusion.core.tasks.task import TASKS, task_of
@@ -73,14 +73,15 @@ def _open_run(run: Path, checkpoint: Path | None, shapes: Shapes) -> PipelineSpe
 
 
 def _with_results(run: Path, trained: PipelineSpec, shapes: Shapes) -> PipelineSpec:
-    if not any((run / file).is_file() for file in (LORA_FILE, EMBEDDINGS_FILE)):
+    files = file_names(trained.adapters_name)
+    if not any((run / file).is_file() for file in files):
         saved = [str(folder) for folder in folders.committed(run)]
         fix = f"give one of its checkpoints: {', '.join(saved)}" if saved else "it has no checkpoint either; train on"
         raise WeightsError(f"{run}: is a run that has written no model yet: {fix}")
     encoder = trained.text_encoder
     if encoder is not None and encoder.new_tokens is not None:
-        return with_learnt_word(trained, run)
-    return with_adapters(trained, shapes, [str(run)], 1.0, [])
+        return with_learnt_word(trained, run / files.embeddings)
+    return with_adapters(trained, shapes, [str(run / files.lora)], 1.0, [])
 
 
 def _read_config(run: Path) -> TrainConfig:

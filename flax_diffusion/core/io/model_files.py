@@ -142,7 +142,8 @@ def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
         path: The file or the folder, on this machine or like gs://bucket/folder. A path that does not exist is looked
             up on the Hub, as `owner/name`, `owner/name/folder` or `owner/name/file.safetensors`.
         option: The option that names the file, for messages.
-        names: Names that the file may have in its folder, the likeliest first.
+        names: Names that the file may have in its folder, the likeliest first. If there is none of them, but one file
+            of weights alone, it is that.
 
     Returns:
         The file itself or a copy of it; the JSON files of its folder lie beside it.
@@ -152,7 +153,7 @@ def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
     """
     if path.suffix in PICKLED:
         raise WeightsError(f"{option} {path} is pickled, and loading it can run code: convert it to safetensors first")
-    folder = path
+    folder, repository, subfolder = path, None, None
     if path.is_dir():
         there = file_names(path)
     elif path.is_file():
@@ -163,11 +164,13 @@ def weights_file(path: Path, option: str, names: Sequence[str]) -> Path:
         with naming(option):
             folder = resolve(repository, subfolder, None, (*names, "*.json"))
         there = file_names(repository, subfolder)
-    file = next((name for name in names if name in there), None)
-    if file is None:
-        weights = sorted(name for name in there if name.endswith((".safetensors", *PICKLED)))
+    weights = sorted(name for name in there if name.endswith((".safetensors", *PICKLED)))
+    file = next((name for name in (*names, *(weights if len(weights) == 1 else ())) if name in there), None)
+    if file is None or file.endswith(PICKLED):
         held = f"; it holds {', '.join(weights[:5])}" if weights else ""
         raise WeightsError(f"{option} {path} holds no {' or '.join(names)}{held}: name the file itself")
+    if repository is not None and file not in names:
+        folder = resolve(repository, subfolder, None, (file, "*.json"))
     return local_copy(folder, (file, "*.json")) / file
 
 

@@ -15,7 +15,6 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, naming
 from flax_diffusion.core.families.family import subfolders
 from flax_diffusion.core.io.files import as_path, is_local, lies_in, move, remove_tree, unused
 from flax_diffusion.core.io.metrics_file import METRICS_FILE
-from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
 from flax_diffusion.core.tracking import profile
 from flax_diffusion.core.tracking.boards import FILES
 
@@ -29,7 +28,8 @@ REPLACED = "replaced-run"
 
 _NOTHING, _FAILED = -1, -2  # instead of a step
 
-_RESULTS = ("model_index.json", LORA_FILE, EMBEDDINGS_FILE, snapshots.FOLDER)
+_RESULTS = ("model_index.json", snapshots.FOLDER)
+_ADAPTERS = "*.safetensors"
 
 
 def check(output_dir: Path, config: TrainConfig) -> None:
@@ -140,7 +140,8 @@ def checkpoint_to_resume(output_dir: Path, request: str | None, backend: Backend
 def has_run(output_dir: Path) -> bool:
     """Return whether a folder holds something that must not be lost: a checkpoint, or the result of a run."""
     saved = folders.committed(output_dir) + folders.damaged(output_dir)
-    return bool(saved) or any((output_dir / name).exists() for name in _RESULTS)
+    results = [output_dir / name for name in _RESULTS] + [*output_dir.glob(_ADAPTERS)]
+    return bool(saved) or any(path.exists() for path in results)
 
 
 def prepare(output_dir: Path, config: TrainConfig, resume_from: Path | None, backend: Backend) -> None:
@@ -174,7 +175,7 @@ def _replace(output_dir: Path, config: TrainConfig) -> None:
     saved = (folders.committed, folders.damaged, folders.abandoned)
     left = [folder for of_kind in saved for folder in of_kind(output_dir)]
     names = (CONFIG_FILE, METRICS_FILE, *_RESULTS, "samples", profile.FOLDER, AVERAGES, *sorted(subfolders()))
-    left += [output_dir / name for name in names]
+    left += [*(output_dir / name for name in names), *output_dir.glob(_ADAPTERS)]
     for path in left:
         if path.exists():
             move(path, unused(aside / path.name))

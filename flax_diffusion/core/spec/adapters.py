@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,23 @@ WORD = "placeholder_token"
 """Key in the header of a file whose rows are not named by their word."""
 NEW_ROWS = f"{TOKEN_EMBEDDING}.new_rows"
 LORA_FILE, EMBEDDINGS_FILE = "pytorch_lora_weights.safetensors", "learned_embeds.safetensors"
+"""Names of the files that Diffusers looks for in a folder."""
+
+
+class FileNames(NamedTuple):
+    """Names of the files of adapters in a folder."""
+
+    lora: str = LORA_FILE
+    embeddings: str = EMBEDDINGS_FILE
+
+
+def file_names(name: str | None) -> FileNames:
+    """Return the names of the files of adapters, of which a run writes one.
+
+    Args:
+        name: Name that the user gives to it, without extension; None for the usual ones.
+    """
+    return FileNames() if name is None else FileNames(f"{name}.safetensors", f"{name}.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import yaml
 
 from flax_diffusion.core.errors import SECRET
 from flax_diffusion.core.io.files import as_path, write_text
-from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE
+from flax_diffusion.core.spec.adapters import FileNames, file_names
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 CARD_FILE = "README.md"
@@ -63,6 +63,10 @@ class Facts:
     step: int | None = None
 
 
+_LOADS = {"lora": "load_lora_weights", "textual_inversion": "load_textual_inversion"}
+"""Methods of Diffusers' pipelines that read adapters, by their kind."""
+
+
 def is_ours(folder: Path) -> bool:
     """Return whether the card of a folder may be written: there is none, or this program wrote it."""
     file = folder / CARD_FILE
@@ -89,7 +93,7 @@ def _text(folder: Path, spec: PipelineSpec, facts: Facts | None, repository: str
         parts.append(_described(spec, facts))
         if facts.grid is not None:
             parts.append(f"![Samples]({facts.grid})")
-    drawing = spec.family.card(spec) or _drawing(folder, facts, repository or "FOLDER")
+    drawing = spec.family.card(spec) or _drawing(folder, spec, facts, repository or "FOLDER")
     if drawing:
         parts.append(drawing.strip())
     if facts is not None:
@@ -115,15 +119,21 @@ def _head(folder: Path, spec: PipelineSpec, facts: Facts | None) -> dict[str, An
         instance = next((texts[0] for option, texts in facts.prompts.items() if "instance_prompt" in option), None)
         if instance:
             head["instance_prompt"] = instance
-    if (folder / LORA_FILE).exists():
-        tags.append("lora")
-    if (folder / EMBEDDINGS_FILE).exists():
-        tags.append("textual_inversion")
+    tags += _adapters(folder, spec)
     if spec.classes:
         tags.append("class-conditional")
     if spec.autoencoder_loss is None and spec.objective.name != "ddpm":
         tags.append(spec.objective.name.replace("_", "-"))
     return head | {"tags": list(dict.fromkeys(tags))}
+
+
+def _adapters(folder: Path, spec: PipelineSpec) -> dict[str, str]:
+    """Return the files of adapters in a folder, by kind."""
+    files, parts = file_names(spec.adapters_name), spec.components.values()
+    kinds = {"lora": files.lora, "textual_inversion": files.embeddings}
+    if spec.adapters_name is not None:  # by which a LoRA and a word have one name
+        kinds.pop("lora" if any(part.new_tokens is not None for part in parts) else "textual_inversion")
+    return {kind: file for kind, file in kinds.items() if (folder / file).exists()}
 
 
 def _on_hub(name: str) -> bool:
@@ -155,17 +165,16 @@ def _described(spec: PipelineSpec, facts: Facts) -> str:
     return f"{spec.kind}, {facts.made} {base}{data}{steps} by flax_diffusion."
 
 
-def _drawing(folder: Path, facts: Facts | None, name: str) -> str | None:
+def _drawing(folder: Path, spec: PipelineSpec, facts: Facts | None, name: str) -> str | None:
     """Return how Diffusers opens what lies in the folder; None for what no one call opens."""
     base = facts.base if facts is not None and facts.base is not None and _on_hub(facts.base) else "BASE_MODEL"
     if (folder / "model_index.json").exists():
         lines = [f'pipeline = DiffusionPipeline.from_pretrained("{name}")']
-    elif (folder / LORA_FILE).exists() or (folder / EMBEDDINGS_FILE).exists():
+    elif found := _adapters(folder, spec):
         lines = [f'pipeline = DiffusionPipeline.from_pretrained("{base}")']
-        if (folder / LORA_FILE).exists():
-            lines.append(f'pipeline.load_lora_weights("{name}")')
-        if (folder / EMBEDDINGS_FILE).exists():
-            lines.append(f'pipeline.load_textual_inversion("{name}")')
+        for kind, file in found.items():
+            own = "" if file in FileNames() else f', weight_name="{file}"'
+            lines.append(f'pipeline.{_LOADS[kind]}("{name}"{own})')
     else:
         return None
     return "\n".join(["## How to draw", "", "```python", "from diffusers import DiffusionPipeline", "", *lines, "```"])

@@ -129,12 +129,12 @@ def _with_rows(spec: PipelineSpec, name: str, rows: np.ndarray, first: int) -> P
     return _overlaid(spec, name, replace(overlay, rows=rows, first=first), vocab_size=first + len(rows))
 
 
-def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
+def with_learnt_word(spec: PipelineSpec, file: Path) -> PipelineSpec:
     """Put the rows that a run of textual inversion has written into the pipeline that it trained.
 
     Args:
         spec: The pipeline.
-        run: Folder of the run.
+        file: The file in the run's folder.
 
     Returns:
         The pipeline with the rows.
@@ -144,13 +144,13 @@ def with_learnt_word(spec: PipelineSpec, run: Path) -> PipelineSpec:
     """
     learnt = {name: part.new_tokens for name, part in spec.components.items() if part.new_tokens is not None}
     new = next(iter(learnt.values()))
-    words = read_words(run, [*learnt], spec.family.word_keys)
+    words = read_words(file, [*learnt], spec.family.word_keys)
     counts = {word: {len(rows) for rows in own.values()} for word, own in words.items()}
     if counts != {new.placeholder: {len(new.tokens)}}:
         held = ", ".join(f"{word} of {' and '.join(map(str, sorted(count)))}" for word, count in counts.items())
         raise WeightsError(
-            f"{run}: its config.yaml says the word {new.placeholder} of {len(new.tokens)} vectors, and its file has "
-            f"{held}: give the model by --model and the file by --embeddings"
+            f"{file.parent}: its config.yaml says the word {new.placeholder} of {len(new.tokens)} vectors, and its "
+            f"file has {held}: give the model by --model and the file by --embeddings"
         )
     for name, rows in words[new.placeholder].items():
         spec = _with_rows(spec, name, rows, learnt[name].first)

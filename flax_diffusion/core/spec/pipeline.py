@@ -137,6 +137,7 @@ class PipelineSpec:
         objective_name: Objective of a run that does not train by that of its scheduler; None where it does.
         settings: Entries of model_index.json that are no parts, where they are others than the family's.
         classes: Names of the classes that its denoiser is told, by number; empty where it is told none.
+        adapters_name: Name of the file that its trained adapters go to, without extension; None for the usual names.
         listed_as: Class that its model_index.json names where that is another one of the same parts; None for `kind`.
     """
 
@@ -150,6 +151,7 @@ class PipelineSpec:
     objective_name: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    adapters_name: str | None = None
     listed_as: str | None = None
 
     def __post_init__(self) -> None:

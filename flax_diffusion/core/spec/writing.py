@@ -114,7 +114,7 @@ def _numbered(classes: Sequence[str]) -> dict[str, str]:
 def write_adapters(
     spec: PipelineSpec, trained: Mapping[str, np.ndarray], folder: Path, form: str, header: Mapping[str, str]
 ) -> None:
-    """Write trained adapters to pytorch_lora_weights.safetensors or learned_embeds.safetensors.
+    """Write trained adapters to the files of `adapters.file_names`.
 
     Args:
         spec: The pipeline, which says what was trained.
@@ -123,7 +123,7 @@ def write_adapters(
         form: Names in a LoRA file: "peft" or "kohya".
         header: What a LoRA file says of itself.
     """
-    loras, words = {}, {}
+    loras, words, files = {}, {}, adapters.file_names(spec.adapters_name)
     for name, component in spec.components.items():
         own = {key.removeprefix(f"{name}/"): array for key, array in trained.items() if key.startswith(f"{name}/")}
         own = {key: np.asarray(array, np.float32) for key, array in own.items()}
@@ -132,6 +132,6 @@ def write_adapters(
         if component.new_tokens is not None:
             words.setdefault(component.new_tokens.placeholder, {})[name] = own[adapters.NEW_ROWS]
     for word, rows in words.items():
-        adapters.save_embeddings(folder / adapters.EMBEDDINGS_FILE, word, rows, spec.family.word_keys)
+        adapters.save_embeddings(folder / files.embeddings, word, rows, spec.family.word_keys)
     if loras:
-        adapters.save_lora(folder / adapters.LORA_FILE, loras, form, spec.kohya_names, header)
+        adapters.save_lora(folder / files.lora, loras, form, spec.kohya_names, header)

@@ -20,7 +20,7 @@ from flax_diffusion.core.spec.adapters import NewTokens
 from flax_diffusion.core.spec.new_words import add_word
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.tasks.common.dataset import ValidationConfig, joined
-from flax_diffusion.core.tasks.common.text import TextConfig, TextTask
+from flax_diffusion.core.tasks.common.text import OutputName, TextConfig, TextTask
 from flax_diffusion.core.tasks.task import TASKS
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class TextualInversionConfig(ValidationConfig, TextConfig):
         100, ge=1, description="Times that each picture occurs in an epoch, of a folder that does not say it."
     )
     checkpoint_models: bool = Field(True, description="Write learned_embeds.safetensors to each checkpoint too.")
+    output_name: OutputName = None
 
     _join = field_validator("train_data_dir", mode="before")(joined)
 
@@ -96,6 +97,10 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
 
     name = "textual_inversion"
     config_class = TextualInversionConfig
+
+    def __init__(self, config: TextualInversionConfig):
+        super().__init__(config)
+        self.adapters_name = config.output_name
 
     @classmethod
     def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:

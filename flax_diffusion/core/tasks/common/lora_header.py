@@ -43,7 +43,7 @@ def lora_header(config: TrainConfig, spec: PipelineSpec, pictures: int, form: st
         pictures: Number of the pictures that the run trains on.
         form: Names in the file: "peft" or "kohya".
     """
-    side, title = spec.resolution, as_path(config.output_dir).name
+    side, title = spec.resolution, spec.adapters_name or as_path(config.output_dir).name
     base = spec.family.lora_base(spec)
     header = {
         "modelspec.sai_model_spec": "1.0.1",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeVar
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.defaults import with_defaults
@@ -51,6 +51,23 @@ class TextConfig(PreviewedConfig):
     tokenizer_name: Annotated[str | None, Reads.MODEL] = Field(
         None, description="Folder or Hub id of a CLIP tokenizer. None: the pipeline's, or one made from the captions."
     )
+
+
+def _file_name(name: str | None) -> str | None:
+    if name is not None and (name != Path(name).name or name.endswith(".safetensors") or name.split() != [name]):
+        raise ValueError(f"'{name}': must be a name without folder, spaces and .safetensors, such as my_dog")
+    return name
+
+
+OutputName = Annotated[
+    str | None,
+    AfterValidator(_file_name),
+    Field(
+        description="Name of the file that the adapters go to, without .safetensors. None: the name that Diffusers "
+        "looks for, pytorch_lora_weights or learned_embeds."
+    ),
+]
+"""Option that names the file of adapters."""
 
 
 class PromptsConfig(TextConfig):
@@ -107,13 +124,15 @@ class LoraConfig(CaptionedConfig):
         list(TEXT_ENCODER_TARGETS), description="Layers of the text encoder to adapt, with --train_text_encoder."
     )
     lora_format: Literal["peft", "kohya"] = Field("peft", description="Names in pytorch_lora_weights.safetensors.")
+    output_name: OutputName = None
 
     @model_validator(mode="after")
     def _check_lora(self) -> LoraConfig:
         if self.lora_rank is None:
-            for name in ("alpha", "dropout", "target_modules", "text_encoder_target_modules", "format"):
-                if getattr(self, f"lora_{name}") != type(self).model_fields[f"lora_{name}"].default:
-                    raise ValueError(f"--lora_{name} goes with --lora_rank: add it, 4 is usual, or drop the former")
+            names = ("alpha", "dropout", "target_modules", "text_encoder_target_modules", "format")
+            for name in (*(f"lora_{name}" for name in names), "output_name"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"--{name} goes with --lora_rank: add it, 4 is usual, or drop the former")
         elif self.pretrained_model_name_or_path is None:
             raise ValueError("--lora_rank adapts a model: give --pretrained_model_name_or_path")
         if self.text_encoder_learning_rate is not None and not self.train_text_encoder:
@@ -131,6 +150,8 @@ class TextTask(PreviewedTask[T]):
     roles: ClassVar[frozenset[Role]] = frozenset({Role.TEXT_ENCODER, Role.DENOISER, Role.AUTOENCODER})
     """Roles of the models that the task has a use for."""
     lora_format: Literal["peft", "kohya"] = "peft"
+    adapters_name: str | None = None
+    """Name of the file of adapters, without extension; None for the usual one."""
 
     def __init__(self, config: T):
         super().__init__(with_resolution(config))
@@ -195,7 +216,7 @@ class TextTask(PreviewedTask[T]):
         spec = self.pipeline(kind, components, tokenizers)
         # A new model is trained on empty prompts, and guided away from them as they are.
         new = dict.fromkeys(pipeline.settings.keys() & {"force_zeros_for_empty_prompt"}, False)
-        return replace(spec, settings=folders.settings(index) if index else new)
+        return replace(spec, settings=folders.settings(index) if index else new, adapters_name=self.adapters_name)
 
     @property
     def new_pipeline(self) -> str:
@@ -329,7 +350,7 @@ class LoraTask(TextTask[L]):
 
     def __init__(self, config: L):
         super().__init__(config)
-        self.lora_format = config.lora_format
+        self.lora_format, self.adapters_name = config.lora_format, config.output_name
         self.embeds_prompts = config.pre_compute_text_embeddings
         self.precomputed_dtype = config.precomputed_dtype
 
