@@ -26,7 +26,7 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, WeightsErro
 from flax_diffusion.core.io import publishing
 from flax_diffusion.core.io.files import as_path, is_local, local_copy
 from flax_diffusion.core.spec import adapters, cards, single_file, writing
-from flax_diffusion.core.spec.merging import checkpoint_arrays, read_lora, with_adapters
+from flax_diffusion.core.spec.merging import checkpoint_arrays, header_of, read_lora, with_adapters
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec
 from flax_diffusion.core.spec.weight_files import in_memory
 
@@ -149,7 +149,8 @@ def _write_converted(options: ConvertOptions, out: Path) -> PipelineSpec:
             name: {layer: replace(own, alpha=own.alpha * scale) for layer, own in layers.items()}
             for name, layers in found.items()
         }
-        adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format, base.kohya_names)
+        header = header_of(options.lora[0], base, options.format)
+        adapters.save_lora(out / adapters.LORA_FILE, scaled, options.format, base.kohya_names, header)
         return base
     spec = with_adapters(base, shapes, options.lora, options.lora_scale, options.embeddings)
     if checkpoint is not None and not checkpoint.is_dir():

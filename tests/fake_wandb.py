@@ -37,4 +37,5 @@ def module(started=lambda options: None):
         return made.runs[-1]
 
     made.init, made.Image = init, lambda picture: ("picture", picture.size)
+    made.login = lambda: True
     return made

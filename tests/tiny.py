@@ -115,7 +115,13 @@ def stable_diffusion(
     return folder
 
 
-def stable_diffusion_xl(folder: Path, length: int = 40, unet: dict[str, object] | None = None, **index: object) -> Path:
+def stable_diffusion_xl(
+    folder: Path,
+    length: int = 40,
+    unet: dict[str, object] | None = None,
+    vae: dict[str, object] | None = None,
+    **index: object,
+) -> Path:
     """A Stable Diffusion XL pipeline with random weights, written by Diffusers and Transformers."""
     import torch
     from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -140,7 +146,7 @@ def stable_diffusion_xl(folder: Path, length: int = 40, unet: dict[str, object] 
         "projection_class_embeddings_input_dim": 6 * 4 + 12,
     }  # fmt: skip
     pipeline = StableDiffusionXLPipeline(
-        vae=AutoencoderKL(**VAE),
+        vae=AutoencoderKL(**VAE | (vae or {})),
         text_encoder=encoder(CLIPTextModel, tokenizer),
         text_encoder_2=encoder(
             CLIPTextModelWithProjection, tokenizer_2, hidden_size=24, hidden_act="gelu", projection_dim=12

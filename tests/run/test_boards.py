@@ -11,7 +11,7 @@ from PIL import Image
 from tiny import ONE_BLOCK, RUN, UNET, losses
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.tracking.boards import BOARDS, named
+from flax_diffusion.core.tracking.boards import BOARDS, named, prepare
 from flax_diffusion.core.tracking.csv_file import CsvFile
 from flax_diffusion.core.tracking.tensorboard import TensorBoard
 from flax_diffusion.core.tracking.wandb_run import WandbRun
@@ -115,6 +115,24 @@ def test_what_is_not_installed_is_said_before_anything(monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="--report_to wandb: wandb is not installed: pip install wandb"):
         main(["unconditional", "--dataset_name", "digits", "--report_to", "wandb", "--output_dir", str(tmp_path / "a")])
     assert not (tmp_path / "a").exists()
+
+
+def test_a_missing_login_is_said_before_anything(monkeypatch, tmp_path):
+    made = fake_wandb.module()
+    monkeypatch.setitem(sys.modules, "wandb", made)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+
+    def login():
+        raise RuntimeError("api_key not configured (no-tty).")
+
+    made.login = login
+    words = ["unconditional", "--dataset_name", "digits", "--report_to", "wandb", "--output_dir", str(tmp_path / "a")]
+    with pytest.raises(ConfigError, match=r"--report_to wandb: api_key not configured \(no-tty\)\.: log in by `wandb"):
+        main(words)
+    assert not (tmp_path / "a").exists()
+    prepare(["wandb"], main=False)  # other processes open no board
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    prepare(["wandb"], main=True)
 
 
 def test_a_run_reports_to_several_at_once(tmp_path, monkeypatch):

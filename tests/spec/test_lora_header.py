@@ -9,6 +9,7 @@ import pytest
 from diffusers import StableDiffusionPipeline
 from tiny import pictures, stable_diffusion, stable_diffusion_xl
 
+from flax_diffusion.convert import convert
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.model_files import read_safetensors, safetensors_metadata
 from flax_diffusion.core.spec.pipeline import open_pipeline
@@ -122,3 +123,13 @@ def test_names_that_are_none(options, name):
         train("dreambooth", **options, output_name=name)
     with pytest.raises(ConfigError, match="--output_name goes with --lora_rank"):
         train("dreambooth", **options | {"lora_rank": None}, output_name="dog")
+
+
+def test_a_copy_in_another_form_keeps_it(options, model, tmp_path):
+    out = train("dreambooth", **options)
+    header = safetensors_metadata(out / "pytorch_lora_weights.safetensors")
+    copy = convert(model, tmp_path / "kohya", lora=[f"{out}:0.5"], format="kohya") / "pytorch_lora_weights.safetensors"
+    kept = {key: text for key, text in header.items() if key.startswith(("modelspec.", "ss_"))}
+    del kept["ss_network_alpha"]  # the strength is in the alphas
+    assert len(kept) > 20
+    assert safetensors_metadata(copy) == kept | {"format": "pt"}

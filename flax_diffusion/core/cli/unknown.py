@@ -27,6 +27,7 @@ REPLACED = {
     "debug_loss": "drop it; the loss of each step is in TensorBoard's files",
     "enable_npu_flash_attention": "drop it; attention runs in the best kernel that the device has",
     "adam_weight_decay_text_encoder": "drop it; --adam_weight_decay is that of all models",
+    "decoder_only": "drop it; an autoencoder trains as a whole",
     "do_edm_style_training": "give --objective edm",
     "output_kohya_format": "give --lora_format kohya",
     "prior_generation_precision": "drop it; the class's pictures are drawn in --mixed_precision",

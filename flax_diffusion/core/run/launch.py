@@ -22,7 +22,7 @@ from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError,
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.run.preemption import INTERRUPTED, Preempted, Preemption
 from flax_diffusion.core.tasks.task import Task, task_of
-from flax_diffusion.core.tracking.boards import named
+from flax_diffusion.core.tracking import boards
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ def _run(
     config, here = task.config, console.current()
     # Signals come first, before a framework of several hosts installs its own handler of them.
     with preemption, _speaking(config), here.ticking():
-        named(config.report_to)  # which says what is not installed
+        boards.prepare(config.report_to, main=here.main)
         _say_options(task)
         try:
             with here.doing("importing libraries"):

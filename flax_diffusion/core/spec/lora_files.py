@@ -26,6 +26,8 @@ Layers = Mapping[str, Mapping[str, tuple[int, ...]]]
 """Shapes of a model's parameters, by component and PyTorch name."""
 
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+LORA_FILES = (LORA_FILE, PEFT_FILE)
+"""Names that a LoRA file may have in its folder."""
 
 # Name endings of the two matrices: in PEFT, in Diffusers of 2024, of early 2023, for its text encoder, and in kohya.
 _PAIRS = (
@@ -83,7 +85,7 @@ def read_lora_layers(path: Path, layers: Layers, kohya: KohyaNames) -> dict[str,
         WeightsError: If the file does not exist, is of another kind, belongs to another model, or has settings that are
             not supported.
     """
-    path = model_files.weights_file(path, "--lora", (LORA_FILE, PEFT_FILE))
+    path = model_files.weights_file(path, "--lora", LORA_FILES)
     stored = model_files.read_safetensors(path)
     _refuse_other_kinds(path, stored, kohya)
     if not any(key.endswith(tuple(_DOWN)) for key in stored):

@@ -13,9 +13,10 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import require_whole
 from flax_diffusion.core.checkpoints.portable import Arrays
 from flax_diffusion.core.errors import ConfigError, WeightsError
+from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.spec.adapters import NEW_ROWS, KohyaNames, LoraLayer, Overlay, trained_layers
-from flax_diffusion.core.spec.lora_files import Layers, read_lora_layers
+from flax_diffusion.core.spec.lora_files import LORA_FILES, Layers, read_lora_layers
 from flax_diffusion.core.spec.new_words import add_word, read_words
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
@@ -67,6 +68,35 @@ def read_lora(item: str, known: Layers, kohya: KohyaNames) -> tuple[dict[str, di
     """
     path, strength = _path_and_strength(item)
     return read_lora_layers(path, known, kohya), strength
+
+
+def header_of(item: str, spec: PipelineSpec, form: str) -> dict[str, str]:
+    """Return what the file of a LoRA says of itself, for a copy of it in another form; its alphas may change.
+
+    Args:
+        item: The LoRA's file or folder, as PATH or PATH:STRENGTH.
+        spec: The pipeline of its base model.
+        form: Names in the copy: "peft" or "kohya".
+    """
+    file = model_files.weights_file(_path_and_strength(item)[0], "--lora", LORA_FILES)
+    header = {
+        key: text
+        for key, text in model_files.safetensors_metadata(file).items()
+        if key.startswith(("modelspec.", "ss_")) and key != "ss_network_alpha"
+    }
+    if "modelspec.implementation" in header:
+        header["modelspec.implementation"] = implementation(spec, form)
+    return header
+
+
+def implementation(spec: PipelineSpec, form: str) -> str:
+    """Return the `modelspec.implementation` of a LoRA file: where the names of its layers come from.
+
+    Args:
+        spec: The pipeline of its base model.
+        form: Names in it: "peft" or "kohya".
+    """
+    return spec.family.lora_base(spec).original if form == "kohya" else "diffusers"
 
 
 def _path_and_rest(item: str) -> tuple[Path, str | None]:

@@ -16,8 +16,9 @@ from pydantic import Field, model_validator
 
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.defaults import with_defaults
-from flax_diffusion.core.config.options import Reads
+from flax_diffusion.core.config.options import Reads, also
 from flax_diffusion.core.data.batches import ExampleFn
+from flax_diffusion.core.data.extra import check_there, images_to_draw_over
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import WeightsError
 from flax_diffusion.core.families import folders
@@ -41,6 +42,11 @@ class AutoencoderConfig(DatasetConfig):
     rec_loss: Literal["l1", "l2"] = Field("l2", description="Reconstruction loss: absolute or squared error.")
     kl_scale: float = Field(1e-6, ge=0, description="Weight of the posterior's divergence from a normal distribution.")
     eval_batch_size: int = Field(16, ge=1, description="Pictures in the grid, each beside its reconstruction.")
+    validation_images: list[str] = Field(
+        [],
+        validation_alias=also("validation_images", "validation_image"),
+        description="Pictures in the grid. None: pictures from all over the data.",
+    )
 
     @model_validator(mode="after")
     def _check_autoencoder(self) -> AutoencoderConfig:
@@ -88,6 +94,7 @@ class AutoencoderTask(Task[AutoencoderConfig]):
             resolution=config.resolution,
             autoencoder_loss=AutoencoderLoss(rec_loss=config.rec_loss, kl_scale=config.kl_scale),
         )
+        check_there("--validation_images", config.validation_images)
         check_resolution(config.resolution, spec.vae_factor)
         check_channels(spec)
         return spec
@@ -100,8 +107,13 @@ class AutoencoderTask(Task[AutoencoderConfig]):
         return _Pictures(source, self.make_example_fn(spec), self.config)
 
     def make_preview(self, spec: PipelineSpec, source: Source) -> Preview | None:
-        """Show pictures beside their reconstructions."""
-        return Preview(partial(_compare, pictures=self._pictures(spec, source)), columns=8)
+        """Show pictures beside their reconstructions: those of the options, or some of the dataset."""
+        names, side = self.config.validation_images, self.config.resolution
+        if not names:
+            return Preview(partial(_compare, pictures=self._pictures(spec, source)), columns=8)
+        pixels = images_to_draw_over("--validation_images", names, (side, side), spec.image_channels)
+        at_mean = np.zeros((len(pixels), *spec.sample_shape), np.float32)
+        return Preview(lambda backend: _beside(backend, pixels, at_mean), columns=8)
 
     def export_trained(
         self, backend: Backend, spec: PipelineSpec, source: Source, folder: Path, *, only_trained: bool = False
@@ -166,8 +178,18 @@ class _Pictures:
 
 
 def _compare(backend: Backend, pictures: _Pictures) -> np.ndarray:
-    """Return pictures and their reconstructions in turn, uint8 (2N, H, W, C)."""
-    pixels, noise = next(pictures.batches(pictures.config.eval_batch_size))
+    """Return some pictures of the dataset and their reconstructions in turn, uint8 (2N, H, W, C)."""
+    return _beside(backend, *next(pictures.batches(pictures.config.eval_batch_size)))
+
+
+def _beside(backend: Backend, pixels: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Return pictures and their reconstructions in turn, uint8 (2N, H, W, C).
+
+    Args:
+        backend: The backend.
+        pixels: The pictures, (N, C, H, W) in -1..1.
+        noise: What samples the posterior, (N, c, h, w); zeros for its mean.
+    """
     made = backend.decode(backend.encode(pixels, noise))
     given = np.round((pixels / 2 + 0.5) * 255).astype(np.uint8).transpose(0, 2, 3, 1)
     return np.stack([given, made], axis=1).reshape(-1, *given.shape[1:])

@@ -15,7 +15,7 @@ from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.tasks.task import Task
 from flax_diffusion.core.tracking.csv_file import FILE, CsvFile
 from flax_diffusion.core.tracking.tensorboard import EVENT_FILES, TensorBoard
-from flax_diffusion.core.tracking.wandb_run import ID_FILE, WandbRun
+from flax_diffusion.core.tracking.wandb_run import ID_FILE, WandbRun, log_in
 
 BOARDS = ("tensorboard", "wandb", "csv")
 """Names of all boards, for --report_to."""
@@ -62,6 +62,20 @@ def named(report_to: Sequence[str]) -> list[str]:
         if name not in installed:
             raise ConfigError(f"--report_to {name}: {name} is not installed: pip install {_PACKAGES[name]}")
     return list(dict.fromkeys(report_to))
+
+
+def prepare(report_to: Sequence[str], *, main: bool) -> None:
+    """Make sure that boards can be opened, before any long work.
+
+    Args:
+        report_to: The option.
+        main: Whether this is the first process, the one that opens them.
+
+    Raises:
+        ConfigError: If the package of one is not installed, or if Weights & Biases has no log-in.
+    """
+    if "wandb" in named(report_to) and main:
+        log_in()
 
 
 def open_boards(task: Task[TrainConfig], folder: Path, first_step: int, options: Mapping[str, Any]) -> list[Board]:

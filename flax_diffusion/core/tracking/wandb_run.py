@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,27 @@ from flax_diffusion.core.io.files import is_local, temporary_folder, write_text
 
 ID_FILE = "wandb_run.json"
 """File in the folder of the boards with the run's id, by which a run that is resumed goes on in the same one."""
+
+
+def log_in() -> None:
+    """Log in as the environment, the user's files or, at a terminal, the user says; offline there is no need.
+
+    Raises:
+        ConfigError: If there is no API key, and nobody at a terminal to be asked.
+    """
+    import wandb  # pyright: ignore[reportMissingImports]  (optional)
+
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled", "dryrun"):
+        return
+    try:
+        wandb.login()
+    except Exception as error:  # wandb's own errors have no common class of theirs
+        raise _refused(error) from error
+
+
+def _refused(error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200] or type(error).__name__
+    return ConfigError(f"--report_to wandb: {reason}: log in by `wandb login`, set WANDB_MODE=offline, or drop it")
 
 
 class WandbRun:
@@ -42,11 +64,8 @@ class WandbRun:
             self._run = wandb.init(
                 project=project, name=name, id=identity, resume="allow", dir=str(local), config=dict(options)
             )
-        except Exception as error:  # wandb's own errors have no common class of theirs
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ConfigError(
-                f"--report_to wandb: {reason}: log in by `wandb login`, set WANDB_MODE=offline, or drop it"
-            ) from error
+        except Exception as error:  # as in `log_in`
+            raise _refused(error) from error
         write_text(file, json.dumps({"id": identity}) + "\n")
         # Steps that were taken again after a resume are reported again, which wandb's own count of steps refuses.
         self._run.define_metric("step")

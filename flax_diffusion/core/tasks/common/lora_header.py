@@ -13,6 +13,7 @@ from typing import Any
 
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.spec.merging import implementation
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 
 _OPTIONS = {
@@ -48,7 +49,7 @@ def lora_header(config: TrainConfig, spec: PipelineSpec, pictures: int, form: st
     header = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{base.architecture}/lora",
-        "modelspec.implementation": base.original if form == "kohya" else "diffusers",
+        "modelspec.implementation": implementation(spec, form),
         "modelspec.title": title,
         "modelspec.resolution": f"{side}x{side}",
         "ss_base_model_version": base.version,
