@@ -26,8 +26,8 @@ _STATES = {"running": "Running", "ended": "Ended", "stopped": "Stopped early", "
 
 @functools.cache
 def _resource(name: str) -> tuple[str, str]:
-    """Return a file of this folder, and its checksum as a page's security policy names it."""
-    text = (importlib.resources.files("flax_diffusion.core.report") / name).read_text(encoding="utf-8")
+    """Return a file of the folder static, and its checksum as a page's security policy names it."""
+    text = (importlib.resources.files("flax_diffusion.core.report") / "static" / name).read_text(encoding="utf-8")
     return text, f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
@@ -180,7 +180,7 @@ def _figure(runs: Sequence[Run], number: int) -> str:
     told = told if any(grid.captions for grid in run.grids) else ""
     return (
         f'<figure class="grid" data-run="{number}"><div class="scroll"><img alt="{escape(alt_of(last, of))}" '
-        f'width="{last.size[0]}" height="{last.size[1]}" src="{last.address}"></div><figcaption><b>{escape(of)}</b> '
+        f'width="{last.size[0]}" height="{last.size[1]}" src="{last.address}"></div><figcaption>{f"<b>{escape(of)}</b> " * bool(of)}'
         f'<span class="at">step {last.step:,}</span>{told}</figcaption></figure>'
     )
 
@@ -224,7 +224,7 @@ def _seen(run: Run, *, several: bool) -> str:
 
 def _options(run: Run) -> str:
     """Return the options of a run, those first that are not the defaults."""
-    if run.options is None:
+    if not run.options:
         return ""
     changed = changed_options(str(run.kept.facts.get("task", "")), run.options)
     rows = [

@@ -6,7 +6,8 @@ import csv
 import json
 import logging
 import os
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,7 +19,6 @@ from flax_diffusion.core.io.files import absolute, names_in
 from flax_diffusion.core.io.metrics_file import METRICS_FILE, read_metrics
 from flax_diffusion.core.io.untrusted import MAX_YAML_BYTES, parse_yaml, read_text
 from flax_diffusion.core.report.curves import Curve
-from flax_diffusion.core.report.events import read_events
 from flax_diffusion.core.report.files import DATA
 from flax_diffusion.core.report.pictures import BUDGET, Grid, Grids
 from flax_diffusion.core.tracking.csv_file import FILE as STEPS
@@ -30,6 +30,7 @@ SAMPLES = "samples"
 """Folder of the grids, in that of the run."""
 
 _FORMAT = 1  # of the data file
+_HEAD, _FOOT = 12, 4  # bytes around a record: its length and a checksum of that, and a checksum of the record
 
 
 @dataclass
@@ -152,7 +153,50 @@ def _read_boards(folder: Path) -> dict[str, Curve]:
     if STEPS in names:
         with (folder / STEPS).open(encoding="utf-8", newline="") as file:
             return _read_table(csv.reader(file), folder / STEPS)
-    return read_events([folder / name for name in names if fnmatch(name, EVENT_FILES)])
+    return _read_events([folder / name for name in names if fnmatch(name, EVENT_FILES)])
+
+
+def _read_events(files: list[Path]) -> dict[str, Curve]:
+    """Return the curves of event files by name.
+
+    What a start of the run wrote from the step on at which a later one began is left out, as TensorBoard does.
+
+    Args:
+        files: The files, in the order in which they were begun.
+    """
+    from tensorboard.compat.proto import event_pb2
+
+    start: int = event_pb2.SessionLog.START  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
+    curves: dict[str, Curve] = {}
+    for file in files:
+        for event in _events(file):
+            if event.HasField("session_log") and event.session_log.status == start:
+                curves = {name: curve.before(event.step) for name, curve in curves.items()}
+            for value in event.summary.value:
+                if value.HasField("simple_value"):
+                    curve = curves.setdefault(value.tag, Curve())
+                    if event.step > curve.last_step:
+                        curve.add(event.step, value.simple_value)
+    return curves
+
+
+def _events(file: Path) -> Iterator[Any]:
+    """Yield the events of a file up to its end, or up to where it is damaged or cut off."""
+    from google.protobuf.message import DecodeError
+    from tensorboard.compat.proto import event_pb2
+
+    with file.open("rb") as stream:
+        while len(head := stream.read(_HEAD)) == _HEAD:
+            (length,) = struct.unpack("<Q", head[:8])
+            record = stream.read(length) if length < 2**31 else b""
+            try:
+                if len(record) < length:
+                    raise DecodeError("it is cut off")
+                yield event_pb2.Event.FromString(record)  # pyright: ignore[reportAttributeAccessIssue]
+            except DecodeError as error:
+                log.warning("%s: the end is left out (%s)", file, error)
+                return
+            stream.read(_FOOT)
 
 
 def _read_table(rows: Iterable[list[str]], file: Path) -> dict[str, Curve]:
