@@ -42,6 +42,8 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         if tag not in VOID:
             assert self.open.pop() == tag
+        if tag == "section":
+            self.section = ""
 
     def handle_data(self, data):
         if self.open[-1:] == ["script"]:

@@ -24,6 +24,7 @@ def a_run(folder, steps=6, first_step=1, learning_rate=0.5, logging_dir="logs", 
     values = {"task": "unconditional", "learning_rate": learning_rate, "logging_dir": logging_dir, "seed": 0}
     values["output_dir"] = str(folder)
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    del values["task"]
     run = board(folder, first_step, options=values, total=steps)
     for step in range(first_step, steps + 1):
         run.scalars({"train/loss": learning_rate / step}, step)
@@ -42,7 +43,7 @@ def test_a_page_is_made_again(tmp_path, capsys):
     assert capsys.readouterr().out == f"{folder}/{PAGE}\n"
     again = page_of(folder)
     assert again.data == before.data
-    assert again.texts == before.texts
+    assert again.texts | {"": ""} == before.texts | {"": ""}  # it tells the time
     report(folder, output_file=tmp_path / "other.html")
     assert page_of(tmp_path, "other.html").data == before.data
 

@@ -29,7 +29,7 @@ from flax_diffusion.core.tracking.boards import Board
 
 log = logging.getLogger(__name__)
 
-SHARE = 100
+SHARE = 200
 """The run goes on for so many times the time that the page took, until it is written again."""
 LEAST_SECONDS = 10.0
 """Least time between two writes of the page."""
