@@ -5,10 +5,10 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 
+from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.report.board import PageBoard
 from flax_diffusion.core.report.curves import Curve
 
@@ -94,8 +94,8 @@ def page_of(folder, name="report.html"):
 def board(folder, first_step=1, see=list, options=None, clock=None, **facts):
     """The board of a run of six steps."""
     more = {} if clock is None else {"clock": clock}
-    file = Path(folder) / "logs/report_data.json"
-    return PageBoard(Path(folder), file, FACTS | facts, options or {}, first_step, see, **more)
+    folder = as_path(str(folder))
+    return PageBoard(folder, folder / "logs/report_data.json", FACTS | facts, options or {}, first_step, see, **more)
 
 
 def noise(rng, side, channels=3):
