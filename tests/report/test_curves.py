@@ -88,6 +88,17 @@ def test_a_curve_goes_on(stop):
     assert lost.sum() < went_on.width
 
 
+def test_a_step_that_comes_late():
+    """A value of an earlier step is not lost, and the steps of the file still rise."""
+    curve = filled([1.0, 2.0, 3.0])
+    curve.add(1, 9.0)
+    again = Curve.from_json(curve.as_json())
+    again.add(2, 8.0)
+    again.add(4, 1.0)
+    assert again.rows[:, 0].tolist() == [1, 2, 3, 4]
+    assert again.rows[2, 1:5].tolist() == [3, pytest.approx(20 / 3), 3, 9]
+
+
 def test_mean_of_the_last_steps():
     assert filled([0.0] * 50 + [1.0] * 50 + [3.0] * 50).mean_of_last(100) == 2
     assert filled([5.0, 1.0]).mean_of_last(1) == 1

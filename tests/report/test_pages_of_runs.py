@@ -71,8 +71,9 @@ def run(folder, make=Recorder, task="unconditional", preemption=None, base=OPTIO
     return made[-1]
 
 
-def test_a_run_leaves_its_page(tmp_path):
+def test_a_run_leaves_its_page(tmp_path, capsys):
     run(tmp_path / "run")
+    assert f"page        {tmp_path}/run/{PAGE}\n" in capsys.readouterr().err
     page = page_of(tmp_path / "run")
     assert page.curve("train/loss") == {step: step for step in range(1, 7)}
     assert {"train/learning_rate", "train/grad_norm", "train/images_per_second"} < page.data["runs"][0]["curves"].keys()
@@ -86,8 +87,9 @@ def test_a_run_leaves_its_page(tmp_path):
     assert "numpy" in page.texts["environment"]
 
 
-def test_report_to_none_leaves_none(tmp_path):
+def test_report_to_none_leaves_none(tmp_path, capsys):
     run(tmp_path / "run", report_to="none")
+    assert PAGE not in capsys.readouterr().err
     assert not (tmp_path / "run" / PAGE).exists()
     assert not (tmp_path / "run/logs").exists()
 
@@ -176,6 +178,16 @@ def test_a_page_that_cannot_be_written_does_not_end_the_run(tmp_path, monkeypatc
         assert run(tmp_path / "run").steps == 6
     said = [record.message for record in caplog.records if "No space left" in record.message]
     assert said == [f"{tmp_path}/run/logs/{DATA} cannot be written (No space left on device); the run goes on"]
+
+
+def test_a_first_batch_that_cannot_be_shown_does_not_end_the_run(tmp_path, monkeypatch, caplog):
+    def fail(*arguments):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(boards, "first_batch", fail)
+    assert run(tmp_path / "run").steps == 6
+    assert f"{tmp_path}/run/{PAGE} is without what the model saw (MemoryError: too large)" in caplog.text
+    assert "seen" not in page_of(tmp_path / "run").texts
 
 
 class Clock:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.options import TrainConfig
+from flax_diffusion.core.display import block, console
 from flax_diffusion.core.io.files import as_path, write_text
 from flax_diffusion.core.report.curves import Curve
 from flax_diffusion.core.report.facts import facts_of
@@ -60,6 +61,7 @@ def open_boards(task: Task[TrainConfig], spec: PipelineSpec, backend: Backend, s
         return first_batch(task, spec, source, order, start.examples_seen, count)
 
     facts = facts_of(task, spec, backend, start)
+    console.current().say(block.row("page", str(folder / PAGE)))
     return [*opened, PageBoard(folder, folder / config.logging_dir / DATA, facts, options, first, see)]
 
 
@@ -98,10 +100,17 @@ class PageBoard:
         self._before = {name: float(before.facts.get(name, 0.0)) for name in ("seconds", "upkeep")}
         self._kept = Kept({"begun": time.time()} | before.facts | dict(facts))
         self._kept.curves = {name: curve.before(first_step) for name, curve in before.curves.items()}
-        self._kept.seen = before.seen or list(see())
+        self._kept.seen = before.seen or self._seen(see)
         self._step = first_step - 1
         self._grids = Grids(folder / SAMPLES)
         self._spent(self._begun)
+
+    def _seen(self, see: Callable[[], Sequence[Seen]]) -> list[Seen]:
+        try:
+            return list(see())
+        except Exception as error:  # whatever it is, the run goes on, and says itself what it cannot use
+            log.warning("%s is without what the model saw (%s: %s)", self._folder / PAGE, type(error).__name__, error)
+            return []
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add values by name, of a step.

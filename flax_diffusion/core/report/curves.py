@@ -42,12 +42,13 @@ class Curve:
         """Add a value.
 
         Args:
-            step: Its step, not less than the one before.
+            step: Its step. One that is less than the step before counts as of the same bucket as that.
             value: The value.
         """
-        if step // self.width != self._place:
+        if step // self.width > self._place:
             self._open(step)
-        self._last = step
+        if step > self._last:
+            self._last = step
         if math.isfinite(value):
             self._count += 1
             self._sum += value
@@ -64,7 +65,8 @@ class Curve:
         if len(self._rows) >= MOST * _FIELDS:
             self._thin()
         self._place = step // self.width
-        if self._rows and self._rows[-_FIELDS] // self.width == self._place:
+        if self._rows and self._rows[-_FIELDS] // self.width >= self._place:
+            self._place = int(self._rows[-_FIELDS] // self.width)
             last, count, mean, self._low, self._high, bad = self._rows[-_FIELDS:]
             del self._rows[-_FIELDS:]
             self._last, self._count, self._bad = int(last), int(count), int(bad)

@@ -178,9 +178,10 @@ def _figure(runs: Sequence[Run], number: int) -> str:
     told = "".join(f"<li>{escape(caption)}</li>" for caption in last.captions)
     told = f"<details{' open' * (len(last.captions) <= _OPEN)}><summary>Captions</summary><ol>{told}</ol></details>"
     told = told if any(grid.captions for grid in run.grids) else ""
+    name = f"<b>{escape(of)}</b> " if of else ""
     return (
         f'<figure class="grid" data-run="{number}"><div class="scroll"><img alt="{escape(alt_of(last, of))}" '
-        f'width="{last.size[0]}" height="{last.size[1]}" src="{last.address}"></div><figcaption>{f"<b>{escape(of)}</b> " * bool(of)}'
+        f'width="{last.size[0]}" height="{last.size[1]}" src="{last.address}"></div><figcaption>{name}'
         f'<span class="at">step {last.step:,}</span>{told}</figcaption></figure>'
     )
 

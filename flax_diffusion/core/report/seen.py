@@ -22,7 +22,7 @@ from flax_diffusion.core.tasks.task import Task
 SHOWN = 12
 """Most pictures that are shown of a batch."""
 
-_LIMIT = 60_000  # bytes of each on the page
+_LIMIT = 40_000  # bytes of each on the page
 _BESIDE = {CONDITIONING_IMAGE: "the picture that the model follows", MASK: "the mask of what it fills in"}
 
 
