@@ -211,6 +211,8 @@ def test_several_runs(long_run, tmp_path):
     report(tmp_path / "a", tmp_path / "b", long_run[0], output_file=tmp_path / "page.html")
     dom, errors = opened(tmp_path / "page.html")
     assert not errors
-    assert 'class="run-2"' in dom
+    for style in ("run-0 dash-0", "run-1 dash-1", "run-2 dash-2"):
+        assert dom.count(f'class="{style}"') == 2  # in both charts of all runs
+        assert dom.count(f'class="key {style}"') == 1
     said = asked(tmp_path / "page.html", tmp_path, KEYS)
     assert re.fullmatch(r"step 1: A: 1, B: 1", said[0])

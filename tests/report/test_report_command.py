@@ -138,6 +138,17 @@ def test_several_runs_side_by_side(tmp_path, monkeypatch):
     assert "The runs have the same options" in page_of(tmp_path, "comparison.html").texts["options"]
 
 
+def test_many_runs_are_told_apart(tmp_path):
+    """By colour and dashes together: there are six of each."""
+    for number in range(14):
+        (tmp_path / f"{number}").mkdir()
+        (tmp_path / f"{number}/config.yaml").write_text("task: unconditional\n")
+    report(*(tmp_path / f"{number}" for number in range(14)), output_file=tmp_path / "all.html")
+    keys = [one["class"] for one in page_of(tmp_path, "all.html").all("svg")]
+    assert len({*keys}) == len(keys) == 14
+    assert keys[6] == "key run-0 dash-1"
+
+
 def test_runs_of_different_tasks(tmp_path):
     for name in ("unconditional", "autoencoder"):
         (tmp_path / name).mkdir()

@@ -103,11 +103,11 @@ def table(
 def _head(runs: Sequence[Run]) -> str:
     """Return what is said of the runs at the top of the page."""
     if len(runs) > 1:
-        items = (
-            f'<li><svg class="key run-{n % 6}" viewBox="0 0 40 10" aria-hidden="true"><path d="M0 5H40"/></svg> '
-            f"<b>{letter(n)}</b> {escape(run.name)}: {escape(_state(run))}</li>"
+        items = [
+            f'<li><svg class="key run-{n % 6} dash-{(n + n // 6) % 6}" viewBox="0 0 40 10" aria-hidden="true">'
+            f'<path d="M0 5H40"/></svg> <b>{letter(n)}</b> {escape(run.name)}: {escape(_state(run))}</li>'
             for n, run in enumerate(runs)
-        )
+        ]
         return f'<ul class="keys">{"".join(items)}</ul>'
     (run,) = runs
     facts = run.kept.facts

@@ -154,7 +154,7 @@
     }
 
     line(svg, curve, number, options) {
-      const group = element("g", { class: `run-${number % 6}` }, svg);
+      const group = element("g", { class: `run-${number % 6} dash-${(number + Math.floor(number / 6)) % 6}` }, svg);
       const line = smoothed(curve, this.dense && !/learning_rate/.test(this.name) ? options.smooth : 0);
       let [raw, thick, upper, lower, band] = ["", "", "", [], ""];
       let open = false;
