@@ -39,7 +39,7 @@ def pictures(rng):
 
 @pytest.fixture(scope="module")
 def long_run(tmp_path_factory):
-    """A run of many steps and grids, and the seconds that its page took."""
+    """A run of many steps and grids, and the seconds of processor time that its page took."""
     folder, rng = tmp_path_factory.mktemp("long"), np.random.default_rng(0)
     captions = [f"a photo of a dog on a sofa {EVIL}\nseed {number}" for number in range(16)]
 
@@ -48,25 +48,25 @@ def long_run(tmp_path_factory):
             address, size = embedded_pixels(picture.repeat(4, 0).repeat(4, 1), 60_000)
             yield Seen(name="a.png", caption=EVIL, rest="", beside="", address=address, size=size)
 
-    begun = time.perf_counter()
+    begun = time.process_time()
     run = board(folder, see=lambda: [*see()][:12], options={"seed": 3, "prompts": [EVIL]}, total=STEPS)
-    upkeep = time.perf_counter() - begun
+    upkeep = time.process_time() - begun
     for step in range(1, STEPS + 1):
         values = {"loss": 0.1 + math.exp(-step / 900) + 0.05 * abs(rng.normal()), "grad_norm": rng.random() + 0.2}
         values |= {"learning_rate": 1e-4 * min(1, step / 500), "images_per_second": 100 + rng.normal()}
-        begun = time.perf_counter()
+        begun = time.process_time()
         run.scalars({f"train/{name}": value for name, value in values.items()}, step)
-        upkeep += time.perf_counter() - begun
+        upkeep += time.process_time() - begun
         if step % (STEPS // GRIDS) == 0:
             sheet = contact_sheet([*pictures(rng)], 4, captions)
             save_picture(sheet, folder / f"samples/{step:08d}.png", {"captions": json.dumps(captions)})
-            begun = time.perf_counter()
+            begun = time.process_time()
             run.image("samples", sheet, step)
             run.flush()
-            upkeep += time.perf_counter() - begun
-    begun = time.perf_counter()
+            upkeep += time.process_time() - begun
+    begun = time.process_time()
     run.close()
-    return folder, upkeep + time.perf_counter() - begun
+    return folder, upkeep + time.process_time() - begun
 
 
 def opened(file):
@@ -109,7 +109,7 @@ def test_figures(long_run, figure):
     drawn = int(re.search(r'data-drawn="(\d+)"', dom)[1])
     assert drawn < 2000
     assert dom.count("<svg") == 4
-    # Of the 87 ms a step of the recipe of the digits on two CPU cores; its grids take more on top.
+    # Of the 87 ms a step of the recipe of the digits on two idle CPU cores; its grids take more on top.
     share = upkeep / (STEPS * 0.087)
     assert share < 0.01
     figure("page", f"{STEPS:,} steps, {GRIDS} grids: {size / 1e6:.1f} MB, drawn in {drawn / 1000:.2f} s")
@@ -211,8 +211,8 @@ def test_several_runs(long_run, tmp_path):
     report(tmp_path / "a", tmp_path / "b", long_run[0], output_file=tmp_path / "page.html")
     dom, errors = opened(tmp_path / "page.html")
     assert not errors
-    for style in ("run-0 dash-0", "run-1 dash-1", "run-2 dash-2"):
-        assert dom.count(f'class="{style}"') == 2  # in both charts of all runs
+    for style, count in {"run-0 dash-0": 2, "run-1 dash-1": 2, "run-2 dash-2": 4}.items():  # charts that it is in
+        assert dom.count(f'class="{style}"') == count
         assert dom.count(f'class="key {style}"') == 1
     said = asked(tmp_path / "page.html", tmp_path, KEYS)
     assert re.fullmatch(r"step 1: A: 1, B: 1", said[0])
