@@ -12,7 +12,7 @@ from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.report.board import PageBoard
 from flax_diffusion.core.report.curves import Curve
 
-VOID = {"meta", "link", "img", "input", "br", "path"}
+VOID = {"meta", "link", "img", "input", "br", "path", "wbr"}
 FACTS = {
     "task": "unconditional", "model": "DDPMPipeline", "parameters": 12, "frozen": 0, "devices": "1 x cpu", "batch": 8,
     "total": 6, "command": "python -m flax_diffusion.train unconditional", "again": "python -m flax_diffusion.train",

@@ -68,9 +68,9 @@ def open_boards(task: Task[TrainConfig], spec: PipelineSpec, backend: Backend, s
 class PageBoard:
     """The page of a run, and the file beside it with what no other file holds.
 
-    That file is written whenever the run saves, so that a run that is killed and goes on keeps its curves. The page is
-    written at the end, and before that when the run has gone on for `SHARE` times as long as its upkeep took since it
-    was written last. What cannot be written is logged, and the run goes on.
+    The page is written at the end, and before that when the run has gone on for `SHARE` times as long as its upkeep
+    took since it was written last. That file is written with it, and whenever the run saves, so that a run that is
+    killed and goes on keeps its curves. What cannot be written is logged, and the run goes on.
 
     Args:
         folder: Folder of the run.
@@ -144,8 +144,7 @@ class PageBoard:
         """Write the page and the file beside it, as they stay."""
         total = int(self._kept.facts["total"])
         state = "ended" if self._step >= total else "stopped"
-        self._write_page(state)
-        self._write_data(state)
+        self._write_both(state)
 
     @property
     def upkeep(self) -> float:
@@ -156,7 +155,7 @@ class PageBoard:
         # The first page takes as long as the ones that follow, which is not known then: LEAST_SECONDS stand for it.
         if self._clock() - self._due_from >= max(LEAST_SECONDS, SHARE * self._unpaid):
             self._unpaid = 0.0
-            self._write_page("running")
+            self._write_both("running")
             self._due_from = self._clock()
 
     def _spent(self, begun: float) -> None:
@@ -169,9 +168,10 @@ class PageBoard:
         told = {name: round(self._before[name] + seconds, 3) for name, seconds in passed.items()}
         return self._kept.facts | told | {"step": self._step, "state": state, "updated": time.time()}
 
-    def _write_page(self, state: str) -> None:
+    def _write_both(self, state: str) -> None:
         begun = self._clock()
         self._trying(self._folder / PAGE, lambda: as_page([self._run(state)]))
+        self._write_data(state)
         self._spent(begun)
 
     def _run(self, state: str) -> Run:

@@ -91,13 +91,19 @@ def table(
     titles = columns or (lettered(runs) if len(runs) > 1 else ["Value"])
     heads = "".join(f'<th scope="col">{escape(title)}</th>' for title in (head, *titles))
     cells = (
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>'
+        f'<tr><th scope="row">{_broken(name)}</th>{"".join(f"<td>{escape(value)}</td>" for value in values)}</tr>'
         for name, values in rows
     )
     return (
         f'<div class="wide" tabindex="0" role="group" aria-label="Table: {escape(head)}"><table><thead><tr>{heads}</tr>'
         f"</thead><tbody>{''.join(cells)}</tbody></table></div>"
     )
+
+
+def _broken(name: str) -> str:
+    """Return the name of an option, or another text, with places where a narrow screen may break the line."""
+    first, *words = escape(name).split("_")
+    return f'<span class="whole">{first}</span>' + "".join(f"_<wbr>{word}" for word in words)
 
 
 def _head(runs: Sequence[Run]) -> str:

@@ -144,7 +144,7 @@
         element("line", { class: "axis", x1: MARGIN.left, x2: right, y1: y, y2: y }, svg);
         element("text", { x: MARGIN.left - 6, y: y + 4, "text-anchor": "end" }, svg).textContent = shown(at);
       }
-      const count = Math.max(2, Math.floor((right - MARGIN.left) / 90));
+      const count = Math.max(2, Math.floor((right - MARGIN.left) / 65));
       for (const at of ticks(first, end, count).filter(Number.isInteger)) {
         const anchor = this.x(at) > right - 20 ? "end" : "middle";
         const x = anchor === "end" ? right : this.x(at);
