@@ -32,6 +32,7 @@ COMMANDS = {
     "generate": _Command("flax_diffusion.generate", "draw pictures with a model"),
     "evaluate": _Command("flax_diffusion.evaluate", "judge pictures by FID and its kin"),
     "inspect": _Command("flax_diffusion.data", "look at the data of a run before it starts", ("inspect",)),
+    "report": _Command("flax_diffusion.report", "make the page of a run again, or compare runs"),
     "precompute": _Command(
         "flax_diffusion.precompute", "compute latents and text embeddings once, for many runs", says="precomputing"
     ),

@@ -45,6 +45,14 @@ def test_the_wheel_holds_code_and_recipes_alone(request, wheel):
     assert held == {path.name for kind in ("*.yaml", "*.py") for path in configs.glob(kind)}
 
 
+def test_the_page_of_a_run(installed, tmp_path):
+    """Its style and script are in the wheel."""
+    (tmp_path / "config.yaml").write_text("task: unconditional\nseed: 3\n")
+    code, out, err = installed("report", str(tmp_path))
+    assert (code, out, err) == (0, f"{tmp_path}/report.html\n", "")
+    assert "showSamples" in (tmp_path / "report.html").read_text()
+
+
 def test_a_recipe_by_name_in_an_empty_folder(installed):
     code, out, err = installed("inspect", "--config", "digits_unconditional")
     assert code == 0, err

@@ -26,6 +26,7 @@ from flax_diffusion.core.data import loader
 from flax_diffusion.core.display import console
 from flax_diffusion.core.errors import UserError
 from flax_diffusion.core.io import publishing
+from flax_diffusion.core.report.files import DATA, PAGE
 from flax_diffusion.core.run import assembly, launch
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.schedule import make_schedule
@@ -330,12 +331,14 @@ class Observer:
 
 
 def files(folder):
-    """Names and contents of what a run left, but for its recipe, contents of event files, and manifests."""
+    """Names and contents of what a run left, but for its recipe, contents that tell the time, and manifests."""
     seen = {}
     for path in sorted(Path(folder).rglob("*")):
         name = str(path.relative_to(folder))
         if path.name.startswith("events.out"):
             seen[str(Path(name).parent / "events")] = ""
+        elif path.name in (PAGE, DATA):
+            seen[name] = ""
         elif path.is_file() and path.name not in ("config.yaml", "manifest.json"):
             seen[name] = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     return seen

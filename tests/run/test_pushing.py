@@ -97,7 +97,7 @@ def test_what_arrives(hub, tmp_path):
     folder = run(tmp_path / "my-model", save_model_epochs=1)
     files = hub.files["me/my-model"]
     assert {"README.md", "config.yaml", "model_index.json", "unet/config.json", "samples/00000004.png"} <= files.keys()
-    assert not [name for name in files if name.startswith(("checkpoint", "logs", "precomputed", "."))]
+    assert not [name for name in files if name.startswith(("checkpoint", "logs", "precomputed", "report", "."))]
     assert [message for message, _ in hub.commits][-1] == "Step 4"
     for name, content in files.items():
         assert (folder / name).read_bytes() == content, name
@@ -179,13 +179,15 @@ def test_a_push_that_is_given_up(hub, tmp_path, caplog, failures):
     ran = subprocess.run(start, env=os.environ | hub.environment(), capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert {"README.md", "config.yaml", "model_index.json", "samples/00000004.png"} <= hub.files["me/model"].keys()
-    assert not [name for name in hub.files["me/model"] if name.startswith(("checkpoint", "logs", "."))]
+    assert not [name for name in hub.files["me/model"] if name.startswith(("checkpoint", "logs", "report", "."))]
 
 
 def contents(folder):
     """Content of the files of a run, but for those that hold times."""
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if "events.out" not in name}
+    return {
+        name: path.read_bytes() for name, path in files.items() if not {"events", "report"} & {*re.split(r"\W|_", name)}
+    }
 
 
 def test_training_does_not_wait_for_a_push(hub, tmp_path):

@@ -261,7 +261,7 @@ class TrainConfig(BaseModel):
         ["tensorboard"],
         min_length=1,
         validation_alias=also("report_to", "logger"),
-        description="Where to write metrics and grids; several at once, or all that are installed, or none.",
+        description="Where to write metrics and grids; several at once, all that are installed, or none, nor a page.",
     )
     profile_steps: profiling.ProfileSteps = None
     tracker_project_name: str = Field("flax-diffusion", min_length=1, description="Project in Weights & Biases.")

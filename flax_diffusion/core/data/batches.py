@@ -241,10 +241,10 @@ class ExampleFn:
         drawn = noise.draw(rng)
         example |= drawn
         if embeddings is not None:
-            caption = self._caption(record, rng)
+            caption = self.caption(record, rng)
             example |= {name: table[caption] for name, table in embeddings.items()}
         elif self.tokenize is not None:
-            example |= self.tokenize(self._caption(record, rng))
+            example |= self.tokenize(self.caption(record, rng))
         if self.labels is not None:
             example |= self.labels(record, rng)
         example["loss_weights"] = np.asarray(drawn["loss_weights"] * record.weight, np.float32)
@@ -260,7 +260,16 @@ class ExampleFn:
         width, height = self.made.sizes[sized_name(record.name, bucket)].tolist()
         return width, height
 
-    def _caption(self, record: Record, rng: Callable[[Stream], np.random.Generator]) -> str:
+    def caption(self, record: Record, rng: Callable[[Stream], np.random.Generator]) -> str:
+        """Return the caption that an example has: one of its record's, or the empty one.
+
+        Args:
+            record: The record.
+            rng: Function that returns the example's generator of a stream.
+
+        Raises:
+            DataError: If it has no caption.
+        """
         caption = record.caption
         if caption is None or caption == []:
             raise DataError(f"{record.name} has no caption; give it one or remove it")

@@ -30,6 +30,7 @@ from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
+from flax_diffusion.core.report.board import open_boards
 from flax_diffusion.core.run import assembly, lineage, output_folder
 from flax_diffusion.core.run.preemption import Preempted, Preemption
 from flax_diffusion.core.run.rates import ema_decays, named_rates
@@ -39,7 +40,6 @@ from flax_diffusion.core.run.start import MakeBackend, Start, open_inputs, prepa
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
-from flax_diffusion.core.tracking.boards import open_boards
 from flax_diffusion.core.tracking.profile import Profile
 from flax_diffusion.core.tracking.tracker import Tracker
 from flax_diffusion.core.validation.judge import Judge
@@ -110,8 +110,7 @@ class _Run:
         self.saver = Saver(backend, output_dir, config.checkpoints_total_limit, parent)
         trains = config.repeat_step is None
         main, total = self.main and trains, start.schedule.total_steps
-        options, folder = lineage.recipe_values(config), output_dir / config.logging_dir
-        boards = open_boards(task, folder, start.step + 1, options) if main else []
+        boards = open_boards(task, spec, backend, start) if main else []
         self.tracker = Tracker(output_dir, boards, first_step=start.step, total_steps=total, main=main)
         steps = profile_range(config.profile_steps) if trains else None
         self.profile = Profile(steps, backend, output_dir, self.tracker.say)

@@ -15,6 +15,7 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, naming
 from flax_diffusion.core.families.family import subfolders
 from flax_diffusion.core.io.files import as_path, is_local, lies_in, move, remove_tree, unused
 from flax_diffusion.core.io.metrics_file import METRICS_FILE
+from flax_diffusion.core.report.files import PAGE
 from flax_diffusion.core.tracking import profile
 from flax_diffusion.core.tracking.boards import FILES
 
@@ -174,7 +175,7 @@ def _replace(output_dir: Path, config: TrainConfig) -> None:
     aside = output_dir / REPLACED  # it may hold part of this run, whose move was cut off, or an earlier run
     saved = (folders.committed, folders.damaged, folders.abandoned)
     left = [folder for of_kind in saved for folder in of_kind(output_dir)]
-    names = (CONFIG_FILE, METRICS_FILE, *_RESULTS, "samples", profile.FOLDER, AVERAGES, *sorted(subfolders()))
+    names = (CONFIG_FILE, METRICS_FILE, PAGE, *_RESULTS, "samples", profile.FOLDER, AVERAGES, *sorted(subfolders()))
     left += [*(output_dir / name for name in names), *output_dir.glob(_ADAPTERS)]
     for path in left:
         if path.exists():

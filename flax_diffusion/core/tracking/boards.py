@@ -12,6 +12,7 @@ from PIL import Image
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.files import as_path
+from flax_diffusion.core.report.files import DATA
 from flax_diffusion.core.tasks.task import Task
 from flax_diffusion.core.tracking.csv_file import FILE, CsvFile
 from flax_diffusion.core.tracking.tensorboard import EVENT_FILES, TensorBoard
@@ -19,8 +20,8 @@ from flax_diffusion.core.tracking.wandb_run import ID_FILE, WandbRun, log_in
 
 BOARDS = ("tensorboard", "wandb", "csv")
 """Names of all boards, for --report_to."""
-FILES = (EVENT_FILES, FILE, ID_FILE)
-"""Globs of the files that boards leave."""
+FILES = (EVENT_FILES, FILE, ID_FILE, DATA)
+"""Globs of the files that boards leave, and the page of a run beside them."""
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
 
 

@@ -19,6 +19,7 @@ from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.io import publishing
 from flax_diffusion.core.io.files import as_path, copy_file, is_local, remove_tree, temporary_folder, walk
+from flax_diffusion.core.report.files import PAGE
 from flax_diffusion.core.run import output_folder
 from flax_diffusion.core.run.hub.facts import facts_of
 from flax_diffusion.core.run.preemption import Preemption
@@ -46,12 +47,14 @@ Result = TypeVar("Result")
 def stay_home(config: TrainConfig) -> list[str]:
     """Return the patterns of what is not pushed, such as checkpoints, logs, caches and results with further averages.
 
+    The page of the run is not pushed either: it shows training pictures.
+
     Args:
         config: Options of the run.
     """
     folders = [config.logging_dir, profile.FOLDER, "precomputed", snapshots.FOLDER]
     folders += [output_folder.AVERAGES, output_folder.REPLACED]
-    return ["checkpoint-*", "nonfinite-*.json", *(f"{name}/*" for name in folders), *publishing.HIDDEN]
+    return ["checkpoint-*", "nonfinite-*.json", PAGE, *(f"{name}/*" for name in folders), *publishing.HIDDEN]
 
 
 class Pusher:
