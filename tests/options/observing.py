@@ -28,7 +28,7 @@ from flax_diffusion.core.errors import UserError
 from flax_diffusion.core.io import publishing
 from flax_diffusion.core.run import assembly, launch
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.spec.adapters import NEW_ROWS
 from flax_diffusion.core.spec.pipeline import Training
 from flax_diffusion.core.tasks.task import task_of

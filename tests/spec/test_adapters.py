@@ -15,7 +15,7 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, UserError, 
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE, Lora, lora_layers
 from flax_diffusion.core.spec.pipeline import open_pipeline
 from flax_diffusion.core.tasks.common.text import UNET_TARGETS

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import shlex
 import shutil
 from collections import deque
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend
+from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.checkpoints import folders
 from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig, average_of
@@ -30,11 +29,11 @@ from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import NonFiniteError
 from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
-from flax_diffusion.core.run import assembly, lineage, output_folder
+from flax_diffusion.core.run import assembly, lineage, nonfinite, output_folder
 from flax_diffusion.core.run.preemption import Preempted, Preemption
-from flax_diffusion.core.run.rates import ema_decays
 from flax_diffusion.core.run.saving import Saver
-from flax_diffusion.core.run.schedule import make_rate
+from flax_diffusion.core.run.schedule.rates import ema_decays
+from flax_diffusion.core.run.schedule.steps import make_rate
 from flax_diffusion.core.run.start import MakeBackend, Start, open_inputs, prepare
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
@@ -180,7 +179,7 @@ class _Run:
         metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), no_decays))
         names = ", ".join(one["name"] for one in self._examples(batch["example_index"]))
         said = "the batch of step %d, with the weights of step %d: %s; of %s"
-        log.info(said, step, self.first_step, _said(metrics), names, extra=LAST)
+        log.info(said, step, self.first_step, nonfinite.said(metrics), names, extra=LAST)
 
     def _loader(self, done: int, num_steps: int) -> Loader:
         """Return the loader of the batches that follow some steps."""
@@ -280,7 +279,7 @@ class _Run:
     def _report(self) -> None:
         step, rate, indices, handle = self.pending.popleft()
         metrics = self.backend.read(handle)
-        if _is_finite(metrics):
+        if nonfinite.is_finite(metrics):
             self.tracker.step(step, metrics | {"learning_rate": rate}, self.schedule.step_examples)
         else:
             self._note_nonfinite(step, metrics, indices)
@@ -298,15 +297,15 @@ class _Run:
         numbers = {name: str(value) for name, value in metrics.items()}  # JSON has no NaN
         write_json(file, {"step": step, **numbers, "examples": self._examples(indices), "repeat": repeat})
         if self.nonfinite_steps <= self.config.skip_nonfinite:
-            said = f"step {step} is not finite ({_said(metrics)}) and passed over; its examples are in {file}"
+            said = f"step {step} is not finite ({nonfinite.said(metrics)}) and passed over; its examples are in {file}"
             self.tracker.say(said, logging.WARNING)
             self.tracker.advance(step, self.schedule.step_examples)
             return
         self.saver.wait()  # a running save is of an earlier state
         raise NonFiniteError(
-            f"step {step} is not finite ({_said(metrics)}); its examples are in {file.name}: lower --learning_rate, "
-            "check the data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
-            + folders.describe_newest(self.output_dir)
+            f"step {step} is not finite ({nonfinite.said(metrics)}); its examples are in {file.name}: lower "
+            "--learning_rate, check the data, use --mixed_precision bf16, or pass over some such steps by "
+            "--skip_nonfinite; " + folders.describe_newest(self.output_dir)
         )
 
     def _examples(self, indices: np.ndarray) -> list[dict[str, Any]]:
@@ -382,18 +381,3 @@ class _Run:
     def _export_trained(self, folder: Path) -> None:
         """Write the models that train."""
         self.task.export_trained(self.backend, self.spec, self.source, folder, only_trained=True)
-
-
-def _is_finite(metrics: dict[str, float]) -> bool:
-    """Return whether a step is finite.
-
-    Under fp16 gradients overflow now and then, and the loss scale gets smaller; that is no failure unless it is at its
-    smallest.
-    """
-    if metrics.get("loss_scale", MIN_LOSS_SCALE) > MIN_LOSS_SCALE:
-        return math.isfinite(metrics["loss"])
-    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-
-
-def _said(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {metrics[name]:g}" for name in ("loss", "grad_norm", "loss_scale") if name in metrics)
