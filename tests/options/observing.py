@@ -217,7 +217,7 @@ class Observer:
             with ExitStack() as stack:
                 stack.callback(logger.removeHandler, handler)
                 logger.addHandler(handler)
-                left = fit(task_of(self.config(task, {"output_dir": str(folder)} | options)), make)
+                left = fit(task_of(self.config(task, {"output_dir": str(folder)} | options)), make).output_dir
             (backend,) = made
             return {
                 "batch": backend.batches, "rates": backend.rates, "samples": backend.sampled,
@@ -318,7 +318,7 @@ class Observer:
                 handler = console.Handler()
                 stack.callback(log.removeHandler, handler)
                 log.addHandler(handler)
-                launch.train(lambda: Recorder, task, None, options | {"output_dir": str(folder)})
+                launch.train(lambda: Recorder, task, None, options | {"output_dir": str(folder)}, generate=print)
         finally:
             shutil.rmtree(folder.parent, ignore_errors=True)
         return re.sub(r"[0-9.]+ .B are free", "free", stream.getvalue())
