@@ -25,7 +25,7 @@ from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.io.files import write_json
 from flax_diffusion.core.run import launch
-from flax_diffusion.core.run.schedule import make_rate, make_schedule
+from flax_diffusion.core.run.schedule.steps import make_rate, make_schedule
 from flax_diffusion.core.tasks.task import task_of
 
 BOUNDS = {"float64": {"loss": 1e-10, "state": 1e-9}, "float32": {"loss": 1e-4, "state": 1e-4}}
@@ -134,8 +134,9 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
     import jax
     import torch
 
-    from flax_diffusion.core.run import assembly, rates
+    from flax_diffusion.core.run import assembly
     from flax_diffusion.core.run.precompute import precompute
+    from flax_diffusion.core.run.schedule import rates
     from flax_diffusion.core.validation.held_out import divide, held_out, with_held_out
     from flax_diffusion.core.validation.loss import ValidationLoss
     from flax_diffusion.jax_backend.backend import JaxBackend

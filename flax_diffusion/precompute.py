@@ -30,7 +30,7 @@ def precompute(task: str, config: str | Path | None = None, **options: Any) -> P
     Raises:
         UserError: For input that cannot be used; its message is one line with the fix.
     """
-    return launch.train(load_backend, task, config, options, only_precompute=True)
+    return launch.precompute(load_backend, task, config, options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,7 +6,7 @@ from tiny import RUN
 
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources.opening import open_source
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 from flax_diffusion.jax_backend.backend import JaxBackend

@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 
-def start_together(request, folder, count, values, extra=None, **own):
-    """Starts the command in several processes.
+def start_together(request, folder, count, values, extra=None, program=("-m", "flax_diffusion.train"), **own):
+    """Starts the command, or another program that takes a recipe, in several processes.
 
     Args:
         request: Of the test.
@@ -16,6 +16,7 @@ def start_together(request, folder, count, values, extra=None, **own):
         count: Processes.
         values: Options of the run, with its task.
         extra: Environment variables.
+        program: Words that Python takes in place of the command.
         own: Options of which each process has its own: a list of values.
 
     Returns:
@@ -30,7 +31,7 @@ def start_together(request, folder, count, values, extra=None, **own):
         recipe = folder / f"{index}.yaml"
         recipe.write_text(json.dumps(values | {name: several[index] for name, several in own.items()}))
         meeting = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(count), "JAX_PROCESS_ID": str(index)}
-        command = [sys.executable, "-m", "flax_diffusion.train", "--config", str(recipe)]
+        command = [sys.executable, *program, "--config", str(recipe)]
         environment = os.environ | meeting | {"XLA_FLAGS": flags} | (extra or {})
         with (folder / f"{index}.log").open("w") as log:
             started.append(

@@ -14,7 +14,6 @@ from flax_diffusion.core.drawing import command
 from flax_diffusion.core.drawing.options import GenerateConfig, calls_of, check_one_size, options_of
 from flax_diffusion.core.run import launch
 from flax_diffusion.core.spec.prompts import sampler_config
-from torch_backend.train import PACKAGES
 
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
@@ -23,7 +22,7 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
 
 
 def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
-    launch.require(PACKAGES, launch.INSTALL_PYTORCH)
+    launch.require(launch.PYTORCH_PACKAGES, launch.INSTALL_PYTORCH)
     import torch
     from accelerate import PartialState
 

@@ -21,7 +21,7 @@ from torch_backend.train import load_backend
 
 def precompute(task: str, config: str | Path | None = None, **options: Any) -> Path:
     """Fill a folder of latents and text embeddings, as `flax_diffusion.precompute.precompute` does."""
-    return launch.train(load_backend, task, config, options, only_precompute=True)
+    return launch.precompute(load_backend, task, config, options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,19 +16,31 @@ if __name__ == "__main__":
     first_line.say("training", "PyTorch")  # before the imports that follow, which take a second
 
 from flax_diffusion.core.cli import command_line
+from flax_diffusion.core.data.sources.given import Examples
 from flax_diffusion.core.run import launch
+from flax_diffusion.core.run.result import TrainResult
+from flax_diffusion.core.tracking.callbacks import Callback
+from torch_backend.generate import generate
 
-PACKAGES = ("torch", "diffusers", "accelerate")
+__all__ = ["Callback", "TrainResult", "main", "train"]
 
 
-def train(task: str, config: str | Path | None = None, **options: Any) -> Path:
+def train(
+    task: str,
+    config: str | Path | None = None,
+    *,
+    examples: Examples | None = None,
+    callbacks: Sequence[Callback] = (),
+    **options: Any,
+) -> TrainResult:
     """Train a model, with the arguments, result and errors of `flax_diffusion.train.train`."""
-    return launch.train(load_backend, task, config, options)
+    given: dict[str, Any] = {"generate": generate, "examples": examples, "callbacks": callbacks}
+    return launch.train(load_backend, task, config, options, **given)
 
 
 def load_backend() -> Any:
     """Import PyTorch and return the backend's class."""
-    launch.require(PACKAGES, launch.INSTALL_PYTORCH)
+    launch.require(launch.PYTORCH_PACKAGES, launch.INSTALL_PYTORCH)
     from torch_backend.backend import TorchBackend
 
     _leave_the_console()

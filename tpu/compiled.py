@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.tasks.task import Task, task_of
 from tpu import hlo, kernels
 from tpu.topologies import Slice

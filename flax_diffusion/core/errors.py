@@ -101,6 +101,12 @@ class MemoryLimitError(UserError):
     exit_status = 1
 
 
+class CallbackError(UserError):
+    """A callback of `train` that raised an error, which is the `__cause__` of this one."""
+
+    exit_status = 1
+
+
 @contextlib.contextmanager
 def naming(option: str) -> Iterator[None]:
     """Put the name of an option in front of the messages of user errors raised inside the `with` block.

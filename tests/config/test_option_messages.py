@@ -12,8 +12,8 @@ from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.workers import check_count
 from flax_diffusion.core.errors import ConfigError, UserError
 from flax_diffusion.core.run import assembly
-from flax_diffusion.core.run.rates import learning_rate_schedule
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.rates import learning_rate_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.train import train
 

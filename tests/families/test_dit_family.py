@@ -18,7 +18,7 @@ from flax_diffusion.core.data.batches import CLASS_LABELS
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.families.dit import DIT_TRANSFORMER
 from flax_diffusion.core.run import assembly
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training, open_pipeline
 from flax_diffusion.core.tasks.class_conditional import ClassConditionalConfig

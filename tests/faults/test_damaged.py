@@ -28,7 +28,7 @@ SAVED = RUN | {
 
 
 def train(backend, task="unconditional", **options):
-    return import_module(f"{backend}.train").train(task, **options)
+    return import_module(f"{backend}.train").train(task, **options).output_dir
 
 
 @pytest.fixture(scope="module")

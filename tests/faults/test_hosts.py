@@ -13,6 +13,18 @@ from flax_diffusion.core.checkpoints import portable
 from flax_diffusion.core.checkpoints.folders import committed, find_damage, step_of
 
 HEARTBEAT, STEPS = 10, 30
+FAILING = """
+import json, sys
+from flax_diffusion.train import Callback, train
+
+class Failing(Callback):
+    def on_step(self, step, metrics):
+        if step == 4:
+            raise ValueError("boom")
+
+values = json.load(open(sys.argv[-1]))
+train(values.pop("task"), callbacks=[Failing()], **values)
+"""
 OPTIONS = RUN | {
     "task": "unconditional", "global_batch_size": 8, "max_train_steps": STEPS, "checkpointing_steps": 3,
     "validation_epochs": None, "eval_batch_size": 1, "fsdp_parallelism": 8, "use_ema": True,
@@ -94,3 +106,19 @@ def test_one_is_told_to_end(request, tmp_path, told, figure):
     assert find_damage(last) is None
     assert f"ended by SIGTERM after step {step_of(last)}, saved as {last.name}; go on with" in log_of(tmp_path, 0)
     figure(4, f"SIGTERM to process {told} of two: both saved step {step_of(last)} and ended after {took:.1f} s")
+
+
+@pytest.mark.acceptance
+def test_a_callback_that_raises(request, tmp_path):
+    """Only the first host calls it. Both save the same step and end, the second one without an error."""
+    values = OPTIONS | {"output_dir": str(tmp_path / "run"), "checkpointing_steps": STEPS}
+    processes = start_together(request, tmp_path, 2, values, program=("-c", FAILING))
+    assert [process.wait(300) for process in processes] == [1, 0], log_of(tmp_path, 0) + log_of(tmp_path, 1)
+    said = log_of(tmp_path, 0)
+    (saved,) = committed(tmp_path / "run")
+    assert 6 <= step_of(saved) < STEPS
+    assert find_damage(saved) is None
+    assert f"ended by an error in Failing.on_step after step {step_of(saved)}, saved as {saved.name}" in said
+    assert (
+        f"callback Failing.on_step failed at step 4 (ValueError: boom); the newest checkpoint is {saved.name}" in said
+    )

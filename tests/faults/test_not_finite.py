@@ -92,7 +92,8 @@ def without_threads(*arguments, **options):
 
 
 def train(backend, folder, **options):
-    return import_module(f"{backend}.train").train("unconditional", **OPTIONS | options, output_dir=str(folder))
+    run = import_module(f"{backend}.train").train("unconditional", **OPTIONS | options, output_dir=str(folder))
+    return run.output_dir
 
 
 def all_finite(folder):

@@ -32,7 +32,10 @@ def test_every_dependency_has_a_tested_version(request):
         "tpu/README.md",
         "torch_backend/README.md",
         "tpu/Dockerfile",
+        "torch_backend/Dockerfile",
         "tpu/pod.sh",
+        "tpu/notebook.ipynb",
+        "configs/notebook_cpu.ipynb",
         "configs/accelerate/deepspeed_zero2_offload.yaml",
     ],
 )

@@ -175,7 +175,7 @@ def test_a_run_from_store_to_store(bucket, tmp_path):
         "output_dir": f"{bucket}/runs/a",
     }  # fmt: skip
     run = train("text_to_image", **options)
-    names = {path.name for path in run.iterdir()}
+    names = {path.name for path in run.output_dir.iterdir()}
     assert names >= {"config.yaml", "model_index.json", "unet", "tokenizer", "samples", "logs"}
     assert {name for name in names if name.startswith("checkpoint")} == {"checkpoint-2"}
     assert (run / "samples/00000002.png").exists()
@@ -184,7 +184,7 @@ def test_a_run_from_store_to_store(bucket, tmp_path):
     again = train("text_to_image", **options | {"max_train_steps": 3, "resume_from_checkpoint": "latest"})
     assert (again / "checkpoint-3").is_dir()
     train("text_to_image", **options | {"overwrite_output_dir": True, "max_train_steps": 1})
-    assert {path.name for path in run.iterdir() if "checkpoint" in path.name} == {"checkpoint-1"}
+    assert {path.name for path in run.output_dir.iterdir() if "checkpoint" in path.name} == {"checkpoint-1"}
     assert not (run / "replaced-run").exists()
 
 

@@ -33,7 +33,7 @@ def test_unconditional_run_leaves_everything(tmp_path, caplog):
         "unconditional", **RUN, output_dir=str(tmp_path / "run"), checkpointing_steps=2, checkpoints_total_limit=2,
         use_ema=True, validation_steps=3,
     )  # fmt: skip
-    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert sorted(p.name for p in out.output_dir.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
     assert sorted(p.name for p in (out / "samples").iterdir()) == ["00000003.png", "00000006.png"]
     assert picture(out / "samples/00000006.png").shape[1] >= 512
     assert json.loads((out / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"

@@ -23,7 +23,7 @@ def judged(folder):
 
 def check(request, folder, task, options, changes):
     """Runs it in one process on one device and in two on eight, and compares all that they leave."""
-    one = train(task, **options | changes | {"fsdp_parallelism": 1, "output_dir": str(folder / "one")})
+    one = train(task, **options | changes | {"fsdp_parallelism": 1, "output_dir": str(folder / "one")}).output_dir
     two = folder / "two"
     codes, logs = together(request, folder, 2, options | changes | {"task": task, "output_dir": str(two)})
     assert codes == [0, 0], logs
@@ -83,8 +83,8 @@ def test_a_run_in_two_processes_goes_on_in_one(request, tmp_path):
     options = RUN | {"global_batch_size": 8, "checkpointing_steps": 3, "output_dir": str(tmp_path / "run")}
     codes, logs = together(request, tmp_path, 2, options | {"task": "unconditional", "max_train_steps": 3})
     assert codes == [0, 0], logs
-    whole = train("unconditional", **options | {"output_dir": str(tmp_path / "whole")})
-    run = train("unconditional", **options, resume_from_checkpoint="latest")
+    whole = train("unconditional", **options | {"output_dir": str(tmp_path / "whole")}).output_dir
+    run = train("unconditional", **options, resume_from_checkpoint="latest").output_dir
     np.testing.assert_allclose(losses(run)[-3:], losses(whole)[-3:], rtol=1e-5)
 
 

@@ -11,7 +11,7 @@ from tiny import RUN, TEXT_RUN, UNET, pictures, stable_diffusion
 
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.sources.opening import open_source
-from flax_diffusion.core.run.rates import ema_decays, learning_rate_schedule
+from flax_diffusion.core.run.schedule.rates import ema_decays, learning_rate_schedule
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.text_to_image import TextToImageConfig
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig

@@ -20,7 +20,7 @@ from flax_diffusion.core.data.images.transforms import ImageTransform
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.core.objectives import noise_schedule, samplers
 from flax_diffusion.core.objectives.ddpm import ddpm
-from flax_diffusion.core.run import rates
+from flax_diffusion.core.run.schedule import rates
 from flax_diffusion.core.spec.pipeline import AutoencoderLoss
 from flax_diffusion.models.remat import checkpointed
 from flax_diffusion.schedulers import (

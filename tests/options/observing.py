@@ -29,7 +29,7 @@ from flax_diffusion.core.io import publishing
 from flax_diffusion.core.report.files import DATA, PAGE
 from flax_diffusion.core.run import assembly, launch
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.spec.adapters import NEW_ROWS
 from flax_diffusion.core.spec.pipeline import Training
 from flax_diffusion.core.tasks.task import task_of
@@ -218,7 +218,7 @@ class Observer:
             with ExitStack() as stack:
                 stack.callback(logger.removeHandler, handler)
                 logger.addHandler(handler)
-                left = fit(task_of(self.config(task, {"output_dir": str(folder)} | options)), make)
+                left = fit(task_of(self.config(task, {"output_dir": str(folder)} | options)), make).output_dir
             (backend,) = made
             return {
                 "batch": backend.batches, "rates": backend.rates, "samples": backend.sampled,
@@ -319,7 +319,7 @@ class Observer:
                 handler = console.Handler()
                 stack.callback(log.removeHandler, handler)
                 log.addHandler(handler)
-                launch.train(lambda: Recorder, task, None, options | {"output_dir": str(folder)})
+                launch.train(lambda: Recorder, task, None, options | {"output_dir": str(folder)}, generate=print)
         finally:
             shutil.rmtree(folder.parent, ignore_errors=True)
         return re.sub(r"[0-9.]+ .B are free", "free", stream.getvalue())

@@ -20,8 +20,8 @@ from flax_diffusion.core.cli.command_line import merge
 from flax_diffusion.core.errors import CheckpointError, ConfigError, UserError
 from flax_diffusion.core.io.model_files import safetensors_metadata
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.run.rates import ema_decays
 from flax_diffusion.core.run.saving import Saver
+from flax_diffusion.core.run.schedule.rates import ema_decays
 from flax_diffusion.core.spec.merging import checkpoint_arrays
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig

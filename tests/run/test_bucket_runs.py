@@ -14,7 +14,7 @@ from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.data import batches, store
 from flax_diffusion.core.data.buckets import make_order
 from flax_diffusion.core.run import assembly, precompute
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.run.shards import encoding
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.validation.held_out import with_held_out

@@ -288,7 +288,7 @@ def test_what_one_run_is_told_holds_for_no_other(clock, monkeypatch, tmp_path):
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that logs nothing
     for quiet in (True, False):
         with using(console), pytest.raises(ConfigError, match="not installed"):
-            launch.train(refuse, "unconditional", None, options | {"quiet": quiet})
+            launch.train(refuse, "unconditional", None, options | {"quiet": quiet}, generate=print)
     assert (console.level, console.moves, console.main) == (logging.INFO, True, True)
     lines = screen(stream.getvalue())
     assert lines[:2] == ["warning: is said", "task        unconditional"]

@@ -16,7 +16,7 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, 
 from flax_diffusion.core.run import output_folder
 from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.run.preemption import Preempted, Preemption
-from flax_diffusion.core.run.rates import ema_decays
+from flax_diffusion.core.run.schedule.rates import ema_decays
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig, UnconditionalTask
 

@@ -90,7 +90,7 @@ def config(folder, **options):
 
 def run(folder, backend=Recorder, preemption=None, **options):
     """A run whose backend computes nothing."""
-    return fit(task_of(config(folder, **options)), backend, preemption)
+    return fit(task_of(config(folder, **options)), backend, preemption).output_dir
 
 
 def test_what_arrives(hub, tmp_path):

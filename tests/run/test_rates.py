@@ -6,7 +6,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.run.rates import ema_decays, learning_rate_schedule
+from flax_diffusion.core.run.schedule.rates import ema_decays, learning_rate_schedule
 from flax_diffusion.core.tasks.unconditional import UnconditionalConfig
 
 

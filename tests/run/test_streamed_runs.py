@@ -12,7 +12,7 @@ from tiny import losses
 from flax_diffusion.core.errors import ConfigError, DataError
 from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.tasks.class_conditional import ClassConditionalConfig
 from flax_diffusion.core.tasks.task import task_of
 from torch_backend.train import train

@@ -15,7 +15,7 @@ from flax_diffusion.core.errors import CheckpointError, ConfigError, UserError, 
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.spec.adapters import EMBEDDINGS_FILE, LORA_FILE, Lora, lora_layers
 from flax_diffusion.core.spec.pipeline import open_pipeline
 from flax_diffusion.core.tasks.common.text import UNET_TARGETS
@@ -89,7 +89,7 @@ def test_lora_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, bac
     from diffusers import StableDiffusionPipeline
 
     config = TASKS["dreambooth"].config_class(**lora(shared, folder, checkpointing_steps=2))
-    out = fit(task_of(config), backend)
+    out = fit(task_of(config), backend).output_dir
     assert not (out / "unet").exists()  # the model has not changed
     assert (out / "checkpoint-2" / LORA_FILE).is_file()
     pipe = StableDiffusionPipeline.from_pretrained(model)
@@ -168,7 +168,7 @@ def test_lora_keeps_only_adapters_and_resumes_bitwise(shared, folder, tmp_path):
 def test_textual_inversion_in_plain_diffusers_and_merged(shared, folder, model, tmp_path, backend):
     from diffusers import StableDiffusionPipeline
 
-    out = fit(task_of(TASKS["textual_inversion"].config_class(**inversion(shared, folder))), backend)
+    out = fit(task_of(TASKS["textual_inversion"].config_class(**inversion(shared, folder))), backend).output_dir
     (rows,) = (tensor.array() for tensor in model_files.read_safetensors(out / "learned_embeds.safetensors").values())
     merged = convert(model, tmp_path / "merged", embeddings=[str(out)])
 
@@ -244,7 +244,7 @@ def test_autoencoder_brings_its_latents_to_unit_variance(folder, tmp_path, backe
         kl_scale=1e-4, lr_warmup_steps=0, learning_rate=1e-3, report_to="none", eval_batch_size=3,
         output_dir=str(tmp_path / "run"), use_ema=True,
     )  # fmt: skip
-    out = fit(task_of(config), backend)
+    out = fit(task_of(config), backend).output_dir
     assert (out / "samples/00000004.png").is_file()
     vae = AutoencoderKL.from_pretrained(out / "vae")
     source = task_of(config).open_source()

@@ -14,7 +14,7 @@ import flax_diffusion.generate
 import torch_backend.generate
 from flax_diffusion.core.errors import ConfigError, DataError
 from flax_diffusion.core.run import assembly
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.tasks import dreambooth
 from flax_diffusion.core.tasks.dreambooth import DreamBoothConfig
 from flax_diffusion.core.tasks.task import task_of

@@ -95,7 +95,7 @@ def run(backend, folder, task="unconditional", until=None, **options):
             made.should_stop = lambda requested, step: step == until
         return made
 
-    return fit(task_of(merge(task, {}, {"output_dir": str(folder)} | options, "test")), make)
+    return fit(task_of(merge(task, {}, {"output_dir": str(folder)} | options, "test")), make).output_dir
 
 
 @pytest.mark.parametrize("backend", ["torch_backend", proof("flax_diffusion")])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import re
 import sys
 import typing
@@ -77,7 +78,15 @@ def build(model: type[BaseModel], values: dict[str, Any], origin: str, given: Gi
     for name in values:
         if name not in known:
             raise unknown_option(name, model, known, origin)
+    values = {name: _without_paths(value) for name, value in values.items()}
     return checked(model, values, origin, given)
+
+
+def _without_paths(value: Any) -> Any:
+    """Return a path as text, also in a list, as Python may give it; anything else as it is."""
+    if isinstance(value, list):
+        return [_without_paths(one) for one in value]
+    return str(value) if isinstance(value, os.PathLike) else value
 
 
 class Recipe(dict[str, Any]):

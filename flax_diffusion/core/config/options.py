@@ -31,6 +31,9 @@ SECRETS = ("hub_token",)
 """Options that no file keeps."""
 
 
+EXAMPLES = "<examples of train()>"
+"""What an option that names data holds where `train` is given examples in Python, which no option can name."""
+
 SINGLE_AVERAGE = "ema"
 """Name of the moving average of `use_ema` alone, whose weights have no further name in checkpoints."""
 
@@ -48,11 +51,14 @@ class Reads(Enum):
 
 
 def named_inputs(options: BaseModel) -> Iterator[tuple[str, Reads, str]]:
-    """Yield name, mark and value of each option that names an input of the run, also inside lists of mappings."""
+    """Yield name, mark and value of each option that names an input of the run, also inside lists of mappings.
+
+    Examples that Python gives have no name, and are left out.
+    """
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
         marks = [mark for mark in field.metadata if isinstance(mark, Reads)]
-        if marks and isinstance(value, str):
+        if marks and isinstance(value, str) and value != EXAMPLES:
             yield name, marks[0], value
         for inner in value if isinstance(value, list) else ():
             if isinstance(inner, BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import permutations
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 
 from flax_diffusion.core.data.sources.folders import open_folder
 from flax_diffusion.core.data.sources.labels import joined, labels_of
-from flax_diffusion.core.data.sources.source import Labels, Record, Source
+from flax_diffusion.core.data.sources.source import Labels, Record, Source, description_of
 from flax_diffusion.core.errors import ConfigError, naming
 from flax_diffusion.core.io.files import as_path, lies_in
 
@@ -100,10 +100,17 @@ class CombinedSource:
         return self.ends[-1]
 
     def __getitem__(self, index: int) -> Record:
+        return self._at(index, lambda source: source.__getitem__)
+
+    def described(self, index: int) -> Record:
+        """Return an example as its source describes it; see `source.Source`."""
+        return self._at(index, description_of)
+
+    def _at(self, index: int, reader: Callable[[Source], Callable[[int], Record]]) -> Record:
         part = bisect.bisect_right(self.ends, index)
         source = self.sources[part]
         place = index - (self.ends[part - 1] if part else 0)
-        record, caption = source[place % len(source)], self.captions[part]
+        record, caption = reader(source)(place % len(source)), self.captions[part]
         return record if caption is None else replace(record, caption=caption)
 
     def pictures(self) -> np.ndarray:

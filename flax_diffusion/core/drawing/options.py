@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Any, Literal
@@ -168,8 +169,8 @@ def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:
     """
     values = {"model": str(model)} | options
     for name in ("prompt", "class_label", "lora", "embeddings", "init_image", *OPTIONS):
-        if isinstance(values.get(name), str | Path):
-            values[name] = [str(values[name])]
+        if isinstance(values.get(name), str | os.PathLike):
+            values[name] = [values[name]]
     return command_line.build(GenerateConfig, values, "generate")
 
 

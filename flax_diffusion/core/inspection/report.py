@@ -13,7 +13,7 @@ from flax_diffusion.core.data import buckets as bucketing
 from flax_diffusion.core.data.bad import max_bad_examples
 from flax_diffusion.core.data.images.transforms import ImageTransform, shown_size
 from flax_diffusion.core.inspection.examination import Examination
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 

@@ -15,7 +15,7 @@ from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.data.order import Bucketed, Streamed
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.run.schedule import Schedule
+from flax_diffusion.core.run.schedule.steps import Schedule
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 

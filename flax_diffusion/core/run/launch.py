@@ -10,19 +10,26 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from huggingface_hub.utils import disable_progress_bars
 
+from flax_diffusion.core.checkpoints import folders
 from flax_diffusion.core.cli import command_line
-from flax_diffusion.core.config.options import Reads, TrainConfig, named_inputs
+from flax_diffusion.core.config.options import EXAMPLES, Reads, TrainConfig, named_inputs
+from flax_diffusion.core.data.sources.given import Examples
 from flax_diffusion.core.display import block, console, first_line
 from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import ConfigError, MemoryLimitError, UserError, is_out_of_memory
 from flax_diffusion.core.io.files import as_path
 from flax_diffusion.core.run.preemption import INTERRUPTED, Preempted, Preemption
-from flax_diffusion.core.tasks.task import Task, task_of
+from flax_diffusion.core.run.result import Ended, TrainResult, result_of
+from flax_diffusion.core.tasks.task import TASKS, Task, task_of
 from flax_diffusion.core.tracking import boards
+from flax_diffusion.core.tracking.callbacks import Callback
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +45,9 @@ It is called late, so that --help and mistakes are answered at once.
 """
 
 
+R = TypeVar("R")
+
+PYTORCH_PACKAGES = ("torch", "diffusers", "accelerate")
 INSTALL_PYTORCH = "pip install -c constraints.txt 'flax-diffusion[torch]'"
 
 
@@ -62,8 +72,10 @@ def train(
     config: str | Path | None,
     options: dict[str, Any],
     *,
-    only_precompute: bool = False,
-) -> Path:
+    generate: Callable[..., np.ndarray],
+    examples: Examples | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
     """Train a model, when called from Python.
 
     Args:
@@ -71,22 +83,55 @@ def train(
         task: Name of the task.
         config: Path of a YAML recipe; None for none.
         options: Values by flag; they override the recipe.
-        only_precompute: Whether to end with what is computed before training, in the folder of
-            `--latents_dir` or `--precomputed_dir`.
+        generate: Draws from a model with this backend.
+        examples: Examples in place of the data that options name; None for these.
+        callbacks: What is told of the run.
 
     Returns:
-        The output folder, or that of what was computed.
+        The result.
 
     Raises:
-        UserError: For input that cannot be used.
+        UserError: For input that cannot be used, and for a callback that raised an error.
         KeyboardInterrupt: After Ctrl-C, once everything is saved.
+    """
+    options = _with_examples(task, options, examples)
+    values = command_line.merge(task, command_line.read_yaml(config) if config else {}, options, str(config))
+    preemption = Preemption()
+    ended = _train(load_backend, task_of(values, examples), preemption, callbacks)
+    if preemption.interrupted:
+        raise KeyboardInterrupt
+    return result_of(ended, generate)
+
+
+def precompute(load_backend: LoadBackend, task: str, config: str | Path | None, options: dict[str, Any]) -> Path:
+    """Compute what is computed before training, when called from Python; with arguments and errors as of `train`.
+
+    Returns:
+        The folder of `--latents_dir` or `--precomputed_dir`.
     """
     values = command_line.merge(task, command_line.read_yaml(config) if config else {}, options, str(config))
     preemption = Preemption()
-    output_dir = _run(load_backend, task_of(values), preemption, only_precompute)
+    folder = _fill(load_backend, task_of(values), preemption)
     if preemption.interrupted:
         raise KeyboardInterrupt
-    return output_dir
+    return folder
+
+
+def _with_examples(task: str, options: dict[str, Any], examples: Examples | None) -> dict[str, Any]:
+    """Return options that say that Python gives the data, where it does, whatever a recipe says.
+
+    Raises:
+        ConfigError: If other options name data too, or the task takes no examples.
+    """
+    if examples is None or task not in TASKS:  # which `merge` says
+        return options
+    names = TASKS[task].data_options
+    if not names:
+        raise ConfigError(f"examples: the task {task} takes none; drop them")
+    for name in names:
+        if options.get(name) not in (None, EXAMPLES):
+            raise ConfigError(f"examples and --{name} {options[name]} are both the data of the run: drop one of them")
+    return options | dict.fromkeys(names) | {names[0]: EXAMPLES}
 
 
 def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None, *, only_precompute: bool = False) -> None:
@@ -96,7 +141,8 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None, *, on
         load_backend: Loads the framework's backend.
         prog: Name of the command, for its help.
         argv: The words of the command line; None for those of this process.
-        only_precompute: As of `train`.
+        only_precompute: Whether to end with what is computed before training, in the folder of
+            `--latents_dir` or `--precomputed_dir`.
 
     Raises:
         UserError: For input that cannot be used.
@@ -105,7 +151,7 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None, *, on
     _, config = command_line.parse_train(sys.argv[1:] if argv is None else argv, prog)
     _set_up_logging(config)
     preemption = Preemption()
-    _run(load_backend, task_of(config), preemption, only_precompute)
+    (_fill if only_precompute else _train)(load_backend, task_of(config), preemption)
     status = INTERRUPTED if preemption.interrupted else 0
     if preemption.requested and preemption.single_process:
         # Everything is saved; a normal exit would wait for threads that may wait for a disk.
@@ -117,9 +163,54 @@ def main(load_backend: LoadBackend, prog: str, argv: Sequence[str] | None, *, on
         raise SystemExit(status)
 
 
+def _train(
+    load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preemption, callbacks: Sequence[Callback] = ()
+) -> Ended:
+    def load() -> Callable[[Any], Ended]:
+        from flax_diffusion.core.run.loop import fit
+
+        return lambda backend: fit(task, backend, preemption, callbacks)
+
+    ended = _run(load_backend, task, preemption, load, " before the first step; nothing had to be saved")
+    if ended is not None:
+        return ended
+    folder = as_path(task.config.output_dir)
+    saved = folders.committed(folder)
+    return Ended(folder, folders.step_of(saved[-1]) if saved else 0, False, {})
+
+
+def _fill(load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preemption) -> Path:
+    def load() -> Callable[[Any], Path]:
+        from flax_diffusion.core.run.start import fill
+
+        return lambda backend: fill(task, backend, preemption)
+
+    folder = _run(load_backend, task, preemption, load, "; what was written stays: give the same command again")
+    return as_path(str(task.latents_dir or task.precomputed_dir)) if folder is None else folder
+
+
 def _run(
-    load_backend: LoadBackend, task: Task[TrainConfig], preemption: Preemption, only_precompute: bool = False
-) -> Path:
+    load_backend: LoadBackend,
+    task: Task[TrainConfig],
+    preemption: Preemption,
+    load_work: Callable[[], Callable[[Any], R]],
+    kept: str,
+) -> R | None:
+    """Do the work of a run with a backend, and say what it is.
+
+    Args:
+        load_backend: Loads the framework's backend.
+        task: The task, with the run's options.
+        preemption: Says when to end early.
+        load_work: Imports what is needed, and returns a function of the backend that does the work.
+        kept: What is kept if the run is told to end, for the message.
+
+    Returns:
+        What the work returned; None if the run was told to end.
+
+    Raises:
+        UserError: For input that cannot be used.
+    """
     config, here = task.config, console.current()
     # Signals come first, before a framework of several hosts installs its own handler of them.
     with preemption, _speaking(config), here.ticking():
@@ -127,19 +218,12 @@ def _run(
         _say_options(task)
         try:
             with here.doing("importing libraries"):
-                from flax_diffusion.core.run.loop import fit
-                from flax_diffusion.core.run.start import fill
-
-                backend = load_backend()
+                work, backend = load_work(), load_backend()
             backend.check_options(config)
-            return (fill if only_precompute else fit)(task, backend, preemption)
+            return work(backend)
         except Preempted:
-            told = preemption.signal_name
-            if only_precompute:
-                log.info("ended by %s; what was written stays: give the same command again", told, extra=LAST)
-                return as_path(str(task.latents_dir or task.precomputed_dir))
-            log.info("ended by %s before the first step; nothing had to be saved", told, extra=LAST)
-            return as_path(config.output_dir)
+            log.info("ended by %s%s", preemption.signal_name, kept, extra=LAST)
+            return None
         except Exception as error:
             if isinstance(error, UserError) or not is_out_of_memory(error):
                 raise
@@ -218,7 +302,8 @@ def _say_options(task: Task[TrainConfig]) -> None:
     data = [text for _, kind, text in inputs if kind is not Reads.MODEL]
     here.say(block.row("task", task.name))
     here.say(block.row("start from", ", ".join(dict.fromkeys(models)) or "new weights"))
-    here.say(block.row("data", f"{', '.join(dict.fromkeys(data))}, at {config.resolution} pixels"))
+    named_data = ", ".join(dict.fromkeys(data)) or EXAMPLES  # which are no named input
+    here.say(block.row("data", f"{named_data}, at {config.resolution} pixels"))
     here.say(block.row("precision", _PRECISION[config.mixed_precision]))
     goes_on = f", going on from {config.resume_from_checkpoint}" if config.resume_from_checkpoint else ""
     here.say(block.row("output", f"{config.output_dir}{goes_on}"))

@@ -13,7 +13,7 @@ import numpy as np
 from flax_diffusion.core.config.options import ONCE, SECRETS, SINGLE_AVERAGE, TrainConfig
 from flax_diffusion.core.data.captions import Tokenize
 from flax_diffusion.core.data.images.transforms import ImageTransform, shown_size
-from flax_diffusion.core.data.sources.source import Source
+from flax_diffusion.core.data.sources.source import Source, description_of
 from flax_diffusion.core.errors import CheckpointError, DataError, shown
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec import weight_files
@@ -23,7 +23,7 @@ _LOCATION_OPTIONS = ("output_dir", "logging_dir")
 """Options that say where a run is stored, not what it is."""
 
 _MEANING = {
-    "data": "the names of its pictures, their captions or their classes",
+    "data": "its pictures, their captions or their classes",
     "base": "the weights of the model that it adapts",
     "lora": "its LoRA",
     "new_tokens": "its new word",
@@ -72,9 +72,10 @@ def identity(task: str, config: TrainConfig, spec: PipelineSpec, source: Source,
 def data_digest(source: Source) -> str:
     """Return a fingerprint of a dataset: a checksum of the names, captions and classes of up to 64 examples.
 
-    Two datasets of the same size are told apart by it.
+    Of examples that Python gives it takes the pictures in too, as these have no names. Two datasets of the same size
+    are told apart by it.
     """
-    digest, describe = hashlib.sha256(), getattr(source, "described", source.__getitem__)
+    digest, describe = hashlib.sha256(), description_of(source)
     for index in np.linspace(0, len(source) - 1, min(len(source), 64)).astype(int).tolist():
         try:
             record = describe(index)
@@ -83,6 +84,7 @@ def data_digest(source: Source) -> str:
                 digest.update(repr(record.label).encode())
             if record.extra is not None:
                 digest.update(repr(PurePosixPath(record.extra.name).name).encode())
+            digest.update(record.content.encode())
         except DataError:
             digest.update(b"unreadable")
     return digest.hexdigest()[:16]

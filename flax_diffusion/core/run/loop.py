@@ -8,38 +8,37 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 import shlex
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from flax_diffusion.core.backend import MIN_LOSS_SCALE, Backend
+from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.checkpoints import folders
-from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import CONFIG_FILE, TrainConfig, average_of
 from flax_diffusion.core.config.profiling import profile_range
 from flax_diffusion.core.data.bad import example_name
 from flax_diffusion.core.data.loader import Loader
 from flax_diffusion.core.display.console import LAST
 from flax_diffusion.core.errors import NonFiniteError
-from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json, write_text
+from flax_diffusion.core.io.files import as_path, is_local, temporary_folder, write_json
 from flax_diffusion.core.report.board import open_boards
-from flax_diffusion.core.run import assembly, lineage, output_folder
+from flax_diffusion.core.run import assembly, nonfinite, output_folder
 from flax_diffusion.core.run.preemption import Preempted, Preemption
-from flax_diffusion.core.run.rates import ema_decays, named_rates
+from flax_diffusion.core.run.result import Ended
 from flax_diffusion.core.run.saving import Saver
-from flax_diffusion.core.run.schedule import make_rate
+from flax_diffusion.core.run.schedule.rates import ema_decays, named_rates
+from flax_diffusion.core.run.schedule.steps import make_rate
 from flax_diffusion.core.run.start import MakeBackend, Start, open_inputs, prepare
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
+from flax_diffusion.core.tracking.callbacks import Callback, Callbacks
 from flax_diffusion.core.tracking.profile import Profile
 from flax_diffusion.core.tracking.tracker import Tracker
 from flax_diffusion.core.validation.judge import Judge
@@ -51,29 +50,37 @@ READ_LAG = 2
 """Steps that may be running before the loop waits for a loss; enough to keep the devices busy."""
 
 
-def fit(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preemption | None = None) -> Path:
+def fit(
+    task: Task[TrainConfig],
+    make_backend: MakeBackend,
+    preemption: Preemption | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Ended:
     """Train, and write a Diffusers pipeline to `config.output_dir`.
 
     Args:
         task: The task, with the run's options.
         make_backend: Builds the backend.
         preemption: Says when to end early; None for never.
+        callbacks: What is told of the run.
 
     Returns:
-        The output folder.
+        How far the run came.
 
     Raises:
         UserError: For input that cannot be used, before any long work where that can be known.
+        CallbackError: If a callback raised an error, once the state is saved.
         Preempted: If the run is told to end before its first step.
     """
     config, preemption = task.config, preemption or Preemption()
+    told = Callbacks(callbacks, preemption.end)
     output_dir = as_path(config.output_dir)
     source, validation, spec, backend = open_inputs(task, make_backend, preemption, trains=True)
     scratch = output_dir / "precomputed" if is_local(output_dir) else temporary_folder()
     start = preemption.interruptible(lambda: prepare(task, spec, source, validation, backend, scratch))
     if config.repeat_step is None:
         output_folder.prepare(output_dir, config, start.resume_from, backend)
-    run = _Run(task, spec, backend, preemption, output_dir, start)
+    run = _Run(task, spec, backend, preemption, output_dir, start, told)
     try:
         if config.repeat_step is None:
             run.train()
@@ -83,7 +90,8 @@ def fit(task: Task[TrainConfig], make_backend: MakeBackend, preemption: Preempti
         run.close()
     if task.precomputed_dir is None:  # else what has this name may be the folder to keep
         shutil.rmtree(scratch, ignore_errors=True)
-    return output_dir
+    told.raise_if_failed(folders.describe_newest(output_dir))
+    return Ended(output_dir, run.taken, run.taken >= start.schedule.total_steps, run.tracker.last)
 
 
 class _Run:
@@ -97,6 +105,7 @@ class _Run:
         preemption: Preemption,
         output_dir: Path,
         start: Start,
+        callbacks: Callbacks,
     ):
         config = task.config
         self.task, self.config, self.spec, self.backend, self.preemption = task, config, spec, backend, preemption
@@ -111,7 +120,9 @@ class _Run:
         trains = config.repeat_step is None
         main, total = self.main and trains, start.schedule.total_steps
         boards = open_boards(task, spec, backend, start) if main else []
-        self.tracker = Tracker(output_dir, boards, first_step=start.step, total_steps=total, main=main)
+        self.tracker = Tracker(
+            output_dir, boards, first_step=start.step, total_steps=total, main=main, callbacks=callbacks
+        )
         steps = profile_range(config.profile_steps) if trains else None
         self.profile = Profile(steps, backend, output_dir, self.tracker.say)
         self.preview = task.make_preview(spec, self.source) if self.config.draw_samples else None
@@ -132,7 +143,7 @@ class _Run:
     def train(self) -> None:
         """Take the remaining steps and write the results; if the run is told to end early, only save."""
         if self.main:
-            self._write_config()
+            output_folder.write_config(self.task, self.output_dir, resumes=self.start.resume_from is not None)
             writing.save_vocabulary(self.spec, self.output_dir)
         left = self.schedule.total_steps - self.first_step
         if left <= 0:
@@ -152,16 +163,6 @@ class _Run:
         except Preempted:
             self._stop()
 
-    def _write_config(self) -> None:
-        """Write the options that reproduce this run, and log which of them differ from those it started with."""
-        file = self.output_dir / CONFIG_FILE
-        if self.start.resume_from is not None and file.exists():
-            changed = lineage.changes(command_line.read_yaml(file), self.config)
-            if changed:
-                log.info("goes on with other options than %s says: %s", file, "; ".join(changed))
-        values = {"task": self.task.name} | lineage.recipe_values(self.config)
-        write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-
     def _newest(self) -> str:
         """Return the name of the checkpoint that holds the present state."""
         return folders.checkpoint_folder(self.output_dir, self.last_saved).name
@@ -179,7 +180,7 @@ class _Run:
         metrics = self.backend.read(self.backend.train_step(handle, self.rate_of(step - 1), no_decays))
         names = ", ".join(one["name"] for one in self._examples(batch["example_index"]))
         said = "the batch of step %d, with the weights of step %d: %s; of %s"
-        log.info(said, step, self.first_step, _said(metrics), names, extra=LAST)
+        log.info(said, step, self.first_step, nonfinite.said(metrics), names, extra=LAST)
 
     def _loader(self, done: int, num_steps: int) -> Loader:
         """Return the loader of the batches that follow some steps."""
@@ -212,6 +213,7 @@ class _Run:
             while len(self.pending) > READ_LAG:
                 self._report()
             self.saver.raise_if_failed()
+            self._tell_saved()
             if step == self.schedule.total_steps:
                 continue  # what follows is up to `_finish`
             self._judge()
@@ -252,7 +254,7 @@ class _Run:
         self._export()
         if self.taken > self.first_step or not self.tracker.has_grid(self.taken):
             self._sample(self.taken)
-        self.saver.wait()
+        self._wait_for_save()
         self.backend.all_processes(True)  # else a process that is done would leave the others alone
         self.start.pusher.finish(self.taken, self.preemption)
         self.tracker.say_end()
@@ -260,18 +262,21 @@ class _Run:
     def _stop(self) -> None:
         """Save the present state, and say how to go on."""
         self._save()
-        self.saver.wait()
+        self._wait_for_save()
         self.backend.all_processes(True)
         kept = f"saved as {self._newest()}; go on with" if self.taken else "nothing to save; start again with"
         self.tracker.say(
-            f"ended by {self.preemption.signal_name} after step {self.taken}, {kept}: "
-            f"{self._command()} --resume_from_checkpoint latest",
-            last=True,
+            f"ended by {self.preemption.signal_name} after step {self.taken}, {kept}: " + self._again(), last=True
         )
 
-    def _command(self) -> str:
-        """Return the command that starts this run again."""
-        return f"{self.backend.command} --config {shlex.quote(str(self.output_dir / CONFIG_FILE))}"
+    def _again(self, **more: int) -> str:
+        """Return what goes on with this run: a command, or a call where Python gives the data."""
+        file, options = str(self.output_dir / CONFIG_FILE), {"resume_from_checkpoint": "latest", **more}
+        if self.task.examples is not None:
+            values = "".join(f", {name}={value!r}" for name, value in options.items())
+            return f"train({self.task.name!r}, {file!r}, examples=EXAMPLES{values})"
+        words = " ".join(f"--{name} {value}" for name, value in options.items())
+        return f"{self.backend.command} --config {shlex.quote(file)} {words}"
 
     def _seen(self, step: int) -> int:
         """Return the number of examples used up to a step, also after a resume with another batch size."""
@@ -280,7 +285,7 @@ class _Run:
     def _report(self) -> None:
         step, rate, indices, handle = self.pending.popleft()
         metrics = self.backend.read(handle)
-        if _is_finite(metrics):
+        if nonfinite.is_finite(metrics):
             self.tracker.step(step, metrics | named_rates(self.spec, rate), self.schedule.step_examples)
         else:
             self._note_nonfinite(step, metrics, indices)
@@ -294,19 +299,19 @@ class _Run:
         self.nonfinite_steps += 1
         of_process = f"-process-{self.backend.process_index}" if self.backend.process_count > 1 else ""
         file = self.output_dir / f"nonfinite-{step}{of_process}.json"
-        repeat = f"{self._command()} --resume_from_checkpoint latest --repeat_step {step}"
+        repeat = self._again(repeat_step=step)
         numbers = {name: str(value) for name, value in metrics.items()}  # JSON has no NaN
         write_json(file, {"step": step, **numbers, "examples": self._examples(indices), "repeat": repeat})
         if self.nonfinite_steps <= self.config.skip_nonfinite:
-            said = f"step {step} is not finite ({_said(metrics)}) and passed over; its examples are in {file}"
+            said = f"step {step} is not finite ({nonfinite.said(metrics)}) and passed over; its examples are in {file}"
             self.tracker.say(said, logging.WARNING)
             self.tracker.advance(step, self.schedule.step_examples)
             return
         self.saver.wait()  # a running save is of an earlier state
         raise NonFiniteError(
-            f"step {step} is not finite ({_said(metrics)}); its examples are in {file.name}: lower --learning_rate, "
-            "check the data, use --mixed_precision bf16, or pass over some such steps by --skip_nonfinite; "
-            + folders.describe_newest(self.output_dir)
+            f"step {step} is not finite ({nonfinite.said(metrics)}); its examples are in {file.name}: lower "
+            "--learning_rate, check the data, use --mixed_precision bf16, or pass over some such steps by "
+            "--skip_nonfinite; " + folders.describe_newest(self.output_dir)
         )
 
     def _examples(self, indices: np.ndarray) -> list[dict[str, Any]]:
@@ -324,11 +329,19 @@ class _Run:
         self._drain()
         if self.last_saved == self.taken:
             return
+        self._wait_for_save()  # whose checkpoint is told of before this one takes its place
         self.tracker.flush()  # a run that goes on from here reports what follows
         done = {"step": self.taken, "examples_seen": self._seen(self.taken), "nonfinite_steps": self.nonfinite_steps}
         beside = self._export_trained if self.config.checkpoint_models else None
         self.saver.start(self.taken, self.start.identity | done, beside)
         self.last_saved = self.taken
+
+    def _wait_for_save(self) -> None:
+        self.saver.wait()
+        self._tell_saved()
+
+    def _tell_saved(self) -> None:
+        self.tracker.checkpoints((folders.step_of(folder), folder) for folder in self.saver.newly_sealed())
 
     def _sample(self, step: int) -> None:
         if self.preview is None:
@@ -382,18 +395,3 @@ class _Run:
     def _export_trained(self, folder: Path) -> None:
         """Write the models that train."""
         self.task.export_trained(self.backend, self.spec, self.source, folder, only_trained=True)
-
-
-def _is_finite(metrics: dict[str, float]) -> bool:
-    """Return whether a step is finite.
-
-    Under fp16 gradients overflow now and then, and the loss scale gets smaller; that is no failure unless it is at its
-    smallest.
-    """
-    if metrics.get("loss_scale", MIN_LOSS_SCALE) > MIN_LOSS_SCALE:
-        return math.isfinite(metrics["loss"])
-    return math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
-
-
-def _said(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {metrics[name]:g}" for name in ("loss", "grad_norm", "loss_scale") if name in metrics)

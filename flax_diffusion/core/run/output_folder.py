@@ -7,15 +7,20 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import yaml
+
 from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.checkpoints import folders, snapshots
+from flax_diffusion.core.cli import command_line
 from flax_diffusion.core.config.options import CONFIG_FILE, Reads, TrainConfig, named_inputs
 from flax_diffusion.core.data.combined import folders_of
 from flax_diffusion.core.errors import CheckpointError, ConfigError, naming
 from flax_diffusion.core.families.family import subfolders
-from flax_diffusion.core.io.files import as_path, is_local, lies_in, move, remove_tree, unused
+from flax_diffusion.core.io.files import as_path, is_local, lies_in, move, remove_tree, unused, write_text
 from flax_diffusion.core.io.metrics_file import METRICS_FILE
 from flax_diffusion.core.report.files import PAGE
+from flax_diffusion.core.run import lineage
+from flax_diffusion.core.tasks.task import Task
 from flax_diffusion.core.tracking import profile
 from flax_diffusion.core.tracking.boards import FILES
 
@@ -169,6 +174,23 @@ def prepare(output_dir: Path, config: TrainConfig, resume_from: Path | None, bac
         folders.clear_leftovers(output_dir)
         snapshots.forget_after(output_dir, folders.step_of(resume_from) if resume_from else 0)
     backend.all_processes(True)
+
+
+def write_config(task: Task[TrainConfig], output_dir: Path, *, resumes: bool) -> None:
+    """Write the options that reproduce a run, and log which of them differ from those it started with.
+
+    Args:
+        task: The task, with the run's options.
+        output_dir: Folder of the run.
+        resumes: Whether the run goes on from a checkpoint.
+    """
+    file = output_dir / CONFIG_FILE
+    if resumes and file.exists():
+        changed = lineage.changes(command_line.read_yaml(file), task.config)
+        if changed:
+            log.info("goes on with other options than %s says: %s", file, "; ".join(changed))
+    values = {"task": task.name} | lineage.recipe_values(task.config)
+    write_text(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def _replace(output_dir: Path, config: TrainConfig) -> None:

@@ -39,7 +39,7 @@ class Preemption:
 
     Attributes:
         requested: Whether a signal has asked the run to end.
-        signal_name: Name of that signal for messages, "SIGTERM" or "Ctrl-C".
+        signal_name: Name of that signal for messages, "SIGTERM" or "Ctrl-C", or the reason of `end`.
         interrupted: Whether it was SIGINT.
         single_process: Whether this process may end without waiting for other processes of its run.
     """
@@ -110,6 +110,16 @@ class Preemption:
                 os.kill(os.getpid(), signal.SIGTERM)  # backends then end all processes after the same step
         elif self.single_process or now - self._interrupted_at > _REPEAT_SECONDS:
             os._exit(INTERRUPTED)
+
+    def end(self, reason: str) -> None:
+        """Ask the run to end as a signal does, in all of its processes.
+
+        Args:
+            reason: The reason, for messages of this process.
+        """
+        self.requested, self.signal_name = True, reason
+        if not self.single_process and self._pipe is not None:
+            os.kill(os.getpid(), signal.SIGTERM)  # backends then end all processes after the same step
 
     def interruptible(self, work: Callable[[], Result]) -> Result:
         """Do work that may take long, but stop waiting for it as soon as a signal comes.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ class Saver:
     def __init__(self, backend: Backend, output_dir: Path, limit: int | None, parent: str | None = None):
         self.backend, self.output_dir, self.limit, self._parent = backend, output_dir, limit, parent
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._sealed: deque[Path] = deque()
         self._step = self._size = 0  # step of the last checkpoint, and its size in bytes
         self._sealing: Future[None] | None = None
 
@@ -117,6 +119,7 @@ class Saver:
             folders.rotate(self.output_dir, self.limit, folder)
             output_folder.discard_replaced(self.output_dir)
             console.current().say(f"checkpoint saved: {folder}")
+            self._sealed.append(folder)
 
     def raise_if_failed(self) -> None:
         """Raise the error of a save that has failed, without waiting for one that is running.
@@ -140,6 +143,11 @@ class Saver:
                     sealing.result()
             except _SAVE_ERRORS as error:
                 raise self._failed(error) from error
+
+    def newly_sealed(self) -> Iterator[Path]:
+        """Yield the checkpoints that are whole since the last call, in the first process."""
+        while self._sealed:
+            yield self._sealed.popleft()
 
     def close(self) -> None:
         """Wait for the running save to end, whether it succeeds or fails."""

@@ -29,7 +29,7 @@ from flax_diffusion.core.run.hub.pusher import Pusher
 from flax_diffusion.core.run.precompute import EMBEDDINGS, POSTERIORS, precompute
 from flax_diffusion.core.run.preemption import Preemption
 from flax_diffusion.core.run.saving import free_bytes
-from flax_diffusion.core.run.schedule import Schedule, make_rate, make_schedule
+from flax_diffusion.core.run.schedule.steps import Schedule, make_rate, make_schedule
 from flax_diffusion.core.run.shards import latents as shards
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task

@@ -26,7 +26,7 @@ from flax_diffusion.core.families.autoencoder import AUTOENCODER_KL
 from flax_diffusion.core.io import model_files
 from flax_diffusion.core.io.files import write_json
 from flax_diffusion.core.spec.pipeline import AutoencoderLoss, PipelineSpec, check_variant
-from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.common.dataset import DATA_OPTIONS, DatasetConfig, open_dataset, stand_in
 from flax_diffusion.core.tasks.parts import check_channels, check_resolution, from_scratch, pretrained, sized
 from flax_diffusion.core.tasks.task import TASKS, Preview, Task
 
@@ -63,6 +63,7 @@ class AutoencoderTask(Task[AutoencoderConfig]):
 
     name = "autoencoder"
     config_class = AutoencoderConfig
+    data_options = DATA_OPTIONS
 
     @classmethod
     def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +72,7 @@ class AutoencoderTask(Task[AutoencoderConfig]):
 
     def open_source(self) -> Source:
         """Open the dataset."""
-        return open_dataset(self.config)
+        return open_dataset(self.config, examples=self.examples)
 
     def open_validation(self, source: Source) -> Source | None:
         """Open the dataset for validation, if there is one."""

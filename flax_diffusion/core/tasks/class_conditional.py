@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -30,7 +31,7 @@ from flax_diffusion.core.objectives.objective import Objective
 from flax_diffusion.core.spec import writing
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
 from flax_diffusion.core.spec.prompts import class_number, is_guided
-from flax_diffusion.core.tasks.common.dataset import open_dataset, stand_in
+from flax_diffusion.core.tasks.common.dataset import DATA_OPTIONS, open_dataset, stand_in
 from flax_diffusion.core.tasks.common.diffusion import DiffusionTask
 from flax_diffusion.core.tasks.common.evaluation import EvaluationConfig, evaluation_options
 from flax_diffusion.core.tasks.common.shards import ShardConfig
@@ -104,6 +105,7 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
 
     name = "class_conditional"
     config_class = ClassConditionalConfig
+    data_options = DATA_OPTIONS
 
     @classmethod
     def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,8 +144,9 @@ class ClassConditionalTask(DiffusionTask[ClassConditionalConfig]):
             raise ConfigError(
                 "precompute class_conditional: latents are made of pictures: give --train_data_dir or --dataset_name"
             )
-        source = open_dataset(self.config, stream_shards=self.config.stream_shards)
-        with naming("--train_data_dir" if self.config.train_data_dir else "--dataset_name"):
+        source = open_dataset(self.config, stream_shards=self.config.stream_shards, examples=self.examples)
+        option = "--train_data_dir" if self.config.train_data_dir else "--dataset_name"
+        with naming(option) if self.examples is None else nullcontext():  # examples are named as such
             return with_labels(source, self.config.label_column, self._classes_of_model())
 
     def open_validation(self, source: Source) -> LabelledSource | None:

@@ -13,15 +13,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flax_diffusion.core.backend import Backend, shared_folder
 from flax_diffusion.core.config.defaults import with_defaults
-from flax_diffusion.core.config.options import Reads
+from flax_diffusion.core.config.options import EXAMPLES, Reads
 from flax_diffusion.core.data.check import check_source
 from flax_diffusion.core.data.combined import CombinedSource, PairedSource, open_uncaptioned
 from flax_diffusion.core.data.sources.folders import FolderSource, image_files
+from flax_diffusion.core.data.sources.given import Examples, open_examples
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.display import console
 from flax_diffusion.core.errors import DataError
 from flax_diffusion.core.io.files import as_path, is_local, lies_in
 from flax_diffusion.core.io.sheets import save_picture, to_pillow
+from flax_diffusion.core.tasks.common.dataset import is_given
 from flax_diffusion.core.tasks.common.text import LoraConfig, LoraTask
 from flax_diffusion.core.tasks.task import TASKS
 
@@ -134,6 +136,7 @@ class DreamBoothTask(LoraTask[DreamBoothConfig]):
 
     name = "dreambooth"
     config_class = DreamBoothConfig
+    data_options = ("instance_data_dir",)
 
     def __init__(self, config: DreamBoothConfig):
         super().__init__(config)
@@ -151,7 +154,7 @@ class DreamBoothTask(LoraTask[DreamBoothConfig]):
 
     def open_source(self) -> Source:
         """Open the pictures of the new things; those of the classes may still have to be drawn."""
-        source = _open_instances(self.config)
+        source = _open_instances(self.config, self.examples)
         if self.config.with_prior_preservation:
             check_class_images(self.config)
         return source
@@ -187,13 +190,18 @@ class DreamBoothTask(LoraTask[DreamBoothConfig]):
 TASKS.register(DreamBoothTask.name, DreamBoothTask)
 
 
-def _open_instances(config: DreamBoothConfig) -> CombinedSource:
-    """Open the pictures of the new things.
+def _open_instances(config: DreamBoothConfig, examples: Examples | None) -> CombinedSource:
+    """Open the pictures of the new things, or take those of one thing that Python gives.
 
     Raises:
+        ConfigError: If the options say that Python gives examples, and it gives none.
         DataError: If a folder is missing or holds none, or lies in that of another thing.
     """
     concepts = config.all_concepts
+    if is_given(config.instance_data_dir, examples):
+        assert examples is not None
+        pictures = open_examples(examples, caption_column=None, num_workers=config.dataloader_num_workers)
+        return CombinedSource([pictures], [str(config.instance_prompt)], [config.repeats])
     for one, other in itertools.permutations(concepts, 2):
         inner, outer = one.instance_data_dir, other.instance_data_dir
         if lies_in(inner, outer) and one.instance_prompt != other.instance_prompt:
@@ -280,7 +288,7 @@ def _check_apart(config: DreamBoothConfig) -> None:
         classes = str(one.class_data_dir)
         for other in concepts:
             things = other.instance_data_dir
-            if lies_in(classes, things) or lies_in(things, classes):
+            if things != EXAMPLES and (lies_in(classes, things) or lies_in(things, classes)):
                 raise DataError(
                     f"--class_data_dir {classes} and --instance_data_dir {things}: one lies in the other, so that "
                     "pictures of the class would be trained as the new thing; name folders apart from each other"

@@ -14,6 +14,7 @@ from flax_diffusion.core.backend import Backend
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.images.transforms import ImageTransform
+from flax_diffusion.core.data.sources.given import Examples
 from flax_diffusion.core.data.sources.source import ArraySource, Source
 from flax_diffusion.core.families.family import GROUP
 from flax_diffusion.core.objectives.noising import NoiseSpec
@@ -53,6 +54,12 @@ class Task(ABC, Generic[C]):
     config_class: ClassVar[type[TrainConfig]]
     """Class of the task's options."""
 
+    data_options: ClassVar[tuple[str, ...]] = ()
+    """Options that name the data which `train` may be given in Python instead; none where it may not.
+
+    The first then holds `EXAMPLES`, and the others nothing.
+    """
+
     checks_captions: ClassVar[bool] = False
     """Whether captions come from data, so that they are checked before the start."""
     rows_per_example: int = 1
@@ -73,6 +80,9 @@ class Task(ABC, Generic[C]):
     """Dtype in which the embeddings of prompts are stored, "float32" or "bfloat16"."""
     makes_tokenizer: bool = False
     """Whether the captions make the tokenizer."""
+
+    examples: Examples | None = None
+    """Examples that `train` is given in Python; None for the data that the options name."""
 
     def __init__(self, config: C):
         self.config = config
@@ -248,6 +258,13 @@ TASKS: Registry[type[Task[TrainConfig]]] = Registry(
 """All tasks by name."""
 
 
-def task_of(config: TrainConfig) -> Task[TrainConfig]:
-    """Return the task of a run's options."""
-    return next(task(config) for task in TASKS.values() if task.config_class is type(config))
+def task_of(config: TrainConfig, examples: Examples | None = None) -> Task[TrainConfig]:
+    """Return the task of a run's options.
+
+    Args:
+        config: The options.
+        examples: Examples that Python gives, where an option holds `EXAMPLES`.
+    """
+    made = next(task(config) for task in TASKS.values() if task.config_class is type(config))
+    made.examples = examples
+    return made

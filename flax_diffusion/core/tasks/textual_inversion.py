@@ -13,13 +13,14 @@ from pydantic import Field, field_validator, model_validator
 from flax_diffusion.core.config.defaults import with_defaults
 from flax_diffusion.core.config.options import Reads
 from flax_diffusion.core.data.combined import CombinedSource, Folder, folders_of, open_uncaptioned
+from flax_diffusion.core.data.sources.given import open_examples
 from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError, naming
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.spec.adapters import NewTokens
 from flax_diffusion.core.spec.new_words import add_word
 from flax_diffusion.core.spec.pipeline import Component, PipelineSpec, Training
-from flax_diffusion.core.tasks.common.dataset import ValidationConfig, joined
+from flax_diffusion.core.tasks.common.dataset import ValidationConfig, is_given, joined
 from flax_diffusion.core.tasks.common.text import OutputName, TextConfig, TextTask
 from flax_diffusion.core.tasks.task import TASKS
 
@@ -97,6 +98,7 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
 
     name = "textual_inversion"
     config_class = TextualInversionConfig
+    data_options = ("train_data_dir",)
 
     def __init__(self, config: TextualInversionConfig):
         super().__init__(config)
@@ -115,6 +117,11 @@ class TextualInversionTask(TextTask[TextualInversionConfig]):
             DataError: If a folder is missing or holds none.
         """
         config, option = self.config, "--train_data_dir"
+        if is_given(config.train_data_dir, self.examples):
+            assert self.examples is not None
+            workers = config.dataloader_num_workers
+            pictures = open_examples(self.examples, caption_column=None, num_workers=workers)
+            return CombinedSource([pictures], [self.templated_prompts], [config.repeats])
         with naming(option):
             folders = folders_of(str(config.train_data_dir))
         if all(one.repeats for one in folders) and config.repeats != type(config).model_fields["repeats"].default:

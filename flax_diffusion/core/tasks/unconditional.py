@@ -12,7 +12,7 @@ from flax_diffusion.core.data.sources.source import Source
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.families.ddpm import DDPM, UNET_2D
 from flax_diffusion.core.spec.pipeline import PipelineSpec
-from flax_diffusion.core.tasks.common.dataset import DatasetConfig, open_dataset, stand_in
+from flax_diffusion.core.tasks.common.dataset import DATA_OPTIONS, DatasetConfig, open_dataset, stand_in
 from flax_diffusion.core.tasks.common.diffusion import DiffusionConfig, DiffusionTask
 from flax_diffusion.core.tasks.common.evaluation import EvaluationConfig, evaluation_options
 from flax_diffusion.core.tasks.parts import check_pipeline, from_scratch, frozen_vae, pretrained
@@ -45,6 +45,7 @@ class UnconditionalTask(DiffusionTask[UnconditionalConfig]):
 
     name = "unconditional"
     config_class = UnconditionalConfig
+    data_options = DATA_OPTIONS
 
     @classmethod
     def stand_ins(cls, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class UnconditionalTask(DiffusionTask[UnconditionalConfig]):
 
     def open_source(self) -> Source:
         """Open the dataset."""
-        return open_dataset(self.config)
+        return open_dataset(self.config, examples=self.examples)
 
     def open_validation(self, source: Source) -> Source | None:
         """Open the dataset for validation, if there is one."""

@@ -16,10 +16,14 @@ from flax_diffusion.core.display.steps import Steps
 from flax_diffusion.core.io.metrics_file import METRICS_FILE, MetricsFile
 from flax_diffusion.core.io.sheets import contact_sheet, save_picture
 from flax_diffusion.core.tracking.boards import Board
+from flax_diffusion.core.tracking.callbacks import Callbacks
 
 
 class Tracker:
     """Reports of a run: steps on the console, values and pictures on its boards. Only the first process reports.
+
+    Attributes:
+        last: Values of the last step that was reported, by name; empty before it.
 
     Args:
         output_dir: Folder of the run.
@@ -27,9 +31,21 @@ class Tracker:
         first_step: Steps taken before this start of the run.
         total_steps: Steps of the whole run.
         main: Whether this is the first process.
+        callbacks: What is told of steps, pictures and checkpoints; None for nothing.
     """
 
-    def __init__(self, output_dir: Path, boards: Sequence[Board], *, first_step: int, total_steps: int, main: bool):
+    def __init__(
+        self,
+        output_dir: Path,
+        boards: Sequence[Board],
+        *,
+        first_step: int,
+        total_steps: int,
+        main: bool,
+        callbacks: Callbacks | None = None,
+    ):
+        self.last: dict[str, float] = {}
+        self._callbacks = callbacks if callbacks is not None and main else Callbacks()
         self._samples = output_dir / "samples"
         self._main = main
         self._boards = boards
@@ -72,6 +88,8 @@ class Tracker:
         for board in self._boards:
             board.scalars({f"train/{name}": value for name, value in metrics.items()}, step)
         self._steps.step(step, images, metrics["loss"], metrics["learning_rate"])
+        self.last = metrics
+        self._callbacks.step(step, metrics)
 
     def judged(self, step: int, values: dict[str, float], of: str) -> None:
         """Report what a run is worth at a step.
@@ -122,6 +140,7 @@ class Tracker:
         save_picture(picture, self._grid_file(step), texts)
         for board in self._boards:
             board.image("samples", picture, step)
+        self._callbacks.sample(step, picture, captions)
         self._last = time.perf_counter()
 
     def has_grid(self, step: int) -> bool:
@@ -139,6 +158,11 @@ class Tracker:
 
     def _grid_file(self, step: int) -> Path:
         return self._samples / f"{step:08d}.png"
+
+    def checkpoints(self, folders: Iterable[tuple[int, Path]]) -> None:
+        """Report checkpoints that are whole, each by its step and folder."""
+        for step, folder in folders:
+            self._callbacks.checkpoint(step, folder)
 
     def flush(self) -> None:
         """Write to disk what was reported so far."""

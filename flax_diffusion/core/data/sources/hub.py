@@ -32,7 +32,7 @@ class HubSource:
     name: str
     image_column: str
     caption_column: str | None
-    folders: tuple[Path, ...] = field(default=(), repr=False)  # folders of downloads; rows may name files only in these
+    folders: tuple[Path, ...] | None = field(default=(), repr=False)  # rows may name files only in these; None: in any
     extra_column: str | None = None  # column of the second picture
     whole: datasets.Dataset | None = field(default=None, repr=False)  # the rows with all columns
 
@@ -72,7 +72,7 @@ class HubSource:
 
     def _inside(self, path: str, name: str) -> Path:
         where = Path(os.path.abspath(path))
-        if not any(where.is_relative_to(folder) for folder in self.folders):
+        if self.folders is not None and not any(where.is_relative_to(folder) for folder in self.folders):
             raise DataError(
                 f"{name} is the file {path}, which was not downloaded with the dataset; use another dataset", name
             )
@@ -119,6 +119,47 @@ def open_hub(
         ) from error
     if not isinstance(dataset, datasets.Dataset):
         raise DataError(f"dataset {name}, split {split} is not a table of rows; name one split")
+    if len(dataset) == 0:
+        raise DataError(f"dataset {name}, split {split} holds no rows; take another split")
+    downloads = tuple(Path(os.path.abspath(folder)) for folder in (*_CACHES, cache_dir) if folder is not None)
+    return of_table(
+        dataset,
+        name,
+        image_column=image_column,
+        caption_column=caption_column,
+        max_samples=max_samples,
+        extra=extra,
+        folders=downloads,
+    )
+
+
+def of_table(
+    dataset: datasets.Dataset,
+    name: str,
+    *,
+    image_column: str = DEFAULT_IMAGE_COLUMN,
+    caption_column: str | None = "text",
+    max_samples: int | None = None,
+    extra: ExtraImages | None = None,
+    folders: tuple[Path, ...] | None = None,
+) -> HubSource:
+    """Take the rows of a table as examples, and check its columns.
+
+    Args:
+        dataset: The table, with at least one row.
+        name: Its name, for messages.
+        image_column: Column of the picture.
+        caption_column: Column of the caption, a text or a list of texts; None for no captions.
+        max_samples: Number of rows to take, from the first; None for all.
+        extra: Column of the second picture of each example; None for one picture each.
+        folders: Folders in which the files of pictures may lie; None for any.
+
+    Returns:
+        The source.
+
+    Raises:
+        DataError: If columns or captions are missing.
+    """
     columns = {"image_column": image_column} | ({} if caption_column is None else {"caption_column": caption_column})
     if extra is not None:
         extra.refuse_folder(f"dataset {name}")
@@ -129,21 +170,12 @@ def open_hub(
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     whole, dataset = dataset, dataset.select_columns(list(dict.fromkeys(columns.values())))
-    if len(dataset) == 0:
-        raise DataError(f"dataset {name}, split {split} holds no rows; take another split")
     pictures = {"image_column": image_column} | ({} if extra is None else {extra.option: extra.column})
     _check_types(dataset, name, pictures, caption_column)
     for column in pictures.values():
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return HubSource(
-        dataset,
-        name,
-        image_column,
-        caption_column,
-        tuple(Path(os.path.abspath(folder)) for folder in (*_CACHES, cache_dir) if folder is not None),
-        None if extra is None else extra.column,
-        whole,
-    )
+    extra_column = None if extra is None else extra.column
+    return HubSource(dataset, name, image_column, caption_column, folders, extra_column, whole)
 
 
 def _check_types(dataset: datasets.Dataset, name: str, pictures: dict[str, str], caption_column: str | None) -> None:

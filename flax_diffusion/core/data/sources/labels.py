@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_diffusion.core.data.sources.source import Labels, Record, Source, first_few, pictures_of
+from flax_diffusion.core.data.sources.source import Labels, Record, Source, description_of, first_few, pictures_of
 from flax_diffusion.core.data.sources.splits import is_split
 from flax_diffusion.core.errors import DataError, shown
 
@@ -40,8 +40,7 @@ class LabelledSource:
 
     def described(self, index: int) -> Record:
         """Return an example, without its picture where the source can tell the rest of it at once."""
-        describe = getattr(self.source, "described", self.source.__getitem__)
-        return replace(describe(index), label=int(self.labels[index]))
+        return replace(description_of(self.source)(index), label=int(self.labels[index]))
 
 
 def with_labels(source: Source, column: str | None, known: Sequence[str] = ()) -> LabelledSource:

@@ -1,7 +1,7 @@
 """The interface of all sources of training images, with random access and picklable, and what they share."""
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -38,6 +38,7 @@ class Record:
     extra: "Record | None" = None  # a second picture of the example: what a ControlNet follows, or a mask
     label: int | None = None  # number of its class
     posterior: np.ndarray | None = None  # of its latents and perhaps their mirror image's, (1 or 2, 2, c, h, w)
+    content: str = ""  # checksum of its pictures, where neither their names nor the rest tells datasets apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,8 @@ class Source(Protocol):
 
     One that can tell the classes of its pictures has a method `labels` too, of the name of a column or None for
     `DEFAULT_LABEL_COLUMN`, which returns `Labels`. One that has a picture more than once has a method `pictures`; see
-    `pictures_of`.
+    `pictures_of`. `described` of an index returns a record without its picture where the source can tell the rest of it
+    at once, or with a `content`.
     """
 
     def __len__(self) -> int: ...
@@ -172,6 +174,11 @@ def whole_caption(caption: str | list[str | None] | None, name: str) -> str | li
     return texts
 
 
+def description_of(source: Source) -> Callable[[int], Record]:
+    """Return the function of an index that describes an example; see `Source`."""
+    return getattr(source, "described", source.__getitem__)
+
+
 def pictures_of(source: Source) -> np.ndarray:
     """Return the number of each example's picture, int64 (N,): that of the first example that has it."""
     tell = getattr(source, "pictures", None)
@@ -195,6 +202,10 @@ class Part:
 
     def __getitem__(self, index: int) -> Record:
         return self.source[int(self.indices[index])]
+
+    def described(self, index: int) -> Record:
+        """Return an example as its source describes it; see `Source`."""
+        return description_of(self.source)(int(self.indices[index]))
 
 
 def first_few(names: list[str]) -> str:

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import DTypeLike
 from pydantic import Field, field_validator, model_validator
 
-from flax_diffusion.core.config.options import Reads, TrainConfig
+from flax_diffusion.core.config.options import EXAMPLES, Reads, TrainConfig
 from flax_diffusion.core.data.batches import ExampleFn, Precomputed
 from flax_diffusion.core.data.combined import CombinedSource, folders_of
+from flax_diffusion.core.data.sources.given import Examples, open_examples
 from flax_diffusion.core.data.sources.opening import open_source
 from flax_diffusion.core.data.sources.source import ExtraImages, Source
 from flax_diffusion.core.errors import ConfigError, naming
@@ -75,6 +76,10 @@ class DatasetConfig(ValidationConfig):
         return self
 
 
+DATA_OPTIONS = ("dataset_name", "dataset_config_name", "train_data_dir")
+"""Options of `DatasetConfig` that name its data; see `Task.data_options`."""
+
+
 class CaptionsConfig(PromptsConfig, DatasetConfig):
     """Options of tasks that train on a dataset with captions."""
 
@@ -91,6 +96,7 @@ class CaptionsTask(TextTask[K]):
     """Training on a dataset with captions."""
 
     checks_captions = True
+    data_options = DATA_OPTIONS
 
     def __init__(self, config: K):
         super().__init__(config)
@@ -105,7 +111,7 @@ class CaptionsTask(TextTask[K]):
 
     def open_source(self) -> Source:
         """Open the dataset."""
-        return open_dataset(self.config, self.config.caption_column, self.extra_images)
+        return open_dataset(self.config, self.config.caption_column, self.extra_images, examples=self.examples)
 
     def open_validation(self, source: Source) -> Source | None:
         """Open the dataset for validation, if there is one."""
@@ -129,8 +135,9 @@ def open_dataset(
     *,
     stream_shards: int | None = None,
     validation: bool = False,
+    examples: Examples | None = None,
 ) -> Source:
-    """Open the dataset that the options name, or the one for validation.
+    """Open the dataset that the options name, or the one for validation, or take the examples that Python gives.
 
     Args:
         config: The options.
@@ -138,10 +145,24 @@ def open_dataset(
         extra: Place of the second picture of each example; None for one picture each.
         stream_shards: Number of shards that are read at a time; None for all.
         validation: Whether to open that of --validation_data_dir.
+        examples: Examples that Python gives; None for none.
 
     Raises:
+        ConfigError: If the options say that Python gives examples, and it gives none.
         DataError: If it cannot be used.
     """
+    if not validation and is_given(config.dataset_name, examples):
+        assert examples is not None
+        if stream_shards is not None:
+            raise ConfigError(f"--stream_shards {stream_shards}: examples of train() are not in shards; drop it")
+        return open_examples(
+            examples,
+            image_column=config.image_column,
+            caption_column=caption_column,
+            max_samples=config.max_train_samples,
+            extra=extra,
+            num_workers=config.dataloader_num_workers,
+        )
     option, place = "--train_data_dir", config.train_data_dir
     if validation:
         option, place = "--validation_data_dir", config.validation_data_dir
@@ -178,6 +199,24 @@ def open_dataset(
     if len(folders) == 1 and folders[0].repeats is None:
         return sources[0]
     return CombinedSource(sources, [None] * len(sources), [one.repeats or 1 for one in folders])
+
+
+def is_given(name: str | None, examples: Examples | None) -> bool:
+    """Return whether the data of a run are examples that Python gives, and not what an option names.
+
+    Args:
+        name: Value of the option.
+        examples: The examples; None for none.
+
+    Raises:
+        ConfigError: If the option says that Python gives examples, and it gives none.
+    """
+    if name == EXAMPLES and examples is None:
+        raise ConfigError(
+            "the data of this run are examples that train() was given in Python, and no option can name them: call "
+            "train(TASK, CONFIG, examples=EXAMPLES) from Python, with the same examples to resume"
+        )
+    return name == EXAMPLES
 
 
 def _check_several(config: DatasetConfig, extra: ExtraImages | None) -> None:

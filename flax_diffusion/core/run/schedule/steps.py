@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flax_diffusion.core.config.options import TrainConfig
 from flax_diffusion.core.config.profiling import profile_range
 from flax_diffusion.core.errors import ConfigError
-from flax_diffusion.core.run.rates import learning_rate_schedule
+from flax_diffusion.core.run.schedule.rates import learning_rate_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
