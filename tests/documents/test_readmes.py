@@ -29,7 +29,6 @@ WANTING = {
 }
 """Options that are refused, and what the message says instead."""
 CUDA_ONLY = ["--enable_xformers_memory_efficient_attention"]
-LEVELS = 7
 
 
 def ours(command):
@@ -70,14 +69,15 @@ def test_every_option_is_known(command):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Data, and models that halve pictures six times, so that 1,024 pixels are cheap."""
+    """Data, and models that halve pictures six times, so that 1,024 pixels are cheap; for ControlNets three times."""
     folder = tmp_path_factory.mktemp("world")
-    vae = {
-        "block_out_channels": [4] * LEVELS, "down_block_types": ["DownEncoderBlock2D"] * LEVELS,
-        "up_block_types": ["UpDecoderBlock2D"] * LEVELS, "norm_num_groups": 2, "mid_block_add_attention": False,
-    }  # fmt: skip
-    stable_diffusion(folder / "base", vae=vae, length=40)
-    stable_diffusion_xl(folder / "xl", vae=vae)
+    for end, levels in (("", 7), ("-controlled", 4)):
+        vae = {
+            "block_out_channels": [4] * levels, "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels, "norm_num_groups": 2, "mid_block_add_attention": False,
+        }  # fmt: skip
+        stable_diffusion(folder / f"base{end}", vae=vae, length=40)
+        stable_diffusion_xl(folder / f"xl{end}", vae=vae)
     pictures(folder / "plain", 3, size=520)
     shutil.copytree(folder / "plain", folder / "dog", ignore=shutil.ignore_patterns("*.jsonl"))
     for name in ("base", "xl"):
@@ -96,7 +96,8 @@ def replaced(words, world, out):
     """The words with the model, the data and the output folder of this machine, and an end after one step."""
     xl = any("sdxl" in word or "stable-diffusion-xl" in word or "playground" in word for word in words)
     joined = re.sub(r"(--\w+)=", r"\1\0", "\0".join(words)).split("\0")
-    models = {"--pretrained_model_name_or_path": world / ("xl" if xl else "base")}
+    kind = ("xl" if xl else "base") + ("-controlled" if joined[0] == "controlnet" else "")
+    models = {"--pretrained_model_name_or_path": world / kind, "--initializer_token": "dog"}
     models["--pretrained_vae_model_name_or_path"] = world / "xl-vae"
     if joined[0] == "autoencoder":
         models["--pretrained_model_name_or_path"] = world / "base-vae"
@@ -124,6 +125,7 @@ def replaced(words, world, out):
         found += ["--output_dir", str(out)]
     found += ["--max_train_steps", "1"]
     found += ["--validation_num_inference_steps", "2"] if joined[0] != "autoencoder" else ["--resolution", "512"]
+    found += ["--resolution", "256"] if joined[0] == "controlnet" else []  # of 8 pixels a latent
     found += ["--num_class_images", "2"] * ("--with_prior_preservation" in found)
     return found
 
