@@ -79,7 +79,7 @@ def test_names_of_models(model, tmp_path):
 
 def test_a_file_by_another_name(options, model, tmp_path):
     """Diffusers finds it in its folder, and so does what draws from the run; another run does not write over it."""
-    out = train("dreambooth", **options | {"output_dir": str(tmp_path / "run")}, output_name="sks_dog")
+    out = train("dreambooth", **options | {"output_dir": str(tmp_path / "run")}, output_name="sks_dog").output_dir
     (file,) = out.glob("*.safetensors")
     assert file.name == "sks_dog.safetensors"
     header = safetensors_metadata(file)
@@ -111,7 +111,7 @@ def test_a_word_by_another_name(options, model):
         "output_name": "my_word",
         "prompt_templates": ["a {}"],
     }
-    out = train("textual_inversion", **given, **word)
+    out = train("textual_inversion", **given, **word).output_dir
     assert [path.name for path in out.glob("*.safetensors")] == ["my_word.safetensors"]
     how = {"prompt": "a <dog>", "num_images": 1, "num_inference_steps": 1}
     np.testing.assert_array_equal(generate(out, **how), generate(model, embeddings=out, **how))

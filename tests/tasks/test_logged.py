@@ -12,7 +12,7 @@ import torch_backend.measuring
 from flax_diffusion.core.cli.command_line import merge
 from flax_diffusion.core.run import assembly
 from flax_diffusion.core.run.loop import fit
-from flax_diffusion.core.run.schedule import make_schedule
+from flax_diffusion.core.run.schedule.steps import make_schedule
 from flax_diffusion.core.tasks.task import task_of
 from flax_diffusion.core.tracking.peaks import peak_flops
 from flax_diffusion.core.tracking.tracker import Tracker
@@ -53,7 +53,7 @@ def prior_preserving(dreambooth, tmp_path):
 
 def logged(task, options, make_backend):
     """The rows of the run's steps.csv."""
-    folder = fit(task_of(merge(task, {}, options, "test")), make_backend)
+    folder = fit(task_of(merge(task, {}, options, "test")), make_backend).output_dir
     with (folder / "logs/steps.csv").open() as file:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
