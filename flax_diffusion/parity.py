@@ -10,7 +10,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -56,9 +56,9 @@ class Row:
         grad_norm_torch: Gradient norm on PyTorch.
         params: Largest relative difference of the weights after the step.
         ema: Largest relative difference of the moving averages after the step.
-        parts: Largest relative difference of the parts of the loss; 0 where it has none.
         validation: Largest relative difference of the validation losses after the last step; None elsewhere, and where
             no picture is held out.
+        parts: Largest relative difference of the parts of the loss; 0 where it has none.
     """
 
     step: int
@@ -68,8 +68,8 @@ class Row:
     grad_norm_torch: float
     params: float
     ema: float
-    parts: float
     validation: float | None = None
+    parts: float = 0.0
 
     @property
     def loss(self) -> float:
@@ -80,6 +80,11 @@ class Row:
 def relative(ours: float, theirs: float) -> float:
     """Return the relative difference of two numbers."""
     return abs(ours - theirs) / max(abs(ours), 1e-300)
+
+
+def largest(values: Iterable[float]) -> float:
+    """Return the largest of some numbers, 0 for none, and NaN if one is, which Python's `max` may pass over."""
+    return float(np.max([0.0, *values]))
 
 
 NO_GRADIENT = re.compile(r"\.(to_k|k_proj)\.bias$")
@@ -104,12 +109,12 @@ def difference(ours: Arrays, theirs: Arrays, kind: str, leave_out: re.Pattern[st
     for name in ours:
         if name.startswith(f"{kind}/") and not (leave_out and leave_out.search(name)):
             models.setdefault(name.split("/")[1], []).append(name)
-    largest = 0.0
+    found = []
     for names in models.values():
-        apart = max(float(np.abs(ours[name].astype(np.float64) - theirs[name]).max()) for name in names)
+        apart = largest(float(np.abs(ours[name].astype(np.float64) - theirs[name]).max()) for name in names)
         squares = sum(float(np.sum(np.square(ours[name], dtype=np.float64))) for name in names)
-        largest = max(largest, apart / math.sqrt(squares / sum(ours[name].size for name in names)))
-    return largest
+        found.append(apart / math.sqrt(squares / sum(ours[name].size for name in names)))
+    return largest(found)
 
 
 def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator[Row]:
@@ -184,7 +189,7 @@ def compare(config: TrainConfig, steps: int, dtype: str = "float64") -> Iterator
                     row = _row(backends, batch, done, rate(done), rates.ema_decays(config, done), leave_out)
                     if judges and done + 1 == steps:
                         a, b = (judge() for judge in judges)
-                        apart = max(relative(a[name], b[name]) for name in a)
+                        apart = largest(relative(a[name], b[name]) for name in a)
                         row = replace(row, validation=apart)
                     yield row
 
@@ -206,8 +211,8 @@ def _row(
         ours["grad_norm"],
         theirs["grad_norm"],
         difference(a, b, "params", leave_out),
-        max((difference(a, b, average, leave_out) for average in decays), default=0.0),
-        max((relative(ours[name], theirs[name]) for name in ours if name.endswith("_loss")), default=0.0),
+        largest(difference(a, b, average, leave_out) for average in decays),
+        parts=largest(relative(ours[name], theirs[name]) for name in ours if name.endswith("_loss")),
     )
 
 
@@ -222,9 +227,9 @@ def verdict(rows: Sequence[Row], dtype: str) -> tuple[bool, str]:
         Whether all rows are within the bounds of `dtype`, and a line that says so.
     """
     bounds = BOUNDS[dtype]
-    loss = max(max(row.loss, row.parts) for row in rows)
+    loss = largest(apart for row in rows for apart in (row.loss, row.parts))
     validation = rows[-1].validation
-    state = max(max(row.params, row.ema) for row in rows)
+    state = largest(apart for row in rows for apart in (row.params, row.ema))
     equal = loss <= bounds["loss"] and state <= bounds["state"] and (validation is None or validation <= bounds["loss"])
     of_validation = "" if validation is None else f", validation losses within {validation:.1e}"
     return equal, (

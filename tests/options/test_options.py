@@ -323,7 +323,8 @@ TABLE: dict[str, list[Row]] = {
         Row(lambda w, _: str(w.edges), "batch",
             lambda w: {"train_data_dir": str(w.data), "conditioning_data_dir": str(w.data)}),
     ],
-    "validation_images": [Row(lambda w, _: [str(w.data / "1.png")], "samples")],
+    "validation_images": [Row(lambda w, _: [str(w.data / "1.png")], "samples", tasks=("controlnet",)),
+                          Row(lambda w, _: [str(w.data / "1.png")], "files", tasks=("autoencoder",))],
     # Textual inversion
     "placeholder_token": [Row("<other>", ("spec", "files"), {"validation_prompts": ["<new> <other>"]})],
     "initializer_token": [Row("photo", ("spec", "torch"))],

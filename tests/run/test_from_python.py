@@ -76,7 +76,7 @@ def test_examples_callbacks_and_the_result(backend, tmp_path):
     assert losses(run.output_dir) == losses(named.output_dir)
     assert [step for step, _ in log.steps] == [1, 2, 3, 4, 5, 6]
     np.testing.assert_array_equal(np.float32([values["loss"] for _, values in log.steps]), losses(run.output_dir))
-    assert log.steps[0][1].keys() == {"loss", "grad_norm", "learning_rate", "images_per_second"}
+    assert log.steps[0][1].keys() == {"loss", "grad_norm", "learning_rate", "images_per_second", "data_wait_seconds"}
     with Image.open(run.samples[0]) as grid:
         assert log.samples == [(3, grid.size, []), (6, grid.size, [])]
     assert log.checkpoints == [(step, run.output_dir / f"checkpoint-{step}") for step in (2, 4, 6)]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from flax_diffusion.core.run.loop import fit
 from flax_diffusion.core.tasks.task import TASKS, task_of
 from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.families.family import FAMILIES as jax_families
-from flax_diffusion.parity import NO_GRADIENT, compare, difference, main, verdict
+from flax_diffusion.parity import NO_GRADIENT, Row, compare, difference, main, verdict
 from torch_backend import generate as torch_generate
 from torch_backend.backend import TorchBackend
 from torch_backend.families.family import FAMILIES as torch_families
@@ -215,6 +216,20 @@ def test_the_measure_sees_a_difference():
     assert difference(a, b, "params") == pytest.approx(1e-6 * 2**0.5)
     assert difference(a, b, "ema") == 0.0
     assert difference(a, b, "params", re.compile("b$")) == 0.0
+    for name in a:
+        broken = a | {name: np.where(np.arange(4) == 2, np.nan, a[name])}
+        assert np.isnan(difference(a, broken, "params"))
+        assert np.isnan(difference(broken, a, "params"))
+
+
+@pytest.mark.parametrize("name", ["loss_torch", "params", "ema", "validation", "parts"])
+def test_what_is_not_a_number_is_different(name):
+    equal = Row(1, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    assert verdict([equal, equal], "float32")[0]
+    assert not verdict([replace(equal, **{name: float("nan")})], "float32")[0]
+    assert not verdict([equal, replace(equal, **{name: float("nan")})], "float32")[0]
+    if name != "validation":  # which only the last step has
+        assert not verdict([replace(equal, **{name: float("nan")}), equal], "float32")[0]
 
 
 def test_key_biases_change_nothing():

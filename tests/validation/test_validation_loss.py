@@ -251,3 +251,8 @@ def test_parity_judges_it(apart, equal):
     found, line = verdict([Row(1, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, apart)], "float64")
     assert found == equal
     assert ("validation losses within" in line) == (apart is not None)
+
+
+@pytest.mark.parametrize(("apart", "equal"), [(1e-11, True), (1e-9, False), (float("nan"), False)])
+def test_parity_judges_the_parts_of_the_loss(apart, equal):
+    assert verdict([Row(1, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0, parts=apart)], "float64")[0] == equal
