@@ -17,6 +17,9 @@ _TITLES = {
     "train/loss": "Loss", "train/learning_rate": "Learning rate", "train/grad_norm": "Gradient norm",
     "train/images_per_second": "Pictures per second", "validation_loss": "Validation loss",
     "validation_loss_ema": "Validation loss with the moving average", "fid": "FID", "kid": "KID",
+    "train/instance_loss": "Loss on the new thing", "train/prior_loss": "Loss on its class",
+    "train/reconstruction_loss": "Reconstruction loss", "train/kl_loss": "KL loss", "train/mfu": "MFU",
+    "train/data_wait_seconds": "Wait for data, in seconds", "train/device_memory_gib": "Device memory, in GiB",
 }  # fmt: skip
 _ROWS = 24  # of a chart's table
 _TAIL = 100  # steps whose mean is the last value of training
