@@ -92,7 +92,7 @@ class JaxBackend:
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self.average: str | None = None
         self._peak = peak_flops(self.mesh.devices.flat[0].device_kind)
-        self._flops: dict[tuple[tuple[int, ...], ...], float] = {}  # of a step, by the shapes of its batch
+        self._flops: dict[tuple[tuple[int, ...], ...], float | None] = {}  # of a step, by the shapes of its batch
         self.state: TrainState
         self.frozen: Params
 
@@ -183,7 +183,8 @@ class JaxBackend:
         shapes = tuple(array.shape for array in batch.values())
         if shapes not in self._flops:
             self._flops[shapes] = self.program.flops(self.state, self.frozen, batch, rates)
-        return metrics | {"peak_seconds": self._flops[shapes] / self._peak}
+        flops = self._flops[shapes]
+        return metrics if flops is None else metrics | {"peak_seconds": flops / self._peak}
 
     def validation_loss(self, average: str | None) -> Callable[[dict[str, jax.Array]], dict[str, jax.Array]]:
         """Return the compiled loss, with the weights or a moving average of them."""

@@ -153,8 +153,10 @@ class Program:
             compiler_options=self._compiler_options(self.mesh.devices.flat[0].platform),
         )
 
-    def flops(self, *arguments: Any) -> float:
-        """Return the FLOPs of a step on each device; where a step was taken, this compiles nothing.
+    def flops(self, *arguments: Any) -> float | None:
+        """Return the FLOPs of a step on each device; None where XLA does not tell them.
+
+        Where a step was taken, this compiles nothing.
 
         What is computed again to save memory counts. Of a loop over micro-batches XLA counts the body once, and this
         is that count times the micro-batches: the update, counted as often, is under a thousandth of it.
@@ -167,7 +169,8 @@ class Program:
         # The compiler knows the kernels of a TPU, and on other platforms the program before it knows all products.
         counted = lowered.compile() if platform == "tpu" else lowered
         passes = 1 if self._unroll else batch["loss_weights"].shape[0]
-        return counted.cost_analysis()["flops"] * passes
+        costs = counted.cost_analysis()
+        return costs["flops"] * passes if costs and "flops" in costs else None
 
     @functools.cached_property
     def validation_loss(self) -> Any:

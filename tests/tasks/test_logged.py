@@ -5,7 +5,7 @@ import csv
 import jax
 import numpy as np
 import pytest
-from tiny import RUN, UNET, VAE, pictures, stable_diffusion
+from tiny import ONE_BLOCK, RUN, UNET, VAE, pictures, stable_diffusion
 
 import flax_diffusion.jax_backend.backend as jax_backend
 import torch_backend.measuring
@@ -137,6 +137,16 @@ def test_the_share_of_a_devices_peak(tmp_path, monkeypatch):
     assert of_torch[0] == of_torch[1]
     # XLA leaves out the products with a convolution's padding, and counts what is no product too.
     assert 0.85 < of_jax[0] / of_torch[0] < 1.15
+
+
+@pytest.mark.parametrize("costs", [None, {}])
+def test_a_run_goes_on_where_xla_tells_no_flops(tmp_path, monkeypatch, costs):
+    monkeypatch.setattr(jax_backend, "peak_flops", lambda device: 1e9)
+    monkeypatch.setattr(jax.stages.Lowered, "cost_analysis", lambda self: costs)
+    options = RUN | QUIET | {"unet": UNET | ONE_BLOCK, "resolution": 8, "output_dir": str(tmp_path / "run")}
+    rows = logged("unconditional", options, one_device)
+    assert len(rows) == 2
+    assert "mfu" not in rows[0]
 
 
 def test_the_wait_for_data_is_that_since_the_last_step(tmp_path, monkeypatch):

@@ -42,8 +42,8 @@ class TrainResult(os.PathLike[str]):
             logs.
         steps: Optimizer steps that it has taken, earlier starts included.
         complete: Whether these are all that it was to take. They are not after SIGTERM.
-        metrics: Last value of everything that was measured, by name: `loss`, `grad_norm`, `learning_rate` and
-            `images_per_second` of the last step that this start took, and what the run was judged by.
+        metrics: Last value of everything that was measured, by name: what is logged of each step, such as `loss`, of
+            the last step that this start took, and what the run was judged by.
         history: What the run was judged by, such as the loss on pictures that do not train: the rows of metrics.jsonl,
             each with its `step`.
         samples: Grids of pictures, in order.

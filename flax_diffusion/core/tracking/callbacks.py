@@ -26,8 +26,8 @@ class Callback:
 
         Args:
             step: Number of the optimizer step, from 1.
-            metrics: Values by name: `loss`, `grad_norm`, `learning_rate`, `images_per_second`, and under fp16
-                `loss_scale`.
+            metrics: Values by name: `loss` and its parts, `grad_norm`, `learning_rate`, `images_per_second`, and what
+                else is logged of each step.
         """
 
     def on_sample(self, step: int, picture: Image.Image, captions: Sequence[str]) -> None:
