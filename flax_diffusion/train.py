@@ -60,8 +60,10 @@ def train(
 def load_backend() -> Any:
     """Import JAX, join the other hosts, and return the backend's class."""
     from flax_diffusion.jax_backend.backend import JaxBackend
+    from flax_diffusion.jax_backend.cores import offered
     from flax_diffusion.jax_backend.processes import connect
 
+    offered()  # before JAX is used
     connect()
     _keep_programs()
     return JaxBackend

@@ -23,10 +23,11 @@ from flax_diffusion.core.errors import CheckpointError
 from flax_diffusion.core.families.family import Role
 from flax_diffusion.core.io.files import absolute, written_folder
 from flax_diffusion.core.io.torch_names import from_torch_layout
+from flax_diffusion.core.run.schedule.steps import micro_batch_size
 from flax_diffusion.core.spec.pipeline import PipelineSpec, Training
 from flax_diffusion.core.spec.prompts import sampler_config
 from flax_diffusion.core.tracking.peaks import peak_flops
-from flax_diffusion.jax_backend import adapters
+from flax_diffusion.jax_backend import adapters, cores
 from flax_diffusion.jax_backend.features import FeatureExtractor
 from flax_diffusion.jax_backend.modules import first_weights, load_pretrained
 from flax_diffusion.jax_backend.optimizers.optimizer import OPTIMIZERS, Params
@@ -58,7 +59,7 @@ class JaxBackend:
     Args:
         config: The run's options.
         spec: The pipeline.
-        devices: Devices of the mesh; None for all.
+        devices: Devices of the mesh; None for all, or for as many cores of a CPU as can share a batch.
         dtype: Dtype of the trained weights and, without mixed precision, of all computation. float64 needs
             jax_enable_x64.
 
@@ -75,11 +76,16 @@ class JaxBackend:
         if config.set_grads_to_none:
             log.info("--set_grads_to_none: nothing to do, JAX keeps no gradients between steps")
         self.config, self.spec = config, spec
-        self.mesh = make_mesh(config.data_parallelism, config.fsdp_parallelism, devices)
+        self.dtype = dtype
+        sizes = config.data_parallelism, config.fsdp_parallelism
+        self.mesh = make_mesh(*sizes, devices or cores.devices())
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         self.device_count = self.mesh.size
-        self.dtype = dtype
         self.program = Program(config, spec, self.mesh, dtype)
+        sharing = 1 if devices else cores.sharing(micro_batch_size(config, self.device_count), self.program.weights)
+        if sharing > 1:
+            self.mesh = make_mesh(*sizes, jax.devices()[:sharing], sharing)
+            self.program = Program(config, spec, self.mesh, dtype)
         self.modules = self.program.modules
         # Scheduler options are checked here, before any weight is read.
         if spec.scheduler:

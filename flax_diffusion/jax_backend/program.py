@@ -106,6 +106,13 @@ class Program:
         return state.replace(opt_state=on_host(state.opt_state)) if self._offload else state
 
     @property
+    def weights(self) -> int:
+        """Number of the weights of all components."""
+        return sum(
+            leaf.size for model in self.modules.by_name.values() for leaf in jax.tree.leaves(model.params_shape())
+        )
+
+    @property
     def trained(self) -> list[str]:
         """Names of the components that train, wholly or by adapters."""
         return [name for name, part in self.spec.components.items() if part.is_trained]

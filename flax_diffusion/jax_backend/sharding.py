@@ -1,4 +1,8 @@
-"""Placement of arrays: a mesh with a data and an fsdp axis, and an ordered table of rules by parameter path."""
+"""Placement of arrays: a mesh with a data and an fsdp axis, and an ordered table of rules by parameter path.
+
+On a CPU whose cores divide batches among themselves, the mesh has an axis of cores besides, over which only images are
+divided.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from flax_diffusion.core.errors import ConfigError
 
-DATA, FSDP = "data", "fsdp"
+DATA, FSDP, CORES = "data", "fsdp", "cores"
 
 RULES: tuple[tuple[str, tuple[int, ...]], ...] = (
     (r"/embedding$", (0, 1)),  # (rows, features): rows first, the vocabulary is the large side
@@ -32,19 +36,20 @@ UPDATE_ONLY = re.compile(r"^(opt_state|ema)/")
 """Paths of the parts of a train state that the forward and backward passes do not read."""
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mesh:
-    """Return a mesh of the devices, with axes (data, fsdp).
+def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None, cores: int = 1) -> Mesh:
+    """Return a mesh of the devices, with axes (data, fsdp), or (data, fsdp, cores) for several cores.
 
     Args:
         data: Size of the data axis; -1 takes the devices that fsdp leaves.
         fsdp: Size of the fsdp axis.
-        devices: Devices of the mesh; None takes all of them.
+        devices: Devices of the mesh, or the cores that they consist of; None takes all devices.
+        cores: Cores of each device that divide its images among themselves.
 
     Raises:
         ConfigError: If the sizes do not multiply out to the number of devices.
     """
     devices = devices or jax.devices()
-    count = len(devices)
+    count = len(devices) // cores
     if data == -1 and count % fsdp == 0:
         data = count // fsdp
     if data * fsdp != count:
@@ -54,7 +59,8 @@ def make_mesh(data: int, fsdp: int, devices: Sequence[Any] | None = None) -> Mes
             f"a mesh of {wanted} does not fit {count} devices: --fsdp_parallelism must be one of "
             f"{', '.join(map(str, sizes))}, and --data_parallelism -1 takes the rest"
         )
-    return jax.make_mesh((data, fsdp), (DATA, FSDP), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sizes, names = ((data, fsdp), (DATA, FSDP)) if cores == 1 else ((data, fsdp, cores), (DATA, FSDP, CORES))
+    return jax.make_mesh(sizes, names, devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
 
 
 def partition_of(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
@@ -111,7 +117,7 @@ def batch_sharding(mesh: Mesh, leading: int = 1) -> NamedSharding:
         mesh: Mesh with a data and an fsdp axis.
         leading: Number of axes before that of the images, such as accumulation's.
     """
-    return NamedSharding(mesh, PartitionSpec(*[None] * leading, (DATA, FSDP)))
+    return NamedSharding(mesh, PartitionSpec(*[None] * leading, mesh.axis_names))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh, leading: int = 1) -> dict[str, jax.Array]:

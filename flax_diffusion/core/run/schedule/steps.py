@@ -48,6 +48,18 @@ class Schedule:
         return seen // span > (seen - self.step_examples) // span
 
 
+def micro_batch_size(config: TrainConfig, device_count: int) -> int:
+    """Return the examples of a micro-batch over all devices, of which one may be several images.
+
+    Args:
+        config: Options of the run.
+        device_count: Number of devices.
+    """
+    if config.global_batch_size is None:
+        return config.train_batch_size * device_count
+    return config.global_batch_size // config.gradient_accumulation_steps
+
+
 def make_schedule(
     config: TrainConfig, num_examples: int, device_count: int, step: int = 0, examples_seen: int = 0
 ) -> Schedule:
@@ -65,16 +77,13 @@ def make_schedule(
     """
     accumulation = config.gradient_accumulation_steps
     share = device_count * accumulation
-    if config.global_batch_size is None:
-        micro = config.train_batch_size * device_count
-    elif config.global_batch_size % share:
+    if config.global_batch_size is not None and config.global_batch_size % share:
         near = max(1, round(config.global_batch_size / share)) * share
         raise ConfigError(
             f"--global_batch_size {config.global_batch_size}: not divisible over {device_count} devices x "
             f"{accumulation} accumulation steps; the nearest that is: {near}"
         )
-    else:
-        micro = config.global_batch_size // accumulation
+    micro = micro_batch_size(config, device_count)
     if config.max_train_steps is not None:
         steps, limit = config.max_train_steps, f"--max_train_steps is {config.max_train_steps}"
     else:
