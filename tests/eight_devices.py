@@ -22,8 +22,9 @@ def made(**options):
 
 
 def losses(devices, **options):
+    """The losses of a run on as many devices, or for None on those that the backend chooses, and the backend."""
     config, spec = made(**options)
-    backend = JaxBackend(config, spec, EIGHT[:devices])
+    backend = JaxBackend(config, spec, devices and EIGHT[:devices])
     backend.init_state()
     source = open_source(dataset_name="digits", caption_column=None)
     schedule = make_schedule(config, len(source), backend.device_count)

@@ -127,9 +127,9 @@ class JaxBackend:
 
     def describe(self) -> Described:
         """Return the kind of the devices, and the number of weights that do not train."""
-        device = self.mesh.devices.flat[0]
+        kind, sharing = self.mesh.devices.flat[0].device_kind, self.mesh.size // self.device_count
         frozen = sum(leaf.size for leaf in jax.tree.leaves(self.frozen))
-        return Described(device.device_kind, frozen, compiles=True)
+        return Described(f"{kind} on {sharing} cores" if sharing > 1 else kind, frozen, compiles=True)
 
     def _place_frozen(self, name: str, host: Params) -> Params:
         """Place weights that do not train on the devices, in the precision of their computation."""

@@ -1,13 +1,15 @@
 """The cores of a CPU, which divide each batch among themselves.
 
-Inside of one operation XLA keeps two cores less than three quarters busy. With a part of the batch for each core, as for
-the chips of a TPU, both work all the time, and the step of a small model takes a third less.
+Inside of one operation XLA keeps two cores less than three quarters busy. With a part of the batch for each core, as
+for the chips of a TPU, both work all the time, and the step of a small model takes a third less.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -21,7 +23,7 @@ COPIED = 200_000_000
 def offered() -> int:
     """Have JAX offer each core of this machine as a device, and return their number. Call it before JAX is used.
 
-    It is 1, and JAX is left as it is, in a run of several processes, where JAX is in use already, and where the
+    The number is 1, and JAX is left as it is, in a run of several processes, where JAX is in use already, and where the
     environment variable JAX_NUM_CPU_DEVICES or XLA_FLAGS says how many devices there are.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -35,7 +37,7 @@ def offered() -> int:
     return cores
 
 
-def devices() -> list[jax.Device]:
+def devices() -> Sequence[Any]:
     """Return JAX's devices; where they are cores of a CPU, one of them, which computes with the others' help."""
     return jax.devices() if offered() == 1 or jax.default_backend() != "cpu" else jax.devices()[:1]
 

@@ -47,7 +47,7 @@ def _train(backend, folder, happens, options):
     with (folder.with_name(f"{folder.name}.log")).open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    os.environ["XLA_FLAGS"] = QUICK  # on one device
+    os.environ["XLA_FLAGS"] = QUICK  # on the cores that the machine has
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, also where the tests ignore it
     if happens is not None:
         function, *arguments = happens
