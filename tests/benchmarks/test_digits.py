@@ -21,12 +21,12 @@ RUNS = pytest.mark.parametrize(
 )
 
 
-def train(request, backend, recipe, seed, out):
+def train(request, backend, recipe, seed, out, *more):
     """Runs the README's command in a process of its own, as a user would; returns its wall time in seconds."""
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
     command = [sys.executable, "-m", f"{backend}.train", "--config", f"configs/{recipe}.yaml"]
     start = time.perf_counter()
-    command += ["--seed", str(seed), "--output_dir", str(out)]
+    command += ["--seed", str(seed), "--output_dir", str(out), *more]
     subprocess.run(command, check=True, cwd=request.config.rootpath, env=environment)
     return time.perf_counter() - start
 
@@ -89,9 +89,13 @@ def test_text_to_image(request, tmp_path, backend, seed):
     assert seconds <= 360
 
 
+OBJECTIVES = {"flow_matching": [], "epsilon": ["--objective", "ddpm", "--ddpm_beta_schedule", "squaredcos_cap_v2"]}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @RUNS
-def test_transformer_of_classes(request, tmp_path, backend, seed):
-    seconds = train(request, backend, "digits_dit", seed, tmp_path / "run")
+def test_transformer_of_classes(request, tmp_path, objective, backend, seed):
+    seconds = train(request, backend, "digits_dit", seed, tmp_path / "run", *OBJECTIVES[objective])
 
     def drawn(count, guidance_scale):
         options = {"num_images": count, "guidance_scale": guidance_scale, "num_inference_steps": 50, "batch_size": 500}
@@ -99,7 +103,8 @@ def test_transformer_of_classes(request, tmp_path, backend, seed):
 
     right, accuracy = judged(drawn(100, 2.0))
     distance = frechet(to_vectors(drawn(179, 1.0)), real_digits()[0])
-    print(f"\n{backend}, seed {seed}, transformer: {right.mean():.1%} of 1,000 are of the class asked for (bound 98%)")
+    print(f"\n{backend}, seed {seed}, transformer, {objective}:")
+    print(f"{right.mean():.1%} of 1,000 are of the class asked for (bound 98%)")
     print(f"Fréchet distance {distance:.3f} of 1,790 samples without guidance (bound 0.10)")
     print(f"training with compilation, samples and export: {seconds:.0f} s (bound 360 on two idle cores)")
     assert accuracy >= 0.96

@@ -6,7 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 from proofs import proof
-from tiny import RUN
+from tiny import ONE_BLOCK, RUN, UNET
 
 from flax_diffusion.core.errors import ConfigError
 from flax_diffusion.generate import generate as jax_generate
@@ -21,7 +21,7 @@ def test_models_of_other_objectives(tmp_path, objective):
     """Trained, opened and drawn from on both backends: the same pictures, with their own sampler alone."""
     out = jax_train(
         "unconditional",
-        **RUN,
+        **RUN | {"unet": UNET | ONE_BLOCK},
         objective=objective,
         report_to="none",
         draw_samples=False,

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from xla_flags import QUICK
 
 from flax_diffusion.core import registry
 from flax_diffusion.core.errors import ConfigError
@@ -154,10 +155,10 @@ def toy(tmp_path_factory):
 
 def run(request, toy, backend, *flags):
     paths = [str(toy), str(request.config.rootpath)]
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    environment = os.environ | {"XLA_FLAGS": QUICK, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.run(
         [sys.executable, "-m", f"{backend}.train", "toy", *FLAGS, *flags], check=False, capture_output=True, text=True,
-        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        env=environment,
     )  # fmt: skip
 
 

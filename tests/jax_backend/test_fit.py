@@ -8,7 +8,7 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
-from tiny import CONDITION_UNET, RUN, TEXT_RUN, UNET, VAE, pictures, stable_diffusion
+from tiny import CONDITION_UNET, ONE_BLOCK, RUN, TEXT_RUN, UNET, VAE, pictures, stable_diffusion
 
 from flax_diffusion.core.errors import CheckpointError, ConfigError, DataError, UserError, WeightsError
 from flax_diffusion.train import _keep_programs, train
@@ -65,7 +65,7 @@ def test_fine_tuning_a_stable_diffusion_pipeline(tmp_path):
         "text_to_image", pretrained_model_name_or_path=str(base), train_data_dir=str(pictures(tmp_path / "data")),
         resolution=16, train_batch_size=2, max_train_steps=3, output_dir=str(tmp_path / "run"),
         validation_prompts=["a dog"], eval_batch_size=2, validation_num_inference_steps=3, snr_gamma=5.0,
-        noise_offset=0.1, input_perturbation=0.1, gradient_accumulation_steps=2, random_flip=True,
+        noise_offset=0.1, input_perturbation=0.1, random_flip=True,
     )  # fmt: skip
     from diffusers import StableDiffusionPipeline
 
@@ -83,7 +83,7 @@ def test_latent_unconditional_model_opens_in_diffusers(tmp_path):
     from diffusers import AutoencoderKL, LDMPipeline
 
     AutoencoderKL(**VAE).save_pretrained(tmp_path / "vae")
-    unet = UNET | {"in_channels": 4, "out_channels": 4}
+    unet = UNET | ONE_BLOCK | {"in_channels": 4, "out_channels": 4}
     out = train(
         "unconditional", **RUN | {"unet": unet, "dataset_name": None, "resolution": 16, "max_train_steps": 2},
         train_data_dir=str(pictures(tmp_path / "data")), vae=str(tmp_path / "vae"), output_dir=str(tmp_path / "run"),

@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 from proofs import proof
-from tiny import RUN, TEXT_RUN, VAE, paired_pictures, pictures, shaped_pictures, stable_diffusion, stable_diffusion_xl
+from tiny import (
+    ONE_BLOCK,
+    RUN,
+    TEXT_RUN,
+    VAE,
+    paired_pictures,
+    pictures,
+    shaped_pictures,
+    stable_diffusion,
+    stable_diffusion_xl,
+)
 
 from flax_diffusion import generate as jax_generate
 from flax_diffusion.core.cli.command_line import merge
@@ -297,13 +307,14 @@ def run(kind, folder, **options):
 
 
 def test_a_run_that_moves_ends_where_one_that_stays_does(tmp_path):
-    stayed = run("jax", tmp_path / "stayed", max_train_steps=9, checkpointing_steps=3)
+    options = {"max_train_steps": 9, "unet": RUN["unet"] | ONE_BLOCK}
+    stayed = run("jax", tmp_path / "stayed", checkpointing_steps=3, **options)
     moving = tmp_path / "moving"
     # Interrupted after each checkpoint: what was saved later is gone.
     shutil.copytree(tmp_path / "stayed/checkpoint-3", moving / "checkpoint-3")
-    run("torch", moving, max_train_steps=9, checkpointing_steps=3, resume_from_checkpoint="latest")
+    run("torch", moving, checkpointing_steps=3, resume_from_checkpoint="latest", **options)
     (moving / "checkpoint-9").rename(tmp_path / "torch-9")
-    moved = run("jax", moving, max_train_steps=9, resume_from_checkpoint="checkpoint-6")
+    moved = run("jax", moving, resume_from_checkpoint="checkpoint-6", **options)
     assert set(moved) == set(stayed)
     assert int(moved["count"]) == 9
     for kind in ("params", "ema", "mu", "nu"):
