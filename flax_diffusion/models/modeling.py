@@ -1,6 +1,7 @@
 """Base of all models: they are built from a config, initialised, loaded and saved, under upstream's names."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,18 @@ from flax_diffusion.models.pretrained import check_torch_format, take_loading_ke
 
 # Fields of every model that describe how to run it, not what it is; they are never saved.
 RUN_FIELDS = ("parent", "name", "dtype", "param_dtype", "gradient_checkpointing")
+
+
+@functools.lru_cache(maxsize=64)
+def _params_shape(model: Any, widest: Any) -> dict[str, Any]:
+    """Trace a model's initialisation, which takes seconds, for the shapes of its parameters.
+
+    Args:
+        model: The model, which its class and fields identify.
+        widest: The widest dtype that JAX has now, float64 or float32.
+    """
+    inputs = model.init_inputs(model.config)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs)["params"])
 
 
 class Config(dict[str, Any]):
@@ -180,9 +193,9 @@ class PretrainedModel(FlaxCasts):
 
     def params_shape(self) -> dict[str, Any]:
         """Return the tree of the parameters' shapes and dtypes, without computing anything."""
-        inputs = self.init_inputs(self.config)
-        init = self.init  # pyright: ignore[reportAttributeAccessIssue]  (Linen's)
-        return jax.eval_shape(lambda: init(jax.random.key(0), *inputs)["params"])
+        alone = {"parent": None, "dtype": jnp.float32, "gradient_checkpointing": False}  # which they do not depend on
+        model = self.clone(**alone)  # pyright: ignore[reportAttributeAccessIssue]  (Linen's)
+        return jax.tree.map(lambda leaf: leaf, _params_shape(model, jax.dtypes.canonicalize_dtype("float64")))
 
     def init_weights(self, rng: jax.Array | int) -> dict[str, Any]:
         """Return newly initialised parameters, distributed as `core.randomness.initial_weights` says for each class.

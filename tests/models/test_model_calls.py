@@ -16,11 +16,18 @@ import torch
 from cases import CASES, CONDITION, VAE, random_params
 from flax.core import freeze, unfreeze
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tiny import UNET
 
-from flax_diffusion import FlaxAutoencoderKL, FlaxControlNetModel, FlaxModelMixin, FlaxUNet2DConditionModel
+from flax_diffusion import (
+    FlaxAutoencoderKL,
+    FlaxControlNetModel,
+    FlaxModelMixin,
+    FlaxUNet2DConditionModel,
+    FlaxUNet2DModel,
+)
 from flax_diffusion.core.errors import ConfigError, WeightsError
 from flax_diffusion.core.io import publishing
-from flax_diffusion.models import vae_flax
+from flax_diffusion.models import modeling, vae_flax
 
 
 @pytest.fixture(scope="module")
@@ -310,3 +317,27 @@ def test_block_types_that_the_autoencoder_has_not(types: tuple[str, ...]) -> Non
     encoder = vae_flax.FlaxEncoder(down_block_types=types, norm_num_groups=4)
     with pytest.raises(ConfigError, match=r"down_block_types=.* give 'DownEncoderBlock2D' once for each"):
         jax.eval_shape(lambda: encoder.init(jax.random.PRNGKey(0), jnp.zeros((1, 4, 4, 3))))
+
+
+def test_shapes_of_parameters_are_traced_once() -> None:
+    """Models of one config that run in different ways have the same, each caller has its own tree."""
+    model = FlaxUNet2DModel.from_config(UNET)
+    shapes = model.params_shape()
+    traced = modeling._params_shape.cache_info().misses
+    del shapes["conv_in"]
+    again = FlaxUNet2DModel.from_config(UNET, dtype=jnp.bfloat16, gradient_checkpointing=True).params_shape()
+    assert again["conv_in"]["kernel"].shape == (3, 3, 1, 8)
+    assert modeling._params_shape.cache_info().misses == traced
+    wider = FlaxUNet2DModel.from_config(UNET | {"block_out_channels": [16, 16]}).params_shape()
+    assert wider["conv_in"]["kernel"].shape == (3, 3, 1, 16)
+
+
+def test_shapes_of_parameters_have_the_dtypes_that_jax_has() -> None:
+    def dtypes(dtype: Any) -> set[Any]:
+        shapes = FlaxUNet2DModel.from_config(UNET, param_dtype=dtype).params_shape()
+        return {leaf.dtype for leaf in jax.tree.leaves(shapes)}
+
+    assert dtypes(jnp.bfloat16) == {jnp.dtype(jnp.bfloat16)}
+    assert dtypes(jnp.float32) == {jnp.dtype(jnp.float32)}
+    with jax.enable_x64(True):
+        assert dtypes(jnp.float64) == {jnp.dtype(jnp.float64)}
