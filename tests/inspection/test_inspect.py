@@ -13,6 +13,7 @@ from flax_diffusion.core.data.sources.source import ArraySource
 from flax_diffusion.core.errors import ConfigError, DataError
 from flax_diffusion.core.inspection import command
 from flax_diffusion.core.inspection.examination import examine
+from flax_diffusion.core.report import files
 
 LONG = "word " * 90 + "and the rest"
 
@@ -81,9 +82,12 @@ def test_what_is_found(base, folder):
 def test_files_and_text(base, folder, tmp_path, monkeypatch, capsys):
     words = [f"--{name}={value}" for name, value in options(base, folder).items()]
     out = tmp_path / "report"
+    out.mkdir()
+    (out / files.PAGE).write_text("of a run")
     with pytest.raises(SystemExit) as left:
         data.main(["inspect", "text_to_image", *words, "--report_dir", str(out), "--sheet", "3"])
     assert left.value.code == 1
+    assert (out / files.PAGE).read_text() == "of a run"
     said = capsys.readouterr().out
     assert re.search(r"1 cannot be used\n  \S*broken\.png: ", said)
     assert said.endswith("or add --skip_bad_images.\n")

@@ -19,7 +19,7 @@ from flax_diffusion.core.io.sheets import contact_sheet, save_picture
 from flax_diffusion.core.spec.pipeline import PipelineSpec
 from flax_diffusion.core.tasks.task import Task
 
-JSON_FILE, PAGE_FILE, SHEET_FILE = "report.json", "report.html", "contact_sheet.png"
+JSON_FILE, PAGE_FILE, SHEET_FILE = "data.json", "data.html", "contact_sheet.png"  # a run has a report.html
 
 
 def inspect(task: Task[TrainConfig], *, report_dir: str | None, limit: int | None, sheet: int) -> Report:
