@@ -22,10 +22,11 @@ def section(request, tmp_path, monkeypatch):
 def test_a_loop_of_ones_own(section, tmp_path, capsys):
     from diffusers import DDPMPipeline
 
-    block = section[-1]
+    block, batch = section[-1], '"train_batch_size": 8'
     assert len([line for line in block.splitlines() if line]) == 20
-    names: dict = {}
-    exec(block, names)  # noqa: S102
+    assert batch in block
+    names: dict = {"UNET": UNET | ONE_BLOCK}
+    exec(block.replace(batch, f'{batch}, "unet": UNET'), names)  # noqa: S102
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in said] == [str(step) for step in range(1, 11)]
     losses = [float(re.search(r"'loss': ([0-9.]+)", line)[1]) for line in said]

@@ -162,6 +162,7 @@ def run(request, toy, backend, *flags):
     )  # fmt: skip
 
 
+@pytest.mark.acceptance
 def test_a_toy_of_each_trains_on_both_backends(request, toy, tmp_path):
     weights = {}
     for backend in ("flax_diffusion", "torch_backend"):

@@ -43,9 +43,8 @@ def test_eight_devices_equal_one(one_device, data, fsdp):
     assert exchanged(backend) < 2.5 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
 
 
-@pytest.mark.parametrize(("precision", "unit"), [
-    ("bf16", 2**-8), pytest.param("fp16", 2**-11, marks=pytest.mark.acceptance),
-])  # fmt: skip
+@pytest.mark.acceptance
+@pytest.mark.parametrize(("precision", "unit"), [("bf16", 2**-8), ("fp16", 2**-11)])
 def test_eight_devices_equal_one_in_16_bits(precision, unit):
     """Weights and moments stay float32, and the mean loss of 16 pictures is within a quarter of a rounding."""
     options = {"mixed_precision": precision, "unet": RUN["unet"] | ONE_BLOCK}

@@ -162,7 +162,7 @@ def test_gradient_checkpointing() -> None:
     ids = np.array([[1, 2, 3]])
 
     def gradient() -> Any:
-        return jax.grad(lambda params: model(ids, params=params)[0].sum())(model.params)
+        return jax.jit(jax.grad(lambda params: model(ids, params=params)[0].sum()))(model.params)
 
     plain = gradient()
     model.enable_gradient_checkpointing()

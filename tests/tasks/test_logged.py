@@ -78,16 +78,16 @@ def test_each_is_the_mean_over_its_own_pictures(dreambooth, tmp_path):
     with assembly.make_loader(task, spec, source, schedule, num_steps=1) as loader:
         (batch,) = loader
     names = batch.keys() - {"example_index"}
+    params = backend.frozen | backend.state.params
+    compiled = jax.jit(lambda params, micro: mean_losses(backend.modules, params, micro, None))
 
     def losses(rows, factor):
         """Of some rows alone, whose weights are those of the objective times a factor."""
         micro = {name: batch[name][0][rows] for name in names if not name.endswith("_loss_weights")}
         micro["loss_weights"] = micro["loss_weights"] / factor
-        return mean_losses(backend.modules, backend.frozen | backend.state.params, micro, None)
+        return compiled(params, micro)
 
-    found = mean_losses(
-        backend.modules, backend.frozen | backend.state.params, {name: batch[name][0] for name in names}, None
-    )
+    found = compiled(params, {name: batch[name][0] for name in names})
     np.testing.assert_allclose(found["instance_loss"], losses(slice(0, None, 2), 2.0)["loss"], rtol=1e-5)
     np.testing.assert_allclose(found["prior_loss"], losses(slice(1, None, 2), 2 * 0.25)["loss"], rtol=1e-5)
 
