@@ -9,14 +9,28 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from flax_diffusion.jax_backend.processes import COORDINATOR_ADDRESS
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""File of Linux that says how much processor time a container has: microseconds, or "max", in a period of as many."""
+
 COPIED = 200_000_000
 """Most weights in the copies of all cores together: 4 GB with gradients, Adam's moments and an average in float32."""
+
+
+def allowed() -> int:
+    """Return how many cores this process may keep busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        time, period = QUOTA.read_text().split()
+    except (OSError, ValueError):  # no Linux, or no such container
+        return cores
+    return cores if time == "max" else max(1, min(cores, int(time) // int(period)))
 
 
 @functools.cache
@@ -26,7 +40,7 @@ def offered() -> int:
     The number is 1, and JAX is left as it is, in a run of several processes, where JAX is in use already, and where the
     environment variable JAX_NUM_CPU_DEVICES or XLA_FLAGS says how many devices there are.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = allowed()
     chosen = jax.config.values["jax_num_cpu_devices"] > 0 or "device_count" in os.environ.get("XLA_FLAGS", "")
     if chosen or COORDINATOR_ADDRESS in os.environ:
         return 1

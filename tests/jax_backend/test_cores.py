@@ -68,7 +68,18 @@ def test_what_jax_offers(request, chosen):
         [sys.executable, "-c", TOLD], env=environment, capture_output=True, text=True, check=True,
         cwd=request.config.rootpath,
     ).stdout  # fmt: skip
-    assert int(said) == (3 if chosen else len(os.sched_getaffinity(0)))
+    assert int(said) == (3 if chosen else cores.allowed())
+
+
+@pytest.mark.parametrize(("quota", "expected"), [
+    ("max 100000", 8), ("200000 100000", 2), ("50000 100000", 1), ("1600000 100000", 8), ("", 8), (None, 8),
+])  # fmt: skip
+def test_the_share_of_a_container(tmp_path, monkeypatch, quota, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(cores, "QUOTA", tmp_path / "cpu.max")
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota)
+    assert cores.allowed() == expected
 
 
 @pytest.mark.parametrize(("name", "value"), [
