@@ -82,8 +82,8 @@ class JaxBackend:
         self.process_index, self.process_count = jax.process_index(), jax.process_count()
         self.device_count = self.mesh.size
         self.program = Program(config, spec, self.mesh, dtype)
-        sharing = 1 if devices else cores.sharing(micro_batch_size(config, self.device_count), self.program.weights)
-        if sharing > 1:
+        if devices is None and cores.available() > 1:
+            sharing = cores.sharing(micro_batch_size(config, self.device_count), self.program.weights)
             self.mesh = make_mesh(*sizes, jax.devices()[:sharing], sharing)
             self.program = Program(config, spec, self.mesh, dtype)
         self.modules = self.program.modules

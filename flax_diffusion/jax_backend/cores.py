@@ -51,19 +51,22 @@ def offered() -> int:
     return cores
 
 
+def available() -> int:
+    """Return how many of JAX's devices are cores of one CPU; 1 where they are devices of another kind."""
+    return offered() if jax.default_backend() == "cpu" else 1
+
+
 def devices() -> Sequence[Any]:
     """Return JAX's devices; where they are cores of a CPU, one of them, which computes with the others' help."""
-    return jax.devices() if offered() == 1 or jax.default_backend() != "cpu" else jax.devices()[:1]
+    return jax.devices()[:1] if available() > 1 else jax.devices()
 
 
 def sharing(images: int, weights: int) -> int:
-    """Return how many cores divide the batches of a run among themselves; 1 where the devices are no cores.
+    """Return how many of the available cores divide the batches of a run among themselves.
 
     Args:
         images: Images per micro-batch, which are divided evenly.
         weights: Weights of the models, of which each core has a copy.
     """
-    if offered() == 1 or jax.default_backend() != "cpu":
-        return 1
-    most = min(offered(), max(1, COPIED // weights))
+    most = min(available(), max(1, COPIED // weights))
     return max(count for count in range(1, most + 1) if images % count == 0)

@@ -43,8 +43,7 @@ def reference(run):
 
     options = run["options"]
     unet, size, images = options["unet"], options["resolution"], options["train_batch_size"]
-    heads = {"attention_head_dim": unet["attention_head_dim"]}
-    model = FlaxUNet2DConditionModel(**unet | heads, sample_size=size)
+    model = FlaxUNet2DConditionModel(**unet, sample_size=size)
     scheduler = FlaxDDPMScheduler()
     noises = scheduler.create_state()
     params = model.init_weights(jax.random.key(0))

@@ -76,9 +76,8 @@ def test_a_unet_of_text(times, figure):
     found = times(TEXT, ("flax_diffusion", "torch_backend", "0.39"))
     said = ", ".join(f"{side} {1e3 * seconds:.0f} ms" for side, seconds in found.items())
     figure("step", f"UNet of text, 16 images of 16 pixels: {said}")
-    assert (
-        found["flax_diffusion"] <= 1.25 * found["torch_backend"]
-    )  # convolutions of 64 channels, of which most of it is
+    # Most of it is convolutions of 64 and 128 channels, which are slower in XLA.
+    assert found["flax_diffusion"] <= 1.25 * found["torch_backend"]
     assert found["flax_diffusion"] <= 0.85 * found["0.39"]
 
 
