@@ -57,7 +57,7 @@ class _JaxBackend:
     def open_spec(self, config: GenerateConfig) -> PipelineSpec:
         from flax_diffusion.jax_backend import drawing
 
-        return drawing.open_spec(config)
+        return drawing.open_spec(config, [config])
 
     def drawer(self, config: GenerateConfig, spec: PipelineSpec) -> Callable[[GenerateConfig], Iterator[np.ndarray]]:
         from flax_diffusion.jax_backend import drawing

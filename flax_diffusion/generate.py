@@ -27,16 +27,17 @@ def generate(model: str | Path, **options: Any) -> np.ndarray:
     Raises:
         UserError: For input that cannot be used; its message is one line with the fix.
     """
-    return np.concatenate([*_draw(check_one_size(options_of(model, options)))])
+    config = options_of(model, options)
+    return np.concatenate([*_draw(config, check_one_size(config, calls_of(config)))])
 
 
-def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
+def _draw(config: GenerateConfig, calls: Sequence[GenerateConfig]) -> Iterator[np.ndarray]:
     # JAX is imported only now, so that --help and mistakes in options are answered at once.
     from flax_diffusion.jax_backend import drawing
     from flax_diffusion.jax_backend.sharding import make_mesh
 
-    pipeline = drawing.open_pipeline(config, drawing.open_spec(config), make_mesh(-1, 1))
-    return chain.from_iterable([drawing.pictures(pipeline, call) for call in calls_of(config)])
+    pipeline = drawing.open_pipeline(config, drawing.open_spec(config, calls), make_mesh(-1, 1))
+    return chain.from_iterable([drawing.pictures(pipeline, call) for call in calls])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

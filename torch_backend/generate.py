@@ -18,10 +18,11 @@ from flax_diffusion.core.spec.prompts import sampler_config
 
 def generate(model: str | Path, **options: Any) -> np.ndarray:
     """Draw images, with the arguments, result and errors of `flax_diffusion.generate.generate`."""
-    return np.concatenate([*_draw(check_one_size(options_of(model, options)))])
+    config = options_of(model, options)
+    return np.concatenate([*_draw(config, check_one_size(config, calls_of(config)))])
 
 
-def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
+def _draw(config: GenerateConfig, calls: Sequence[GenerateConfig]) -> Iterator[np.ndarray]:
     launch.require(launch.PYTORCH_PACKAGES, launch.INSTALL_PYTORCH)
     import torch
     from accelerate import PartialState
@@ -29,7 +30,7 @@ def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
     from torch_backend.modules import COMPUTE_DTYPES, build_modules, shapes
     from torch_backend.sampling import Sampler, scheduler_from_config
 
-    spec = command.open_checked(config, shapes)
+    spec = command.open_checked(config, calls, shapes)
     chosen = command.scheduler_of(config, spec)
     scheduler = scheduler_from_config(sampler_config(spec, chosen), chosen)
     device = PartialState().device or torch.device("cpu")
@@ -37,7 +38,7 @@ def _draw(config: GenerateConfig) -> Iterator[np.ndarray]:
         spec, seed=config.seed, frozen_dtype=COMPUTE_DTYPES[config.mixed_precision], trained_dtype=torch.float32,
         device=device,
     )  # fmt: skip
-    sampler, calls = Sampler(modules, scheduler, device), calls_of(config)
+    sampler = Sampler(modules, scheduler, device)
     return chain.from_iterable([sampler.batches(**command.sampler_options(call, spec)) for call in calls])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,16 +28,17 @@ class Pipeline:
     params: Params
 
 
-def open_spec(config: GenerateConfig) -> PipelineSpec:
+def open_spec(config: GenerateConfig, calls: Sequence[GenerateConfig]) -> PipelineSpec:
     """Read a pipeline's configs, and check that the options fit; see `command.open_checked`.
 
     Args:
         config: The options.
+        calls: The calls that they are; see `calls_of`.
 
     Raises:
         UserError: If the model is no pipeline, or something does not fit it.
     """
-    return command.open_checked(config, shapes)
+    return command.open_checked(config, calls, shapes)
 
 
 def open_pipeline(config: GenerateConfig, spec: PipelineSpec, mesh: Mesh) -> Pipeline:

@@ -110,3 +110,6 @@ def test_help_without_a_task_names_no_defaults(capsys):
     with pytest.raises(SystemExit):
         command_line.parse_train(["dreambooth", "--help"], "train")
     assert "(default: 5e-06)" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        command_line.parse_train(["class_conditional", "--help"], "train")
+    assert "--ema_decays FLOAT [FLOAT ...]" in capsys.readouterr().out

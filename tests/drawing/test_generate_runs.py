@@ -251,7 +251,7 @@ def test_a_used_folder(digits, tmp_path, main):
 
 
 def test_a_full_disk_is_found_before_drawing(tmp_path, monkeypatch):
-    def draw(config):
+    def draw(config, calls):
         raise AssertionError("opened the model")
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -266,7 +266,7 @@ def test_a_full_disk_is_found_before_drawing(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a folder that not even root can write to")
 def test_a_folder_that_cannot_be_written(tmp_path):
-    def draw(config):
+    def draw(config, calls):
         raise AssertionError("opened the model")
 
     with pytest.raises(ConfigError, match=r"--output_dir /proc/self/fdinfo: cannot be written: "):
@@ -277,7 +277,7 @@ def test_pictures_are_written_as_they_come(tmp_path):
     """What is drawn before something fails is there."""
     names = []
 
-    def draw(config):
+    def draw(config, calls):
         for _ in range(2):
             yield np.zeros((2, 8, 8, 1), np.uint8)
             names.append(sorted(path.name for path in tmp_path.iterdir()))

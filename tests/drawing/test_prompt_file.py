@@ -99,6 +99,23 @@ def test_pictures_of_a_file(model, tmp_path):
     assert np.abs(theirs[1].astype(int) - pictures[1][0]).max() <= 1
 
 
+def test_a_file_is_read_once(model, tmp_path, monkeypatch):
+    """So that all pictures are of the same prompts, if someone writes the file meanwhile."""
+    file, read = tmp_path / "prompts.txt", []
+    file.write_text("a dog --s 1")
+
+    def counted(*names):
+        read.append(names)
+        return read_prompts(*names)
+
+    monkeypatch.setattr("flax_diffusion.core.drawing.options.read_prompts", counted)
+    main(["--model", model, "--prompts_file", str(file), "--output_dir", str(tmp_path / "out")])
+    assert len(read) == 1
+    for draw in (generate, torch_generate):
+        draw(model, prompts_file=str(file))
+    assert len(read) == 3
+
+
 def test_a_prompt_beside_a_file(model, tmp_path):
     with pytest.raises(ConfigError, match="--prompt and --prompts_file: drop one of them"):
         generate(model, prompt="a", prompts_file=str(tmp_path / "a.txt"))

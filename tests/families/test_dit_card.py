@@ -29,7 +29,7 @@ def floats(folder, labels, shape, steps):
     options = {"class_label": labels, "num_inference_steps": steps, "guidance_scale": 1.0, "seed": 5}
     config = options_of(folder, options)
     mesh: Mesh = make_mesh(1, 1)
-    pipeline = drawing.open_pipeline(config, drawing.open_spec(config), mesh)
+    pipeline = drawing.open_pipeline(config, drawing.open_spec(config, [config]), mesh)
     pipeline.sampler._finish = pipeline.sampler.modules.decode_latents
     return np.concatenate([*drawing.pictures(pipeline, config)])
 

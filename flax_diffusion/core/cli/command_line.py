@@ -215,10 +215,10 @@ def _metavar(annotation: Any) -> str:
             words.append("{" + ",".join(str(choice) for choice in get_args(member)) + "}")
         elif _takes_mapping(member):
             words.append("MAPPING")
+        elif get_origin(member) is list:
+            words.append(_metavar(get_args(member)[0]))
         else:
-            words.append(
-                getattr(member, "__name__", "str").upper().replace("LIST", "STR").replace("SECRETSTR", "TOKEN")
-            )
+            words.append(getattr(member, "__name__", "str").upper().replace("SECRETSTR", "TOKEN"))
     return "|".join(words)
 
 

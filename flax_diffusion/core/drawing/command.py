@@ -28,11 +28,12 @@ from flax_diffusion.core.spec.prompts import Begin, check_prompts, is_guided
 log = logging.getLogger(__name__)
 
 
-def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
+def open_checked(config: GenerateConfig, calls: Sequence[GenerateConfig], shapes: Shapes) -> PipelineSpec:
     """Read a pipeline's configs, LoRA and new words, and check that size and prompts fit the pipeline.
 
     Args:
         config: The options.
+        calls: The calls that they are; see `calls_of`.
         shapes: Gives the shapes of a pipeline's parameters, with the backend that draws.
 
     Returns:
@@ -50,7 +51,6 @@ def open_checked(config: GenerateConfig, shapes: Shapes) -> PipelineSpec:
     if spec.objective.sample is not None and config.guidance_interval:
         raise ConfigError(f"--guidance_interval: {spec.objective.name} draws by its own sample, all of it; drop it")
     spec.family.check_drawing(spec)
-    calls = calls_of(config)
     for call in calls:
         with naming(f"--prompts_file, '{call.prompt[0]}'") if config.prompts_file else nullcontext():
             _check_prompts(call, spec)
@@ -164,11 +164,16 @@ def _pictures(config: GenerateConfig) -> dict[str, list[str]]:
     return {name: getattr(config, name) for name in OPTIONS}
 
 
-def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv: Sequence[str] | None) -> None:
+def main(
+    draw: Callable[[GenerateConfig, Sequence[GenerateConfig]], Iterator[np.ndarray]],
+    prog: str,
+    argv: Sequence[str] | None,
+) -> None:
     """Run the command line, which writes 00000.png, 00001.png, … as they are drawn, and grid.png.
 
     Args:
-        draw: Opens the model, and then draws a batch of pictures at a time, each uint8 (N, H, W, C).
+        draw: Opens the model of the options, and then draws the pictures of calls, a batch at a time, each uint8
+            (N, H, W, C).
         prog: Name of the command, for its help.
         argv: The words of the command line; None for those of this process.
 
@@ -178,11 +183,12 @@ def main(draw: Callable[[GenerateConfig], Iterator[np.ndarray]], prog: str, argv
     parser = command_line.Parser(prog=prog, description="Draw images from a trained pipeline.")
     command_line.add_fields(parser, GenerateConfig)
     config = command_line.build(GenerateConfig, parser.parse(sys.argv[1:] if argv is None else argv), "command line")
+    calls = calls_of(config)
     folder = free_folder(config)
     with console.current().ticking():
         with console.current().doing("loading the model"):
-            batches = draw(config)
+            batches = draw(config, calls)
         for path in earlier_pictures(folder):
             path.unlink()
-        count = write(batches, folder, calls_of(config), prog)
+        count = write(batches, folder, calls, prog)
     sys.stderr.write(f"{count} images and {GRID} are in {folder}\n")

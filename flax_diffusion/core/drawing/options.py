@@ -125,7 +125,7 @@ class GenerateConfig(BaseModel):
 
 
 def calls_of(config: GenerateConfig) -> list[GenerateConfig]:
-    """Return the calls that a call is made of: one for each prompt of its file, or the call itself.
+    """Return the calls that a call is made of: one for each prompt of its file, which is read here, or the call itself.
 
     Args:
         config: The options.
@@ -140,21 +140,22 @@ def calls_of(config: GenerateConfig) -> list[GenerateConfig]:
     return [config.model_copy(update=values) for values in own]
 
 
-def check_one_size(config: GenerateConfig) -> GenerateConfig:
-    """Return the options of a call whose pictures have one size, as one array of them needs.
+def check_one_size(config: GenerateConfig, calls: list[GenerateConfig]) -> list[GenerateConfig]:
+    """Return calls whose pictures have one size, as one array of them needs.
 
     Args:
         config: The options.
+        calls: The calls that they are; see `calls_of`.
 
     Raises:
         ConfigError: If the prompts of its file have several sizes.
     """
-    if len({(call.width, call.height) for call in calls_of(config)}) > 1:
+    if len({(call.width, call.height) for call in calls}) > 1:
         raise ConfigError(
             f"--prompts_file {config.prompts_file}: pictures of several sizes do not go into one array; write one size "
             "for all, or draw them by the command line"
         )
-    return config
+    return calls
 
 
 def options_of(model: str | Path, options: dict[str, Any]) -> GenerateConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ FOLDER = "profile"
 """Folder of the recordings, in that of the run."""
 
 T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class Profile:
@@ -57,10 +60,16 @@ class Profile:
     def _recorded(self, first: int, last: int) -> Iterator[None]:
         local = self._folder if is_local(self._folder) else temporary_folder()
         local.mkdir(parents=True, exist_ok=True)
-        with self._backend.profiled(local):
+        with ExitStack() as recording:
+            recording.enter_context(self._backend.profiled(local))
             yield
-        if local != self._folder:
-            copy_files(local, self._folder)
+            try:
+                recording.close()
+                if local != self._folder:
+                    copy_files(local, self._folder)
+            except (OSError, RuntimeError) as error:  # a recording is not worth the run
+                log.warning("steps %d to %d are not recorded in %s: %s", first, last, self._folder, error)
+                return
         self._say(
             f"steps {first} to {last} are recorded in {self._folder}: open it by tensorboard --logdir, or its trace "
             "file in https://ui.perfetto.dev"
