@@ -447,8 +447,11 @@ def test_epochs_are_counted_in_examples_when_the_batch_changes(tmp_path, first, 
 )
 def test_a_run_with_nothing_to_do_says_why(tmp_path, capsys, limits, says):
     run(tmp_path, max_train_steps=5)
+    assert "ing the first step" in capsys.readouterr().err
     again = run(tmp_path, **limits, resume_from_checkpoint="latest")
-    assert says in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert says in said
+    assert "ing the first step" not in said
     assert (again.rates, again.saved, again.sampled) == ([], [], [])
     (tmp_path / "samples/00000005.png").unlink()  # killed before it was drawn
     assert run(tmp_path, **limits, resume_from_checkpoint="latest").sampled == [5]

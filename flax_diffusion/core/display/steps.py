@@ -80,7 +80,10 @@ class Steps:
         self.pace.step()
         self._step, self._images = step, images
         if loss is not None and rate is not None:
-            self._values = [(f"loss {loss:.4g}", f"loss {loss:.4g}"), (f"lr {rate:.3g}", f"learning rate {rate:.3g}")]
+            self._values = [
+                (f"loss {_padded(loss, 4)}", f"loss {loss:.4g}"),
+                (f"lr {_padded(rate, 3)}", f"learning rate {rate:.3g}"),
+            ]
         if beginning is not None:
             self._console.say(f"the first step is taken after {duration(beginning.seconds)}")
         self._console.refresh()
@@ -123,3 +126,8 @@ class Steps:
             done = int(room * self._share)
             head += f"[{'#' * done}{'.' * (room - done)}] "
         return (head + text)[:width]
+
+
+def _padded(value: float, digits: int) -> str:
+    """Return a number with so many digits, zeros at the end among them: the bar beside it keeps its length."""
+    return f"{value:#.{digits}g}".rstrip(".")

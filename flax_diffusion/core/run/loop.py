@@ -200,7 +200,8 @@ class _Run:
     def _steps(self, loader: Loader) -> None:
         """Take the steps of a loader's batches."""
         config = self.config
-        self.tracker.begin(compiles=self.backend.describe().compiles)
+        if self.taken < self.schedule.total_steps:
+            self.tracker.begin(compiles=self.backend.describe().compiles)
         for indices, batch in self.profile.over(self._put_ahead(loader), self.taken + 1):
             done, step = self.taken, self.taken + 1
             rate = self.rate_of(done)
