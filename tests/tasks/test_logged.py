@@ -169,6 +169,30 @@ def test_the_wait_for_data_is_that_since_the_last_step(tmp_path, monkeypatch):
     assert [values["train/images_per_second"] for values in seen] == [10 / 1.5, 8.0]
 
 
+def test_the_rate_is_that_of_the_steps(tmp_path, monkeypatch):
+    """Before something else goes on, the steps under way are read at once; the next are read when three have ended."""
+    now, seen = [0.0], []
+    monkeypatch.setattr("flax_diffusion.core.tracking.tracker.time.perf_counter", lambda: now[0])
+
+    class Board:
+        def scalars(self, values, step):
+            seen.append(values["train/images_per_second"])
+
+    tracker = Tracker(tmp_path, [Board()], first_step=0, total_steps=40, main=True)  # pyright: ignore[reportArgumentType]
+    spans = [9.0, *[1.0] * 17, 0.0, 0.0, "samples", 3.0, *[1.0] * 17]
+    for step, span in enumerate(spans, 1):
+        if span == "samples":
+            with tracker.doing("drawing samples"):
+                now[0] += 100.0
+        else:
+            now[0] += span
+            tracker.step(step, {"loss": 1.0, "learning_rate": 1.0}, 10)
+    assert seen[0] == 10 / 9
+    assert seen[1:18] == [10.0] * 17
+    assert all(9.0 <= rate <= 11.5 for rate in seen[18:])
+    assert seen[-1] == 10.0
+
+
 def test_peaks_of_chips():
     assert peak_flops("TPU v5 lite") == 197e12
     assert peak_flops("TPU v5") == 459e12

@@ -16,12 +16,13 @@ class Pace:
 
     Args:
         clock: Seconds that only grow.
+        window: Steps whose mean is taken.
     """
 
-    def __init__(self, clock: Callable[[], float]):
+    def __init__(self, clock: Callable[[], float], window: int = _WINDOW):
         self._clock = clock
         self._last: float | None = None
-        self._spans: deque[float] = deque(maxlen=_WINDOW)
+        self._spans: deque[float] = deque(maxlen=window)
 
     def step(self) -> None:
         """Count a step."""

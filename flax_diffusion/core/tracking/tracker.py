@@ -12,11 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from flax_diffusion.core.display import console
-from flax_diffusion.core.display.steps import Steps
+from flax_diffusion.core.display.steps import Pace, Steps
 from flax_diffusion.core.io.metrics_file import METRICS_FILE, MetricsFile
 from flax_diffusion.core.io.sheets import contact_sheet, save_picture
 from flax_diffusion.core.tracking.boards import Board
 from flax_diffusion.core.tracking.callbacks import Callbacks
+
+_WINDOW = 20
+"""Steps whose mean time the rates of a step are computed by. One alone may be read late, and the next at once."""
 
 
 class Tracker:
@@ -52,7 +55,8 @@ class Tracker:
         self._console = console.current()
         self._steps = Steps(self._console, first_step, total_steps)
         self._metrics = MetricsFile(output_dir / METRICS_FILE, first_step, writes=main)
-        self._last = time.perf_counter()
+        self._began = time.perf_counter()
+        self._pace = Pace(time.perf_counter, _WINDOW)
         self._waited = 0.0
 
     @contextmanager
@@ -76,15 +80,15 @@ class Tracker:
         Args:
             step: Number of the step, from 1.
             metrics: Values by name, at least `loss` and `learning_rate`; `peak_seconds` becomes `mfu`, its share of
-                the time since the last step.
+                the time of a step.
             images: Images in the step, over all devices.
         """
-        now = time.perf_counter()
-        seconds = max(now - self._last, 1e-9)
+        self._pace.step()
+        seconds = max(self._pace.seconds or time.perf_counter() - self._began, 1e-9)
         metrics = metrics | {"images_per_second": images / seconds, "data_wait_seconds": self._waited}
         if (at_peak := metrics.pop("peak_seconds", None)) is not None:
             metrics["mfu"] = at_peak / seconds
-        self._last, self._waited = now, 0.0
+        self._waited = 0.0
         for board in self._boards:
             board.scalars({f"train/{name}": value for name, value in metrics.items()}, step)
         self._steps.step(step, images, metrics["loss"], metrics["learning_rate"])
@@ -103,7 +107,6 @@ class Tracker:
         for board in self._boards:
             board.scalars(values, step)
         self.say(f"step {step}, {of}: {', '.join(f'{name} {value:.6g}' for name, value in values.items())}")
-        self._last = time.perf_counter()
 
     def has_judged(self, step: int, names: Iterable[str]) -> bool:
         """Return whether values of a step have been reported, in this start of the run or before."""
@@ -111,6 +114,7 @@ class Tracker:
 
     def advance(self, step: int, images: int) -> None:
         """Count a step without reporting anything about it, with arguments as of `step`."""
+        self._pace.step()
         self._steps.step(step, images)
 
     @contextmanager
@@ -120,7 +124,8 @@ class Tracker:
             with self._console.doing(what):
                 yield
         finally:
-            self._steps.pace.go_on()
+            for pace in (self._pace, self._steps.pace):
+                pace.go_on()
 
     def grid(
         self, step: int, images: Sequence[np.ndarray] | np.ndarray, columns: int | None, captions: Sequence[str] = ()
@@ -141,7 +146,6 @@ class Tracker:
         for board in self._boards:
             board.image("samples", picture, step)
         self._callbacks.sample(step, picture, captions)
-        self._last = time.perf_counter()
 
     def has_grid(self, step: int) -> bool:
         """Return whether the pictures of a step have been written."""
