@@ -8,8 +8,8 @@ import jax.numpy as jnp
 def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """Draw which elements are kept; True with probability 1 - rate.
 
-    Inside `jax.shard_map`, where an array holds one device's images, it is that device's part of the mask of all
-    images: a run draws the same masks on any number of devices.
+    Each image of the batch has a key of its own, of its place among the images of all devices: a run draws the same
+    masks on any number of devices, and inside `jax.shard_map` each device draws those of its own images alone.
 
     Args:
         key: Key of the mask.
@@ -20,10 +20,9 @@ def keep_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
         Booleans of that shape.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.manual_axes:
-        return jax.random.bernoulli(key, 1 - rate, shape)
-    mask = jax.random.bernoulli(key, 1 - rate, (shape[0] * mesh.size, *shape[1:]))
-    return jax.lax.dynamic_slice_in_dim(mask, jax.lax.axis_index(mesh.axis_names) * shape[0], shape[0])
+    first = jax.lax.axis_index(mesh.axis_names) * shape[0] if mesh.manual_axes else 0
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, first + jnp.arange(shape[0]))
+    return jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, shape[1:]))(keys)
 
 
 def drop(x: jax.Array, key: jax.Array, rate: float) -> jax.Array:

@@ -1,5 +1,6 @@
 """What devices exchange: sums of gradients, weights by layer, and masks that do not depend on them."""
 
+import math
 import re
 
 import jax
@@ -18,6 +19,7 @@ from flax_diffusion.jax_backend.backend import JaxBackend
 from flax_diffusion.jax_backend.exchange import Exchange
 from flax_diffusion.jax_backend.program import SUM_DTYPES, Program
 from flax_diffusion.jax_backend.sharding import make_mesh
+from flax_diffusion.models.dropout import keep_mask
 
 
 @pytest.mark.acceptance
@@ -27,6 +29,23 @@ def test_dropout_and_gathering_by_layers():
     one, _ = losses(1, **options)
     for how in ({}, {"fsdp_gather": "block", "gradient_checkpointing": True}):
         np.testing.assert_allclose(losses(8, **options, **how, fsdp_parallelism=4)[0], one, rtol=1e-5)
+
+
+def test_a_device_draws_the_masks_of_its_own_images():
+    """The same masks as one device draws, and no array as large as those of all images."""
+    mesh, shape = make_mesh(-1, 2, EIGHT), (16, 4, 3)
+    key = jax.random.key(5)
+
+    def masks(key):
+        return keep_mask(key, 0.3, (shape[0] // 8, *shape[1:]))
+
+    run = jax.shard_map(masks, mesh=mesh, in_specs=P(), out_specs=P(mesh.axis_names))
+    whole = keep_mask(key, 0.3, shape)
+    np.testing.assert_array_equal(jax.jit(run)(key), whole)
+    assert len({*map(bytes, np.asarray(whole))}) == 16  # each image has its own
+    compiled = jax.jit(run).lower(key).compile().as_text()
+    sizes = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"(?:pred|[suf]\d+)\[([\d,]+)\]", compiled)]
+    assert max(sizes) == math.prod(shape) // 8
 
 
 @pytest.mark.acceptance
