@@ -179,6 +179,8 @@ def test_the_rate_is_that_of_the_steps(tmp_path, monkeypatch):
             seen.append(values["train/images_per_second"])
 
     tracker = Tracker(tmp_path, [Board()], first_step=0, total_steps=40, main=True)  # pyright: ignore[reportArgumentType]
+    now[0] += 50.0  # until the first step begins
+    tracker.begin(compiles=True)
     spans = [9.0, *[1.0] * 17, 0.0, 0.0, "samples", 3.0, *[1.0] * 17]
     for step, span in enumerate(spans, 1):
         if span == "samples":

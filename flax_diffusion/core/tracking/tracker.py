@@ -72,6 +72,7 @@ class Tracker:
         Args:
             compiles: Whether the first step is compiled before it is taken.
         """
+        self._began = time.perf_counter()
         self._steps.begin("compiling the first step" if compiles else "taking the first step")
 
     def step(self, step: int, metrics: dict[str, float], images: int) -> None:
@@ -84,7 +85,8 @@ class Tracker:
             images: Images in the step, over all devices.
         """
         self._pace.step()
-        seconds = max(self._pace.seconds or time.perf_counter() - self._began, 1e-9)
+        mean = self._pace.seconds
+        seconds = max(time.perf_counter() - self._began if mean is None else mean, 1e-9)
         metrics = metrics | {"images_per_second": images / seconds, "data_wait_seconds": self._waited}
         if (at_peak := metrics.pop("peak_seconds", None)) is not None:
             metrics["mfu"] = at_peak / seconds
